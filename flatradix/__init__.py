@@ -1,0 +1,21 @@
+"""flatradix: the radix tree behind an LLM server's KV prefix cache, as flat tensors, a whole batch at a time."""
+
+from flatradix.errors import CapacityError, DeviceUnavailableError, StaleHandleError
+from flatradix.policy import Nodes
+from flatradix.ragged import Ragged
+from flatradix.results import EvictResult, InsertResult, MatchResult
+from flatradix.tree import RadixTree
+from flatradix.version import VERSION as __version__
+
+__all__ = [
+    "CapacityError",
+    "DeviceUnavailableError",
+    "EvictResult",
+    "InsertResult",
+    "MatchResult",
+    "Nodes",
+    "RadixTree",
+    "Ragged",
+    "StaleHandleError",
+    "__version__",
+]

@@ -1,0 +1,78 @@
+"""Which device a tree is to live on, and why not another."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+from flatradix.errors import DeviceUnavailableError
+
+logger = logging.getLogger("flatradix")
+VARIABLE = "FLATRADIX_DEVICE"
+_told = False
+
+
+def why_not_cuda() -> str:
+    """Why no tree can live on a GPU here; an empty string if one can."""
+    if importlib.util.find_spec("flatradix.kernels.gpu") is None:
+        return "this version of flatradix has kernels for the CPU only"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
+
+
+def auto_reason() -> str:
+    """What `device="auto"` takes, and why, in one sentence."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted and wanted != "auto":
+        return f"{wanted}: the environment variable {VARIABLE} says so"
+    reason = why_not_cuda()
+    return f"cpu: {reason}" if reason else "cuda: it is there and works"
+
+
+def resolve(device: str | torch.device) -> torch.device:
+    """The device of a tree: "cpu", "cuda", "cuda:1", or "auto", for which FLATRADIX_DEVICE may speak.
+
+    Raises DeviceUnavailableError if the device cannot be used here, ValueError if it is none.
+    """
+    global _told
+    if device == "auto":
+        device = os.environ.get(VARIABLE) or "auto"
+    if device == "auto":
+        if not _told:
+            logger.info("device auto takes %s", auto_reason())
+            _told = True
+        return torch.device("cpu" if why_not_cuda() else "cuda")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is none: give cpu, cuda, cuda:N or auto") from None
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if found.type != "cuda":
+        raise ValueError(f"device {device!r}: a tree lives on cpu or cuda; its slots may live elsewhere")
+    reason = why_not_cuda()
+    if reason:
+        raise DeviceUnavailableError(f'device="{device}" cannot be used: {reason}; use device="cpu" or "auto"')
+    return found
+
+
+def kernels_for(device: torch.device) -> ModuleType:
+    """The kernel package of a device; imports the compiler."""
+    if device.type == "cpu":
+        import flatradix.kernels.cpu as cpu
+
+        return cpu
+    raise DeviceUnavailableError(why_not_cuda())
+
+
+def explain() -> list[tuple[str, str]]:
+    """(device, whether it can be used or why not) for each kind of device."""
+    reason = why_not_cuda()
+    return [("cpu", "usable"), ("cuda", f"not usable: {reason}" if reason else "usable")]

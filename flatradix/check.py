@@ -1,0 +1,246 @@
+"""Every invariant of a tree, and the tree as a list of nodes. For tests and for looking; slow, in plain numpy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from flatradix.layout import FREE_ROW, Meta
+from flatradix.namespaces import Namespace
+
+if TYPE_CHECKING:
+    from flatradix.tree import RadixTree
+
+_UINT32 = 0xFFFFFFFF
+
+
+class NodeView(NamedTuple):
+    """One node, read out. `path` holds all units from the root to the node's end: ints, or pairs with bigrams."""
+
+    row: int
+    parent: int  # row, -1 at the top
+    namespace: Namespace
+    path: tuple[int, ...] | tuple[tuple[int, int], ...]
+    start: int  # path length where its edge begins
+    length: int
+    slots: tuple[int, ...]
+    lock_ref: int
+    own_locks: int
+    tick: int
+    created: int
+    priority: int
+    hit_count: int
+    children: int
+
+
+class _Arrays:
+    """The state in numpy, cut to the rows in use."""
+
+    def __init__(self, tree: RadixTree) -> None:
+        state = tree._state
+        self.meta = state.meta.cpu().numpy()
+        rows = int(self.meta[Meta.ROWS])
+        for name in [
+            "parent",
+            "start",
+            "length",
+            "end",
+            "children",
+            "lock_ref",
+            "own_locks",
+            "hit_count",
+            "tag",
+            "queued",
+            "tick",
+            "created",
+            "priority",
+            "generation",
+        ]:
+            setattr(self, name, getattr(state, name)[:rows].cpu().numpy())
+        self.live = 1 + np.flatnonzero(self.parent[1:] != FREE_ROW)
+        self.tokens = state.tokens.cpu().numpy()
+        self.seconds = state.seconds.cpu().numpy()
+
+    parent: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    end: np.ndarray
+    children: np.ndarray
+    lock_ref: np.ndarray
+    own_locks: np.ndarray
+    hit_count: np.ndarray
+    tag: np.ndarray
+    queued: np.ndarray
+    tick: np.ndarray
+    created: np.ndarray
+    priority: np.ndarray
+    generation: np.ndarray
+
+    def units(self, row: int) -> list:
+        """The units on the edge of a row."""
+        begin = int(self.start[row])
+        end = begin + int(self.length[row])
+        first = self.tokens[begin:end].tolist()
+        if not len(self.seconds):
+            return first
+        return list(zip(first, self.seconds[begin:end].tolist(), strict=True))
+
+
+def nodes_of(tree: RadixTree) -> list[NodeView]:
+    """All nodes, parents before their children. O(sum of the path lengths)."""
+    a = _Arrays(tree)
+    pool = tree._slots.values.cpu().numpy()
+    views: list[NodeView] = []
+    paths: dict[int, tuple] = {}
+    names: dict[int, Namespace] = {}
+    for row in a.live[np.argsort(a.end[a.live], kind="stable")].tolist():
+        above = int(a.parent[row])
+        names[row] = tree._namespaces.name(~above) if above < 0 else names[above]
+        paths[row] = paths.get(above, ()) + tuple(a.units(row))
+        begin, length = int(a.start[row]), int(a.length[row])
+        views.append(
+            NodeView(
+                row=row,
+                parent=max(above, -1),
+                namespace=names[row],
+                path=paths[row],
+                start=int(a.end[row]) - length,
+                length=length,
+                slots=tuple(pool[begin : begin + length].tolist()),
+                lock_ref=int(a.lock_ref[row]),
+                own_locks=int(a.own_locks[row]),
+                tick=int(a.tick[row]),
+                created=int(a.created[row]),
+                priority=int(a.priority[row]),
+                hit_count=int(a.hit_count[row]),
+                children=int(a.children[row]),
+            )
+        )
+    return views
+
+
+def check(tree: RadixTree) -> None:
+    """Raise AssertionError with the first invariant that does not hold."""
+    a = _Arrays(tree)
+    _check_sizes(tree, a)
+    _check_edges(tree, a)
+    _check_relations(tree, a)
+    _check_table(tree, a)
+    _check_pool(tree, a)
+    _check_rows(tree, a)
+    _check_queue(tree, a)
+
+
+def _all(holds: np.ndarray, rows: np.ndarray, what: str) -> None:
+    if not holds.all():
+        raise AssertionError(f"row {int(rows[np.flatnonzero(~holds)[0]])}: {what}")
+
+
+def _equal(found: object, wanted: object, what: str) -> None:
+    if found != wanted:
+        raise AssertionError(f"{what}: {found}, but it should be {wanted}")
+
+
+def _check_sizes(tree: RadixTree, a: _Arrays) -> None:
+    locked = a.lock_ref[a.live] > 0
+    lengths = a.length[a.live].astype(np.int64)
+    _equal(tree.num_nodes, len(a.live), "num_nodes")
+    _equal(tree.protected_tokens, int(lengths[locked].sum()), "protected_tokens")
+    _equal(tree.evictable_tokens, int(lengths[~locked].sum()), "evictable_tokens")
+    if tree.total_tokens > tree.max_tokens:
+        raise AssertionError(f"{tree.total_tokens} tokens in a tree of {tree.max_tokens}")
+
+
+def _check_edges(tree: RadixTree, a: _Arrays) -> None:
+    live = a.live
+    above = a.parent[live]
+    top = above < 0
+    begins = np.where(top, 0, a.end[np.where(top, 0, above)])
+    _all(a.length[live] > 0, live, "its edge is empty")
+    _all(a.length[live] % tree.page_size == 0, live, "its edge is not of whole pages")
+    _all(a.end[live] == begins + a.length[live], live, "its end is not its parent's end and its edge")
+    _all(top | (a.parent[np.where(top, 0, above)] != FREE_ROW), live, "its parent is free")
+    for row in live.tolist():
+        begin, end = int(a.start[row]), int(a.start[row]) + int(a.length[row])
+        if (a.tokens[begin:end] < 0).any():
+            raise AssertionError(f"row {row}: a token on its edge is negative")
+        if tree.bigram and (a.seconds[begin : end - 1] != a.tokens[begin + 1 : end]).any():
+            raise AssertionError(f"row {row}: neighbouring pairs on its edge do not overlap")
+
+
+def _check_relations(tree: RadixTree, a: _Arrays) -> None:
+    rows = len(a.parent)
+    live = a.live
+    inner = live[a.parent[live] > 0]
+    above = a.parent[inner]
+    _all(a.children[live] == np.bincount(above, minlength=rows)[live], live, "children is wrong")
+    below = np.bincount(above, weights=a.lock_ref[inner], minlength=rows).astype(np.int64)
+    _all(a.lock_ref[live] == a.own_locks[live] + below[live], live, "lock_ref is not its own and its children's")
+    _all(a.own_locks[live] >= 0, live, "own_locks is negative")
+    _all(a.tick[above] >= a.tick[inner], inner, "it was used after its parent")
+    _all(a.priority[above] >= a.priority[inner], inner, "its priority is above its parent's")
+    _all(a.tick[live] <= int(a.meta[Meta.CLOCK]), live, "its tick is in the future")
+    top = ~a.parent[live[a.parent[live] < 0]]
+    counts = tree._state.namespace_children.cpu().numpy()
+    _equal(counts.sum(), len(top), "nodes counted in namespaces")
+    _equal(counts[: top.max() + 1].tolist() if len(top) else [], np.bincount(top).tolist(), "namespace_children")
+    named = {code for code, _ in tree._namespaces.items()} - {0}
+    _equal(named, set(top.tolist()) - {0}, "namespaces with a name")
+
+
+def _check_table(tree: RadixTree, a: _Arrays) -> None:
+    mask = int(a.meta[Meta.TABLE_MASK])
+    table = tree._state.table[: mask + 1].cpu().numpy()
+    filled = np.flatnonzero(table)
+    _equal(sorted((table[filled] & _UINT32).tolist()), a.live.tolist(), "rows in the child table")
+    if 2 * len(filled) > mask + 1:
+        raise AssertionError(f"{len(filled)} entries in a child table of {mask + 1} places")
+    for place in filled.tolist():
+        row, tag = int(table[place]) & _UINT32, (int(table[place]) >> 32) & _UINT32
+        _equal(int(a.tag[row]) & _UINT32, tag, f"row {row}: tag")
+        probe = tag & mask
+        while probe != place:
+            if table[probe] == 0:
+                raise AssertionError(f"row {row}: a probe for its entry ends before it")
+            probe = (probe + 1) & mask
+    pages = {(int(a.parent[row]), tuple(a.units(row)[: tree.page_size])) for row in a.live.tolist()}
+    _equal(len(pages), len(a.live), "children of one parent with different first pages")
+
+
+def _check_pool(tree: RadixTree, a: _Arrays) -> None:
+    page, pages = tree.page_size, int(a.meta[Meta.POOL_PAGES])
+    owners = np.zeros(pages, np.int64)
+    for row in a.live.tolist():
+        begin = int(a.start[row])
+        _equal(begin % page, 0, f"row {row}: place in a page")
+        owners[begin // page : (begin + int(a.length[row])) // page] += 1
+    if owners.max(initial=0) > 1:
+        raise AssertionError(f"pool page {int(owners.argmax())} belongs to {int(owners.max())} edges")
+    words = tree._state.used.cpu().numpy()
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:pages]
+    _equal(np.flatnonzero(bits != owners).tolist(), [], "pool pages whose mark is wrong")
+
+
+def _check_rows(tree: RadixTree, a: _Arrays) -> None:
+    count = int(a.meta[Meta.FREE_ROWS])
+    free = tree._state.free_rows[:count].cpu().numpy()
+    _equal(sorted([*free.tolist(), *a.live.tolist()]), list(range(1, len(a.parent))), "rows, free and in use")
+    _equal(int(a.meta[Meta.RELEASED]), 0, "released namespaces that wait")
+
+
+def _check_queue(tree: RadixTree, a: _Arrays) -> None:
+    size = int(a.meta[Meta.QUEUE])
+    rows = tree._state.queue_row[:size].cpu().numpy()
+    _equal(sorted(rows.tolist()), np.flatnonzero(a.queued).tolist(), "rows in the queue")
+    if tree._score is not None:
+        _equal(size, 0, "entries in the queue of a policy that scores all nodes")
+        return
+    scores = tree._state.queue_score[:size].cpu().numpy()
+    ticks = tree._state.queue_tick[:size].cpu().numpy()
+    above = (np.arange(1, size) - 1) // 4
+    in_order = (scores[above] < scores[1:]) | ((scores[above] == scores[1:]) & (ticks[above] <= ticks[1:]))
+    _all(in_order, rows[1:], "it stands below a later one in the queue")
+    candidates = a.live[(a.children[a.live] == 0) & (a.lock_ref[a.live] == 0)]
+    _equal(sorted(set(candidates.tolist()) - set(rows.tolist())), [], "candidates that are not in the queue")
+    _all(ticks <= a.tick[rows], rows, "its entry in the queue is later than its tick")

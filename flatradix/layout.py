@@ -1,0 +1,149 @@
+"""TreeState: the tree as one tuple of flat tensors, the same on every backend.
+
+A node is a row. Its edge is `length` units at `start` in the token pool, and it ends `end` units from the root. Row 0
+is the root; it holds nothing. A top-level node has no row for a parent but the code of its namespace, `~ns`, so that
+walking up ends at the first negative parent. Children are found in one open-addressed table keyed by (parent, first
+page); there are no child lists. Edges are ranges of a pool: splitting one moves no token.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+FREE_ROW = -(2**31)
+MAX_UNITS = 2**31 - 1
+# The pool is a quarter larger than the tree may be. Freed ranges are taken again in place; the slack is what makes a
+# range long enough easy to find. On the conversation trace (page 64, 1M tokens) no compaction happens at all.
+POOL_SLACK = 4
+SMALLEST_TABLE = 64
+
+
+class Meta(IntEnum):
+    """Places in `TreeState.meta`. The first group never changes after the allocation, `reset` clears the last."""
+
+    PAGE = 0
+    BIGRAM = 1
+    POLICY = 2
+    THRESHOLD = 3
+    MAX_TOKENS = 4
+    ROW_CAPACITY = 5
+    POOL_PAGES = 6
+    GENERATION = 7
+
+    CLOCK = 8
+    RELEASED = 9
+    ERROR_QUERY = 10
+    ERROR_VALUE = 11
+
+    EVICTABLE = 12
+    PROTECTED = 13
+    NODES = 14
+    ROWS = 15
+    FREE_ROWS = 16
+    TABLE_MASK = 17
+    QUEUE = 18
+    POOL_CURSOR = 19
+
+
+META_SIZE = len(Meta)
+
+
+class TreeState(NamedTuple):
+    """The arrays of one tree. R rows, T table places, P pool units, N namespaces; shapes in brackets."""
+
+    parent: torch.Tensor  # int32 [R]: row of the parent, ~namespace at the top, FREE_ROW if the row is free
+    start: torch.Tensor  # int32 [R]: where the edge begins in the pools
+    length: torch.Tensor  # int32 [R]: units on the edge, whole pages
+    end: torch.Tensor  # int32 [R]: units from the root to the node's end
+    children: torch.Tensor  # int32 [R]
+    lock_ref: torch.Tensor  # int32 [R]: locks on this node or below
+    own_locks: torch.Tensor  # int32 [R]: locks that end exactly here
+    hit_count: torch.Tensor  # int32 [R]
+    tag: torch.Tensor  # int32 [R]: hash of (parent, first page), the low 32 bits
+    queued: torch.Tensor  # int8 [R]: 1 while the row has its entry in the eviction queue
+    tick: torch.Tensor  # int64 [R]: last use
+    created: torch.Tensor  # int64 [R]
+    priority: torch.Tensor  # int64 [R]
+    generation: torch.Tensor  # int64 [R]: goes up when the row is freed
+    free_rows: torch.Tensor  # int32 [R]: a stack
+    queue_score: torch.Tensor  # int64 [R]: 4-ary min-heap by (score, tick)
+    queue_tick: torch.Tensor  # int64 [R]
+    queue_row: torch.Tensor  # int32 [R]
+    table: torch.Tensor  # int64 [T]: (tag, row), 0 where empty
+    tokens: torch.Tensor  # int32 [P]: the first token of each unit
+    seconds: torch.Tensor  # int32 [P], [0] without bigrams: the second token of each unit
+    used: torch.Tensor  # int64 [P / page / 64]: one bit a pool page
+    namespace_children: torch.Tensor  # int32 [N]
+    namespace_hash: torch.Tensor  # int64 [N]
+    released: torch.Tensor  # int32 [N]: namespaces that lost their last node, for the host to forget
+    multipliers: torch.Tensor  # int64 [page], [2 * page] with bigrams: of the multilinear page hash
+    meta: torch.Tensor  # int64 [META_SIZE]
+
+
+def row_capacity(max_tokens: int, page_size: int) -> int:
+    """Rows that a tree can need: one a page, and the root."""
+    return max_tokens // page_size + 1
+
+
+def pool_units(max_tokens: int, page_size: int) -> int:
+    """Units in the token and slot pools: the capacity and a quarter, in whole pages."""
+    pages = max_tokens // page_size
+    return (pages + -(-pages // POOL_SLACK)) * page_size
+
+
+def _zeros(count: int, dtype: type[np.generic]) -> torch.Tensor:
+    """Zeroed memory that the system commits only where it is touched (numpy uses calloc, torch.zeros would write)."""
+    return torch.from_numpy(np.zeros(count, dtype=dtype))
+
+
+def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> TreeState:
+    """An empty tree's arrays in host memory. Untouched parts cost address space, not memory."""
+    rows = row_capacity(max_tokens, page_size)
+    units = pool_units(max_tokens, page_size)
+    table = max(SMALLEST_TABLE, 1 << (2 * rows - 1).bit_length())
+    rng = np.random.default_rng()
+    multipliers = rng.integers(-(2**63), 2**63, page_size * (2 if bigram else 1), dtype=np.int64) | 1
+    i8, i32, i64 = np.int8, np.int32, np.int64
+    state = TreeState(
+        parent=_zeros(rows, i32),
+        start=_zeros(rows, i32),
+        length=_zeros(rows, i32),
+        end=_zeros(rows, i32),
+        children=_zeros(rows, i32),
+        lock_ref=_zeros(rows, i32),
+        own_locks=_zeros(rows, i32),
+        hit_count=_zeros(rows, i32),
+        tag=_zeros(rows, i32),
+        queued=_zeros(rows, i8),
+        tick=_zeros(rows, i64),
+        created=_zeros(rows, i64),
+        priority=_zeros(rows, i64),
+        generation=_zeros(rows, i64),
+        free_rows=_zeros(rows, i32),
+        queue_score=_zeros(rows, i64),
+        queue_tick=_zeros(rows, i64),
+        queue_row=_zeros(rows, i32),
+        table=_zeros(table, i64),
+        tokens=_zeros(units, i32),
+        seconds=_zeros(units if bigram else 0, i32),
+        used=_zeros(-(-units // page_size // 64), i64),
+        namespace_children=_zeros(rows, i32),
+        namespace_hash=_zeros(rows, i64),
+        released=_zeros(rows, i32),
+        multipliers=torch.from_numpy(multipliers),
+        meta=_zeros(META_SIZE, i64),
+    )
+    meta = state.meta
+    meta[Meta.PAGE] = page_size
+    meta[Meta.BIGRAM] = bigram
+    meta[Meta.MAX_TOKENS] = max_tokens
+    meta[Meta.ROW_CAPACITY] = rows
+    meta[Meta.POOL_PAGES] = units // page_size
+    meta[Meta.GENERATION] = generation
+    meta[Meta.ROWS] = 1
+    meta[Meta.TABLE_MASK] = SMALLEST_TABLE - 1
+    return state

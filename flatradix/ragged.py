@@ -1,0 +1,95 @@
+"""Ragged: a batch of sequences of unequal length in two tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Ragged:
+    """B sequences of integers: sequence i is `values[offsets[i]:offsets[i + 1]]`.
+
+    values: 1-D tensor of any integer dtype, on any device; int32 and int64 are read without a copy.
+    offsets: int64 [B + 1] on the same device, from 0 up to len(values), never falling.
+
+    Neither is copied. Raises ValueError if they do not fit together; what only a device knows is checked by `validate`,
+    which the operations on host memory call.
+    """
+
+    __slots__ = ("offsets", "values")
+
+    def __init__(self, values: torch.Tensor | np.ndarray, offsets: torch.Tensor | np.ndarray) -> None:
+        self.values = torch.as_tensor(values)
+        self.offsets = torch.as_tensor(offsets)
+        if self.values.dim() != 1:
+            raise ValueError(f"values must be 1-D, not of shape {tuple(self.values.shape)}")
+        if self.offsets.dim() != 1 or self.offsets.dtype != torch.int64 or len(self.offsets) == 0:
+            raise ValueError(
+                f"offsets must be int64 [B + 1], not {self.offsets.dtype} of shape {tuple(self.offsets.shape)}"
+            )
+        if self.values.device != self.offsets.device:
+            raise ValueError(f"values are on {self.values.device}, offsets on {self.offsets.device}")
+        if self.values.device.type == "cpu":
+            self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError unless the offsets begin at 0, never fall, and end at len(values). Synchronises."""
+        offsets = self.offsets.cpu().numpy()
+        if offsets[0] != 0 or offsets[-1] != len(self.values):
+            raise ValueError(
+                f"offsets run from {offsets[0]} to {offsets[-1]}, but there are {len(self.values)} values: "
+                "they must begin at 0 and end at len(values)"
+            )
+        falling = np.flatnonzero(offsets[1:] < offsets[:-1])
+        if len(falling):
+            query = int(falling[0])
+            raise ValueError(f"offsets fall at query {query}: from {offsets[query]} to {offsets[query + 1]}")
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence[Any]) -> Ragged:
+        """Copy sequences (lists, `array`, numpy, tensors) into one Ragged in host memory.
+
+        int32 if all of them are, else int64.
+        """
+        from flatradix.buffers import read_batch
+
+        if not isinstance(sequences, list | tuple):
+            sequences = list(sequences)
+        if len(sequences) and isinstance(sequences[0], int | np.integer):
+            raise ValueError("from_sequences takes a list of sequences; wrap a single one: [sequence]")
+        batch = read_batch(sequences, "values")
+        offsets = np.zeros(len(batch) + 1, dtype=np.int64)
+        np.cumsum(batch.counts, out=offsets[1:])
+        parts = [np.asarray(buffer[3]) for buffer in batch.owner]
+        dtype = np.int64 if batch.wide or not parts else np.int32
+        values = np.concatenate(parts) if parts else np.empty(0, dtype)
+        return cls(torch.from_numpy(values.astype(dtype, copy=False)), torch.from_numpy(offsets))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Sequence `index` as a view. Reads two offsets from the device."""
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"query {index} of a batch of {count}")
+        index %= count
+        return self.values[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def to(self, device: str | torch.device) -> Ragged:
+        return Ragged(self.values.to(device), self.offsets.to(device))
+
+    def to_list(self) -> list[list[int]]:
+        values = self.values.tolist()
+        offsets = self.offsets.tolist()
+        return [values[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+
+    def __repr__(self) -> str:
+        return f"Ragged({len(self)} sequences, {len(self.values)} values, {self.values.dtype}, {self.device})"

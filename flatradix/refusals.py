@@ -1,0 +1,52 @@
+"""What the kernels' reasons for refusal mean to a caller."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from flatradix.errors import CapacityError, StaleHandleError
+
+STALE = -1
+NOT_THERE = -2
+NOT_LOCKED = -3
+BAD_TOKEN = -4
+NO_CAPACITY = -5
+NO_ROOM = -6
+OTHER_NAMESPACE = -7
+OTHER_TOKEN = -8
+
+
+def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
+    """Raise the error of a reason; `value` is a length, or the position of a token."""
+    where = f"{operation}: query {query}: "
+    if reason == STALE:
+        raise StaleHandleError(
+            f"{where}its handle names a node that was evicted, or a node of another tree; match the key again"
+        )
+    if reason == NOT_THERE:
+        raise ValueError(
+            f"{where}length {value} is no page boundary on the path of its handle; pass lengths and handles as they came"
+        )
+    if reason == NOT_LOCKED:
+        raise ValueError(
+            f"{where}no lock ends at its length {value}: unlock once for each lock, with the object that was locked"
+        )
+    if reason == BAD_TOKEN:
+        raise ValueError(f"{where}the token at position {value} is outside [0, 2**31 - 1]")
+    if reason == OTHER_NAMESPACE:
+        raise ValueError(f"{where}its start is in another namespace; give that one, or None")
+    if reason == OTHER_TOKEN:
+        raise ValueError(
+            f"{where}with bigrams the key begins with the last token of its start (token number {value}), and it differs"
+        )
+    raise AssertionError(f"{operation}: unknown reason {reason}")
+
+
+def refuse_capacity(needed: int, evictable: int, protected: int, max_tokens: int) -> NoReturn:
+    free = max_tokens - evictable - protected
+    raise CapacityError(
+        f"insert: {needed} new tokens, but {free} of {max_tokens} are free: {needed - free} too few; "
+        f"evict({needed - free}) first ({evictable} tokens are evictable)",
+        needed,
+        free,
+    )

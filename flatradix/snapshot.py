@@ -1,0 +1,101 @@
+"""Saving a tree to a file and loading it: the rows and pools in use; what can be derived is made anew."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flatradix.layout import Meta
+from flatradix.policy import Policy
+
+if TYPE_CHECKING:
+    from flatradix.tree import RadixTree
+
+FORMAT = "flatradix tree 1"
+_ROWS = (
+    "parent", "start", "length", "end", "children", "lock_ref", "own_locks", "hit_count", "tag", "tick",
+    "created", "priority", "generation",
+)  # fmt: skip
+_KEPT_META = (Meta.GENERATION, Meta.CLOCK, Meta.EVICTABLE, Meta.PROTECTED, Meta.NODES, Meta.ROWS, Meta.FREE_ROWS)
+
+
+def save(tree: RadixTree, path: str | Path) -> None:
+    state = tree._state
+    meta = state.meta.cpu()
+    tree._compact()
+    rows, free = int(meta[Meta.ROWS]), int(meta[Meta.FREE_ROWS])
+    units = tree.total_tokens
+    content: dict[str, Any] = {name: getattr(state, name)[:rows].cpu().clone() for name in _ROWS}
+    content |= {
+        "format": FORMAT,
+        "settings": {
+            "max_tokens": tree.max_tokens,
+            "page_size": tree.page_size,
+            "policy": tree.policy if isinstance(tree.policy, str) else None,
+            "bigram": tree.bigram,
+            "slot_dtype": str(tree.slot_dtype),
+        },
+        "meta": [int(meta[name]) for name in _KEPT_META],
+        "namespaces": tree._namespaces.items(),
+        "namespace_children": state.namespace_children[: 1 + max(c for c, _ in tree._namespaces.items())].clone(),
+        "free_rows": state.free_rows[:free].cpu().clone(),
+        "multipliers": state.multipliers.cpu(),
+        "tokens": state.tokens[:units].cpu().clone(),
+        "seconds": state.seconds[:units].cpu().clone(),
+        "slots": tree._slots.values[:units].cpu().clone(),
+    }
+    torch.save(content, path)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no tree that flatradix saved, or is damaged: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no tree that this version of flatradix saved (format {FORMAT!r} is wanted)")
+    return content
+
+
+def _policy(path: str | Path, name: str | None, given: Policy | None) -> str | Policy:
+    if name is None and given is None:
+        raise ValueError(f"{path} was saved with a policy function; give it again: load(path, policy=...)")
+    if name is not None and given is not None:
+        raise ValueError(f"{path} was saved with the policy {name!r}; load it without one")
+    return name or given  # type: ignore[return-value]
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    slot_device: str | torch.device | None = None,
+    policy: Policy | None = None,
+) -> RadixTree:
+    from flatradix.tree import RadixTree
+
+    content = _read(path)
+    settings = content["settings"]
+    tree = RadixTree(
+        settings["max_tokens"],
+        settings["page_size"],
+        device,
+        _policy(path, settings["policy"], policy),
+        slot_device,
+        bigram=settings["bigram"],
+        slot_dtype=torch.int64 if settings["slot_dtype"] == "torch.int64" else torch.int32,
+    )
+    state = tree._state
+    for name in (*_ROWS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
+        values = content[name]
+        getattr(state, name)[: len(values)] = values
+    tree._slots.values[: len(content["slots"])] = content["slots"].to(tree._slots.values.device)
+    for name, value in zip(_KEPT_META, content["meta"], strict=True):
+        state.meta[name] = value
+    tree._namespaces.restore(content["namespaces"])
+    tree._kernels.rebuild(tree._table)
+    return tree

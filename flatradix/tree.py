@@ -1,0 +1,464 @@
+"""RadixTree: the prefix cache's index. Validates, allocates outputs, calls one kernel package, names the results."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix import backend, namespaces
+from flatradix import policy as policies
+from flatradix.buffers import Batch, is_single, read_batch, read_one
+from flatradix.layout import MAX_UNITS, Meta, TreeState, allocate, pool_units, row_capacity
+from flatradix.namespaces import Namespaces
+from flatradix.policy import Policy
+from flatradix.ragged import Ragged
+from flatradix.refusals import NO_CAPACITY, NO_ROOM, refuse, refuse_capacity
+from flatradix.results import EvictResult, InsertResult, MatchResult, Places, places_of
+from flatradix.slot_pool import DeviceSlots, HostSlots, Ranges
+
+_trees = itertools.count(1)
+# Generations of different trees begin so far apart that a handle of one is stale in the other.
+_GENERATIONS_APART = 1 << 20
+_NO_HANDLE = -1
+_NO_SCORES = np.empty(0, np.int64)
+
+_ERROR_QUERY, _ERROR_VALUE = int(Meta.ERROR_QUERY), int(Meta.ERROR_VALUE)
+_EVICTABLE, _PROTECTED, _NODES = int(Meta.EVICTABLE), int(Meta.PROTECTED), int(Meta.NODES)
+_RELEASED, _ROWS, _FREE_ROWS, _CLOCK = (
+    int(Meta.RELEASED),
+    int(Meta.ROWS),
+    int(Meta.FREE_ROWS),
+    int(Meta.CLOCK),
+)
+
+
+class RadixTree:
+    """A radix tree over token ids that holds a KV slot for each cached token.
+
+    Every operation takes a batch and means what a loop of single calls in batch order would mean. A batch of one stays
+    cheap (1 us from Python to Python for a short key). Not thread-safe: one thread at a time.
+
+    max_tokens: how many tokens can be cached. Memory for 1.25 times as many is set aside, 8 bytes a token, and up to
+        130 bytes for each page; the system commits it as it is used.
+    page_size: tokens a page. Keys are cut down to whole pages and all lengths are multiples of it.
+    device: where the index lives: "cpu", "cuda", "cuda:1" or "auto" (the variable FLATRADIX_DEVICE speaks for "auto").
+    policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo", "priority", with SGLang's meaning of
+        each, or a function from `flatradix.Nodes` to a tensor of scores, of which the lowest goes first (equal scores:
+        the least recent). A function and "mru" score every node at each eviction; the others cost O(log n) a node.
+    slot_device: None keeps the slots beside the index. A device keeps them there, in a pool of their own.
+    bigram: keys of EAGLE: unit i is the pair (t[i], t[i + 1]), n tokens are n - 1 units. All lengths count units; an
+        insert still takes one slot a token, and ignores the last.
+    slot_dtype: torch.int32 takes slots up to 2**31 - 1 in 4 bytes each, torch.int64 any in 8.
+
+    Raises ValueError for arguments out of range, DeviceUnavailableError for a device that cannot be used.
+    """
+
+    def __init__(
+        self,
+        max_tokens: int,
+        page_size: int = 1,
+        device: str | torch.device = "auto",
+        policy: str | Policy = "lru",
+        slot_device: str | torch.device | None = None,
+        *,
+        bigram: bool = False,
+        slot_dtype: torch.dtype = torch.int32,
+    ) -> None:
+        _check_sizes(max_tokens, page_size, slot_dtype)
+        code, self._score = policies.resolve(policy)
+        self.max_tokens = int(max_tokens)
+        self.page_size = int(page_size)
+        self.policy = policy
+        self.bigram = bool(bigram)
+        self.slot_dtype = slot_dtype
+        self.slot_device = None if slot_device is None else torch.device(slot_device)
+        self.device = backend.resolve(device)
+        self._kernels = backend.kernels_for(self.device)
+        generation = next(_trees) * _GENERATIONS_APART
+        state = allocate(self.max_tokens, self.page_size, self.bigram, generation)
+        state.meta[Meta.POLICY] = code
+        state.meta[Meta.THRESHOLD] = policies.SLRU_THRESHOLD
+        self._attach(state)
+
+    def _attach(self, state: TreeState) -> None:
+        """Take a state as this tree's own."""
+        self._state = state
+        self._table = self._kernels.address_table(state)
+        self._meta = memoryview(state.meta.numpy())
+        self._namespaces = Namespaces(state.namespace_hash.numpy())
+        units = pool_units(self.max_tokens, self.page_size)
+        self._slots: HostSlots | DeviceSlots
+        if self.slot_device is None:
+            self._slots = HostSlots(units, self.slot_dtype, self._kernels)
+        else:
+            self._slots = DeviceSlots(units, self.slot_dtype, self.slot_device)
+
+    def match(
+        self, q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None
+    ) -> MatchResult:
+        """The longest cached prefix of each query.
+
+        q: a Ragged, a list of integer sequences (lists, `array`, numpy, tensors), or one flat sequence. int32 and int64
+            buffers are read in place.
+        namespace: None, a str or bytes for all queries, or a list with one for each.
+        touch: whether the path becomes the most recently used. Without it, the call leaves no trace.
+        lock: also lock each path as soon as it is found, as `lock` would.
+        start: places to continue from, the result of a match or insert: then q holds only what follows them, and only
+            that is compared. Lengths and ticks are those of the whole key. (With bigrams the first token of q is the
+            last one of its start.)
+
+        O(length of the match) a query; 0.12 ns a token where an edge is long. The tree's shape stays: an edge on which
+        a match ends is split by a lock only. A key is checked only as far as it is read, so up to and including the
+        first page that is not cached.
+
+        Raises ValueError (a bad token or query), StaleHandleError (a start that is gone); then nothing has changed.
+        """
+        if start is None and is_single(q):
+            key = read_one(q)
+            code = self._namespaces.find(namespace) if namespace is not None else 0
+            if code < 0:
+                namespaces.check(namespace)
+            length, handle = self._kernels.match_one(self._table, key[0], key[2], key[1], code, touch, lock)
+            if length < 0:
+                self._refuse("match", length)
+            return MatchResult.single(length, handle)
+        return self._match_batch(read_batch(q, "tokens"), namespace, touch, lock, start)
+
+    def _match_batch(self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
+        names = namespaces.spread(namespace, len(keys))
+        codes = np.array([self._namespaces.find(name) for name in names], np.int64)
+        named = np.array([name is not None for name in names], np.bool_)
+        start_lengths, start_handles = _starts(start, len(keys))
+        lengths = torch.empty(len(keys), dtype=torch.int32)
+        handles = torch.empty(len(keys), dtype=torch.int64)
+        reason = self._kernels.match(
+            self._table, keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths,
+            touch, lock, lengths.numpy(), handles.numpy(),
+        )  # fmt: skip
+        if reason < 0:
+            self._refuse("match", reason)
+        return MatchResult(lengths, handles)
+
+    def slots(self, places: Any) -> Ragged:
+        """The KV slots of each match: a Ragged of int64 on the slot device, one value a token of the matched length.
+
+        places: a result of match or insert, or anything with .handles and .lengths. O(slots). Raises ValueError,
+        StaleHandleError.
+        """
+        lengths, handles = places_of(places)
+        counts, rows = lengths.numpy(), handles.numpy()
+        nodes = self._kernels.count_path_nodes(self._table, rows, counts)
+        if nodes < 0:
+            self._refuse("slots", nodes)
+        starts = np.empty(nodes, np.int32)
+        parts = np.empty(nodes, np.int32)
+        self._kernels.path_ranges(self._table, rows, counts, starts, parts)
+        offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        values = self._slots.gather(Ranges(starts, parts, int(offsets[-1])))
+        return Ragged(values, offsets.to(values.device))
+
+    def lock(self, places: Any) -> None:
+        """Protect each path, from its place to the root, from eviction, once more.
+
+        places: as for `slots`. `places.handles` is written to where a place lies inside an edge: the edge is split
+        there, and the new handle names the part that is locked. Unlock with the same object. O(nodes on the paths).
+        Raises ValueError, StaleHandleError; then nothing is locked.
+        """
+        if isinstance(places, Places) and places._handles is None:
+            handle = self._kernels.lock_one(self._table, places._handle, places._length)
+            if handle < 0:
+                self._refuse("lock", handle)
+            places._handle = handle
+            return
+        lengths, handles = places_of(places)
+        reason = self._kernels.lock(self._table, handles.numpy(), lengths.numpy())
+        if reason < 0:
+            self._refuse("lock", reason)
+
+    def unlock(self, places: Any) -> None:
+        """Take back one lock for each place. O(nodes on the paths).
+
+        Raises ValueError where no lock ends at a place, StaleHandleError; then nothing is unlocked.
+        """
+        if isinstance(places, Places) and places._handles is None:
+            reason = self._kernels.unlock_one(self._table, places._handle, places._length)
+        else:
+            lengths, handles = places_of(places)
+            reason = self._kernels.unlock(self._table, handles.numpy(), lengths.numpy())
+        if reason < 0:
+            self._refuse("unlock", reason)
+
+    def insert(
+        self,
+        q: Any,
+        slots: Any,
+        namespace: Any = None,
+        priority: Any = 0,
+        start: Any = None,
+        inserted_lengths: Any = 0,
+    ) -> InsertResult:
+        """Cache each key with its slots; what is there already keeps the slots it has.
+
+        q, namespace, start: as for `match`. slots: one slot for each token of q, as Ragged, list of integer sequences,
+        or one flat sequence. priority: int, or one a query; a path keeps the greatest. inserted_lengths: int, or one a
+        query: no hit is counted on nodes that end within it (what the same request inserted before).
+
+        Where several queries of the batch share something new, the first of them owns it. O(length of the key), from
+        `start` on; 131072 new tokens take about 0.1 ms.
+
+        Raises ValueError, StaleHandleError, CapacityError (the batch as a whole does not fit); then nothing has
+        changed.
+        """
+        if is_single(q) and isinstance(priority, int) and isinstance(inserted_lengths, int):
+            if start is None:
+                return self._insert_one(q, slots, namespace, priority, _NO_HANDLE, 0, inserted_lengths)
+            if isinstance(start, Places) and len(start) == 1:
+                return self._insert_one(q, slots, namespace, priority, start.handle, start.length, inserted_lengths)
+        keys = read_batch(q, "tokens")
+        priorities = _per_query(priority, len(keys), "priority")
+        inserted = _per_query(inserted_lengths, len(keys), "inserted_lengths")
+        return self._insert_batch(keys, slots, namespace, priorities, start, inserted)
+
+    def _insert_one(
+        self, q: Any, slots: Any, namespace: Any, priority: int, handle: int, start: int, inserted: int
+    ) -> InsertResult:
+        address, count, wide, owner = read_one(q)
+        if type(slots) is Ragged or (type(slots) is list and len(slots) == 1 and not is_single(slots)):
+            slots = slots[0]
+        source = self._slots.read_one(slots)
+        if source[1] != count:
+            raise ValueError(f"insert: query 0 has {count} tokens, but {source[1]} slots; give one slot a token")
+        code = 0 if namespace is None else self._namespaces.find(namespace)
+        fresh = code < 0 and start == 0 and count - self.bigram >= self.page_size
+        if code < 0:
+            namespaces.check(namespace)
+        if fresh:
+            code = self._namespaces.give(namespace)
+        arguments = (address, wide, count, code, namespace is not None, handle, start, priority, inserted)
+        prefix, length, end, place = self._kernels.insert_one(self._table, *arguments)
+        if prefix == NO_ROOM:
+            self._compact()
+            prefix, length, end, place = self._kernels.insert_one(self._table, *arguments)
+        if prefix < 0:
+            if fresh:
+                self._namespaces.take_back(code)
+            self._refuse("insert", prefix)
+        if length > prefix:
+            self._slots.write_one(place, source, prefix - start, length - prefix)
+        return InsertResult.single_insert(prefix, length, end)
+
+    def _insert_batch(
+        self, keys: Batch, slots: Any, namespace: Any, priorities: np.ndarray, start: Any, inserted: np.ndarray
+    ) -> InsertResult:
+        source: Any = self._slots.read(slots)
+        _check_counts(keys.counts, source.counts)
+        names = namespaces.spread(namespace, len(keys))
+        start_lengths, start_handles = _starts(start, len(keys))
+        codes, fresh = self._codes_to_insert(names, keys.counts, start_lengths)
+        named = np.array([name is not None for name in names], np.bool_)
+        prefixes = torch.empty(len(keys), dtype=torch.int32)
+        lengths = torch.empty(len(keys), dtype=torch.int32)
+        handles = torch.empty(len(keys), dtype=torch.int64)
+        places = np.empty(len(keys), np.int64)
+        arguments = (
+            self._table, keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths,
+            priorities, inserted, prefixes.numpy(), lengths.numpy(), handles.numpy(), places,
+        )  # fmt: skip
+        reason = self._kernels.insert(*arguments)
+        if reason == NO_ROOM:
+            self._compact()
+            reason = self._kernels.insert(*arguments)
+        if reason < 0:
+            for code in fresh:
+                self._namespaces.take_back(code)
+            self._refuse("insert", reason)
+        new = (lengths - prefixes).numpy()
+        self._slots.write(places, source, prefixes.numpy() - start_lengths, new)
+        return InsertResult(prefixes, lengths, handles)
+
+    def _codes_to_insert(
+        self, names: Any, counts: np.ndarray, start_lengths: np.ndarray
+    ) -> tuple[np.ndarray, list[int]]:
+        """The namespace code of each query, and those given out for it: only to a key that will store something."""
+        codes = np.zeros(len(names), np.int64)
+        fresh: list[int] = []
+        for query, name in enumerate(names):
+            code = self._namespaces.find(name)
+            stores = counts[query] - self.bigram >= self.page_size and start_lengths[query] == 0
+            if code < 0 and stores:
+                code = self._namespaces.give(name)
+                fresh.append(code)
+            codes[query] = code
+        return codes, fresh
+
+    def _compact(self) -> None:
+        """Slide all edges to the front of the pools: O(cached tokens); happens when no free range is long enough."""
+        nodes = self.num_nodes
+        sources, targets, lengths = (np.empty(nodes, np.int32) for _ in range(3))
+        self._kernels.compact(self._table, sources, targets, lengths)
+        self._slots.move(sources, targets, lengths)
+
+    def evict(self, num_tokens: int) -> EvictResult:
+        """Free whole nodes, in the order of the policy, until `num_tokens` tokens are free or all is locked.
+
+        Nodes without children and locks go first; a parent can go when its last child went. No more nodes are freed
+        than needed. Returns the slots freed, in order. O(log n) a node (O(n) in all with mru or a function). Raises
+        ValueError for a negative number.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"evict: {num_tokens} tokens; give a number >= 0")
+        scores = _NO_SCORES if self._score is None else policies.scores_of(self._score, self._policy_nodes())
+        tokens, nodes = self._kernels.evict(self._table, num_tokens, scores)
+        end = self._meta[_FREE_ROWS]
+        rows = self._state.free_rows.numpy()[end - nodes : end]
+        ranges = Ranges(self._state.start.numpy()[rows], self._state.length.numpy()[rows], tokens)
+        slots = self._slots.gather(ranges)
+        if self._meta[_RELEASED]:
+            self._forget_namespaces()
+        return EvictResult(slots, tokens, nodes)
+
+    def _policy_nodes(self) -> policies.Nodes:
+        rows = self._meta[_ROWS]
+        s = self._state
+        columns = (s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
+        return policies.Nodes(*(column[:rows] for column in columns))
+
+    def _forget_namespaces(self) -> None:
+        for code in self._state.released[: self._meta[_RELEASED]].tolist():
+            self._namespaces.take_back(code)
+        self._meta[_RELEASED] = 0
+
+    @property
+    def evictable_tokens(self) -> int:
+        """Cached tokens that no lock protects."""
+        return self._meta[_EVICTABLE]
+
+    @property
+    def protected_tokens(self) -> int:
+        """Cached tokens under a lock."""
+        return self._meta[_PROTECTED]
+
+    @property
+    def total_tokens(self) -> int:
+        """Cached tokens, evictable and protected."""
+        return self._meta[_EVICTABLE] + self._meta[_PROTECTED]
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that hold tokens."""
+        return self._meta[_NODES]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes set aside for the tree's tensors; the system commits them as they are used."""
+        return sum(t.nbytes for t in self._state) + self._slots.values.nbytes
+
+    def check(self) -> None:
+        """Verify every invariant; raises AssertionError with the first that does not hold. O(cached tokens), slow."""
+        from flatradix.check import check
+
+        check(self)
+
+    def digest(self) -> str:
+        """32 hex digits over the logical tree: paths, namespaces, slots, locks, ticks, priorities, hit counts.
+
+        Equal for trees that went through the same calls, on any device; row numbers and places in the pools do not
+        count. O(cached tokens).
+        """
+        slots = self._slots.values.cpu().numpy()
+        lanes = [self._kernels.digest(self._table, slots, lane) for lane in (0, 1)]
+        return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
+
+    def reset(self) -> None:
+        """Drop everything, locked nodes too. Handles go stale, that of the root excepted; the clock goes on."""
+        self._kernels.reset(self._table)
+        self._namespaces.clear()
+
+    def to(self, device: str | torch.device) -> RadixTree:
+        """The tree on another device; itself if it is there. Handles stay good, digests are equal."""
+        found = backend.resolve(device)
+        if found == self.device:
+            return self
+        raise backend.DeviceUnavailableError(backend.why_not_cuda())
+
+    def save(self, path: str | Path) -> None:
+        """Write the tree to a file, policy functions excepted."""
+        from flatradix.snapshot import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        device: str | torch.device = "auto",
+        slot_device: str | torch.device | None = None,
+        policy: Policy | None = None,
+    ) -> RadixTree:
+        """The tree of a file that `save` wrote. Handles of the saved tree are good in it.
+
+        policy: the function of a tree that was saved with one. Raises ValueError for a file that is damaged or none.
+        """
+        from flatradix.snapshot import load
+
+        return load(path, device, slot_device, policy)
+
+    def _refuse(self, operation: str, reason: int) -> None:
+        if reason == NO_CAPACITY:
+            refuse_capacity(self._meta[_ERROR_VALUE], self.evictable_tokens, self.protected_tokens, self.max_tokens)
+        refuse(operation, reason, self._meta[_ERROR_QUERY], self._meta[_ERROR_VALUE])
+
+    def __repr__(self) -> str:
+        return (
+            f"RadixTree({self.total_tokens} of {self.max_tokens} tokens in {self.num_nodes} nodes, "
+            f"{self.protected_tokens} locked, page_size={self.page_size}, {self.device})"
+        )
+
+
+def _check_sizes(max_tokens: int, page_size: int, slot_dtype: torch.dtype) -> None:
+    for name, value in (("max_tokens", max_tokens), ("page_size", page_size)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    if max_tokens < page_size:
+        raise ValueError(f"max_tokens {max_tokens} is less than one page of {page_size}")
+    if pool_units(max_tokens, page_size) > MAX_UNITS or row_capacity(max_tokens, page_size) >= 1 << 28:
+        raise ValueError(
+            f"max_tokens {max_tokens} with page_size {page_size} is too large: at most 1.7e9 tokens and 2.6e8 pages"
+        )
+    if slot_dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
+
+
+def _check_counts(tokens: np.ndarray, slots: np.ndarray) -> None:
+    if len(tokens) != len(slots):
+        raise ValueError(f"insert: {len(tokens)} queries, but slots for {len(slots)}")
+    unequal = np.flatnonzero(tokens != slots)
+    if len(unequal):
+        query = int(unequal[0])
+        raise ValueError(
+            f"insert: query {query} has {tokens[query]} tokens, but {slots[query]} slots; give one slot a token"
+        )
+
+
+def _starts(start: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [B] lengths and handles to continue from."""
+    if start is None:
+        return np.zeros(queries, np.int64), np.full(queries, _NO_HANDLE, np.int64)
+    lengths, handles = places_of(start)
+    if len(handles) != queries:
+        raise ValueError(f"start has {len(handles)} places for {queries} queries")
+    return lengths.numpy().astype(np.int64), handles.numpy()
+
+
+def _per_query(value: Any, queries: int, what: str) -> np.ndarray:
+    """int64 [B] from one integer or one a query."""
+    if isinstance(value, int | np.integer):
+        return np.full(queries, value, np.int64)
+    values = np.asarray(value)
+    if values.shape != (queries,) or values.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be an integer, or {queries} integers, one a query")
+    return values.astype(np.int64)

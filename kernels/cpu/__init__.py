@@ -1,0 +1,45 @@
+"""The operations on a machine without a GPU, compiled by numba at their first use."""
+
+from flatradix.kernels.cpu.compact import compact
+from flatradix.kernels.cpu.digest import digest
+from flatradix.kernels.cpu.evict import evict
+from flatradix.kernels.cpu.insert import insert, insert_one
+from flatradix.kernels.cpu.jit import address_table
+from flatradix.kernels.cpu.lock import lock, lock_one, unlock, unlock_one
+from flatradix.kernels.cpu.match import match, match_one
+from flatradix.kernels.cpu.reset import rebuild, reset
+from flatradix.kernels.cpu.slots import (
+    check_slots,
+    check_slots_one,
+    count_path_nodes,
+    gather_slots,
+    move_slots,
+    path_ranges,
+    write_slots,
+    write_slots_one,
+)
+
+__all__ = [
+    "address_table",
+    "check_slots",
+    "check_slots_one",
+    "compact",
+    "count_path_nodes",
+    "digest",
+    "evict",
+    "gather_slots",
+    "insert",
+    "insert_one",
+    "lock",
+    "lock_one",
+    "match",
+    "match_one",
+    "move_slots",
+    "path_ranges",
+    "rebuild",
+    "reset",
+    "unlock",
+    "unlock_one",
+    "write_slots",
+    "write_slots_one",
+]

@@ -1,0 +1,123 @@
+"""How the CPU kernels are compiled, and how they reach the arrays.
+
+A numba call pays about 80 ns for each array argument, so a kernel gets one int64 array with the addresses of the
+state's tensors (`address_table`) and opens them itself (`open_state`): 0.14 us instead of 1.2 us a call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+import flatradix.layout
+import flatradix.refusals
+from flatradix.layout import TreeState
+
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
+
+
+def _source_stamp() -> str:
+    """A digest of every file that is compiled into a kernel.
+
+    numba looks at the kernel's own file alone and would go on using machine code with an old helper inside.
+    """
+    here = Path(__file__).parent
+    shared = [here.parent / "scalar.py", Path(flatradix.layout.__file__), Path(flatradix.refusals.__file__)]
+    files = [*sorted(here.glob("*.py")), *shared]
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+_STAMP = _source_stamp()
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile at the first call and keep the machine code on disk for later processes."""
+    dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
+    try:
+        dispatcher._cache._cache_file._source_stamp = _STAMP
+    except AttributeError:  # another numba: its own stamp, the file's time and size, must do
+        pass
+    return dispatcher
+
+
+def helper(function: Callable[..., Any]) -> Any:
+    """A function that kernels call: compiled into each of them."""
+    return numba.njit(**_OPTIONS)(function)
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any) -> Any:
+    """The void pointer with that address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), codegen
+
+
+# The arrays that kernels open by address know no length: nothing checks bounds, and nothing may count from the end.
+UNKNOWN = 1 << 40
+
+
+@helper
+def int32_at(address):
+    return numba.carray(pointer(address), (UNKNOWN,), np.int32)
+
+
+@helper
+def int64_at(address):
+    return numba.carray(pointer(address), (UNKNOWN,), np.int64)
+
+
+@helper
+def int8_at(address):
+    return numba.carray(pointer(address), (UNKNOWN,), np.int8)
+
+
+def address_table(state: TreeState) -> np.ndarray:
+    """int64 [len(TreeState)]: where each tensor of the state begins. The state must outlive it."""
+    return np.array([tensor.data_ptr() for tensor in state], dtype=np.int64)
+
+
+@helper
+def open_state(table):
+    """The state's arrays, `tokens` and `seconds` as plain addresses: what reads them wants pointers."""
+    return TreeState(
+        int32_at(table[0]),
+        int32_at(table[1]),
+        int32_at(table[2]),
+        int32_at(table[3]),
+        int32_at(table[4]),
+        int32_at(table[5]),
+        int32_at(table[6]),
+        int32_at(table[7]),
+        int32_at(table[8]),
+        int8_at(table[9]),
+        int64_at(table[10]),
+        int64_at(table[11]),
+        int64_at(table[12]),
+        int64_at(table[13]),
+        int32_at(table[14]),
+        int64_at(table[15]),
+        int64_at(table[16]),
+        int32_at(table[17]),
+        int64_at(table[18]),
+        table[19],
+        table[20],
+        int64_at(table[21]),
+        int32_at(table[22]),
+        int64_at(table[23]),
+        int32_at(table[24]),
+        int64_at(table[25]),
+        int64_at(table[26]),
+    )

@@ -1,0 +1,97 @@
+"""Rows and handles: taking and freeing rows, splitting an edge, finding the place that a handle means."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flatradix.kernels import scalar
+from flatradix.kernels.cpu.children import add_child, remove_child, replace_child, tag_of
+from flatradix.kernels.cpu.jit import helper
+from flatradix.kernels.cpu.pool import mark
+from flatradix.layout import FREE_ROW, Meta
+from flatradix.refusals import NOT_THERE, STALE
+
+pack_handle = helper(scalar.pack_handle)
+ROW_BITS = scalar.ROW_BITS
+ROW_MASK = scalar.ROW_MASK
+GENERATION_MASK = scalar.GENERATION_MASK
+
+
+@helper
+def handle_of(s, row):
+    return pack_handle(row, s.meta[Meta.GENERATION] + s.generation[row])
+
+
+@helper
+def resolve(s, handle, length):
+    """The row on whose edge the place (handle, length) lies: end - edge length < `length` <= end.
+
+    The root, row 0, for length 0. STALE or NOT_THERE if there is no such place. Splits above the handle's node moved
+    the place up, never down: the lower part of a split edge keeps its row.
+    """
+    row = handle & ROW_MASK
+    if handle < 0 or row >= s.meta[Meta.ROWS]:
+        return np.int64(STALE)
+    if handle >> ROW_BITS != (s.meta[Meta.GENERATION] + s.generation[row]) & GENERATION_MASK:
+        return np.int64(STALE)
+    if length < 0 or length > s.end[row] or length % s.meta[Meta.PAGE] != 0:
+        return np.int64(NOT_THERE)
+    while row > 0 and s.end[row] - s.length[row] >= length:
+        row = np.int64(s.parent[row])
+    return max(row, np.int64(0))
+
+
+@helper
+def take_row(s):
+    count = s.meta[Meta.FREE_ROWS]
+    s.meta[Meta.NODES] += 1
+    if count > 0:
+        s.meta[Meta.FREE_ROWS] = count - 1
+        return np.int64(s.free_rows[count - 1])
+    row = s.meta[Meta.ROWS]
+    s.meta[Meta.ROWS] = row + 1
+    return row
+
+
+@helper
+def free_row(s, row):
+    """Free a row: its handles go stale, its `start` and `length` stay readable until the row is taken again."""
+    remove_child(s, row)
+    mark(s, s.start[row], s.length[row], False)
+    s.parent[row] = FREE_ROW
+    s.generation[row] += 1
+    count = s.meta[Meta.FREE_ROWS]
+    s.free_rows[count] = row
+    s.meta[Meta.FREE_ROWS] = count + 1
+    s.meta[Meta.NODES] -= 1
+
+
+@helper
+def split(s, row, at, created):
+    """Cut the edge of `row` at path length `at`, a page boundary inside it; returns the row of the upper part.
+
+    The lower part keeps the row, so handles to it and below stay good. The upper part takes over the entry in the child
+    table and copies tick, priority, hit_count and lock_ref; the locks that end at the old node go on ending below.
+    """
+    upper = take_row(s)
+    inside = at - (s.end[row] - s.length[row])
+    s.parent[upper] = s.parent[row]
+    s.start[upper] = s.start[row]
+    s.length[upper] = inside
+    s.end[upper] = at
+    s.children[upper] = 1
+    s.lock_ref[upper] = s.lock_ref[row]
+    s.own_locks[upper] = 0
+    s.hit_count[upper] = s.hit_count[row]
+    s.queued[upper] = 0
+    s.tick[upper] = s.tick[row]
+    s.created[upper] = created
+    s.priority[upper] = s.priority[row]
+    replace_child(s, row, upper)
+
+    s.parent[row] = upper
+    s.start[row] += inside
+    s.length[row] -= inside
+    start = np.int64(s.start[row])
+    add_child(s, row, tag_of(s, s.tokens + 4 * start, s.seconds + 4 * start, False, upper))
+    return upper

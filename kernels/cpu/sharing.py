@@ -1,0 +1,79 @@
+"""How many units the queries of one insert batch share among themselves, counted exactly.
+
+Wanted only when the sum of all the new parts does not fit: sharing may still make it fit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flatradix.kernels.cpu.jit import helper
+from flatradix.kernels.cpu.units import token_at
+from flatradix.layout import Meta
+
+
+@helper
+def _common(s, a, b, keys, wide, namespaces, rows, reached, ends, starts):
+    """Compare the new parts of two queries: (units in common, whole pages; whether `a` goes first).
+
+    New parts have something in common only where both leave the tree at the same place. The order is any fixed one in
+    which equal beginnings stand together.
+    """
+    root_a = ~namespaces[a] if rows[a] == 0 else rows[a]
+    root_b = ~namespaces[b] if rows[b] == 0 else rows[b]
+    if root_a != root_b:
+        return np.int64(0), root_a < root_b
+    if reached[a] != reached[b]:
+        return np.int64(0), reached[a] < reached[b]
+    from_a = reached[a] - starts[a]
+    from_b = reached[b] - starts[b]
+    bigram = s.meta[Meta.BIGRAM]
+    units_a = np.int64(ends[a] - reached[a])
+    units_b = np.int64(ends[b] - reached[b])
+    shorter = min(units_a, units_b)
+    tokens = shorter + bigram if shorter > 0 else 0
+    for j in range(tokens):
+        x = token_at(keys[a], wide, from_a + j)
+        y = token_at(keys[b], wide, from_b + j)
+        if x != y:
+            units = max(j - bigram, 0)
+            return units - units % s.meta[Meta.PAGE], x < y
+    return shorter, units_a < units_b
+
+
+@helper
+def _sift(order, place, size, s, keys, wide, namespaces, rows, reached, ends, starts):
+    """One step of a heap sort that puts the last in order on top."""
+    while True:
+        child = 2 * place + 1
+        if child >= size:
+            return
+        if child + 1 < size:
+            _, first = _common(s, order[child], order[child + 1], keys, wide, namespaces, rows, reached, ends, starts)
+            if first:
+                child += 1
+        _, first = _common(s, order[place], order[child], keys, wide, namespaces, rows, reached, ends, starts)
+        if not first:
+            return
+        order[place], order[child] = order[child], order[place]
+        place = child
+
+
+@helper
+def shared_units(s, keys, wide, namespaces, rows, reached, ends, starts):
+    """Units that are new in more than one query, less one query's worth: the batch needs so many fewer.
+
+    In sorted order the most that a query shares with any before it is what it shares with the one right before it.
+    """
+    count = len(keys)
+    order = np.arange(count)
+    for place in range(count // 2 - 1, -1, -1):
+        _sift(order, place, count, s, keys, wide, namespaces, rows, reached, ends, starts)
+    for size in range(count - 1, 0, -1):
+        order[0], order[size] = order[size], order[0]
+        _sift(order, 0, size, s, keys, wide, namespaces, rows, reached, ends, starts)
+    total = np.int64(0)
+    for place in range(1, count):
+        common, _ = _common(s, order[place - 1], order[place], keys, wide, namespaces, rows, reached, ends, starts)
+        total += common
+    return total

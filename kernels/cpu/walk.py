@@ -1,0 +1,110 @@
+"""The walk down a key, and back up: what match, lock and insert share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flatradix.kernels.cpu.children import find_child
+from flatradix.kernels.cpu.jit import helper
+from flatradix.kernels.cpu.rows import resolve
+from flatradix.kernels.cpu.units import common_tokens, token_at
+from flatradix.layout import Meta
+from flatradix.refusals import OTHER_NAMESPACE, OTHER_TOKEN
+
+NO_HANDLE = -1
+UNKNOWN_NAMESPACE = -1
+
+
+@helper
+def whole_pages(s, tokens):
+    """Units in the whole pages of a key of that many tokens."""
+    units = tokens - s.meta[Meta.BIGRAM]
+    if units <= 0:
+        return np.int64(0)
+    return units - units % s.meta[Meta.PAGE]
+
+
+@helper
+def _along_edge(s, row, at, key, wide, limit):
+    """Units, whole pages, that `key` has in common with the rest of the edge of `row` from path length `at` on."""
+    count = min(s.end[row] - at, limit)
+    if count == 0:
+        return np.int64(0)
+    place = s.start[row] + s.length[row] - (s.end[row] - at)
+    common = common_tokens(s.tokens + 4 * place, key, wide, count)
+    if s.meta[Meta.BIGRAM] != 0 and common > 0:
+        step = 8 if wide else 4
+        common = common_tokens(s.seconds + 4 * place, key + step, wide, common)
+    return common - common % s.meta[Meta.PAGE]
+
+
+@helper
+def walk(s, key, wide, units, namespace, row, at):
+    """Follow `units` (whole pages) of `key` from (row, at); returns the last row and the path length reached.
+
+    `row` 0 stands for the root of `namespace`. Nothing is written. A row that ends beyond the length returned is
+    matched in part.
+    """
+    step = 8 if wide else 4
+    done = np.int64(0)
+    if row > 0:
+        done = _along_edge(s, row, at, key, wide, units)
+        if at + done < s.end[row]:
+            return row, at + done
+    elif namespace == UNKNOWN_NAMESPACE:
+        return row, at
+    parent = row if row > 0 else ~namespace
+    while done < units:
+        child, common = find_child(s, parent, key + step * done, wide, units - done)
+        if child == 0:
+            break
+        row = child
+        parent = child
+        done += common
+        if common < s.length[row]:
+            break
+    return row, at + done
+
+
+@helper
+def namespace_of(s, row):
+    parent = np.int64(row)
+    while parent >= 0:
+        parent = np.int64(s.parent[parent])
+    return ~parent
+
+
+@helper
+def begin(s, handle, length, namespace, named, key, wide, tokens):
+    """The row to walk from: the root without a handle, else where (handle, length) lies. Negative: why not.
+
+    Where the start is not the root, its own namespace holds; `named` says that the caller gave one, which must then be
+    the same. With bigrams the first token of the key must be the second of the unit before it.
+    """
+    if handle == NO_HANDLE:
+        return np.int64(0)
+    row = resolve(s, handle, length)
+    if row <= 0:
+        return row
+    if named and namespace_of(s, row) != namespace:
+        return np.int64(OTHER_NAMESPACE)
+    if s.meta[Meta.BIGRAM] != 0 and tokens > 0:
+        place = s.start[row] + s.length[row] - (s.end[row] - length) - 1
+        if token_at(s.seconds, False, place) != token_at(key, wide, 0):
+            return np.int64(OTHER_TOKEN)
+    return row
+
+
+@helper
+def touch_path(s, row, tick):
+    row = np.int64(row)
+    while row > 0:
+        s.tick[row] = tick
+        row = np.int64(s.parent[row])
+
+
+@helper
+def refuse(s, query, value):
+    """Note which query is refused, and a number that the message wants."""
+    s.meta[Meta.ERROR_QUERY] = query
+    s.meta[Meta.ERROR_VALUE] = value

@@ -1,0 +1,39 @@
+"""Integer arithmetic that every backend shares: hashing and the packing of handles and table entries.
+
+Plain functions over int64 that wrap around, without calls to one another, so that each compiler can take them as
+they are. None of them may decide a result: hashes steer the search and sum up the digest, tokens are compared.
+"""
+
+from __future__ import annotations
+
+ROW_BITS = 28
+ROW_MASK = (1 << ROW_BITS) - 1
+GENERATION_MASK = (1 << 35) - 1
+LOW32 = 0xFFFFFFFF
+
+
+def mix(value):
+    """Finaliser of 64-bit splitmix (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
+    value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return value ^ ((value >> 31) & 0x1FFFFFFFF)
+
+
+def page_tag(total, parent):
+    """The 32-bit tag of a child: `total` is the multilinear sum over its first page, `parent` its parent code.
+
+    The multiplication spreads what differs in low bits; the upper half is kept, where all of it meets.
+    """
+    value = (total ^ (parent * -7046029254386353131)) * -4417276706812531889
+    value = value ^ ((value >> 29) & 0x7FFFFFFFF)
+    return ((value * -4658895280553007687) >> 32) & 0xFFFFFFFF
+
+
+def pack_handle(row, generation):
+    """A handle: 28 bits of row, 35 bits of generation; never negative."""
+    return ((generation & 0x7FFFFFFFF) << 28) | row
+
+
+def pack_entry(tag, row):
+    """A child table entry: the tag above, the row below. Zero is an empty place, since row 0 is the root."""
+    return (tag << 32) | row
