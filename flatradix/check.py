@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from flatradix.tree import RadixTree
 
 _UINT32 = 0xFFFFFFFF
+_COLUMNS = (
+    "parent", "start", "length", "end", "children", "lock_ref", "own_locks", "hit_count", "tag", "queued", "tick",
+    "created", "priority", "generation",
+)  # fmt: skip
 
 
 class NodeView(NamedTuple):
@@ -41,22 +45,7 @@ class _Arrays:
         state = tree._state
         self.meta = state.meta.cpu().numpy()
         rows = int(self.meta[Meta.ROWS])
-        for name in [
-            "parent",
-            "start",
-            "length",
-            "end",
-            "children",
-            "lock_ref",
-            "own_locks",
-            "hit_count",
-            "tag",
-            "queued",
-            "tick",
-            "created",
-            "priority",
-            "generation",
-        ]:
+        for name in _COLUMNS:
             setattr(self, name, getattr(state, name)[:rows].cpu().numpy())
         self.live = 1 + np.flatnonzero(self.parent[1:] != FREE_ROW)
         self.tokens = state.tokens.cpu().numpy()

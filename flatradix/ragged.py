@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class Ragged:
     def to_list(self) -> list[list[int]]:
         values = self.values.tolist()
         offsets = self.offsets.tolist()
-        return [values[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+        return [values[a:b] for a, b in pairwise(offsets)]
 
     def __repr__(self) -> str:
         return f"Ragged({len(self)} sequences, {len(self.values)} values, {self.values.dtype}, {self.device})"

@@ -24,9 +24,7 @@ def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
             f"{where}its handle names a node that was evicted, or a node of another tree; match the key again"
         )
     if reason == NOT_THERE:
-        raise ValueError(
-            f"{where}length {value} is no page boundary on the path of its handle; pass lengths and handles as they came"
-        )
+        raise ValueError(f"{where}length {value} is no page boundary on the path of its handle; pass both as they came")
     if reason == NOT_LOCKED:
         raise ValueError(
             f"{where}no lock ends at its length {value}: unlock once for each lock, with the object that was locked"
@@ -37,7 +35,7 @@ def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
         raise ValueError(f"{where}its start is in another namespace; give that one, or None")
     if reason == OTHER_TOKEN:
         raise ValueError(
-            f"{where}with bigrams the key begins with the last token of its start (token number {value}), and it differs"
+            f"{where}with bigrams a key begins with the last token of its start (number {value}); it differs"
         )
     raise AssertionError(f"{operation}: unknown reason {reason}")
 

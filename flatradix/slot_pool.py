@@ -116,9 +116,9 @@ class DeviceSlots:
         return _DeviceSource(values, counts, offsets)
 
     def _tensor(self, slots: Any) -> torch.Tensor:
-        if isinstance(slots, torch.Tensor) and slots.device == self.device and slots.dim() == 1:
-            if slots.dtype in (torch.int32, torch.int64):
-                return slots.to(torch.int64)
+        whole = isinstance(slots, torch.Tensor) and slots.dtype in (torch.int32, torch.int64)
+        if whole and slots.device == self.device and slots.dim() == 1:
+            return slots.to(torch.int64)
         return torch.from_numpy(np.array(read_one(slots)[3], dtype=np.int64)).to(self.device)
 
     def read_one(self, slots: Any) -> tuple[Any, int, bool, _DeviceSource]:

@@ -94,8 +94,8 @@ def load(
         values = content[name]
         getattr(state, name)[: len(values)] = values
     tree._slots.values[: len(content["slots"])] = content["slots"].to(tree._slots.values.device)
-    for name, value in zip(_KEPT_META, content["meta"], strict=True):
-        state.meta[name] = value
+    for place, value in zip(_KEPT_META, content["meta"], strict=True):
+        state.meta[place] = value
     tree._namespaces.restore(content["namespaces"])
     tree._kernels.rebuild(tree._table)
     return tree

@@ -88,7 +88,7 @@ class RadixTree:
         """Take a state as this tree's own."""
         self._state = state
         self._table = self._kernels.address_table(state)
-        self._meta = memoryview(state.meta.numpy())
+        self._meta = memoryview(state.meta.numpy().data)
         self._namespaces = Namespaces(state.namespace_hash.numpy())
         units = pool_units(self.max_tokens, self.page_size)
         self._slots: HostSlots | DeviceSlots
@@ -227,7 +227,7 @@ class RadixTree:
     def _insert_one(
         self, q: Any, slots: Any, namespace: Any, priority: int, handle: int, start: int, inserted: int
     ) -> InsertResult:
-        address, count, wide, owner = read_one(q)
+        address, count, wide, _owner = read_one(q)
         if type(slots) is Ragged or (type(slots) is list and len(slots) == 1 and not is_single(slots)):
             slots = slots[0]
         source = self._slots.read_one(slots)

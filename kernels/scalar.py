@@ -12,14 +12,14 @@ GENERATION_MASK = (1 << 35) - 1
 LOW32 = 0xFFFFFFFF
 
 
-def mix(value):
+def mix(value: int) -> int:
     """Finaliser of 64-bit splitmix (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
     value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return value ^ ((value >> 31) & 0x1FFFFFFFF)
 
 
-def page_tag(total, parent):
+def page_tag(total: int, parent: int) -> int:
     """The 32-bit tag of a child: `total` is the multilinear sum over its first page, `parent` its parent code.
 
     The multiplication spreads what differs in low bits; the upper half is kept, where all of it meets.
@@ -29,11 +29,11 @@ def page_tag(total, parent):
     return ((value * -4658895280553007687) >> 32) & 0xFFFFFFFF
 
 
-def pack_handle(row, generation):
+def pack_handle(row: int, generation: int) -> int:
     """A handle: 28 bits of row, 35 bits of generation; never negative."""
     return ((generation & 0x7FFFFFFFF) << 28) | row
 
 
-def pack_entry(tag, row):
+def pack_entry(tag: int, row: int) -> int:
     """A child table entry: the tag above, the row below. Zero is an empty place, since row 0 is the root."""
     return (tag << 32) | row

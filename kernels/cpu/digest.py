@@ -1,7 +1,7 @@
 """Digest: an order-independent hash of the logical tree, blind to rows and places in the pool.
 
 A path is hashed as the sum of one term for each (position, unit), so a node's path hash is its parent's plus its own
-sum, and any order of work gives the same. The tree's digest is the sum of one term for each node; 128 bits in two lanes.
+sum, and any order of work gives the same. The digest is the sum of one term for each node, 128 bits in two lanes.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ state's tensors (`address_table`) and opens them itself (`open_state`): 0.14 us 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +44,9 @@ _STAMP = _source_stamp()
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile at the first call and keep the machine code on disk for later processes."""
     dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
-    try:
+    # A numba that keeps it elsewhere goes by its own stamp, the time and size of the kernel's file.
+    with contextlib.suppress(AttributeError):
         dispatcher._cache._cache_file._source_stamp = _STAMP
-    except AttributeError:  # another numba: its own stamp, the file's time and size, must do
-        pass
     return dispatcher
 
 
@@ -55,7 +55,7 @@ def helper(function: Callable[..., Any]) -> Any:
     return numba.njit(**_OPTIONS)(function)
 
 
-@intrinsic
+@intrinsic  # type: ignore[arg-type]
 def pointer(typingctx: Any, address: Any) -> Any:
     """The void pointer with that address."""
 

@@ -18,7 +18,7 @@ from flatradix.refusals import NOT_LOCKED
 
 @helper
 def lock_place(s, row, length):
-    """Lock the path that ends at path length `length` on the edge of `row`, splitting it there; returns the end's row."""
+    """Lock the path that ends at path length `length` on the edge of `row`, split there; returns the end's row."""
     if row == 0:
         return row
     if length < s.end[row]:

@@ -68,9 +68,8 @@ def _look(s, query, keys, wide, counts, namespaces, named, start_handles, start_
 def match(table, keys, wide, counts, namespaces, named, start_handles, start_lengths, touch, lock, lengths, handles):
     """Match a batch in order.
 
-    `keys` int64 [B] are addresses, `counts` tokens, `namespaces` codes, and `named` whether the caller named them. Fills
-    `lengths` int32 [B] and `handles` int64
-    [B]. Returns 0, or the reason why nothing was touched or locked. A match does not change what another finds, so all
+    `keys` int64 [B] are addresses, `counts` tokens, `namespaces` codes, `named` whether the caller gave one. Fills
+    `lengths` int32 [B] and `handles` int64 [B]. Returns 0, or the reason why nothing was touched or locked. A match does not change what another finds, so all
     walks come first; a lock may split an edge that a later query ended on, which then resolves its place again.
     """
     s = open_state(table)

@@ -1,8 +1,8 @@
 """The eviction queue: a 4-ary min-heap of candidate rows by (score, tick), kept up lazily.
 
 A row enters when it becomes childless and unlocked, once (`queued`). Its score and tick only ever grow under the
-policies that use the queue, so an entry is never too late: whoever takes it looks again, and puts it back if the row has
-been used since. A look-up thus costs the queue nothing, and an eviction O(log n) whatever the size of the tree.
+policies that use the queue, so an entry is never too late: whoever takes it looks again, and puts it back if the row
+has been used since. A look-up thus costs the queue nothing, and an eviction O(log n) whatever the size of the tree.
 """
 
 from __future__ import annotations
