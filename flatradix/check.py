@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from flatradix.layout import FREE_ROW, Meta
+from flatradix import meta
+from flatradix.layout import FREE_ROW
 from flatradix.namespaces import Namespace
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class _Arrays:
     def __init__(self, tree: RadixTree) -> None:
         state = tree._state
         self.meta = state.meta.cpu().numpy()
-        rows = int(self.meta[Meta.ROWS])
+        rows = int(self.meta[meta.ROWS])
         for name in _COLUMNS:
             setattr(self, name, getattr(state, name)[:rows].cpu().numpy())
         self.live = 1 + np.flatnonzero(self.parent[1:] != FREE_ROW)
@@ -169,7 +170,7 @@ def _check_relations(tree: RadixTree, a: _Arrays) -> None:
     _all(a.own_locks[live] >= 0, live, "own_locks is negative")
     _all(a.tick[above] >= a.tick[inner], inner, "it was used after its parent")
     _all(a.priority[above] >= a.priority[inner], inner, "its priority is above its parent's")
-    _all(a.tick[live] <= int(a.meta[Meta.CLOCK]), live, "its tick is in the future")
+    _all(a.tick[live] <= int(a.meta[meta.CLOCK]), live, "its tick is in the future")
     top = ~a.parent[live[a.parent[live] < 0]]
     counts = tree._state.namespace_children.cpu().numpy()
     _equal(counts.sum(), len(top), "nodes counted in namespaces")
@@ -179,7 +180,7 @@ def _check_relations(tree: RadixTree, a: _Arrays) -> None:
 
 
 def _check_table(tree: RadixTree, a: _Arrays) -> None:
-    mask = int(a.meta[Meta.TABLE_MASK])
+    mask = int(a.meta[meta.TABLE_MASK])
     table = tree._state.table[: mask + 1].cpu().numpy()
     filled = np.flatnonzero(table)
     _equal(sorted((table[filled] & _UINT32).tolist()), a.live.tolist(), "rows in the child table")
@@ -198,7 +199,7 @@ def _check_table(tree: RadixTree, a: _Arrays) -> None:
 
 
 def _check_pool(tree: RadixTree, a: _Arrays) -> None:
-    page, pages = tree.page_size, int(a.meta[Meta.POOL_PAGES])
+    page, pages = tree.page_size, int(a.meta[meta.POOL_PAGES])
     owners = np.zeros(pages, np.int64)
     for row in a.live.tolist():
         begin = int(a.start[row])
@@ -212,14 +213,14 @@ def _check_pool(tree: RadixTree, a: _Arrays) -> None:
 
 
 def _check_rows(tree: RadixTree, a: _Arrays) -> None:
-    count = int(a.meta[Meta.FREE_ROWS])
+    count = int(a.meta[meta.FREE_ROWS])
     free = tree._state.free_rows[:count].cpu().numpy()
     _equal(sorted([*free.tolist(), *a.live.tolist()]), list(range(1, len(a.parent))), "rows, free and in use")
-    _equal(int(a.meta[Meta.RELEASED]), 0, "released namespaces that wait")
+    _equal(int(a.meta[meta.RELEASED]), 0, "released namespaces that wait")
 
 
 def _check_queue(tree: RadixTree, a: _Arrays) -> None:
-    size = int(a.meta[Meta.QUEUE])
+    size = int(a.meta[meta.QUEUE])
     rows = tree._state.queue_row[:size].cpu().numpy()
     _equal(sorted(rows.tolist()), np.flatnonzero(a.queued).tolist(), "rows in the queue")
     if tree._score is not None:

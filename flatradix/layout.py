@@ -8,11 +8,12 @@ page); there are no child lists. Edges are ranges of a pool: splitting one moves
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from flatradix import meta
 
 FREE_ROW = -(2**31)
 MAX_UNITS = 2**31 - 1
@@ -20,36 +21,6 @@ MAX_UNITS = 2**31 - 1
 # range long enough easy to find. On the conversation trace (page 64, 1M tokens) no compaction happens at all.
 POOL_SLACK = 4
 SMALLEST_TABLE = 64
-
-
-class Meta(IntEnum):
-    """Places in `TreeState.meta`. The first group never changes after the allocation, `reset` clears the last."""
-
-    PAGE = 0
-    BIGRAM = 1
-    POLICY = 2
-    THRESHOLD = 3
-    MAX_TOKENS = 4
-    ROW_CAPACITY = 5
-    POOL_PAGES = 6
-    GENERATION = 7
-
-    CLOCK = 8
-    RELEASED = 9
-    ERROR_QUERY = 10
-    ERROR_VALUE = 11
-
-    EVICTABLE = 12
-    PROTECTED = 13
-    NODES = 14
-    ROWS = 15
-    FREE_ROWS = 16
-    TABLE_MASK = 17
-    QUEUE = 18
-    POOL_CURSOR = 19
-
-
-META_SIZE = len(Meta)
 
 
 class TreeState(NamedTuple):
@@ -81,7 +52,7 @@ class TreeState(NamedTuple):
     namespace_hash: torch.Tensor  # int64 [N]
     released: torch.Tensor  # int32 [N]: namespaces that lost their last node, for the host to forget
     multipliers: torch.Tensor  # int64 [page], [2 * page] with bigrams: of the multilinear page hash
-    meta: torch.Tensor  # int64 [META_SIZE]
+    meta: torch.Tensor  # int64 [meta.SIZE]
 
 
 def row_capacity(max_tokens: int, page_size: int) -> int:
@@ -135,15 +106,15 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
         namespace_hash=_zeros(rows, i64),
         released=_zeros(rows, i32),
         multipliers=torch.from_numpy(multipliers),
-        meta=_zeros(META_SIZE, i64),
+        meta=_zeros(meta.SIZE, i64),
     )
-    meta = state.meta
-    meta[Meta.PAGE] = page_size
-    meta[Meta.BIGRAM] = bigram
-    meta[Meta.MAX_TOKENS] = max_tokens
-    meta[Meta.ROW_CAPACITY] = rows
-    meta[Meta.POOL_PAGES] = units // page_size
-    meta[Meta.GENERATION] = generation
-    meta[Meta.ROWS] = 1
-    meta[Meta.TABLE_MASK] = SMALLEST_TABLE - 1
+    numbers = state.meta
+    numbers[meta.PAGE] = page_size
+    numbers[meta.BIGRAM] = bigram
+    numbers[meta.MAX_TOKENS] = max_tokens
+    numbers[meta.ROW_CAPACITY] = rows
+    numbers[meta.POOL_PAGES] = units // page_size
+    numbers[meta.GENERATION] = generation
+    numbers[meta.ROWS] = 1
+    numbers[meta.TABLE_MASK] = SMALLEST_TABLE - 1
     return state

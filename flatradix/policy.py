@@ -17,7 +17,7 @@ SLRU_THRESHOLD = 2
 
 
 class Code(IntEnum):
-    """Numbers of the policies in `Meta.POLICY`. SCORES: a function scores all nodes at each eviction."""
+    """Numbers of the policies in `meta.POLICY`. SCORES: a function scores all nodes at each eviction."""
 
     LRU = 0
     LFU = 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flatradix.layout import Meta
+from flatradix import meta
 from flatradix.policy import Policy
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ _ROWS = (
     "parent", "start", "length", "end", "children", "lock_ref", "own_locks", "hit_count", "tag", "tick",
     "created", "priority", "generation",
 )  # fmt: skip
-_KEPT_META = (Meta.GENERATION, Meta.CLOCK, Meta.EVICTABLE, Meta.PROTECTED, Meta.NODES, Meta.ROWS, Meta.FREE_ROWS)
+_KEPT_META = (meta.GENERATION, meta.CLOCK, meta.EVICTABLE, meta.PROTECTED, meta.NODES, meta.ROWS, meta.FREE_ROWS)
 
 
 def save(tree: RadixTree, path: str | Path) -> None:
     state = tree._state
-    meta = state.meta.cpu()
+    numbers = state.meta.cpu()
     tree._compact()
-    rows, free = int(meta[Meta.ROWS]), int(meta[Meta.FREE_ROWS])
+    rows, free = int(numbers[meta.ROWS]), int(numbers[meta.FREE_ROWS])
     units = tree.total_tokens
     content: dict[str, Any] = {name: getattr(state, name)[:rows].cpu().clone() for name in _ROWS}
     content |= {
@@ -38,7 +38,7 @@ def save(tree: RadixTree, path: str | Path) -> None:
             "bigram": tree.bigram,
             "slot_dtype": str(tree.slot_dtype),
         },
-        "meta": [int(meta[name]) for name in _KEPT_META],
+        "meta": [int(numbers[place]) for place in _KEPT_META],
         "namespaces": tree._namespaces.items(),
         "namespace_children": state.namespace_children[: 1 + max(c for c, _ in tree._namespaces.items())].clone(),
         "free_rows": state.free_rows[:free].cpu().clone(),

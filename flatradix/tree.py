@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix import backend, namespaces
+from flatradix import backend, meta, namespaces
 from flatradix import policy as policies
 from flatradix.buffers import Batch, is_single, read_batch, read_one
-from flatradix.layout import MAX_UNITS, Meta, TreeState, allocate, pool_units, row_capacity
+from flatradix.layout import MAX_UNITS, TreeState, allocate, pool_units, row_capacity
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
 from flatradix.ragged import Ragged
@@ -26,13 +26,13 @@ _GENERATIONS_APART = 1 << 20
 _NO_HANDLE = -1
 _NO_SCORES = np.empty(0, np.int64)
 
-_ERROR_QUERY, _ERROR_VALUE = int(Meta.ERROR_QUERY), int(Meta.ERROR_VALUE)
-_EVICTABLE, _PROTECTED, _NODES = int(Meta.EVICTABLE), int(Meta.PROTECTED), int(Meta.NODES)
+_ERROR_QUERY, _ERROR_VALUE = int(meta.ERROR_QUERY), int(meta.ERROR_VALUE)
+_EVICTABLE, _PROTECTED, _NODES = int(meta.EVICTABLE), int(meta.PROTECTED), int(meta.NODES)
 _RELEASED, _ROWS, _FREE_ROWS, _CLOCK = (
-    int(Meta.RELEASED),
-    int(Meta.ROWS),
-    int(Meta.FREE_ROWS),
-    int(Meta.CLOCK),
+    int(meta.RELEASED),
+    int(meta.ROWS),
+    int(meta.FREE_ROWS),
+    int(meta.CLOCK),
 )
 
 
@@ -80,8 +80,8 @@ class RadixTree:
         self._kernels = backend.kernels_for(self.device)
         generation = next(_trees) * _GENERATIONS_APART
         state = allocate(self.max_tokens, self.page_size, self.bigram, generation)
-        state.meta[Meta.POLICY] = code
-        state.meta[Meta.THRESHOLD] = policies.SLRU_THRESHOLD
+        state.meta[meta.POLICY] = code
+        state.meta[meta.THRESHOLD] = policies.SLRU_THRESHOLD
         self._attach(state)
 
     def _attach(self, state: TreeState) -> None:

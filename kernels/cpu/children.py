@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels import scalar
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.units import common_tokens, page_sum
-from flatradix.layout import FREE_ROW, Meta
+from flatradix.layout import FREE_ROW
 
 page_tag = helper(scalar.page_tag)
 pack_entry = helper(scalar.pack_entry)
@@ -20,8 +21,8 @@ LOW32 = scalar.LOW32
 
 @helper
 def tag_of(s, first, second, wide, parent):
-    bigram = s.meta[Meta.BIGRAM] != 0
-    return page_tag(page_sum(s.multipliers, first, second, wide, s.meta[Meta.PAGE], bigram), parent)
+    bigram = s.meta[meta.BIGRAM] != 0
+    return page_tag(page_sum(s.multipliers, first, second, wide, s.meta[meta.PAGE], bigram), parent)
 
 
 @helper
@@ -30,11 +31,11 @@ def find_child(s, parent, key, wide, limit):
 
     `key` is an address and has `limit` >= page units. The units in common are whole pages.
     """
-    page = s.meta[Meta.PAGE]
-    bigram = s.meta[Meta.BIGRAM] != 0
+    page = s.meta[meta.PAGE]
+    bigram = s.meta[meta.BIGRAM] != 0
     step = 8 if wide else 4
     tag = tag_of(s, key, key + step, wide, parent)
-    mask = s.meta[Meta.TABLE_MASK]
+    mask = s.meta[meta.TABLE_MASK]
     place = tag & mask
     while True:
         entry = s.table[place]
@@ -57,7 +58,7 @@ def find_child(s, parent, key, wide, limit):
 def add_child(s, row, tag):
     """Enter a row whose page no sibling begins with."""
     s.tag[row] = np.int32(tag)
-    mask = s.meta[Meta.TABLE_MASK]
+    mask = s.meta[meta.TABLE_MASK]
     place = tag & mask
     while s.table[place] != 0:
         place = (place + 1) & mask
@@ -66,7 +67,7 @@ def add_child(s, row, tag):
 
 @helper
 def _place_of(s, row):
-    mask = s.meta[Meta.TABLE_MASK]
+    mask = s.meta[meta.TABLE_MASK]
     entry = pack_entry(s.tag[row] & LOW32, row)
     place = entry >> 32 & mask
     while s.table[place] != entry:
@@ -84,7 +85,7 @@ def replace_child(s, row, successor):
 @helper
 def remove_child(s, row):
     """Take the entry of `row` out and close the gap, so that no probe ends early."""
-    mask = s.meta[Meta.TABLE_MASK]
+    mask = s.meta[meta.TABLE_MASK]
     gap = _place_of(s, row)
     place = gap
     while True:
@@ -102,10 +103,10 @@ def remove_child(s, row):
 @helper
 def refill(s, mask):
     """Clear `mask + 1` places and enter every row anew."""
-    s.meta[Meta.TABLE_MASK] = mask
+    s.meta[meta.TABLE_MASK] = mask
     for place in range(mask + 1):
         s.table[place] = 0
-    for row in range(1, s.meta[Meta.ROWS]):
+    for row in range(1, s.meta[meta.ROWS]):
         if s.parent[row] != FREE_ROW:
             add_child(s, row, s.tag[row] & LOW32)
 
@@ -113,8 +114,8 @@ def refill(s, mask):
 @helper
 def make_room(s, additional):
     """Keep the table at most half full with that many more children."""
-    places = s.meta[Meta.TABLE_MASK] + 1
-    wanted = 2 * (s.meta[Meta.NODES] + additional)
+    places = s.meta[meta.TABLE_MASK] + 1
+    wanted = 2 * (s.meta[meta.NODES] + additional)
     if wanted > places:
         while wanted > places:
             places *= 2

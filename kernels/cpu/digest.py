@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels import scalar
 from flatradix.kernels.cpu.jit import helper, int32_at, kernel, open_state
-from flatradix.layout import FREE_ROW, Meta
+from flatradix.layout import FREE_ROW
 
 mix = helper(scalar.mix)
 
@@ -20,7 +21,7 @@ def _edge_sum(s, row, lane):
     """The node's own part of its path hash."""
     tokens = int32_at(s.tokens + 4 * np.int64(s.start[row]))
     seconds = int32_at(s.seconds + 4 * np.int64(s.start[row]))
-    bigram = s.meta[Meta.BIGRAM] != 0
+    bigram = s.meta[meta.BIGRAM] != 0
     begin = np.int64(s.end[row] - s.length[row])
     total = np.int64(0)
     for j in range(np.int64(s.length[row])):
@@ -34,7 +35,7 @@ def _edge_sum(s, row, lane):
 @helper
 def _path_sums(s, lane):
     """int64 [rows]: the hash of the path from the root to each node's end."""
-    rows = s.meta[Meta.ROWS]
+    rows = s.meta[meta.ROWS]
     sums = np.zeros(rows, np.int64)
     order = np.empty(rows, np.int64)
     known = np.zeros(rows, np.int8)
@@ -70,7 +71,7 @@ def digest(table, slots, lane):
     s = open_state(table)
     sums = _path_sums(s, lane)
     total = np.int64(0)
-    for row in range(1, s.meta[Meta.ROWS]):
+    for row in range(1, s.meta[meta.ROWS]):
         if s.parent[row] != FREE_ROW:
             term = mix(sums[row] + s.length[row])
             term = mix(term + _slot_sum(slots, np.int64(s.start[row]), np.int64(s.length[row])))

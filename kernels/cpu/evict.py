@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.queue import SCORES, drop_top, push, score_of, sift_down
 from flatradix.kernels.cpu.rows import free_row
-from flatradix.layout import FREE_ROW, Meta
+from flatradix.layout import FREE_ROW
 
 
 @helper
 def _score(s, scores, row):
-    if s.meta[Meta.POLICY] == SCORES:
+    if s.meta[meta.POLICY] == SCORES:
         return scores[row]
     return score_of(s, row)
 
@@ -20,17 +21,17 @@ def _score(s, scores, row):
 @helper
 def _fill_queue(s, scores):
     """Enter every candidate, for policies whose scores are made anew for each eviction."""
-    s.meta[Meta.QUEUE] = 0
-    for row in range(1, s.meta[Meta.ROWS]):
+    s.meta[meta.QUEUE] = 0
+    for row in range(1, s.meta[meta.ROWS]):
         if s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0:
             push(s, row, scores[row])
 
 
 @helper
 def _empty_queue(s):
-    for place in range(s.meta[Meta.QUEUE]):
+    for place in range(s.meta[meta.QUEUE]):
         s.queued[s.queue_row[place]] = 0
-    s.meta[Meta.QUEUE] = 0
+    s.meta[meta.QUEUE] = 0
 
 
 @helper
@@ -45,8 +46,8 @@ def _detach(s, row, scores):
     namespace = ~np.int64(parent)
     s.namespace_children[namespace] -= 1
     if s.namespace_children[namespace] == 0 and namespace != 0:
-        s.released[s.meta[Meta.RELEASED]] = namespace
-        s.meta[Meta.RELEASED] += 1
+        s.released[s.meta[meta.RELEASED]] = namespace
+        s.meta[meta.RELEASED] += 1
 
 
 @helper
@@ -54,7 +55,7 @@ def _refresh_top(s, row, score):
     """Put the first entry where it belongs now; whether it stays first."""
     if score == s.queue_score[0] and s.tick[row] == s.queue_tick[0]:
         return True
-    sift_down(s, score, s.tick[row], row, s.meta[Meta.QUEUE])
+    sift_down(s, score, s.tick[row], row, s.meta[meta.QUEUE])
     return False
 
 
@@ -66,11 +67,11 @@ def evict(table, wanted, scores):
     that the queue knows.
     """
     s = open_state(table)
-    if s.meta[Meta.POLICY] == SCORES:
+    if s.meta[meta.POLICY] == SCORES:
         _fill_queue(s, scores)
     tokens = np.int64(0)
     nodes = 0
-    while tokens < wanted and s.meta[Meta.QUEUE] > 0:
+    while tokens < wanted and s.meta[meta.QUEUE] > 0:
         row = np.int64(s.queue_row[0])
         if s.children[row] > 0 or s.lock_ref[row] > 0:
             drop_top(s)
@@ -80,7 +81,7 @@ def evict(table, wanted, scores):
             free_row(s, row)
             tokens += s.length[row]
             nodes += 1
-    s.meta[Meta.EVICTABLE] -= tokens
-    if s.meta[Meta.POLICY] == SCORES:
+    s.meta[meta.EVICTABLE] -= tokens
+    if s.meta[meta.POLICY] == SCORES:
         _empty_queue(s)
     return tokens, nodes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.children import add_child, make_room, tag_of
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.pool import find_room, mark
@@ -17,7 +18,7 @@ from flatradix.kernels.cpu.rows import handle_of, split, take_row
 from flatradix.kernels.cpu.sharing import shared_units
 from flatradix.kernels.cpu.units import copy_tokens, first_bad
 from flatradix.kernels.cpu.walk import NO_HANDLE, begin, refuse, walk, whole_pages
-from flatradix.layout import MAX_UNITS, Meta
+from flatradix.layout import MAX_UNITS
 from flatradix.refusals import BAD_TOKEN, NO_CAPACITY, NO_ROOM
 
 
@@ -40,7 +41,7 @@ def _plan(s, query, key, wide, tokens, namespace, named, start_handle, start):
 @helper
 def _reserve(s, needed):
     """Where `needed` units will go in the pool: 0 if none are needed, or why they cannot."""
-    if s.meta[Meta.EVICTABLE] + s.meta[Meta.PROTECTED] + needed > s.meta[Meta.MAX_TOKENS]:
+    if s.meta[meta.EVICTABLE] + s.meta[meta.PROTECTED] + needed > s.meta[meta.MAX_TOKENS]:
         refuse(s, 0, needed)
         return np.int64(NO_CAPACITY)
     if needed == 0:
@@ -48,7 +49,7 @@ def _reserve(s, needed):
     place = find_room(s, needed)
     if place < 0:
         return np.int64(NO_ROOM)
-    s.meta[Meta.POOL_CURSOR] = (place + needed) // s.meta[Meta.PAGE]
+    s.meta[meta.POOL_CURSOR] = (place + needed) // s.meta[meta.PAGE]
     return place
 
 
@@ -79,7 +80,7 @@ def _add_leaf(s, parent, end, key, wide, count, place, tick, priority):
     s.created[row] = tick
     s.priority[row] = priority
     copy_tokens(key, wide, s.tokens + 4 * place, count)
-    if s.meta[Meta.BIGRAM] != 0:
+    if s.meta[meta.BIGRAM] != 0:
         copy_tokens(key + step, wide, s.seconds + 4 * place, count)
     add_child(s, row, tag_of(s, key, key + step, wide, parent))
     if parent >= 0:
@@ -87,7 +88,7 @@ def _add_leaf(s, parent, end, key, wide, count, place, tick, priority):
     else:
         s.namespace_children[~parent] += 1
     mark(s, place, count, True)
-    s.meta[Meta.EVICTABLE] += count
+    s.meta[meta.EVICTABLE] += count
     return row
 
 
@@ -109,8 +110,8 @@ def _carry_out(s, row, length, end, key, wide, start, namespace, priority, inser
 
     Units of the key from the length that was there to `end` are put at `place` in the pool.
     """
-    s.meta[Meta.CLOCK] += 2
-    tick = s.meta[Meta.CLOCK]
+    s.meta[meta.CLOCK] += 2
+    tick = s.meta[meta.CLOCK]
     while row > 0 and s.end[row] - s.length[row] >= length:
         row = np.int64(s.parent[row])
     step = 8 if wide else 4

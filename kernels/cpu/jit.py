@@ -55,33 +55,24 @@ def helper(function: Callable[..., Any]) -> Any:
     return numba.njit(**_OPTIONS)(function)
 
 
-@intrinsic  # type: ignore[arg-type]
-def pointer(typingctx: Any, address: Any) -> Any:
-    """The void pointer with that address."""
+def _pointer_to(element: Any) -> Any:
+    """A function from an address to a typed pointer: indexed without a bound, and never from the end.
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+    One LLVM value where an array has seven, which the compiler has to carry through every call.
+    """
 
-    return types.voidptr(types.int64), codegen
+    def at(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
+        return types.CPointer(element)(types.int64), codegen
 
-# The arrays that kernels open by address know no length: nothing checks bounds, and nothing may count from the end.
-UNKNOWN = 1 << 40
-
-
-@helper
-def int32_at(address):
-    return numba.carray(pointer(address), (UNKNOWN,), np.int32)
+    return intrinsic(at)
 
 
-@helper
-def int64_at(address):
-    return numba.carray(pointer(address), (UNKNOWN,), np.int64)
-
-
-@helper
-def int8_at(address):
-    return numba.carray(pointer(address), (UNKNOWN,), np.int8)
+int8_at = _pointer_to(types.int8)
+int32_at = _pointer_to(types.int32)
+int64_at = _pointer_to(types.int64)
 
 
 def address_table(state: TreeState) -> np.ndarray:
@@ -91,7 +82,7 @@ def address_table(state: TreeState) -> np.ndarray:
 
 @helper
 def open_state(table):
-    """The state's arrays, `tokens` and `seconds` as plain addresses: what reads them wants pointers."""
+    """The state with a pointer in the place of each array; `tokens` and `seconds` as plain addresses."""
     return TreeState(
         int32_at(table[0]),
         int32_at(table[1]),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.children import make_room
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.queue import offer
 from flatradix.kernels.cpu.rows import handle_of, resolve, split
 from flatradix.kernels.cpu.walk import refuse
-from flatradix.layout import Meta
 from flatradix.refusals import NOT_LOCKED
 
 
@@ -23,7 +23,7 @@ def lock_place(s, row, length):
         return row
     if length < s.end[row]:
         make_room(s, 1)
-        row = split(s, row, length, s.meta[Meta.CLOCK] + 1)
+        row = split(s, row, length, s.meta[meta.CLOCK] + 1)
     s.own_locks[row] += 1
     newly = np.int64(0)
     place = row
@@ -32,8 +32,8 @@ def lock_place(s, row, length):
             newly += s.length[place]
         s.lock_ref[place] += 1
         place = np.int64(s.parent[place])
-    s.meta[Meta.PROTECTED] += newly
-    s.meta[Meta.EVICTABLE] -= newly
+    s.meta[meta.PROTECTED] += newly
+    s.meta[meta.EVICTABLE] -= newly
     return row
 
 
@@ -49,8 +49,8 @@ def _unlock_row(s, row):
             if s.children[place] == 0:
                 offer(s, place)
         place = np.int64(s.parent[place])
-    s.meta[Meta.PROTECTED] -= freed
-    s.meta[Meta.EVICTABLE] += freed
+    s.meta[meta.PROTECTED] -= freed
+    s.meta[meta.EVICTABLE] += freed
 
 
 @helper

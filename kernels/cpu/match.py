@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.lock import lock_place
 from flatradix.kernels.cpu.rows import handle_of
 from flatradix.kernels.cpu.units import first_bad
 from flatradix.kernels.cpu.walk import NO_HANDLE, begin, refuse, touch_path, walk, whole_pages
-from flatradix.layout import MAX_UNITS, Meta
+from flatradix.layout import MAX_UNITS
 from flatradix.refusals import BAD_TOKEN
 
 
@@ -18,14 +19,14 @@ def _bad_token(s, key, wide, units, done):
     """Where the page that ended the walk holds an invalid id, or -1. A cached page holds none."""
     if done >= units:
         return -1
-    return first_bad(key, wide, done, done + s.meta[Meta.PAGE] + s.meta[Meta.BIGRAM], MAX_UNITS)
+    return first_bad(key, wide, done, done + s.meta[meta.PAGE] + s.meta[meta.BIGRAM], MAX_UNITS)
 
 
 @helper
 def _finish(s, row, length, touch, lock):
     if touch:
-        s.meta[Meta.CLOCK] += 2
-        touch_path(s, row, s.meta[Meta.CLOCK])
+        s.meta[meta.CLOCK] += 2
+        touch_path(s, row, s.meta[meta.CLOCK])
     if lock:
         row = lock_place(s, row, length)
     return handle_of(s, row)
@@ -69,8 +70,9 @@ def match(table, keys, wide, counts, namespaces, named, start_handles, start_len
     """Match a batch in order.
 
     `keys` int64 [B] are addresses, `counts` tokens, `namespaces` codes, `named` whether the caller gave one. Fills
-    `lengths` int32 [B] and `handles` int64 [B]. Returns 0, or the reason why nothing was touched or locked. A match does not change what another finds, so all
-    walks come first; a lock may split an edge that a later query ended on, which then resolves its place again.
+    `lengths` int32 [B] and `handles` int64 [B]. Returns 0, or the reason why nothing was touched or locked. A match
+    does not change what another finds, so all walks come first; a lock may split an edge that a later query ended on,
+    which then resolves its place again.
     """
     s = open_state(table)
     for query in range(len(keys)):

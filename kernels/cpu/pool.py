@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.jit import helper
-from flatradix.layout import Meta
 
 
 @helper
@@ -24,7 +24,7 @@ def _range_mask(begin, end):
 @helper
 def mark(s, start, length, taken):
     """Mark a range of pool units, whole pages, as taken or free."""
-    page = s.meta[Meta.PAGE]
+    page = s.meta[meta.PAGE]
     begin = np.int64(start) // page
     end = begin + np.int64(length) // page
     while begin < end:
@@ -65,9 +65,9 @@ def _search(used, begin, end, count):
 @helper
 def find_room(s, units):
     """Start of `units` contiguous free pool units, whole pages, or -1. Nothing is marked, the cursor stays."""
-    page = s.meta[Meta.PAGE]
-    pages = s.meta[Meta.POOL_PAGES]
-    cursor = s.meta[Meta.POOL_CURSOR]
+    page = s.meta[meta.PAGE]
+    pages = s.meta[meta.POOL_PAGES]
+    cursor = s.meta[meta.POOL_CURSOR]
     count = units // page
     found = _search(s.used, cursor, pages, count)
     if found < 0:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.jit import helper
-from flatradix.layout import Meta
 
 LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)
 ARITY = 4
@@ -19,11 +19,11 @@ ARITY = 4
 @helper
 def score_of(s, row):
     """What the built-in policies order by, before the tick; smaller goes first (SGLang's evict_policy.py)."""
-    policy = s.meta[Meta.POLICY]
+    policy = s.meta[meta.POLICY]
     if policy == LFU:
         return np.int64(s.hit_count[row])
     if policy == SLRU:
-        return np.int64(s.hit_count[row] >= s.meta[Meta.THRESHOLD])
+        return np.int64(s.hit_count[row] >= s.meta[meta.THRESHOLD])
     if policy == FIFO:
         return s.created[row]
     if policy == FILO:
@@ -59,8 +59,8 @@ def _move(s, source, target):
 def push(s, row, score):
     s.queued[row] = 1
     tick = s.tick[row]
-    place = s.meta[Meta.QUEUE]
-    s.meta[Meta.QUEUE] = place + 1
+    place = s.meta[meta.QUEUE]
+    s.meta[meta.QUEUE] = place + 1
     while place > 0:
         above = (place - 1) // ARITY
         if not _before(s, score, tick, row, above):
@@ -100,8 +100,8 @@ def sift_down(s, score, tick, row, size):
 def drop_top(s):
     """Take the first entry out."""
     s.queued[s.queue_row[0]] = 0
-    size = s.meta[Meta.QUEUE] - 1
-    s.meta[Meta.QUEUE] = size
+    size = s.meta[meta.QUEUE] - 1
+    s.meta[meta.QUEUE] = size
     if size > 0:
         sift_down(s, s.queue_score[size], s.queue_tick[size], s.queue_row[size], size)
 
@@ -109,5 +109,5 @@ def drop_top(s):
 @helper
 def offer(s, row):
     """Enter a row that has become a candidate, unless the policy scores all rows at each eviction."""
-    if s.queued[row] == 0 and s.meta[Meta.POLICY] != SCORES:
+    if s.queued[row] == 0 and s.meta[meta.POLICY] != SCORES:
         push(s, row, score_of(s, row))

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.children import refill
 from flatradix.kernels.cpu.jit import kernel, open_state
 from flatradix.kernels.cpu.pool import mark
 from flatradix.kernels.cpu.queue import offer
-from flatradix.layout import FREE_ROW, SMALLEST_TABLE, Meta
+from flatradix.layout import FREE_ROW, SMALLEST_TABLE
 
 
 @kernel
 def reset(table):
     """Drop every node, locked ones too; their handles go stale. The clock goes on."""
     s = open_state(table)
-    for row in range(1, s.meta[Meta.ROWS]):
+    for row in range(1, s.meta[meta.ROWS]):
         if s.parent[row] != FREE_ROW:
             if s.parent[row] < 0:
                 s.namespace_children[~s.parent[row]] = 0
             s.parent[row] = FREE_ROW
             s.generation[row] += 1
-            count = s.meta[Meta.FREE_ROWS]
+            count = s.meta[meta.FREE_ROWS]
             s.free_rows[count] = row
-            s.meta[Meta.FREE_ROWS] = count + 1
-    for word in range((s.meta[Meta.POOL_PAGES] + 63) // 64):
+            s.meta[meta.FREE_ROWS] = count + 1
+    for word in range((s.meta[meta.POOL_PAGES] + 63) // 64):
         s.used[word] = 0
-    for name in (Meta.EVICTABLE, Meta.PROTECTED, Meta.NODES, Meta.QUEUE, Meta.POOL_CURSOR):
+    for name in (meta.EVICTABLE, meta.PROTECTED, meta.NODES, meta.QUEUE, meta.POOL_CURSOR):
         s.meta[name] = 0
     refill(s, SMALLEST_TABLE - 1)
 
@@ -36,11 +37,11 @@ def rebuild(table):
     """Make the child table, the pool's bitmap and the queue from the rows, of a tree that was just loaded."""
     s = open_state(table)
     places = np.int64(SMALLEST_TABLE)
-    while places < 2 * s.meta[Meta.NODES]:
+    while places < 2 * s.meta[meta.NODES]:
         places *= 2
     refill(s, places - 1)
-    s.meta[Meta.QUEUE] = 0
-    for row in range(1, s.meta[Meta.ROWS]):
+    s.meta[meta.QUEUE] = 0
+    for row in range(1, s.meta[meta.ROWS]):
         s.queued[row] = 0
         if s.parent[row] != FREE_ROW:
             mark(s, s.start[row], s.length[row], True)

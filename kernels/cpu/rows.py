@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels import scalar
 from flatradix.kernels.cpu.children import add_child, remove_child, replace_child, tag_of
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.pool import mark
-from flatradix.layout import FREE_ROW, Meta
+from flatradix.layout import FREE_ROW
 from flatradix.refusals import NOT_THERE, STALE
 
 pack_handle = helper(scalar.pack_handle)
@@ -19,7 +20,7 @@ GENERATION_MASK = scalar.GENERATION_MASK
 
 @helper
 def handle_of(s, row):
-    return pack_handle(row, s.meta[Meta.GENERATION] + s.generation[row])
+    return pack_handle(row, s.meta[meta.GENERATION] + s.generation[row])
 
 
 @helper
@@ -30,11 +31,11 @@ def resolve(s, handle, length):
     the place up, never down: the lower part of a split edge keeps its row.
     """
     row = handle & ROW_MASK
-    if handle < 0 or row >= s.meta[Meta.ROWS]:
+    if handle < 0 or row >= s.meta[meta.ROWS]:
         return np.int64(STALE)
-    if handle >> ROW_BITS != (s.meta[Meta.GENERATION] + s.generation[row]) & GENERATION_MASK:
+    if handle >> ROW_BITS != (s.meta[meta.GENERATION] + s.generation[row]) & GENERATION_MASK:
         return np.int64(STALE)
-    if length < 0 or length > s.end[row] or length % s.meta[Meta.PAGE] != 0:
+    if length < 0 or length > s.end[row] or length % s.meta[meta.PAGE] != 0:
         return np.int64(NOT_THERE)
     while row > 0 and s.end[row] - s.length[row] >= length:
         row = np.int64(s.parent[row])
@@ -43,13 +44,13 @@ def resolve(s, handle, length):
 
 @helper
 def take_row(s):
-    count = s.meta[Meta.FREE_ROWS]
-    s.meta[Meta.NODES] += 1
+    count = s.meta[meta.FREE_ROWS]
+    s.meta[meta.NODES] += 1
     if count > 0:
-        s.meta[Meta.FREE_ROWS] = count - 1
+        s.meta[meta.FREE_ROWS] = count - 1
         return np.int64(s.free_rows[count - 1])
-    row = s.meta[Meta.ROWS]
-    s.meta[Meta.ROWS] = row + 1
+    row = s.meta[meta.ROWS]
+    s.meta[meta.ROWS] = row + 1
     return row
 
 
@@ -60,10 +61,10 @@ def free_row(s, row):
     mark(s, s.start[row], s.length[row], False)
     s.parent[row] = FREE_ROW
     s.generation[row] += 1
-    count = s.meta[Meta.FREE_ROWS]
+    count = s.meta[meta.FREE_ROWS]
     s.free_rows[count] = row
-    s.meta[Meta.FREE_ROWS] = count + 1
-    s.meta[Meta.NODES] -= 1
+    s.meta[meta.FREE_ROWS] = count + 1
+    s.meta[meta.NODES] -= 1
 
 
 @helper

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.units import token_at
-from flatradix.layout import Meta
 
 
 @helper
@@ -27,7 +27,7 @@ def _common(s, a, b, keys, wide, namespaces, rows, reached, ends, starts):
         return np.int64(0), reached[a] < reached[b]
     from_a = reached[a] - starts[a]
     from_b = reached[b] - starts[b]
-    bigram = s.meta[Meta.BIGRAM]
+    bigram = s.meta[meta.BIGRAM]
     units_a = np.int64(ends[a] - reached[a])
     units_b = np.int64(ends[b] - reached[b])
     shorter = min(units_a, units_b)
@@ -37,7 +37,7 @@ def _common(s, a, b, keys, wide, namespaces, rows, reached, ends, starts):
         y = token_at(keys[b], wide, from_b + j)
         if x != y:
             units = max(j - bigram, 0)
-            return units - units % s.meta[Meta.PAGE], x < y
+            return units - units % s.meta[meta.PAGE], x < y
     return shorter, units_a < units_b
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.children import find_child
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import common_tokens, token_at
-from flatradix.layout import Meta
 from flatradix.refusals import OTHER_NAMESPACE, OTHER_TOKEN
 
 NO_HANDLE = -1
@@ -18,10 +18,10 @@ UNKNOWN_NAMESPACE = -1
 @helper
 def whole_pages(s, tokens):
     """Units in the whole pages of a key of that many tokens."""
-    units = tokens - s.meta[Meta.BIGRAM]
+    units = tokens - s.meta[meta.BIGRAM]
     if units <= 0:
         return np.int64(0)
-    return units - units % s.meta[Meta.PAGE]
+    return units - units % s.meta[meta.PAGE]
 
 
 @helper
@@ -32,10 +32,10 @@ def _along_edge(s, row, at, key, wide, limit):
         return np.int64(0)
     place = s.start[row] + s.length[row] - (s.end[row] - at)
     common = common_tokens(s.tokens + 4 * place, key, wide, count)
-    if s.meta[Meta.BIGRAM] != 0 and common > 0:
+    if s.meta[meta.BIGRAM] != 0 and common > 0:
         step = 8 if wide else 4
         common = common_tokens(s.seconds + 4 * place, key + step, wide, common)
-    return common - common % s.meta[Meta.PAGE]
+    return common - common % s.meta[meta.PAGE]
 
 
 @helper
@@ -88,7 +88,7 @@ def begin(s, handle, length, namespace, named, key, wide, tokens):
         return row
     if named and namespace_of(s, row) != namespace:
         return np.int64(OTHER_NAMESPACE)
-    if s.meta[Meta.BIGRAM] != 0 and tokens > 0:
+    if s.meta[meta.BIGRAM] != 0 and tokens > 0:
         place = s.start[row] + s.length[row] - (s.end[row] - length) - 1
         if token_at(s.seconds, False, place) != token_at(key, wide, 0):
             return np.int64(OTHER_TOKEN)
@@ -106,5 +106,5 @@ def touch_path(s, row, tick):
 @helper
 def refuse(s, query, value):
     """Note which query is refused, and a number that the message wants."""
-    s.meta[Meta.ERROR_QUERY] = query
-    s.meta[Meta.ERROR_VALUE] = value
+    s.meta[meta.ERROR_QUERY] = query
+    s.meta[meta.ERROR_VALUE] = value

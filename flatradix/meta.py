@@ -1,0 +1,34 @@
+"""Places in `TreeState.meta`: what a tree is made for, its counters, and how the last refused call failed.
+
+Plain constants of a module, because every kernel compiler takes those.
+"""
+
+from __future__ import annotations
+
+# What never changes after the allocation.
+PAGE = 0
+BIGRAM = 1
+POLICY = 2
+THRESHOLD = 3
+MAX_TOKENS = 4
+ROW_CAPACITY = 5
+POOL_PAGES = 6
+GENERATION = 7
+
+# What `reset` leaves as it is.
+CLOCK = 8
+RELEASED = 9
+ERROR_QUERY = 10
+ERROR_VALUE = 11
+
+# What `reset` clears.
+EVICTABLE = 12
+PROTECTED = 13
+NODES = 14
+ROWS = 15
+FREE_ROWS = 16
+TABLE_MASK = 17
+QUEUE = 18
+POOL_CURSOR = 19
+
+SIZE = 20
