@@ -88,8 +88,10 @@ class RadixTree:
         """Take a state as this tree's own."""
         self._state = state
         self._table = self._kernels.address_table(state)
-        self._meta = memoryview(state.meta.numpy().data)
-        self._namespaces = Namespaces(state.namespace_hash.numpy())
+        self._host: Any = TreeState(*(tensor.numpy() for tensor in state))
+        self._parts = np.empty((2, 64), np.int32)
+        self._meta = memoryview(self._host.meta.data)
+        self._namespaces = Namespaces(self._host.namespace_hash)
         units = pool_units(self.max_tokens, self.page_size)
         self._slots: HostSlots | DeviceSlots
         if self.slot_device is None:
@@ -149,18 +151,28 @@ class RadixTree:
         places: a result of match or insert, or anything with .handles and .lengths. O(slots). Raises ValueError,
         StaleHandleError.
         """
-        lengths, handles = places_of(places)
-        counts, rows = lengths.numpy(), handles.numpy()
-        nodes = self._kernels.count_path_nodes(self._table, rows, counts)
+        if isinstance(places, Places) and places._handles is None:
+            return self._slots_one(places._handle, places._length)
+        lengths, handles = (tensor.numpy() for tensor in places_of(places))
+        nodes = self._kernels.count_path_nodes(self._table, handles, lengths)
         if nodes < 0:
             self._refuse("slots", nodes)
-        starts = np.empty(nodes, np.int32)
-        parts = np.empty(nodes, np.int32)
-        self._kernels.path_ranges(self._table, rows, counts, starts, parts)
-        offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
-        torch.cumsum(lengths, 0, out=offsets[1:])
+        starts, parts = np.empty(nodes, np.int32), np.empty(nodes, np.int32)
+        self._kernels.path_ranges(self._table, handles, lengths, starts, parts)
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
         values = self._slots.gather(Ranges(starts, parts, int(offsets[-1])))
-        return Ragged(values, offsets.to(values.device))
+        return Ragged.trusted(values, torch.from_numpy(offsets).to(values.device))
+
+    def _slots_one(self, handle: int, length: int) -> Ragged:
+        nodes = self._kernels.path_ranges_one(self._table, handle, length, self._parts[0], self._parts[1])
+        if nodes < 0:
+            self._refuse("slots", nodes)
+        if nodes > self._parts.shape[1]:
+            self._parts = np.empty((2, 2 * nodes), np.int32)
+            return self._slots_one(handle, length)
+        values = self._slots.gather(Ranges(self._parts[0, :nodes], self._parts[1, :nodes], length))
+        return Ragged.trusted(values, torch.from_numpy(np.array([0, length])).to(values.device))
 
     def lock(self, places: Any) -> None:
         """Protect each path, from its place to the root, from eviction, once more.
@@ -314,10 +326,10 @@ class RadixTree:
             raise ValueError(f"evict: {num_tokens} tokens; give a number >= 0")
         scores = _NO_SCORES if self._score is None else policies.scores_of(self._score, self._policy_nodes())
         tokens, nodes = self._kernels.evict(self._table, num_tokens, scores)
+        host = self._host
         end = self._meta[_FREE_ROWS]
-        rows = self._state.free_rows.numpy()[end - nodes : end]
-        ranges = Ranges(self._state.start.numpy()[rows], self._state.length.numpy()[rows], tokens)
-        slots = self._slots.gather(ranges)
+        rows = host.free_rows[end - nodes : end]
+        slots = self._slots.gather(Ranges(host.start[rows], host.length[rows], tokens))
         if self._meta[_RELEASED]:
             self._forget_namespaces()
         return EvictResult(slots, tokens, nodes)
@@ -329,7 +341,7 @@ class RadixTree:
         return policies.Nodes(*(column[:rows] for column in columns))
 
     def _forget_namespaces(self) -> None:
-        for code in self._state.released[: self._meta[_RELEASED]].tolist():
+        for code in self._host.released[: self._meta[_RELEASED]].tolist():
             self._namespaces.take_back(code)
         self._meta[_RELEASED] = 0
 

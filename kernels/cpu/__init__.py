@@ -15,6 +15,7 @@ from flatradix.kernels.cpu.slots import (
     gather_slots,
     move_slots,
     path_ranges,
+    path_ranges_one,
     write_slots,
     write_slots_one,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "match_one",
     "move_slots",
     "path_ranges",
+    "path_ranges_one",
     "rebuild",
     "reset",
     "unlock",

@@ -98,6 +98,15 @@ def move_slots(pool, pool_wide, sources, targets, lengths):
                 narrow[targets[part] + j] = narrow[sources[part] + j]
 
 
+@helper
+def _depth(s, row):
+    depth = np.int64(0)
+    while row > 0:
+        depth += 1
+        row = np.int64(s.parent[row])
+    return depth
+
+
 @kernel
 def count_path_nodes(table, handles, lengths):
     """Nodes on the paths of a batch together, or the reason of the first bad handle."""
@@ -108,29 +117,43 @@ def count_path_nodes(table, handles, lengths):
         if row < 0:
             refuse(s, query, lengths[query])
             return row
-        while row > 0:
-            total += 1
-            row = np.int64(s.parent[row])
+        total += _depth(s, row)
     return total
+
+
+@helper
+def _fill(s, row, length, starts, counts, end):
+    """Write the ranges of one path so that they end before place `end`."""
+    while row > 0:
+        end -= 1
+        begins = np.int64(s.end[row] - s.length[row])
+        starts[end] = s.start[row]
+        counts[end] = length - begins
+        length = begins
+        row = np.int64(s.parent[row])
 
 
 @kernel
 def path_ranges(table, handles, lengths, starts, counts):
     """Fill `starts` and `counts` int32 [nodes] with the pool ranges of the paths, each from the root down."""
     s = open_state(table)
-    end = 0
+    end = np.int64(0)
     for query in range(len(handles)):
         length = np.int64(lengths[query])
         row = resolve(s, handles[query], length)
-        place = row
-        while place > 0:
-            end += 1
-            place = np.int64(s.parent[place])
-        at = end
-        reached = length
-        while row > 0:
-            at -= 1
-            starts[at] = s.start[row]
-            counts[at] = reached - (s.end[row] - s.length[row])
-            reached -= counts[at]
-            row = np.int64(s.parent[row])
+        end += _depth(s, row)
+        _fill(s, row, length, starts, counts, end)
+
+
+@kernel
+def path_ranges_one(table, handle, length, starts, counts):
+    """The same for one path; returns its nodes, with nothing written if there are more than places, or the reason."""
+    s = open_state(table)
+    row = resolve(s, handle, length)
+    if row < 0:
+        refuse(s, 0, length)
+        return row
+    nodes = _depth(s, row)
+    if nodes <= len(starts):
+        _fill(s, row, length, starts, counts, nodes)
+    return nodes
