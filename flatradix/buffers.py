@@ -100,9 +100,12 @@ def _reader(values: Any) -> Any:
     )
 
 
-def read_one(values: Any) -> Buffer:
-    """One sequence as a buffer."""
-    return (_READERS.get(type(values)) or _reader(values))(values)
+def read_one(values: Any, what: str, query: int = 0) -> Buffer:
+    """One sequence as a buffer. `what` ("tokens", "slots") and `query` are named in the ValueError."""
+    try:
+        return (_READERS.get(type(values)) or _reader(values))(values)
+    except ValueError as error:
+        raise ValueError(f"{what} of query {query}: {error}") from None
 
 
 def is_single(queries: Any) -> bool:
@@ -121,23 +124,18 @@ def is_single(queries: Any) -> bool:
     return True
 
 
-def _read_ragged(ragged: Ragged) -> Batch:
+def _read_ragged(ragged: Ragged, what: str) -> Batch:
     ragged.validate()
-    address, _, wide, owner = read_one(ragged.values)
+    address, _, wide, owner = read_one(ragged.values, what)
     offsets = ragged.offsets.cpu().numpy()
     return Batch(address + offsets[:-1] * (8 if wide else 4), np.diff(offsets), wide, (owner, offsets))
 
 
 def _read_many(queries: Sequence[Any], what: str) -> Batch:
-    buffers: list[Buffer] = []
-    for position, query in enumerate(queries):
-        try:
-            buffers.append(read_one(query))
-        except ValueError as error:
-            raise ValueError(f"{what} of query {position}: {error}") from None
+    buffers = [read_one(values, what, query) for query, values in enumerate(queries)]
     wide = any(buffer[2] for buffer in buffers)
     if wide and not all(buffer[2] for buffer in buffers):
-        buffers = [b if b[2] else read_one(np.asarray(b[3]).astype(np.int64)) for b in buffers]
+        buffers = [b if b[2] else _read_numpy(np.asarray(b[3]).astype(np.int64)) for b in buffers]
     table = np.array([(b[0], b[1]) for b in buffers], dtype=np.int64).reshape(-1, 2)
     return Batch(table[:, 0].copy(), table[:, 1].copy(), wide, buffers)
 
@@ -148,7 +146,7 @@ def read_batch(queries: Any, what: str) -> Batch:
     `what` is named in errors ("tokens", "slots"). Raises ValueError that names the query.
     """
     if isinstance(queries, Ragged):
-        return _read_ragged(queries)
+        return _read_ragged(queries, what)
     if is_single(queries):
         queries = [queries]
     return _read_many(queries, what)

@@ -36,6 +36,14 @@ class Ragged:
         if self.values.device.type == "cpu":
             self.validate()
 
+    @classmethod
+    def trusted(cls, values: torch.Tensor, offsets: torch.Tensor) -> Ragged:
+        """Without the checks, for results whose parts are known to fit."""
+        self = cls.__new__(cls)
+        self.values = values
+        self.offsets = offsets
+        return self
+
     def validate(self) -> None:
         """Raise ValueError unless the offsets begin at 0, never fall, and end at len(values). Synchronises."""
         offsets = self.offsets.cpu().numpy()
@@ -50,10 +58,10 @@ class Ragged:
             raise ValueError(f"offsets fall at query {query}: from {offsets[query]} to {offsets[query + 1]}")
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Any]) -> Ragged:
+    def from_sequences(cls, sequences: Sequence[Any], what: str = "values") -> Ragged:
         """Copy sequences (lists, `array`, numpy, tensors) into one Ragged in host memory.
 
-        int32 if all of them are, else int64.
+        int32 if all of them are, else int64. `what` names them in the ValueError for something that is no sequence.
         """
         from flatradix.buffers import read_batch
 
@@ -61,7 +69,7 @@ class Ragged:
             sequences = list(sequences)
         if len(sequences) and isinstance(sequences[0], int | np.integer):
             raise ValueError("from_sequences takes a list of sequences; wrap a single one: [sequence]")
-        batch = read_batch(sequences, "values")
+        batch = read_batch(sequences, what)
         offsets = np.zeros(len(batch) + 1, dtype=np.int64)
         np.cumsum(batch.counts, out=offsets[1:])
         parts = [np.asarray(buffer[3]) for buffer in batch.owner]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flatradix.buffers import Batch, Buffer, read_batch, read_one
+from flatradix.buffers import Batch, Buffer, is_single, read_batch, read_one
 from flatradix.ragged import Ragged
 
 
@@ -49,7 +49,7 @@ class HostSlots:
 
     def read_one(self, slots: Any) -> Buffer:
         """One query's slots, checked."""
-        source = read_one(slots)
+        source = read_one(slots, "slots")
         address, count, wide, _ = source
         bad = self._kernels.check_slots_one(address, wide, count, self._limit)
         if bad >= 0:
@@ -115,27 +115,31 @@ class DeviceSlots:
                 _refuse(int(values[bad]), query, bad - int(offsets[query]), self.values.dtype)
         return _DeviceSource(values, counts, offsets)
 
-    def _tensor(self, slots: Any) -> torch.Tensor:
-        whole = isinstance(slots, torch.Tensor) and slots.dtype in (torch.int32, torch.int64)
-        if whole and slots.device == self.device and slots.dim() == 1:
-            return slots.to(torch.int64)
-        return torch.from_numpy(np.array(read_one(slots)[3], dtype=np.int64)).to(self.device)
+    def _is_here(self, slots: Any) -> bool:
+        """Whether these slots are on the slot device already, and must not visit the host."""
+        if not isinstance(slots, torch.Tensor) or slots.device.type == "cpu":
+            return False
+        return slots.device == self.device and slots.dtype in (torch.int32, torch.int64) and slots.dim() == 1
 
     def read_one(self, slots: Any) -> tuple[Any, int, bool, _DeviceSource]:
-        values = self._tensor(slots)
-        return None, len(values), True, self._checked(values, np.array([len(values)]))
+        """One query's slots, checked."""
+        source = self.read([slots])
+        return None, len(source.values), True, source
 
     def read(self, slots: Any) -> _DeviceSource:
-        if not isinstance(slots, Ragged) and (
-            isinstance(slots, torch.Tensor) or (len(slots) and isinstance(slots[0], int | np.integer))
-        ):
-            slots = [slots]
-        if isinstance(slots, Ragged):
-            return self._checked(self._tensor(slots.values), np.diff(slots.offsets.cpu().numpy()))
-        parts = [self._tensor(part) for part in slots]
-        counts = np.array([len(part) for part in parts], dtype=np.int64)
-        values = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.device)
-        return self._checked(values, counts)
+        """The slots of a batch, checked."""
+        if isinstance(slots, Ragged) and self._is_here(slots.values):
+            slots.validate()
+            return self._checked(slots.values.to(torch.int64), np.diff(slots.offsets.cpu().numpy()))
+        if isinstance(slots, list | tuple) and slots and all(self._is_here(part) for part in slots):
+            counts = np.array([len(part) for part in slots], dtype=np.int64)
+            return self._checked(torch.cat(tuple(slots)).to(torch.int64), counts)
+        ragged = (
+            slots
+            if isinstance(slots, Ragged)
+            else Ragged.from_sequences([slots] if is_single(slots) else slots, "slots")
+        )
+        return self._checked(ragged.values.to(self.device, torch.int64), np.diff(ragged.offsets.cpu().numpy()))
 
     def write_one(self, place: int, source: tuple[Any, int, bool, _DeviceSource], skip: int, count: int) -> None:
         self.values[place : place + count] = source[3].values[skip : skip + count].to(self.values.dtype)

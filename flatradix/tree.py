@@ -88,10 +88,11 @@ class RadixTree:
         """Take a state as this tree's own."""
         self._state = state
         self._table = self._kernels.address_table(state)
-        self._host: Any = TreeState(*(tensor.numpy() for tensor in state))
+        host: Any = TreeState(*(tensor.numpy() for tensor in state))
+        self._host = host
         self._parts = np.empty((2, 64), np.int32)
-        self._meta = memoryview(self._host.meta.data)
-        self._namespaces = Namespaces(self._host.namespace_hash)
+        self._meta = memoryview(host.meta.data)
+        self._namespaces = Namespaces(host.namespace_hash)
         units = pool_units(self.max_tokens, self.page_size)
         self._slots: HostSlots | DeviceSlots
         if self.slot_device is None:
@@ -120,7 +121,7 @@ class RadixTree:
         Raises ValueError (a bad token or query), StaleHandleError (a start that is gone); then nothing has changed.
         """
         if start is None and is_single(q):
-            key = read_one(q)
+            key = read_one(q, "tokens")
             code = self._namespaces.find(namespace) if namespace is not None else 0
             if code < 0:
                 namespaces.check(namespace)
@@ -239,7 +240,7 @@ class RadixTree:
     def _insert_one(
         self, q: Any, slots: Any, namespace: Any, priority: int, handle: int, start: int, inserted: int
     ) -> InsertResult:
-        address, count, wide, _owner = read_one(q)
+        address, count, wide, _owner = read_one(q, "tokens")
         if type(slots) is Ragged or (type(slots) is list and len(slots) == 1 and not is_single(slots)):
             slots = slots[0]
         source = self._slots.read_one(slots)

@@ -1,0 +1,51 @@
+# make replay   sets up .venv and replays a trace
+# make test     sets up .venv and runs every check
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The conversation trace where it lies beside the checkout, else the built-in workload.
+TRACE ?= $(wildcard ../shared/traces/conversation_trace.jsonl)
+ARGS ?=
+
+.PHONY: help setup replay test lint bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo 'make lint     ruff and mypy'
+	@echo 'make bench    ours against SGLang, on the CPU (ARGS="--quick")'
+	@echo 'make clean    removes what make made'
+
+$(VENV)/setup: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing flatradix into $(VENV) (PyTorch is large: this may take minutes) ...'
+	$(PIP) -e '.[plot]'
+	touch $@
+
+$(VENV)/setup-test: $(VENV)/setup requirements/peers.txt
+	$(PIP) -e '.[plot,test,dev]'
+	@# The tree to compare with, and the package that ours must live beside. Without them, their tests are skipped.
+	$(PIP) -r requirements/peers.txt && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .peers sglang==0.5.23 kernels==0.17.2 || \
+	  echo 'SGLang could not be installed: the tests that compare with it will be skipped'
+	touch $@
+
+setup: $(VENV)/setup
+
+replay: setup
+	mkdir -p out
+	$(BIN)/flatradix replay $(TRACE) --json out/replay.json --plot out/replay.png $(ARGS)
+
+test: $(VENV)/setup-test lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/setup-test
+	$(BIN)/python bench/cpu.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .peers build dist out *.egg-info

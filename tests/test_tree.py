@@ -1,0 +1,264 @@
+"""What the other files do not reach: buffers, pools and their compaction, digests, snapshots, many namespaces."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import flatradix
+from flatradix import Ragged, RadixTree, meta
+
+
+def same_queries() -> list[Any]:
+    """One batch, in every form that is accepted."""
+    rows = [[1, 2, 3], [], [1, 2]]
+    odd = np.array([1, 9, 2, 9, 3, 9])[::2]
+    return [
+        rows,
+        tuple(rows),
+        Ragged.from_sequences(rows),
+        Ragged(torch.tensor([1, 2, 3, 1, 2], dtype=torch.int32), torch.tensor([0, 3, 3, 5])),
+        Ragged(torch.tensor([1, 2, 3, 1, 2], dtype=torch.int16), torch.tensor([0, 3, 3, 5])),
+        [array("q", row) for row in rows],
+        [array("i", row) for row in rows],
+        [array("H", row) for row in rows],
+        [np.array(row, dtype=np.uint8) for row in rows],
+        [torch.tensor(row, dtype=torch.int32) for row in rows],
+        [odd, torch.tensor([], dtype=torch.int32), (1, 2)],
+        [torch.tensor([1, 9, 2, 9, 3, 9])[::2], range(0), range(1, 3)],
+        [np.array(row, dtype=">i8") for row in rows],
+    ]
+
+
+@pytest.mark.parametrize("q", same_queries())
+def test_every_form_of_a_batch_means_the_same(q: Any, device: str) -> None:
+    tree = RadixTree(16, device=device)
+    tree.insert([1, 2, 7], [10, 11, 12])
+    m = tree.match(q)
+    assert (m.lengths.dtype, m.handles.dtype) == (torch.int32, torch.int64)
+    assert m.lengths.tolist() == [2, 0, 2]
+    assert tree.slots(m).to_list() == [[10, 11], [], [10, 11]]
+    assert tree.insert(q, [[20, 21, 22], [], [23, 24]]).prefix_lengths.tolist() == [2, 0, 2]
+    assert tree.slots(tree.match([1, 2, 3])).to_list() == [[10, 11, 22]]
+
+
+@pytest.mark.parametrize("q", [[1, 2], (1, 2), range(1, 3), array("i", [1, 2]), np.array([1, 2]), torch.tensor([1, 2])])
+def test_one_flat_sequence_is_a_batch_of_one(q: Any, device: str) -> None:
+    tree = RadixTree(16, device=device)
+    r = tree.insert(q, [5, 6])
+    assert (r.prefix_length, r.length, r.lengths.tolist()) == (0, 2, [2])
+    m = tree.match(q)
+    assert (len(m), m.length, m.handle) == (1, 2, int(m.handles[0]))
+    assert tree.slots(m).to_list() == [[5, 6]]
+
+
+def test_an_empty_batch(device: str) -> None:
+    tree = RadixTree(16, device=device)
+    m = tree.match([])
+    tree.lock(m)
+    tree.unlock(m)
+    assert (len(m), tree.slots(m).to_list(), len(tree.insert([], []))) == (0, [], 0)
+
+
+def test_lock_renews_the_handle_of_what_it_splits(device: str) -> None:
+    tree = RadixTree(64, device=device)
+    tree.insert([1, 2, 3, 4], [1, 2, 3, 4])
+    m = tree.match([[1, 2, 9]])
+    single = tree.match([1, 2])
+    before = m.handles.clone()
+    tree.lock(m)
+    tree.lock(single)
+    assert not torch.equal(m.handles, before)
+    assert tree.evict(100).slots.tolist() == [3, 4]
+    tree.check()
+    tree.unlock(m)
+    tree.unlock(single)
+    assert tree.evict(100).slots.tolist() == [1, 2]
+
+
+def test_results_do_not_change_with_the_tree(device: str) -> None:
+    tree = RadixTree(8, device=device)
+    r = tree.insert([1, 2, 3], [7, 8, 9])
+    slots = tree.slots(r)
+    freed = tree.evict(3)
+    tree.insert([4, 5, 6, 7], [1, 1, 1, 1])
+    assert slots.to_list() == [[7, 8, 9]]
+    assert freed.slots.tolist() == [7, 8, 9]
+
+
+def _fill_with_holes(tree: RadixTree, rng: random.Random) -> dict[int, list[int]]:
+    """Keys of random lengths, some locked, so that what eviction frees lies scattered; the first token of each key."""
+    kept = {}
+    for first in range(1, 400):
+        length = rng.randrange(2, 24, 2)
+        key = [first] + [rng.randrange(5) for _ in range(length - 1)]
+        if tree.total_tokens + length > tree.max_tokens:
+            tree.evict(tree.total_tokens + length - tree.max_tokens)
+        r = tree.insert(key, list(range(1000 * first, 1000 * first + length)))
+        if rng.random() < 0.2 and tree.protected_tokens < tree.max_tokens // 2:
+            tree.lock(r)
+            kept[first] = key
+    return kept
+
+
+@pytest.mark.parametrize("bigram", [False, True])
+@pytest.mark.parametrize("slot_device", [None, "cpu"])
+def test_compaction_keeps_everything(bigram: bool, slot_device: str | None, device: str) -> None:
+    tree = RadixTree(600, page_size=2 - bigram, device=device, bigram=bigram, slot_device=slot_device)
+    kept = _fill_with_holes(tree, random.Random(5))
+    before = tree.digest()
+    tree._compact()
+    tree.check()
+    assert tree.digest() == before
+    for first, key in kept.items():
+        m = tree.match(key)
+        assert m.length == len(key) - bigram
+        assert tree.slots(m).to_list() == [list(range(1000 * first, 1000 * first + m.length))]
+
+
+def test_a_key_as_long_as_the_free_space_always_fits(device: str) -> None:
+    rng = random.Random(8)
+    compactions = []
+    for seed in range(20):
+        tree = RadixTree(600, page_size=2, device=device)
+        _fill_with_holes(tree, random.Random(seed))
+        tree.evict(200)
+        free = (tree.max_tokens - tree.total_tokens) // 2 * 2
+        compactions.append(_counting_compactions(tree))
+        r = tree.insert([[9, 9] + [rng.randrange(5) for _ in range(free - 2)]], [list(range(free))])
+        assert tree.total_tokens + 1 >= tree.max_tokens
+        assert tree.slots(r).to_list() == [list(range(free))]
+        tree.check()
+    assert any(compactions), "no case compacted: this tests nothing"
+
+
+def _counting_compactions(tree: RadixTree) -> list[int]:
+    """A list that grows by one with each compaction of the tree."""
+    seen: list[int] = []
+    compact = tree._compact
+
+    def counted() -> None:
+        seen.append(tree.num_nodes)
+        compact()
+
+    tree._compact = counted  # type: ignore[method-assign]
+    return seen
+
+
+def test_digest_sees_what_matters(device: str) -> None:
+    def build(**change: Any) -> str:
+        tree = RadixTree(64, device=device, policy=change.pop("policy", "lru"))
+        tree.insert([1, 2, 3], change.pop("slots", [7, 8, 9]), namespace=change.pop("namespace", None))
+        tree.insert(
+            [1, 2, change.pop("token", 4)], [0, 0, 5], priority=change.pop("priority", 0),
+            namespace=change.pop("namespace_2", None), inserted_lengths=change.pop("inserted", 0),
+        )  # fmt: skip
+        if change.pop("lock", False):
+            tree.lock(tree.match([1, 2, 3], touch=False))
+        if change.pop("touch", False):
+            tree.match([1, 2, 3])
+        assert not change
+        return tree.digest()
+
+    changes: list[dict[str, Any]] = [
+        {}, {"slots": [7, 8, 10]}, {"slots": [8, 7, 9]}, {"namespace": "a"}, {"namespace": b"a"}, {"namespace": ""},
+        {"token": 5}, {"priority": 1}, {"inserted": 2}, {"lock": True}, {"touch": True}, {"namespace_2": "a"},
+    ]  # fmt: skip
+    digests = [build(**change) for change in changes]
+    assert len(set(digests)) == len(digests)
+    assert [build(**change) for change in changes] == digests
+    assert build(policy="lfu") == digests[0]
+
+
+def test_digest_does_not_see_rows_or_places(device: str) -> None:
+    plain = RadixTree(64, device=device)
+    moved = RadixTree(64, device=device)
+    for i in range(10):
+        moved.insert([50 + i, 1], [0, 0], namespace=str(i))
+    moved.reset()
+    moved._state.meta[meta.CLOCK] = 0
+    for tree in (plain, moved):
+        tree.insert([[1, 2, 3], [1, 2, 4], [1, 5]], [[1, 2, 3], [1, 2, 4], [1, 5]], namespace="n")
+    assert plain.digest() == moved.digest()
+
+
+@pytest.mark.parametrize("policy", ["lfu", "mru"])
+def test_snapshot(tmp_path: Path, policy: str, device: str) -> None:
+    tree = RadixTree(64, page_size=2, device=device, policy=policy)
+    tree.insert([[1, 2, 3, 4], [1, 2, 5, 6], [7, 8]], [[1, 2, 3, 4], [1, 2, 5, 6], [7, 8]], namespace=["a", "a", b"b"])
+    m = tree.match([[1, 2, 9, 9]], namespace="a", lock=True)
+    tree.evict(2)
+    tree.save(tmp_path / "tree")
+    loaded = RadixTree.load(tmp_path / "tree", device=device)
+    loaded.check()
+    assert loaded.digest() == tree.digest()
+    assert loaded.match([1, 2, 3, 4], namespace="a").length == tree.match([1, 2, 3, 4], namespace="a").length
+    loaded.unlock(m)
+    tree.unlock(m)
+    assert loaded.evict(99).slots.tolist() == tree.evict(99).slots.tolist()
+
+
+def test_snapshot_that_is_none(tmp_path: Path, device: str) -> None:
+    path = tmp_path / "tree"
+    path.write_bytes(b"not a tree")
+    with pytest.raises(ValueError, match="no tree that flatradix saved, or is damaged"):
+        RadixTree.load(path)
+    torch.save({"format": "flatradix tree 99"}, path)
+    with pytest.raises(ValueError, match="no tree that this version"):
+        RadixTree.load(path)
+    with pytest.raises(FileNotFoundError):
+        RadixTree.load(tmp_path / "nowhere")
+    tree = RadixTree(8, device=device, policy=lambda nodes: nodes.tick)
+    tree.save(path)
+    with pytest.raises(ValueError, match="give it again"):
+        RadixTree.load(path)
+    assert RadixTree.load(path, policy=lambda nodes: -nodes.tick).max_tokens == 8
+
+
+def _insert_in(tree: RadixTree, names: range) -> None:
+    for i in names:
+        if tree.total_tokens + 4 > tree.max_tokens:
+            tree.evict(1000)
+        tree.insert([1, 2, 3, i], [1, 2, 3, 4], namespace=f"tenant {i}")
+
+
+@pytest.mark.slow
+def test_a_million_namespaces_leave_nothing_behind(device: str) -> None:
+    import resource
+
+    tree = RadixTree(10_000, device=device)
+    _insert_in(tree, range(50_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _insert_in(tree, range(50_000, 1_000_000))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 2048, f"{grown} KiB more at its highest"
+    names = [name for _, name in tree._namespaces.items()]
+    assert len(names) == tree.num_nodes + 1 <= 2501
+    tree.check()
+    tree.evict(10_000)
+    assert tree._namespaces.items() == [(0, None)]
+
+
+def test_namespaces_of_a_refused_batch_leave_nothing_behind(device: str) -> None:
+    tree = RadixTree(10, device=device)
+    for _ in range(3):
+        with pytest.raises(flatradix.CapacityError):
+            tree.insert([[i] for i in range(50)], [[i] for i in range(50)], namespace=[str(i) for i in range(50)])
+        tree.insert([[i] for i in range(10)], [[i] for i in range(10)], namespace=[f"{i}!" for i in range(10)])
+        tree.check()
+        assert len(tree._namespaces.items()) == 11
+        tree.evict(10)
+
+
+def test_slots_of_64_bits(device: str) -> None:
+    tree = RadixTree(16, device=device, slot_dtype=torch.int64)
+    tree.insert([1, 2, 3], [2**31, 2**62, 5])
+    assert tree.slots(tree.match([1, 2, 3])).to_list() == [[2**31, 2**62, 5]]
+    with pytest.raises(ValueError, match="negative"):
+        tree.insert([4, 5], [-(2**63), 1])
