@@ -14,6 +14,7 @@ NO_CAPACITY = -5
 NO_ROOM = -6
 OTHER_NAMESPACE = -7
 OTHER_TOKEN = -8
+BAD_SLOT = -9
 
 
 def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:

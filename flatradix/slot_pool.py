@@ -6,12 +6,13 @@ its slots; their values never come to the index, which deals in ranges only.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from flatradix.buffers import Batch, Buffer, is_single, read_batch, read_one
+from flatradix.outputs import Outputs
 from flatradix.ragged import Ragged
 
 
@@ -27,7 +28,7 @@ def _limit(dtype: torch.dtype) -> int:
     return int(torch.iinfo(dtype).max)
 
 
-def _refuse(value: int, query: int, position: int, dtype: torch.dtype) -> None:
+def refuse_slot(value: int, query: int, position: int, dtype: torch.dtype) -> NoReturn:
     if value < 0:
         raise ValueError(f"slots of query {query}: {value} at position {position} is negative")
     raise ValueError(
@@ -37,42 +38,31 @@ def _refuse(value: int, query: int, position: int, dtype: torch.dtype) -> None:
 
 
 class HostSlots:
-    """Slots in host memory, int32 or int64 [units]."""
+    """Slots in host memory, int32 or int64 [units]. The insert kernel checks and writes them itself.
+
+    arguments: what that kernel wants to know of the pool: its address, whether it is int64, and the greatest slot.
+    """
 
     def __init__(self, units: int, dtype: torch.dtype, kernels: Any) -> None:
         self._kernels = kernels
-        self._limit = _limit(dtype)
         self.values = torch.from_numpy(np.zeros(units, np.int64 if dtype == torch.int64 else np.int32))
         self.device = self.values.device
         self._pool = self.values.data_ptr()
         self._wide = dtype == torch.int64
+        self._outputs = Outputs()
+        self.arguments = (self._pool, self._wide, _limit(dtype))
 
     def read_one(self, slots: Any) -> Buffer:
-        """One query's slots, checked."""
-        source = read_one(slots, "slots")
-        address, count, wide, _ = source
-        bad = self._kernels.check_slots_one(address, wide, count, self._limit)
-        if bad >= 0:
-            _refuse(int(np.asarray(source[3])[bad]), 0, bad, self.values.dtype)
-        return source
+        """One query's slots, unchecked."""
+        return read_one(slots, "slots")
 
     def read(self, slots: Any) -> Batch:
-        """The slots of a batch, checked."""
-        source = read_batch(slots, "slots")
-        query, bad = self._kernels.check_slots(source.addresses, source.wide, source.counts, self._limit)
-        if query >= 0:
-            _refuse(_value_at(slots, query, bad), query, bad, self.values.dtype)
-        return source
-
-    def write_one(self, place: int, source: Buffer, skip: int, count: int) -> None:
-        self._kernels.write_slots_one(self._pool, self._wide, place, source[0], source[2], skip, count)
-
-    def write(self, places: np.ndarray, source: Batch, skips: np.ndarray, counts: np.ndarray) -> None:
-        self._kernels.write_slots(self._pool, self._wide, places, source.addresses, source.wide, skips, counts)
+        """The slots of a batch, unchecked."""
+        return read_batch(slots, "slots")
 
     def gather(self, ranges: Ranges) -> torch.Tensor:
         """The slots of the ranges one after another, int64 [total]."""
-        out = np.empty(ranges.total, np.int64)
+        out = self._outputs.take(ranges.total)
         self._kernels.gather_slots(self._pool, self._wide, ranges.starts, ranges.lengths, out)
         return torch.from_numpy(out)
 
@@ -81,29 +71,27 @@ class HostSlots:
         self._kernels.move_slots(self._pool, self._wide, sources, targets, lengths)
 
 
-def _value_at(slots: Any, query: int, position: int) -> int:
-    if isinstance(slots, Ragged):
-        return int(slots[query][position])
-    return int(slots[query][position]) if not isinstance(slots[0], int | np.integer) else int(slots[position])
+class DeviceBatch(NamedTuple):
+    """Slots of a batch, one after another on the slot device; host counts and offsets. In the place of a `Batch`."""
 
-
-class _DeviceSource(NamedTuple):
-    """Slots of a batch, one after another on the slot device, and host counts and offsets."""
-
-    values: torch.Tensor
+    addresses: np.ndarray
     counts: np.ndarray
+    wide: bool
+    values: torch.Tensor
     offsets: np.ndarray
 
 
 class DeviceSlots:
-    """Slots on a device of their own, int32 or int64 [units], worked on by torch."""
+    """Slots on a device of their own, int32 or int64 [units], worked on by torch once the index has changed."""
+
+    arguments = (0, False, 0)
 
     def __init__(self, units: int, dtype: torch.dtype, device: torch.device) -> None:
         self.values = torch.zeros(units, dtype=dtype, device=device)
         self.device = device
         self._limit = _limit(dtype)
 
-    def _checked(self, values: torch.Tensor, counts: np.ndarray) -> _DeviceSource:
+    def _checked(self, values: torch.Tensor, counts: np.ndarray) -> DeviceBatch:
         """Raise ValueError if a slot is out of range. Synchronises with the slot device."""
         offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
@@ -112,8 +100,8 @@ class DeviceSlots:
             if int(low) < 0 or int(high) > self._limit:
                 bad = int(((values < 0) | (values > self._limit)).nonzero()[0])
                 query = int(np.searchsorted(offsets, bad, side="right")) - 1
-                _refuse(int(values[bad]), query, bad - int(offsets[query]), self.values.dtype)
-        return _DeviceSource(values, counts, offsets)
+                refuse_slot(int(values[bad]), query, bad - int(offsets[query]), self.values.dtype)
+        return DeviceBatch(np.zeros(len(counts), np.int64), counts, True, values, offsets)
 
     def _is_here(self, slots: Any) -> bool:
         """Whether these slots are on the slot device already, and must not visit the host."""
@@ -121,12 +109,12 @@ class DeviceSlots:
             return False
         return slots.device == self.device and slots.dtype in (torch.int32, torch.int64) and slots.dim() == 1
 
-    def read_one(self, slots: Any) -> tuple[Any, int, bool, _DeviceSource]:
+    def read_one(self, slots: Any) -> Buffer:
         """One query's slots, checked."""
         source = self.read([slots])
-        return None, len(source.values), True, source
+        return 0, len(source.values), True, source
 
-    def read(self, slots: Any) -> _DeviceSource:
+    def read(self, slots: Any) -> DeviceBatch:
         """The slots of a batch, checked."""
         if isinstance(slots, Ragged) and self._is_here(slots.values):
             slots.validate()
@@ -141,10 +129,10 @@ class DeviceSlots:
         )
         return self._checked(ragged.values.to(self.device, torch.int64), np.diff(ragged.offsets.cpu().numpy()))
 
-    def write_one(self, place: int, source: tuple[Any, int, bool, _DeviceSource], skip: int, count: int) -> None:
+    def write_one(self, place: int, source: Buffer, skip: int, count: int) -> None:
         self.values[place : place + count] = source[3].values[skip : skip + count].to(self.values.dtype)
 
-    def write(self, places: np.ndarray, source: _DeviceSource, skips: np.ndarray, counts: np.ndarray) -> None:
+    def write(self, places: np.ndarray, source: DeviceBatch, skips: np.ndarray, counts: np.ndarray) -> None:
         target = self._indices(places, counts)
         self.values[target] = source.values[self._indices(source.offsets[:-1] + skips, counts)].to(self.values.dtype)
 

@@ -16,9 +16,9 @@ from flatradix.layout import MAX_UNITS, TreeState, allocate, pool_units, row_cap
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
 from flatradix.ragged import Ragged
-from flatradix.refusals import NO_CAPACITY, NO_ROOM, refuse, refuse_capacity
+from flatradix.refusals import BAD_SLOT, NO_CAPACITY, NO_ROOM, refuse, refuse_capacity
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, places_of
-from flatradix.slot_pool import DeviceSlots, HostSlots, Ranges
+from flatradix.slot_pool import DeviceSlots, HostSlots, Ranges, refuse_slot
 
 _trees = itertools.count(1)
 # Generations of different trees begin so far apart that a handle of one is stale in the other.
@@ -88,7 +88,7 @@ class RadixTree:
         """Take a state as this tree's own."""
         self._state = state
         self._table = self._kernels.address_table(state)
-        host: Any = TreeState(*(tensor.numpy() for tensor in state))
+        host: Any = state._make(tensor.numpy() for tensor in state)  # type: ignore[arg-type, misc]
         self._host = host
         self._parts = np.empty((2, 64), np.int32)
         self._meta = memoryview(host.meta.data)
@@ -252,7 +252,11 @@ class RadixTree:
             namespaces.check(namespace)
         if fresh:
             code = self._namespaces.give(namespace)
-        arguments = (address, wide, count, code, namespace is not None, handle, start, priority, inserted)
+        pool, pool_wide, limit = self._slots.arguments
+        arguments = (
+            address, wide, count, code, namespace is not None, handle, start, priority, inserted,
+            source[0], source[2], pool, pool_wide, limit,
+        )  # fmt: skip
         prefix, length, end, place = self._kernels.insert_one(self._table, *arguments)
         if prefix == NO_ROOM:
             self._compact()
@@ -260,8 +264,10 @@ class RadixTree:
         if prefix < 0:
             if fresh:
                 self._namespaces.take_back(code)
+            if prefix == BAD_SLOT:
+                self._refuse_slot(np.asarray(source[3]))
             self._refuse("insert", prefix)
-        if length > prefix:
+        if isinstance(self._slots, DeviceSlots):
             self._slots.write_one(place, source, prefix - start, length - prefix)
         return InsertResult.single_insert(prefix, length, end)
 
@@ -280,7 +286,8 @@ class RadixTree:
         places = np.empty(len(keys), np.int64)
         arguments = (
             self._table, keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths,
-            priorities, inserted, prefixes.numpy(), lengths.numpy(), handles.numpy(), places,
+            priorities, inserted, source.addresses, source.wide, *self._slots.arguments,
+            prefixes.numpy(), lengths.numpy(), handles.numpy(), places,
         )  # fmt: skip
         reason = self._kernels.insert(*arguments)
         if reason == NO_ROOM:
@@ -289,9 +296,13 @@ class RadixTree:
         if reason < 0:
             for code in fresh:
                 self._namespaces.take_back(code)
+            if reason == BAD_SLOT:
+                values = slots[self._meta[_ERROR_QUERY]] if len(keys) > 1 or not is_single(slots) else slots
+                self._refuse_slot(np.asarray(values))
             self._refuse("insert", reason)
-        new = (lengths - prefixes).numpy()
-        self._slots.write(places, source, prefixes.numpy() - start_lengths, new)
+        if isinstance(self._slots, DeviceSlots):
+            new = (lengths - prefixes).numpy()
+            self._slots.write(places, source, prefixes.numpy() - start_lengths, new)
         return InsertResult(prefixes, lengths, handles)
 
     def _codes_to_insert(
@@ -419,6 +430,10 @@ class RadixTree:
         from flatradix.snapshot import load
 
         return load(path, device, slot_device, policy)
+
+    def _refuse_slot(self, slots: np.ndarray) -> None:
+        position = self._meta[_ERROR_VALUE]
+        refuse_slot(int(slots[position]), self._meta[_ERROR_QUERY], position, self.slot_dtype)
 
     def _refuse(self, operation: str, reason: int) -> None:
         if reason == NO_CAPACITY:

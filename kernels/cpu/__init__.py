@@ -9,21 +9,15 @@ from flatradix.kernels.cpu.lock import lock, lock_one, unlock, unlock_one
 from flatradix.kernels.cpu.match import match, match_one
 from flatradix.kernels.cpu.reset import rebuild, reset
 from flatradix.kernels.cpu.slots import (
-    check_slots,
-    check_slots_one,
     count_path_nodes,
     gather_slots,
     move_slots,
     path_ranges,
     path_ranges_one,
-    write_slots,
-    write_slots_one,
 )
 
 __all__ = [
     "address_table",
-    "check_slots",
-    "check_slots_one",
     "compact",
     "count_path_nodes",
     "digest",
@@ -42,6 +36,4 @@ __all__ = [
     "reset",
     "unlock",
     "unlock_one",
-    "write_slots",
-    "write_slots_one",
 ]

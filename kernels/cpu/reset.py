@@ -21,6 +21,7 @@ def reset(table):
             if s.parent[row] < 0:
                 s.namespace_children[~s.parent[row]] = 0
             s.parent[row] = FREE_ROW
+            s.queued[row] = 0
             s.generation[row] += 1
             count = s.meta[meta.FREE_ROWS]
             s.free_rows[count] = row

@@ -1,7 +1,4 @@
-"""The slot pool in host memory: checking, writing and gathering KV slots, and the ranges of a path.
-
-`pool` is an address; `pool_wide` and `wide` tell int64 from int32.
-"""
+"""The slot pool in host memory, an address of int32 or (`pool_wide`) int64, and the ranges of a path in it."""
 
 from __future__ import annotations
 
@@ -9,78 +6,19 @@ import numpy as np
 
 from flatradix.kernels.cpu.jit import helper, int32_at, int64_at, kernel, open_state
 from flatradix.kernels.cpu.rows import resolve
-from flatradix.kernels.cpu.units import first_bad
+from flatradix.kernels.cpu.units import copy_checked
 from flatradix.kernels.cpu.walk import refuse
-
-
-@kernel
-def check_slots(values, wide, counts, limit):
-    """The first slot outside [0, limit] as (query, position), or (-1, -1). `values` int64 [B] are addresses."""
-    for query in range(len(values)):
-        bad = first_bad(values[query], wide, np.int64(0), counts[query], limit)
-        if bad >= 0:
-            return query, bad
-    return -1, -1
-
-
-@kernel
-def check_slots_one(values, wide, count, limit):
-    return first_bad(values, wide, np.int64(0), count, limit)
-
-
-@helper
-def _write(pool, pool_wide, place, values, wide, count):
-    if pool_wide:
-        out = int64_at(pool + 8 * place)
-        if wide:
-            broad = int64_at(values)
-            for j in range(count):
-                out[j] = broad[j]
-        else:
-            narrow = int32_at(values)
-            for j in range(count):
-                out[j] = narrow[j]
-    else:
-        small = int32_at(pool + 4 * place)
-        if wide:
-            broad = int64_at(values)
-            for j in range(count):
-                small[j] = np.int32(broad[j])
-        else:
-            narrow = int32_at(values)
-            for j in range(count):
-                small[j] = narrow[j]
-
-
-@kernel
-def write_slots_one(pool, pool_wide, place, values, wide, skip, count):
-    """Write `count` slots from `values[skip:]` to pool unit `place` and on."""
-    _write(pool, pool_wide, place, values + (8 if wide else 4) * skip, wide, count)
-
-
-@kernel
-def write_slots(pool, pool_wide, places, values, wide, skips, counts):
-    for query in range(len(values)):
-        step = 8 if wide else 4
-        _write(pool, pool_wide, places[query], values[query] + step * skips[query], wide, counts[query])
 
 
 @kernel
 def gather_slots(pool, pool_wide, starts, lengths, out):
     """Concatenate the ranges (`starts`, `lengths`, int32 [N]) of the pool into `out` int64."""
-    at = np.int64(0)
+    target = np.int64(out.ctypes.data)
     for part in range(len(starts)):
         count = np.int64(lengths[part])
-        start = np.int64(starts[part])
-        if pool_wide:
-            broad = int64_at(pool + 8 * start)
-            for j in range(count):
-                out[at + j] = broad[j]
-        else:
-            narrow = int32_at(pool + 4 * start)
-            for j in range(count):
-                out[at + j] = narrow[j]
-        at += count
+        source = pool + (8 if pool_wide else 4) * np.int64(starts[part])
+        copy_checked(source, pool_wide, target, True, count, 0)
+        target += 8 * count
 
 
 @kernel

@@ -1,0 +1,5 @@
+"""`python -m flatradix`."""
+
+from flatradix.cli import main
+
+main()

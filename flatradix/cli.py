@@ -1,0 +1,361 @@
+"""The command line: `flatradix replay`, `flatradix tree`, `flatradix info`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, ClassVar, NamedTuple, NoReturn
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.highlighter import RegexHighlighter
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+from flatradix import backend, traces
+from flatradix import draw as drawing
+from flatradix import plot as plotting
+from flatradix import replay as replaying
+from flatradix import workload as workloads
+from flatradix.errors import CapacityError, DeviceUnavailableError
+from flatradix.plot import PlotUnavailableError
+from flatradix.policy import NAMES as POLICIES
+from flatradix.replay import Report, Settings
+
+ERROR, INTERRUPTED = 2, 130
+STDOUT = "-"
+
+app = typer.Typer(
+    name="flatradix",
+    help="The radix tree behind an LLM server's KV prefix cache: try it on request traces.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_FROM_TRACE = "The requests, in the format below; may be packed with gzip. [default: a built-in workload]"
+_FORMAT = """
+A trace has one request a line:
+
+    {"timestamp": 27, "input_length": 700, "output_length": 52, "hash_ids": [4, 7]}
+
+timestamp in ms, lengths in tokens, one hash id for each 512 tokens of the prompt. Equal ids are equal blocks.
+"""
+
+Trace = Annotated[Path | None, typer.Argument(metavar="TRACE", help=_FROM_TRACE, show_default=False)]
+PageSize = Annotated[int, typer.Option("--page-size", help="Tokens a page: prompts are cached in whole pages.")]
+Capacity = Annotated[int, typer.Option("--capacity", help="Tokens that the cache holds.")]
+Hold = Annotated[int, typer.Option("--hold", help="Later requests for which a request keeps its path locked.")]
+PolicyName = Annotated[str, typer.Option("--policy", help=f"What is evicted first: {', '.join(POLICIES)}.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto (see `flatradix info`).")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", help="Stop after so many requests of the trace.", show_default=False)
+]
+Workload = Annotated[
+    str | None,
+    typer.Option(
+        "--workload",
+        help=f"Without TRACE, the kind of requests: {', '.join(workloads.KINDS)}. [default: mix]",
+        show_default=False,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Without TRACE, the seed of the requests. [default: 0]", show_default=False),
+]
+
+
+class Source(NamedTuple):
+    """Where prompts come from."""
+
+    name: str
+    requests: int
+    prompts: Iterator[np.ndarray]
+
+
+@app.command(
+    epilog=f"""
+Examples:
+
+    flatradix replay trace.jsonl --capacity 4000000 --plot out.png
+
+    flatradix replay --workload agents --requests 5000 --policy slru
+
+    flatradix replay trace.jsonl --limit 1000 --json - | jq .hit_rate
+{_FORMAT}"""
+)
+def replay(
+    trace: Trace = None,
+    page_size: PageSize = 64,
+    capacity: Capacity = 1_000_000,
+    hold: Hold = 32,
+    policy: PolicyName = "lru",
+    device: Device = "auto",
+    limit: Limit = None,
+    workload: Workload = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(help="Without TRACE, how many requests. [default: 3000]", show_default=False),
+    ] = None,
+    seed: Seed = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the figures as JSON; - for standard output.",
+            show_default=False,
+        ),
+    ] = None,
+    plot_path: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw them: FILE.png, .svg or .pdf.", show_default=False),
+    ] = None,
+) -> None:
+    """Replay requests through a prefix cache and report hit rate, evictions and the time of each operation.
+
+    Each prompt is matched and its match locked; if it would not fit, the excess is evicted; then it is inserted with
+    new slots, and its path stays locked for the next HOLD requests. All operations are single calls, timed one by one.
+    """
+    with _plain_errors():
+        settings = Settings(page_size, capacity, hold, policy, device)
+        settings.validate()
+        _check_outputs(trace, json_path, plot_path)
+        source = _open(trace, limit, workload, requests, seed, default_requests=3000)
+        report = _run(source, settings)
+        _write(report, source.name, json_path, plot_path)
+
+
+@app.command(
+    epilog=f"""
+Examples:
+
+    flatradix tree
+
+    flatradix tree trace.jsonl --limit 20 --page-size 512 --details
+{_FORMAT}"""
+)
+def tree(
+    trace: Trace = None,
+    page_size: PageSize = 16,
+    capacity: Capacity = 100_000,
+    hold: Hold = 2,
+    policy: PolicyName = "lru",
+    device: Device = "auto",
+    limit: Annotated[int, typer.Option("--limit", help="How many requests to replay.")] = 12,
+    workload: Workload = None,
+    seed: Seed = None,
+    max_nodes: Annotated[int, typer.Option("--max-nodes", help="Draw no more nodes than this.")] = 60,
+    details: Annotated[bool, typer.Option("--details", help="Also creation, hits and priorities.")] = False,
+) -> None:
+    """Replay a few requests and draw the tree that they leave: lengths, locks and ticks of each node.
+
+    A line begins with the place of the node's edge on the path (start+length, in tokens) and its first tokens. "locks"
+    counts the requests that hold the node, "own" those whose path ends at it; "tick" is the time of its last use, on a
+    clock that goes up by 2 with each match and each insert.
+    """
+    with _plain_errors():
+        settings = Settings(page_size, capacity, hold, policy, device)
+        settings.validate()
+        if max_nodes < 1:
+            raise ValueError(f"--max-nodes {max_nodes}: it must be 1 or more")
+        if trace is None:
+            source = _open(None, None, workload, limit, seed, default_requests=limit)
+        else:
+            source = _open(trace, limit, workload, None, seed, default_requests=0)
+        run = replaying.Replay(settings)
+        run.feed(source.prompts)
+        out = Console(highlighter=_TreeHighlighter(), theme=_TREE_THEME, soft_wrap=True)
+        out.print(Text(f"after {_requests(source.requests)} of {source.name}"))
+        out.print(out.highlighter(drawing.draw(run.tree, max_nodes, details)))
+        out.print(Text(drawing.LEGEND, style="dim"))
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, and which device `auto` takes and why."""
+    with _plain_errors():
+        out = Console(soft_wrap=True)
+        out.print(_grid("versions", list(replaying.versions().items())))
+        out.print(_grid("devices", backend.explain()))
+        out.print(Text(f"device auto takes {backend.auto_reason()}"))
+
+
+def main() -> None:
+    """The entry point: exits with 0, 2 (something is wrong with the call) or 130 (Ctrl-C)."""
+    try:
+        app(prog_name="flatradix")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn the errors that a user can do something about into one red line and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted", style="red")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise
+    except MemoryError:
+        _fail("there is not enough memory for a tree of this capacity")
+    except (ValueError, CapacityError, DeviceUnavailableError, PlotUnavailableError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(reason: str) -> NoReturn:
+    line = " ".join(reason.split())
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {line}", style="red"))
+    raise typer.Exit(ERROR) from None
+
+
+def _check_outputs(trace: Path | None, json_path: Path | None, plot_path: Path | None) -> None:
+    """Raise before the work what would be raised after it."""
+    files = [path for path in (json_path, plot_path) if path is not None and str(path) != STDOUT]
+    if plot_path is not None:
+        plotting.require(plot_path)
+    for path in files:
+        _check_writable(path)
+        if trace is not None and path.resolve() == trace.resolve():
+            raise ValueError(f"{path}: this would overwrite the trace")
+    if len(files) == 2 and files[0].resolve() == files[1].resolve():
+        raise ValueError(f"{files[0]}: JSON and plot cannot go into the same file")
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path}: cannot be written, it is a directory")
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{path}: cannot be written, permission denied")
+    elif not path.parent.is_dir():
+        raise ValueError(f"{path}: cannot be written, there is no directory {path.parent}")
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, no permission in {path.parent}")
+
+
+def _open(
+    trace: Path | None,
+    limit: int | None,
+    workload: str | None,
+    requests: int | None,
+    seed: int | None,
+    default_requests: int,
+) -> Source:
+    for name, value, least in (("--limit", limit, 1), ("--requests", requests, 1), ("--seed", seed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} {value}: it must be {least} or more")
+    if trace is None:
+        kind = workload or "mix"
+        count = min(requests or default_requests, limit or sys.maxsize)
+        return Source(f"the built-in workload ({kind})", count, workloads.prompts(kind, count, seed or 0))
+    for name, given in (("--workload", workload), ("--requests", requests), ("--seed", seed)):
+        if given is not None:
+            raise ValueError(f"{name} is for the built-in workload; with a TRACE, use --limit")
+    found = traces.read_trace(trace, limit)
+    return Source(trace.name, len(found), traces.prompts(found))
+
+
+def _run(source: Source, settings: Settings) -> Report:
+    """Replay with a progress bar on a terminal, and after one line elsewhere."""
+    err = Console(stderr=True, highlight=False)
+
+    def go(progress: replaying.Progress | None) -> Report:
+        s = settings
+        return replaying.replay(source.prompts, s.page_size, s.capacity, s.hold, s.policy, s.device, progress)
+
+    if not err.is_terminal:
+        err.print(f"replaying {_requests(source.requests)} of {source.name}", soft_wrap=True, markup=False)
+        return go(None)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rate = TextColumn("hit rate {task.fields[rate]:.1%}")
+    # A thread that redraws would take the interpreter's lock in the middle of what is timed.
+    with Progress(*columns, rate, console=err, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("compiling kernels", total=source.requests, rate=0.0)
+        bar.refresh()
+        name = escape(source.name)
+        return go(lambda n, rate: bar.update(task, description=name, completed=n, rate=rate, refresh=True))
+
+
+def _write(report: Report, name: str, json_path: Path | None, plot_path: Path | None) -> None:
+    to_stdout = json_path is not None and str(json_path) == STDOUT
+    _print_report(Console(stderr=to_stdout, highlight=False), report, name)
+    if json_path is not None:
+        text = json.dumps({"source": name, **report.to_json()}, indent=2)
+        if to_stdout:
+            print(text)
+        else:
+            json_path.write_text(text + "\n", encoding="utf-8")
+    if plot_path is not None:
+        plotting.save(report, plot_path, name)
+
+
+def _print_report(out: Console, report: Report, name: str) -> None:
+    s = report.settings
+    rows = [
+        ("requests", f"{report.requests:,}" + (f", {report.rejected:,} rejected" if report.rejected else "")),
+        (
+            "hit rate",
+            f"{report.hit_rate:.2%} ({report.hit_tokens:,} of {report.input_tokens:,} prompt tokens)",
+        ),
+        ("evicted", f"{report.evicted_tokens:,} tokens"),
+        ("cached at the end", f"{report.final_tokens:,} of {s.capacity:,} tokens in {report.nodes:,} nodes"),
+        ("memory", f"{report.nbytes / 2**20:,.1f} MiB set aside for the index and its slots"),
+        ("time", f"{_operation_seconds(report):.2f} s in the tree, {report.seconds:.2f} s in all"),
+        ("settings", f"page size {s.page_size}, hold {s.hold}, policy {s.policy}, device {report.device}"),
+    ]
+    out.print(_grid(name, rows))
+    out.print(_operations_table(report))
+
+
+def _operations_table(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("operation")
+    for column in ("calls", "p50 µs", "p99 µs", "max µs", "total s"):
+        table.add_column(column, justify="right")
+    for name, row in report.operations().items():
+        times = (f"{row[key]:,.1f}" for key in ("p50_us", "p99_us", "max_us"))
+        table.add_row(name, f"{row['calls']:,}", *times, f"{row['total_seconds']:.3f}")
+    return table
+
+
+def _operation_seconds(report: Report) -> float:
+    return sum(row["total_seconds"] for row in report.operations().values())
+
+
+def _grid(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )  # fmt: skip
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _requests(count: int) -> str:
+    return f"{count:,} request" + ("" if count == 1 else "s")
+
+
+class _TreeHighlighter(RegexHighlighter):
+    base_style = "tree."
+    highlights: ClassVar[list[str]] = [
+        r"(?P<tokens>\[[^\]]*\])",
+        r"(?P<locks>locks \d+( \(own \d+\))?)",
+        r"(?P<tick>tick \d+.*)",
+    ]
+
+
+_TREE_THEME = Theme({"tree.tokens": "cyan", "tree.locks": "bold yellow", "tree.tick": "dim"})

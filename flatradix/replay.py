@@ -1,0 +1,391 @@
+"""Replaying requests through a tree the way an engine would, and the figures that come of it.
+
+Request by request:
+
+1. unlock the paths of requests that have been held for more than `hold` later requests, oldest first;
+2. match the prompt and lock the match;
+3. if the cached tokens and the new ones (whole pages) exceed the capacity, evict the excess;
+4. if they still do, count the request as rejected and unlock the match;
+5. else insert what follows the match, with new slots;
+6. lock the inserted path, unlock the match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from time import perf_counter, perf_counter_ns
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix import backend
+from flatradix import policy as policies
+from flatradix.results import EvictResult, InsertResult, MatchResult
+from flatradix.tree import RadixTree
+from flatradix.version import VERSION
+
+OPERATIONS = ("match", "lock", "slots", "evict", "insert", "unlock")
+Progress = Callable[[int, float], None]
+_SECONDS_BETWEEN_REPORTS = 0.1
+_JSON_SAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to replay. Capacity in tokens; hold: later requests for which a request keeps its path locked."""
+
+    page_size: int = 64
+    capacity: int = 1_000_000
+    hold: int = 32
+    policy: str = "lru"
+    device: str = "auto"
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that make no sense, DeviceUnavailableError for the device."""
+        if self.page_size < 1:
+            raise ValueError(f"page size {self.page_size}: it must be 1 token or more")
+        if self.capacity < self.page_size:
+            raise ValueError(f"capacity {self.capacity} is less than one page of {self.page_size} tokens")
+        if self.hold < 0:
+            raise ValueError(f"hold {self.hold}: a request is held for 0 later requests or more")
+        policies.resolve(self.policy)
+        backend.resolve(self.device)
+
+
+class SlotList:
+    """A stack of the free slots among `count`. Memory is committed for those that were ever out only."""
+
+    def __init__(self, count: int) -> None:
+        self._stack = np.empty(count, np.int32)
+        self._written = count  # the stack holds count - 1 - i at place i below this, without it being there
+        self.free = count
+
+    def take(self, count: int) -> np.ndarray:
+        """`count` free slots, int32: a view that holds until the next `give`. RuntimeError if there are fewer."""
+        if count > self.free:
+            raise RuntimeError(f"slots were lost: {count} are needed and should be free, but {self.free} are")
+        self.free -= count
+        if self.free < self._written:
+            last = len(self._stack) - 1
+            self._stack[self.free : self._written] = np.arange(last - self.free, last - self._written, -1)
+            self._written = self.free
+        return self._stack[self.free : self.free + count]
+
+    def give(self, slots: np.ndarray) -> None:
+        """Take back slots, [K] of any integer dtype. RuntimeError if there would be more than there were."""
+        if self.free + len(slots) > len(self._stack):
+            raise RuntimeError(f"{len(slots)} slots came back, but only {len(self._stack) - self.free} were out")
+        self._stack[self.free : self.free + len(slots)] = slots
+        self.free += len(slots)
+
+    def is_whole(self) -> bool:
+        """Whether every slot is back, exactly once."""
+        back = np.sort(self._stack[self._written :])
+        return self.free == len(self._stack) and bool((back == np.arange(len(back))).all())
+
+
+@dataclass
+class Report:
+    """What a replay gave. Arrays with one entry a request are in the order of the requests.
+
+    prompt_lengths, hits: int64 [N] tokens. cached, locked: int64 [N], tokens in the tree after the request.
+    latencies: int64 ns of each call, by operation. On a GPU these are the times that the caller waited.
+    seconds: of the whole replay, making the prompts included; warm_up_seconds: of compiling before it.
+    digest: `RadixTree.digest()` of the final tree.
+    """
+
+    settings: Settings
+    device: str
+    requests: int
+    input_tokens: int
+    hit_tokens: int
+    hits_sha256: str
+    evicted_tokens: int
+    rejected: int
+    final_tokens: int
+    nodes: int
+    nbytes: int
+    digest: str
+    seconds: float
+    warm_up_seconds: float
+    prompt_lengths: np.ndarray
+    hits: np.ndarray
+    cached: np.ndarray
+    locked: np.ndarray
+    latencies: dict[str, np.ndarray]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that were found in the cache."""
+        return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
+
+    def operations(self) -> dict[str, dict[str, float]]:
+        """calls, p50_us, p99_us, max_us and total_seconds of each operation that was called."""
+        return {name: summarise(times) for name, times in self.latencies.items() if len(times)}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it but for the arrays, of which a hundred samples are kept."""
+        s = self.settings
+        return {
+            "page": s.page_size,
+            "capacity": s.capacity,
+            "hold": s.hold,
+            "policy": s.policy,
+            "device": self.device,
+            "requests": self.requests,
+            "input_tokens": self.input_tokens,
+            "hit_tokens": self.hit_tokens,
+            "hits_sha256": self.hits_sha256,
+            "evicted_tokens": self.evicted_tokens,
+            "rejected": self.rejected,
+            "final_tokens": self.final_tokens,
+            "hit_rate": self.hit_rate,
+            "nodes": self.nodes,
+            "bytes": self.nbytes,
+            "digest": self.digest,
+            "seconds": self.seconds,
+            "warm_up_seconds": self.warm_up_seconds,
+            "operations": self.operations(),
+            "samples": self._samples(),
+            "versions": self.versions,
+        }
+
+    def _samples(self) -> dict[str, list[float]]:
+        last = max(0, self.requests - 1)
+        places = np.unique(np.linspace(0, last, min(self.requests, _JSON_SAMPLES)).astype(np.int64))
+        return {
+            "request": (places + 1).tolist(),
+            "hit_rate": self.cumulative_hit_rate()[places].tolist(),
+            "cached_tokens": self.cached[places].tolist(),
+            "locked_tokens": self.locked[places].tolist(),
+        }
+
+    def cumulative_hit_rate(self) -> np.ndarray:
+        """float64 [N]: the hit rate of all requests up to each."""
+        return np.cumsum(self.hits) / np.maximum(1, np.cumsum(self.prompt_lengths))
+
+    def windowed_hit_rate(self, window: int) -> np.ndarray:
+        """float64 [N]: the hit rate of the `window` requests up to each (fewer at the beginning)."""
+        return _window_sums(self.hits, window) / np.maximum(1, _window_sums(self.prompt_lengths, window))
+
+
+def summarise(times: np.ndarray) -> dict[str, float]:
+    """Calls and times of one operation, from int64 [K > 0] nanoseconds."""
+    p50, p99 = np.percentile(times, [50, 99]) / 1e3
+    return {
+        "calls": len(times),
+        "p50_us": float(p50),
+        "p99_us": float(p99),
+        "max_us": float(times.max() / 1e3),
+        "total_seconds": float(times.sum() / 1e9),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the figures of a replay depend on besides flatradix, by name."""
+    found = {
+        "flatradix": VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in ("numpy", "numba", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["platform"] = f"{platform.system()} {platform.machine()}"
+    return found
+
+
+def replay(
+    prompts: Iterable[np.ndarray],
+    page_size: int = 64,
+    capacity: int = 1_000_000,
+    hold: int = 32,
+    policy: str = "lru",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Report:
+    """Replay prompts (1-D integer sequences) through a new tree of `capacity` tokens.
+
+    progress: called with the number of requests done and the hit rate so far, some 10 times a second and at the end.
+    Raises ValueError and DeviceUnavailableError for bad arguments, RuntimeError if slots were lost or doubled.
+    """
+    settings = Settings(page_size, capacity, hold, policy, device)
+    settings.validate()
+    run = Replay(settings)
+    begin = perf_counter()
+    warm_up(settings)
+    ready = perf_counter()
+    run.feed(prompts, progress)
+    return run.finish(perf_counter() - ready, ready - begin)
+
+
+def warm_up(settings: Settings) -> None:
+    """Go once through everything on small trees, so that no compilation is timed later."""
+    page = settings.page_size
+    run = Replay(Settings(page, 4 * page, 0, settings.policy, settings.device))
+    common = np.arange(2 * page, dtype=np.int32)
+    for tail in range(4):
+        run.step(np.concatenate([common[: page + page * (tail % 2)], np.full(page, tail, np.int32)]))
+    run.step(np.zeros(5 * page, np.int32))
+    run.drain()
+    _fragment(settings)
+
+
+def _fragment(settings: Settings) -> None:
+    """Leave free pages in a tree that do not lie together, and insert what needs them to: the pools are compacted."""
+    page = settings.page_size
+    tree = RadixTree(8 * page, page_size=page, device=settings.device, policy="lru")
+    pages = [np.full(page, token, np.int32) for token in range(9)]
+    for tokens in pages[:8]:
+        tree.insert(tokens, tokens)
+    for tokens in pages[:8:2]:
+        tree.match(tokens)
+    tree.evict(4 * page)
+    tree.insert(np.tile(pages[8], 4), np.tile(pages[8], 4))
+
+
+class Replay:
+    """A replay under way: a tree, its slots, and the requests that hold locks."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.tree = RadixTree(
+            settings.capacity, page_size=settings.page_size, device=settings.device, policy=settings.policy
+        )
+        self._slots = SlotList(settings.capacity)
+        self._held: deque[tuple[int, InsertResult]] = deque()
+        self._sha = hashlib.sha256()
+        self._evicted = self._rejected = self._hit_tokens = self._input_tokens = 0
+        self._lengths, self._hits, self._cached, self._locked = (array("q") for _ in range(4))
+        self._latencies = {name: array("q") for name in OPERATIONS}
+
+    def feed(self, prompts: Iterable[np.ndarray], progress: Progress | None = None) -> None:
+        """Replay prompts one by one."""
+        due = perf_counter() + _SECONDS_BETWEEN_REPORTS
+        for prompt in prompts:
+            self.step(prompt)
+            if progress is not None and perf_counter() >= due:
+                progress(len(self._hits), self._hit_tokens / max(1, self._input_tokens))
+                due = perf_counter() + _SECONDS_BETWEEN_REPORTS
+        if progress is not None:
+            progress(len(self._hits), self._hit_tokens / max(1, self._input_tokens))
+
+    def step(self, prompt: np.ndarray) -> None:
+        """Replay one prompt, [length] integers."""
+        self._release(len(self._hits))
+        match = self._match(prompt)
+        hit = match.length
+        aligned = len(prompt) // self.settings.page_size * self.settings.page_size
+        if self._make_room(aligned - hit):
+            inserted = self._insert(prompt[hit:aligned], match)
+            self._timed("lock", self.tree.lock, inserted)
+            self._held.append((len(self._hits), inserted))
+        else:
+            self._rejected += 1
+        self._timed("unlock", self.tree.unlock, match)
+        self._record(len(prompt), hit)
+
+    def _release(self, now: int) -> None:
+        while self._held and now - self._held[0][0] > self.settings.hold:
+            self._timed("unlock", self.tree.unlock, self._held.popleft()[1])
+
+    def _match(self, prompt: np.ndarray) -> MatchResult:
+        match: MatchResult = self._timed("match", self.tree.match, prompt)
+        self._timed("lock", self.tree.lock, match)
+        self._timed("slots", self.tree.slots, match)
+        return match
+
+    def _make_room(self, new: int) -> bool:
+        """Whether `new` tokens fit, after an eviction where one is needed."""
+        excess = self.tree.total_tokens + new - self.settings.capacity
+        if excess <= 0:
+            return True
+        freed: EvictResult = self._timed("evict", self.tree.evict, excess)
+        self._slots.give(freed.slots.numpy(force=True))
+        self._evicted += freed.num_tokens
+        return freed.num_tokens >= excess
+
+    def _insert(self, tokens: np.ndarray, match: MatchResult) -> InsertResult:
+        slots = self._slots.take(len(tokens))
+        inserted: InsertResult = self._timed("insert", self.tree.insert, tokens, slots, None, 0, match)
+        duplicates = inserted.prefix_length - match.length
+        if duplicates:
+            self._slots.give(slots[:duplicates].copy())
+        return inserted
+
+    def _timed(self, operation: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        begin = perf_counter_ns()
+        result = call(*arguments)
+        self._latencies[operation].append(perf_counter_ns() - begin)
+        return result
+
+    def _record(self, length: int, hit: int) -> None:
+        self._sha.update(hit.to_bytes(4, "little"))
+        self._input_tokens += length
+        self._hit_tokens += hit
+        self._lengths.append(length)
+        self._hits.append(hit)
+        self._cached.append(self.tree.total_tokens)
+        self._locked.append(self.tree.protected_tokens)
+
+    def drain(self) -> None:
+        """Unlock and evict everything. Raises RuntimeError unless every slot comes back, exactly once."""
+        while self._held:
+            self.tree.unlock(self._held.popleft()[1])
+        self._slots.give(self.tree.evict(self.tree.total_tokens).slots.numpy(force=True))
+        if self.tree.total_tokens or not self._slots.is_whole():
+            raise RuntimeError(
+                f"slots were lost or doubled: {self._slots.free} of {self.settings.capacity} are free after all was "
+                f"evicted, and {self.tree.total_tokens} tokens remain"
+            )
+
+    def finish(self, seconds: float, warm_up_seconds: float = 0.0) -> Report:
+        """The report. Then drains the tree."""
+        report = Report(
+            settings=self.settings,
+            device=_device_name(self.tree.device),
+            requests=len(self._hits),
+            input_tokens=self._input_tokens,
+            hit_tokens=self._hit_tokens,
+            hits_sha256=self._sha.hexdigest(),
+            evicted_tokens=self._evicted,
+            rejected=self._rejected,
+            final_tokens=self.tree.total_tokens,
+            nodes=self.tree.num_nodes,
+            nbytes=self.tree.nbytes,
+            digest=self.tree.digest(),
+            seconds=seconds,
+            warm_up_seconds=warm_up_seconds,
+            prompt_lengths=_frozen(self._lengths),
+            hits=_frozen(self._hits),
+            cached=_frozen(self._cached),
+            locked=_frozen(self._locked),
+            latencies={name: _frozen(times) for name, times in self._latencies.items()},
+            versions=versions(),
+        )
+        self.drain()
+        return report
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _frozen(values: array[int]) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def _window_sums(values: np.ndarray, window: int) -> np.ndarray:
+    sums = np.concatenate([[0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    return sums[ends] - sums[np.maximum(0, ends - window)]
