@@ -18,7 +18,8 @@ from flatradix import meta
 FREE_ROW = -(2**31)
 MAX_UNITS = 2**31 - 1
 # The pool is a quarter larger than the tree may be. Freed ranges are taken again in place; the slack is what makes a
-# range long enough easy to find. On the conversation trace (page 64, 1M tokens) no compaction happens at all.
+# range long enough easy to find. On the 12,031 requests of the conversation trace (page 64) no compaction happens with
+# 1M tokens, and 21 with 4M, of 2 ms each; with an eighth of slack 13 and 61, with a half none.
 POOL_SLACK = 4
 SMALLEST_TABLE = 64
 

@@ -88,7 +88,8 @@ class RadixTree:
         """Take a state as this tree's own."""
         self._state = state
         self._table = self._kernels.address_table(state)
-        host: Any = state._make(tensor.numpy() for tensor in state)  # type: ignore[arg-type, misc]
+        arrays: list[Any] = [tensor.numpy() for tensor in state]
+        host: Any = TreeState(*arrays)
         self._host = host
         self._parts = np.empty((2, 64), np.int32)
         self._meta = memoryview(host.meta.data)

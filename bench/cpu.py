@@ -1,0 +1,175 @@
+"""flatradix on one CPU core against SGLang's default tree (`UnifiedRadixCache` with its Rust core).
+
+Both are called through their Python interfaces, alternately in one process on one core, and the medians are compared.
+SGLang gets its parameter objects ready-made. Where SGLang is not installed, only our side is measured; see
+bench/peers/sglang.py for how to install it. The rows on a trace need one in Mooncake's format.
+
+  python3 bench/cpu.py                          everything: about three minutes, 5 GB of memory
+  python3 bench/cpu.py --quick                  shorter, and without the slowest rows: about a minute
+  python3 bench/cpu.py --only match lock-1      the rows whose names begin so
+  python3 bench/cpu.py --list                   the names
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from bench import rows_change, rows_match, rows_process, rows_replay  # noqa: E402
+from bench.harness import Measured, Row, Setup, start_afresh  # noqa: E402
+from bench.peers import sglang  # noqa: E402
+
+ROWS = [*rows_match.ROWS, *rows_change.ROWS, *rows_replay.ROWS, *rows_process.ROWS]
+TRACE = ROOT.parent / "shared" / "traces" / "conversation_trace.jsonl"
+SCALE = {"us": 1e6, "ms": 1e3, "s": 1.0, "bytes": 1.0}
+LINE = "{:<54} {:>12} {:>12} {:>8} {:>9}  {}"
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="the rows whose names begin with one of these")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repetitions, 500 trace requests, no row of 1M nodes"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
+    parser.add_argument("--trace", type=Path, default=TRACE, help="the trace (default: %(default)s)")
+    parser.add_argument("--core", type=int, help="the core to run on (default: the last that is allowed)")
+    return parser.parse_args(arguments)
+
+
+def _chosen(names: list[str] | None) -> list[Row]:
+    if names is None:
+        return ROWS
+    for name in names:
+        if not any(row.name.startswith(name) for row in ROWS):
+            raise SystemExit(f"no row is called {name!r}; --list shows the names")
+    return [row for row in ROWS if row.name.startswith(tuple(names))]
+
+
+def _pin(core: int | None) -> int | None:
+    """Stay on one core. None where the system cannot do that."""
+    torch.set_num_threads(1)
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    core = max(os.sched_getaffinity(0)) if core is None else core
+    os.sched_setaffinity(0, {core})
+    return core
+
+
+def _peer() -> bool:
+    """Whether SGLang's default tree runs here; says why not."""
+    try:
+        sglang.RustTree(1)
+    except sglang.PeerMissing as reason:
+        print(f"SGLang is left out: {reason}")
+        return False
+    return True
+
+
+def _skip(row: Row, setup: Setup) -> str | None:
+    if row.needs_trace and setup.trace is None:
+        return "no trace; give one with --trace"
+    if row.slow and setup.quick:
+        return "left out by --quick"
+    return None
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _result(row: Row, measured: Measured) -> dict[str, Any]:
+    scale = SCALE[row.unit]
+    theirs = None if measured.theirs is None else measured.theirs * scale
+    ours = measured.ours * scale
+    ratio = None if theirs is None else ours / theirs
+    judged = ours if row.absolute else ratio
+    return {
+        "name": row.name,
+        "work": row.work,
+        "unit": row.unit,
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": ratio,
+        "target": row.target,
+        "target_is": "ours" if row.absolute else "ratio",
+        "met": None if judged is None else judged <= row.target,
+        "note": measured.note,
+    }
+
+
+def _show(result: dict[str, Any]) -> None:
+    theirs, ratio, unit = result["theirs"], result["ratio"], result["unit"]
+    target = _number(result["target"]) + (f" {unit}" if result["target_is"] == "ours" else "")
+    met = {True: "yes", False: "NO", None: "-"}[result["met"]]
+    print(
+        LINE.format(
+            result["work"],
+            f"{_number(result['ours'])} {unit}",
+            "-" if theirs is None else f"{_number(theirs)} {unit}",
+            "-" if ratio is None else f"{ratio:.3f}",
+            target,
+            f"{met}{'  (' + result['note'] + ')' if result['note'] else ''}",
+        ),
+        flush=True,
+    )
+
+
+def _machine(core: int | None) -> dict[str, Any]:
+    models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "core": core,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "sglang": sglang.VERSION,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    rows = _chosen(options.only)
+    if options.list:
+        print("\n".join(f"{row.name:<20} {row.work}" for row in rows))
+        return
+    machine = _machine(_pin(options.core))
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    setup = Setup(options.quick, options.trace if options.trace.is_file() else None, _peer())
+    print(LINE.format("work", "flatradix", "sglang", "ratio", "target", "met"))
+    results = []
+    for row in rows:
+        if reason := _skip(row, setup):
+            print(f"{row.work:<54} skipped: {reason}")
+            continue
+        start_afresh()
+        results.append(_result(row, row.measure(setup)))
+        _show(results[-1])
+    met = [result["met"] for result in results if result["met"] is not None]
+    print(f"{sum(met)} of {len(met)} targets met")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "rows": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

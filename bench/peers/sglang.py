@@ -1,0 +1,329 @@
+"""SGLang's prefix caches, driven without its server: the Python `RadixCache`, and the default tree with its Rust core.
+
+SGLang is taken from where it is installed, else from the folder `.peers` at the repository root, else from the folder
+that the environment variable FLATRADIX_PEERS names (`pip install --no-deps --target FOLDER sglang==0.5.23`). The caches
+themselves need two small packages, `requirements/peers.txt`; everything else that their modules import (KV pools,
+layers, the server's web stack, Triton) is replaced by stand-ins while they are imported, because none of it is run: a
+stand-in whose truth value is asked for raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+VERSION = "0.5.23"
+FOLDER = Path(__file__).resolve().parents[2] / ".peers"
+HINT = (
+    f"pip install --no-deps --target .peers sglang=={VERSION} && pip install -r requirements/peers.txt, "
+    "at the repository root"
+)
+
+# SGLang's own modules that the trees import but never run.
+_UNUSED = (
+    "sglang.kernels",
+    "sglang.srt.configs",
+    "sglang.srt.distributed",
+    "sglang.srt.layers",
+    "sglang.srt.managers",
+    "sglang.srt.mem_cache.memory_pool",
+    "sglang.srt.observability.metrics_collector",
+    "sglang.srt.server_args",
+)
+# Packages that SGLang's modules import and the trees never use; the real ones go first where they are installed.
+_OPTIONAL = (
+    "PIL",
+    "orjson",
+    "psutil",
+    "pybase64",
+    "pydantic",
+    "pydantic_core",
+    "requests",
+    "starlette",
+    "torchcodec",
+    "triton",
+    "zmq",
+)
+
+
+class PeerMissing(RuntimeError):
+    """SGLang cannot be driven here; the message says why and what to install."""
+
+
+class Classes(NamedTuple):
+    """What SGLang offers, under its own names. `radix_module` is the module of the Python tree, for its clock."""
+
+    CacheInitParams: Any
+    ComponentType: Any
+    EvictParams: Any
+    InsertParams: Any
+    MatchPrefixParams: Any
+    RadixCache: Any
+    RadixKey: Any
+    UnifiedRadixCache: Any
+    radix_module: Any
+
+
+class _StandInType(type):
+    """The class of everything that a stand-in module holds: good for naming, subclassing and decorating only."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **_: Any) -> _StandInType:
+        return super().__new__(cls, name, bases, body)
+
+    def __init__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **_: Any) -> None:
+        super().__init__(name, bases, body)
+
+    def __getattr__(cls, name: str) -> _StandInType:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _StandInType(f"{cls.__name__}.{name}", (), {})
+
+    def __call__(cls, *_: Any, **__: Any) -> _StandInType:
+        return cls
+
+    def __getitem__(cls, _: Any) -> _StandInType:
+        return cls
+
+    def __or__(cls, _: Any) -> _StandInType:
+        return cls
+
+    __ror__ = __or__
+
+    def __bool__(cls) -> bool:
+        raise TypeError(f"the stand-in {cls.__name__} was used by SGLang: it should have been the real thing")
+
+
+class _StandInModule(types.ModuleType):
+    def __getattr__(self, name: str) -> _StandInType:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _StandInType(name, (), {"__module__": self.__name__})
+
+
+class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Offers a stand-in for each module of the two lists above, while it is on `sys.meta_path`."""
+
+    def __init__(self) -> None:
+        missing = [name for name in _OPTIONAL if importlib.util.find_spec(name) is None]
+        self._roots = {*_UNUSED, *missing}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        parts = name.split(".")
+        if any(".".join(parts[:end]) in self._roots for end in range(1, len(parts) + 1)):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _StandInModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+    def __enter__(self) -> _StandIns:
+        sys.meta_path.insert(0, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _StandInModule)]:
+            del sys.modules[name]
+
+
+def find() -> Path:
+    """The folder of the package `sglang`. Raises PeerMissing."""
+    places = []
+    spec = importlib.util.find_spec("sglang")
+    if spec is not None:
+        places += [Path(place) for place in spec.submodule_search_locations or ()]
+    places.append(FOLDER / "sglang")
+    if "FLATRADIX_PEERS" in os.environ:
+        places.append(Path(os.environ["FLATRADIX_PEERS"]) / "sglang")
+    for place in places:
+        if (place / "srt" / "mem_cache" / "radix_cache.py").is_file():
+            return place
+    raise PeerMissing(f"SGLang is not installed ({HINT})")
+
+
+def _import_caches() -> Classes:
+    base = importlib.import_module("sglang.srt.mem_cache.base_prefix_cache")
+    radix = importlib.import_module("sglang.srt.mem_cache.radix_cache")
+    params = importlib.import_module("sglang.srt.mem_cache.cache_init_params")
+    unified = importlib.import_module("sglang.srt.mem_cache.unified_radix_cache")
+    component = importlib.import_module("sglang.srt.mem_cache.unified_cache.component_type")
+    return Classes(
+        CacheInitParams=params.CacheInitParams,
+        ComponentType=component.ComponentType,
+        EvictParams=base.EvictParams,
+        InsertParams=base.InsertParams,
+        MatchPrefixParams=base.MatchPrefixParams,
+        RadixCache=radix.RadixCache,
+        RadixKey=radix.RadixKey,
+        UnifiedRadixCache=unified.UnifiedRadixCache,
+        radix_module=radix,
+    )
+
+
+@functools.cache
+def load() -> Classes:
+    """Import SGLang's caches. Raises PeerMissing with the reason where that cannot be done.
+
+    A process that has imported the real `sglang` before keeps it; otherwise this leaves a bare `sglang` behind, without
+    its front end, in which the modules that had stand-ins are imported anew when something asks for them.
+    """
+    if "sglang" in sys.modules:
+        return _import_caches()
+    folder = find()
+    package = types.ModuleType("sglang")
+    package.__path__ = [str(folder)]
+    sys.modules["sglang"] = package
+    try:
+        with _StandIns():
+            classes = _import_caches()
+            # Where the core does not load, RustTree says so when asked for it.
+            with contextlib.suppress(ImportError, RuntimeError, OSError):
+                importlib.import_module("sglang.srt.mem_cache.rust_tree_core.adapter")
+            return classes
+    except ImportError as error:
+        for name in [name for name in sys.modules if name == "sglang" or name.startswith("sglang.")]:
+            del sys.modules[name]
+        raise PeerMissing(f"SGLang in {folder} does not import: {error} ({HINT})") from error
+
+
+class Recorder:
+    """The allocator of a tree that has no KV pool: it remembers which slots were given back, in order.
+
+    keep: a benchmark sets it to False, so that what the tree gives up is freed at once, as with a real allocator.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
+        self.freed: list[torch.Tensor] = []
+
+    def free(self, slots: torch.Tensor) -> None:
+        if self.keep:
+            self.freed.append(slots)
+
+    def free_segment(self, slots: torch.Tensor, start_pos: int = 0) -> None:
+        if self.keep:
+            self.freed.append(slots)
+
+    def available_size(self) -> int:
+        return 0
+
+    def take(self) -> torch.Tensor:
+        """All slots given back since the last call, int64 [K]."""
+        freed, self.freed = self.freed, []
+        return torch.cat(freed) if freed else torch.empty(0, dtype=torch.int64)
+
+
+class _Tree:
+    """One method set over both trees. `cache` is SGLang's object, `classes` its parameter classes."""
+
+    cache: Any
+
+    def __init__(self) -> None:
+        self.classes = load()
+        self.allocator = Recorder()
+
+    def key(self, tokens: array[int], namespace: str | None = None) -> Any:
+        return self.classes.RadixKey(tokens, extra_key=namespace)
+
+    def match(self, key: array[int], namespace: str | None = None) -> tuple[int, Any]:
+        """(matched length, node). Splits the edge where the match ends inside it."""
+        result = self.cache.match_prefix(self.classes.MatchPrefixParams(key=self.key(key, namespace)))
+        return result.device_prefix_len, result.last_device_node
+
+    def lock(self, node: Any) -> Any:
+        return self.cache.lock(node)
+
+    def unlock(self, token: Any) -> None:
+        self.cache.unlock(token)
+
+    def insert(
+        self,
+        key: array[int],
+        slots: torch.Tensor,
+        namespace: str | None = None,
+        priority: int = 0,
+        inserted_len: int = 0,
+    ) -> int:
+        """Slots: int64 [len(key)]. Returns how much was there before."""
+        params = self.classes.InsertParams(
+            key=self.key(key, namespace), value=slots, priority=priority, inserted_len=inserted_len
+        )
+        return self.cache.insert(params).prefix_len
+
+    def evict(self, num_tokens: int) -> torch.Tensor:
+        """The slots that were freed, int64 [K], in the order in which SGLang frees them."""
+        self.allocator.take()
+        self.cache.evict(self.classes.EvictParams(num_tokens=num_tokens))
+        return self.allocator.take()
+
+    def slots(self, node: Any) -> torch.Tensor:
+        return self.cache.path_device_indices(node)
+
+    @property
+    def evictable(self) -> int:
+        return self.cache.evictable_size()
+
+    @property
+    def protected(self) -> int:
+        return self.cache.protected_size()
+
+
+class PythonTree(_Tree):
+    """SGLang's `RadixCache`."""
+
+    def __init__(self, page_size: int, policy: str = "lru", is_eagle: bool = False) -> None:
+        super().__init__()
+        params = self.classes.CacheInitParams(
+            disable=False,
+            req_to_token_pool=None,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=page_size,
+            eviction_policy=policy,
+            is_eagle=is_eagle,
+        )
+        self.cache = self.classes.RadixCache(params)
+
+
+class RustTree(_Tree):
+    """SGLang's default, `UnifiedRadixCache` over the Rust tree core. Raises PeerMissing where that does not load."""
+
+    def __init__(self, page_size: int, policy: str = "lru") -> None:
+        super().__init__()
+        params = self.classes.CacheInitParams(
+            disable=False,
+            req_to_token_pool=None,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=page_size,
+            eviction_policy=policy,
+            tree_components=(self.classes.ComponentType.FULL,),
+            tree_core_backend="rust",
+        )
+        try:
+            self.cache = self.classes.UnifiedRadixCache(params)
+        except (ImportError, OSError) as error:
+            raise PeerMissing(f"SGLang's Rust tree core does not load: {error}") from error
+        core = type(self.cache.tree_core).__name__
+        if core != "RustUnifiedTreeCore":
+            raise PeerMissing(
+                f"SGLang fell back to {core}: its Rust tree core does not run with torch {torch.__version__}"
+            )

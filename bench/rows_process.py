@@ -1,0 +1,56 @@
+"""Rows that need a process of their own: memory, and how long the first use takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from bench.harness import Measured, Row, Setup
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _run(arguments: list[str], **environment: str) -> float:
+    """What the last line of `bench/process.py ARGUMENTS` says, in a fresh process."""
+    command = [sys.executable, str(ROOT / "bench" / "process.py"), *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+def _memory(what: str, setup: Setup) -> Measured:
+    theirs = _run([what, "theirs"]) if setup.peer else None
+    return Measured(_run([what, "ours"]), theirs)
+
+
+def _cold(setup: Setup) -> Measured:
+    with tempfile.TemporaryDirectory() as folder:
+        return Measured(_run(["compile"], NUMBA_CACHE_DIR=folder), None)
+
+
+def _second(setup: Setup) -> Measured:
+    with tempfile.TemporaryDirectory() as folder:
+        _run(["first-match"], NUMBA_CACHE_DIR=folder)
+        times = sorted(_run(["first-match"], NUMBA_CACHE_DIR=folder) for _ in range(1 if setup.quick else 5))
+    return Measured(times[len(times) // 2], None)
+
+
+ROWS = [
+    Row(
+        "bytes-token", "memory of a token, 131072-token edges", "bytes", 12, partial(_memory, "bytes-token"),
+        absolute=True,
+    ),
+    Row(
+        "bytes-node", "memory of a node of 64 tokens, 1M nodes", "bytes", 1000, partial(_memory, "bytes-node"),
+        absolute=True, slow=True,
+    ),
+    Row("compile", "compile every kernel, nothing cached", "s", 30, _cold, absolute=True),
+    Row("first-match", "import and first match, compiled before", "s", 1, _second, absolute=True),
+]  # fmt: skip

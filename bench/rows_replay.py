@@ -1,0 +1,134 @@
+"""Rows: the replay of a trace, the time spent inside the tree on each side.
+
+The protocol, request by request: release what has been held for more than HOLD requests; match and lock the prompt;
+read the slots of the match; evict what it would be short of; insert the prompt, where the match ends; lock what was
+inserted, unlock the match. SGLang is told how much of the key is its own (`prev_prefix_len`), as its scheduler does.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.harness import Measured, Row, Setup, slot_range
+from bench.peers import sglang
+from bench.workloads import read_prompts
+from flatradix import RadixTree
+
+REQUESTS, QUICK_REQUESTS = 3000, 500
+PAGE = 64
+HOLD = 32
+# The kernels' machine code is read from disk when each is called first.
+WARM_UP, WARM_UP_CAPACITY = 100, 200_000
+
+
+def _shortage(cached: int, capacity: int, prompt: int, matched: int) -> int:
+    """How many tokens must go before the prompt's whole pages fit."""
+    return cached + prompt // PAGE * PAGE - matched - capacity
+
+
+class Ours:
+    def __init__(self, tree: RadixTree, capacity: int) -> None:
+        self.tree = tree
+        self.capacity = capacity
+        self.held: deque[Any] = deque()
+        self.seconds = 0.0
+        self.hits = 0
+
+    def serve(self, prompt: array[int], slots: torch.Tensor) -> None:
+        tree = self.tree
+        start = time.perf_counter()
+        if len(self.held) > HOLD:
+            released = self.held.popleft()
+            if released is not None:
+                tree.unlock(released)
+        match = tree.match(prompt, lock=True)
+        length = match.length
+        tree.slots(match)
+        if (short := _shortage(tree.total_tokens, self.capacity, len(prompt), length)) > 0:
+            tree.evict(short)
+        if _shortage(tree.total_tokens, self.capacity, len(prompt), length) > 0:
+            tree.unlock(match)
+            self.held.append(None)
+        else:
+            inserted = tree.insert(memoryview(prompt)[length:], slots[length:], start=match)
+            tree.lock(inserted)
+            tree.unlock(match)
+            self.held.append(inserted)
+        self.seconds += time.perf_counter() - start
+        self.hits += length
+
+
+class Theirs:
+    def __init__(self, tree: sglang.RustTree, capacity: int) -> None:
+        self.tree = tree
+        self.capacity = capacity
+        self.held: deque[Any] = deque()
+        self.seconds = 0.0
+        self.hits = 0
+
+    def serve(self, prompt: array[int], slots: torch.Tensor) -> None:
+        cache, classes = self.tree.cache, self.tree.classes
+        start = time.perf_counter()
+        if len(self.held) > HOLD:
+            released = self.held.popleft()
+            if released is not None:
+                cache.unlock(released)
+        key = classes.RadixKey(prompt)
+        match = cache.match_prefix(classes.MatchPrefixParams(key=key))
+        length = match.device_prefix_len
+        lock = cache.lock(match.last_device_node)
+        cache.path_device_indices(match.last_device_node)
+        cached = cache.evictable_size() + cache.protected_size()
+        if (short := _shortage(cached, self.capacity, len(prompt), length)) > 0:
+            cache.evict(classes.EvictParams(num_tokens=short))
+            cached = cache.evictable_size() + cache.protected_size()
+        if _shortage(cached, self.capacity, len(prompt), length) > 0:
+            cache.unlock(lock)
+            self.held.append(None)
+        else:
+            params = classes.InsertParams(key=key, value=slots, prev_prefix_len=length)
+            inserted = cache.insert(params)
+            self.held.append(cache.lock(inserted.last_device_node))
+            cache.unlock(lock)
+        self.seconds += time.perf_counter() - start
+        self.hits += length
+
+
+def _replay(capacity: int, setup: Setup) -> Measured:
+    """Each request goes to both sides, to each first by turns: the first one finds the prompt in a colder cache."""
+    assert setup.trace is not None
+    prompts = read_prompts(setup.trace, QUICK_REQUESTS if setup.quick else REQUESTS)
+    _serve(prompts[:WARM_UP], WARM_UP_CAPACITY, setup)
+    ours, theirs = _serve(prompts, capacity, setup)
+    note = f"{len(prompts)} requests, {ours.hits / sum(map(len, prompts)):.1%} of the prompt tokens found"
+    if theirs is None:
+        return Measured(ours.seconds, None, note)
+    assert ours.hits == theirs.hits
+    return Measured(ours.seconds, theirs.seconds, note)
+
+
+def _serve(prompts: list[array[int]], capacity: int, setup: Setup) -> tuple[Ours, Theirs | None]:
+    ours = Ours(setup.tree(capacity, PAGE), capacity)
+    rust = setup.rust(PAGE)
+    theirs = None if rust is None else Theirs(rust, capacity)
+    pool = slot_range(max(map(len, prompts)))
+    sides = [side for side in (ours, theirs) if side is not None]
+    for prompt in prompts:
+        for side in sides:
+            side.serve(prompt, pool[: len(prompt)])
+        sides.reverse()
+    return ours, theirs
+
+
+def _row(millions: int) -> Row:
+    work = f"replay of trace requests, capacity {millions}M tokens"
+    return Row(f"replay-{millions}m", work, "ms", 0.4, partial(_replay, millions * 1_000_000), needs_trace=True)
+
+
+ROWS = [_row(1), _row(8)]

@@ -1,0 +1,437 @@
+"""The slow, obvious truth: what every operation means, in plain Python objects and loops.
+
+Nothing here is fast or clever, on purpose. A batch is validated first and then carried out one query at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from flatradix.errors import CapacityError, StaleHandleError
+
+LARGEST = 2**31 - 1
+
+Namespace = str | bytes | None
+Unit = Any  # a token, or a pair of tokens with bigrams
+Page = tuple[Unit, ...]
+
+
+@dataclass(eq=False)
+class Node:
+    units: list[Unit]
+    slots: list[int]
+    parent: Node | None = field(repr=False)
+    namespace: Namespace
+    tick: int
+    created: int
+    priority: int
+    hit_count: int = 0
+    lock_ref: int = 0
+    own_locks: int = 0
+    branches: dict[Page, Node] = field(default_factory=dict, repr=False)
+    alive: bool = True
+
+    @property
+    def length(self) -> int:
+        return len(self.units)
+
+    @property
+    def children(self) -> int:
+        return len(self.branches)
+
+    @property
+    def end(self) -> int:
+        return len(self.path())
+
+    def upwards(self) -> Iterator[Node]:
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+    def path(self) -> list[Unit]:
+        return [unit for node in reversed(list(self.upwards())) for unit in node.units]
+
+    def path_slots(self) -> list[int]:
+        return [slot for node in reversed(list(self.upwards())) for slot in node.slots]
+
+
+class Place(NamedTuple):
+    """What a handle and a length stand for. `node` None is the root."""
+
+    node: Node | None
+    length: int
+
+
+ROOT = Place(None, 0)
+
+
+class Inserted(NamedTuple):
+    prefix_length: int
+    place: Place
+
+
+class Evicted(NamedTuple):
+    slots: list[int]
+    num_tokens: int
+    num_nodes: int
+
+
+class Key(NamedTuple):
+    """A whole key: its units from the root, and how many of them came from `start=`."""
+
+    namespace: Namespace
+    units: list[Unit]
+    start: int
+
+
+SCORES: dict[str, Callable[[Node], Any]] = {
+    "lru": lambda node: 0,
+    "lfu": lambda node: node.hit_count,
+    "slru": lambda node: node.hit_count >= 2,
+    "fifo": lambda node: node.created,
+    "filo": lambda node: -node.created,
+    "priority": lambda node: node.priority,
+    "mru": lambda node: -node.tick,
+}
+
+
+def check_range(values: Sequence[int], largest: int) -> None:
+    for value in values:
+        if not 0 <= value <= largest:
+            raise ValueError(f"{value} is not in [0, {largest}]")
+
+
+class Oracle:
+    """A tree. A policy of one's own is a function from a node to its score."""
+
+    def __init__(
+        self,
+        max_tokens: int,
+        page_size: int = 1,
+        policy: str | Callable[[Node], Any] = "lru",
+        bigram: bool = False,
+        largest_slot: int = LARGEST,
+    ) -> None:
+        self.max_tokens = max_tokens
+        self.page_size = page_size
+        self.score = SCORES[policy] if isinstance(policy, str) else policy
+        self.bigram = bigram
+        self.largest_slot = largest_slot
+        self.clock = 0
+        self.tops: dict[Namespace, dict[Page, Node]] = {}
+
+    # What is there
+
+    def nodes(self) -> list[Node]:
+        found: list[Node] = []
+        waiting = [node for top in self.tops.values() for node in top.values()]
+        while waiting:
+            node = waiting.pop()
+            found.append(node)
+            waiting.extend(node.branches.values())
+        return found
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.nodes())
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(node.length for node in self.nodes())
+
+    @property
+    def protected_tokens(self) -> int:
+        return sum(node.length for node in self.nodes() if node.lock_ref > 0)
+
+    @property
+    def evictable_tokens(self) -> int:
+        return sum(node.length for node in self.nodes() if node.lock_ref == 0)
+
+    def branches_of(self, namespace: Namespace, node: Node | None) -> dict[Page, Node]:
+        return self.tops.setdefault(namespace, {}) if node is None else node.branches
+
+    # Keys and places
+
+    def units_of(self, tokens: Sequence[int]) -> list[Unit]:
+        """The units in whole pages."""
+        units: list[Unit] = list(zip(tokens, tokens[1:], strict=False)) if self.bigram else list(tokens)
+        return units[: len(units) // self.page_size * self.page_size]
+
+    def first_page(self, units: list[Unit]) -> Page:
+        return tuple(units[: self.page_size])
+
+    def resolve(self, place: Place) -> Node | None:
+        """The node on whose edge a place lies now, None for the root."""
+        node, length = place
+        if node is not None and not node.alive:
+            raise StaleHandleError("the node has been evicted")
+        if not 0 <= length <= (0 if node is None else node.end) or length % self.page_size:
+            raise ValueError(f"no place at length {length}")
+        while node is not None and length <= node.end - node.length:
+            node = node.parent
+        return node
+
+    def key_of(self, tokens: Sequence[int], namespace: Namespace, start: Place) -> Key:
+        node = self.resolve(start)
+        if node is None:
+            return Key(namespace, self.units_of(tokens), 0)
+        if namespace is not None and namespace != node.namespace:
+            raise ValueError("the start is in another namespace")
+        path = node.path()[: start.length]
+        if self.bigram and tokens and tokens[0] != path[-1][1]:
+            raise ValueError("the first token is not the second one of the last pair")
+        return Key(node.namespace, path + self.units_of(tokens), start.length)
+
+    def common(self, edge: list[Unit], units: list[Unit]) -> int:
+        """Units in common at the beginning, in whole pages."""
+        count = 0
+        while count < min(len(edge), len(units)) and edge[count] == units[count]:
+            count += 1
+        return count // self.page_size * self.page_size
+
+    def walk(self, key: Key) -> Place:
+        """The end of the longest cached prefix."""
+        node: Node | None = None
+        at = 0
+        while at < len(key.units):
+            child = self.branches_of(key.namespace, node).get(self.first_page(key.units[at:]))
+            if child is None:
+                break
+            common = self.common(child.units, key.units[at:])
+            node, at = child, at + common
+            if common < child.length:
+                break
+        return Place(node, at)
+
+    def split(self, node: Node, length: int, created: int) -> Node:
+        """Cut the edge of `node` at the path length; returns the upper part, a new node."""
+        cut = length - (node.end - node.length)
+        upper = Node(
+            units=node.units[:cut],
+            slots=node.slots[:cut],
+            parent=node.parent,
+            namespace=node.namespace,
+            tick=node.tick,
+            created=created,
+            priority=node.priority,
+            hit_count=node.hit_count,
+            lock_ref=node.lock_ref,
+        )
+        self.branches_of(node.namespace, node.parent)[self.first_page(upper.units)] = upper
+        node.units, node.slots, node.parent = node.units[cut:], node.slots[cut:], upper
+        upper.branches[self.first_page(node.units)] = node
+        return upper
+
+    def next_tick(self) -> int:
+        self.clock += 2
+        return self.clock
+
+    # Match
+
+    def match(
+        self,
+        queries: Sequence[Sequence[int]],
+        namespaces: Sequence[Namespace],
+        touch: bool = True,
+        lock: bool = False,
+        starts: Sequence[Place] | None = None,
+    ) -> list[Place]:
+        keys = self.keys_of(queries, namespaces, starts)
+        for tokens, key in zip(queries, keys, strict=True):
+            self.check_read(tokens, key)
+        return [self.match_one(key, touch, lock) for key in keys]
+
+    def keys_of(
+        self,
+        queries: Sequence[Sequence[int]],
+        namespaces: Sequence[Namespace],
+        starts: Sequence[Place] | None,
+    ) -> list[Key]:
+        places = [ROOT] * len(queries) if starts is None else starts
+        return [self.key_of(*query) for query in zip(queries, namespaces, places, strict=True)]
+
+    def check_read(self, tokens: Sequence[int], key: Key) -> None:
+        """A match reads up to the end of the first page that is not cached."""
+        found = self.walk(key).length
+        if found < len(key.units):
+            first = found - key.start
+            check_range(tokens[first : first + self.page_size + self.bigram], LARGEST)
+
+    def match_one(self, key: Key, touch: bool, lock: bool) -> Place:
+        place = self.walk(key)
+        if touch:
+            tick = self.next_tick()
+            for node in place.node.upwards() if place.node else ():
+                node.tick = tick
+        return self.lock_one(place) if lock else place
+
+    def slots(self, places: Sequence[Place]) -> list[list[int]]:
+        nodes = [self.resolve(place) for place in places]
+        pairs = zip(nodes, places, strict=True)
+        return [node.path_slots()[: place.length] if node else [] for node, place in pairs]
+
+    # Lock
+
+    def lock(self, places: Sequence[Place]) -> list[Place]:
+        """Returns the places with the handles that unlock them."""
+        for place in places:
+            self.resolve(place)
+        return [self.lock_one(place) for place in places]
+
+    def lock_one(self, place: Place) -> Place:
+        node = self.resolve(place)
+        if node is None:
+            return Place(None, 0)
+        if place.length < node.end:
+            node = self.split(node, place.length, self.clock + 1)
+        node.own_locks += 1
+        for above in node.upwards():
+            above.lock_ref += 1
+        return Place(node, place.length)
+
+    def unlock(self, places: Sequence[Place]) -> None:
+        nodes: list[Node] = []
+        for place in places:
+            node = self.resolve(place)
+            if node is not None:
+                nodes.append(node)
+                if place.length != node.end or nodes.count(node) > node.own_locks:
+                    raise ValueError("no lock ends there")
+        for node in nodes:
+            self.unlock_one(node)
+
+    def unlock_one(self, node: Node) -> None:
+        node.own_locks -= 1
+        for above in node.upwards():
+            above.lock_ref -= 1
+
+    # Insert
+
+    def insert(
+        self,
+        queries: Sequence[Sequence[int]],
+        slots: Sequence[Sequence[int]],
+        namespaces: Sequence[Namespace],
+        priorities: Sequence[int],
+        starts: Sequence[Place] | None = None,
+        inserted_lengths: Sequence[int] | None = None,
+    ) -> list[Inserted]:
+        for tokens, own in zip(queries, slots, strict=True):
+            if len(tokens) != len(own):
+                raise ValueError("as many slots as tokens")
+            check_range(tokens, LARGEST)
+            check_range(own, self.largest_slot)
+        keys = self.keys_of(queries, namespaces, starts)
+        self.check_capacity(keys)
+        before = [0] * len(keys) if inserted_lengths is None else inserted_lengths
+        return [self.insert_one(*query) for query in zip(keys, slots, priorities, before, strict=True)]
+
+    def check_capacity(self, keys: Sequence[Key]) -> None:
+        needed = self.new_units(keys)
+        free = self.max_tokens - self.total_tokens
+        if needed > free:
+            raise CapacityError(f"{needed} tokens are new, {free} are free", needed, free)
+
+    def new_units(self, keys: Sequence[Key]) -> int:
+        """Units that are not cached, each page counted once however many queries bring it."""
+        pages = set()
+        for key in keys:
+            cached = self.walk(key).length
+            for end in range(cached + self.page_size, len(key.units) + 1, self.page_size):
+                pages.add((key.namespace, tuple(key.units[:end])))
+        return len(pages) * self.page_size
+
+    def insert_one(self, key: Key, slots: Sequence[int], priority: int, inserted_length: int) -> Inserted:
+        tick = self.next_tick()
+        node, cached = self.walk(key)
+        if node is not None and cached < node.end:
+            lower = node
+            node = self.split(node, cached, created=tick)
+            lower.tick = tick - 1
+        if cached < len(key.units):
+            node = self.add_leaf(key, slots, node, cached, tick, priority)
+        for above in node.upwards() if node else ():
+            above.tick = tick
+            above.priority = max(above.priority, priority)
+            if above.end > inserted_length:
+                above.hit_count += 1
+        return Inserted(cached, Place(node, len(key.units)))
+
+    def add_leaf(
+        self, key: Key, slots: Sequence[int], parent: Node | None, cached: int, tick: int, priority: int
+    ) -> Node:
+        units = key.units[cached:]
+        leaf = Node(
+            units=units,
+            slots=list(slots[cached - key.start : len(key.units) - key.start]),
+            parent=parent,
+            namespace=key.namespace,
+            tick=tick,
+            created=tick,
+            priority=priority,
+        )
+        self.branches_of(key.namespace, parent)[self.first_page(units)] = leaf
+        return leaf
+
+    # Evict
+
+    def evict(self, num_tokens: int) -> Evicted:
+        if num_tokens < 0:
+            raise ValueError("a negative number of tokens")
+        scores = {node: self.score(node) for node in self.nodes()}
+        slots: list[int] = []
+        count = 0
+        while len(slots) < num_tokens:
+            leaves = [node for node in self.nodes() if node.children == 0 and node.lock_ref == 0]
+            if not leaves:
+                break
+            victim = min(leaves, key=lambda node: (scores[node], node.tick, -node.end))
+            self.remove(victim)
+            slots.extend(victim.slots)
+            count += 1
+        return Evicted(slots, len(slots), count)
+
+    def remove(self, node: Node) -> None:
+        del self.branches_of(node.namespace, node.parent)[self.first_page(node.units)]
+        node.alive = False
+
+    def reset(self) -> None:
+        for node in self.nodes():
+            node.alive = False
+        self.tops.clear()
+
+
+class Row(NamedTuple):
+    """One node of the logical tree: all that two trees must agree on."""
+
+    namespace: str
+    path: tuple[Unit, ...]
+    length: int
+    slots: tuple[int, ...]
+    lock_ref: int
+    own_locks: int
+    tick: int
+    created: int
+    priority: int
+    hit_count: int
+    children: int
+
+
+def _row(node: Any, path: Sequence[Unit]) -> Row:
+    values = [getattr(node, name) for name in Row._fields[4:]]
+    return Row(repr(node.namespace), tuple(path), node.length, tuple(node.slots), *values)
+
+
+def dump(oracle: Oracle) -> list[Row]:
+    """The whole logical tree in an order of its own."""
+    return sorted(_row(node, node.path()) for node in oracle.nodes())
+
+
+def dump_tree(tree: Any) -> list[Row]:
+    """The same of a RadixTree, from its state."""
+    from flatradix.check import nodes_of
+
+    return sorted(_row(view, view.path) for view in nodes_of(tree))
