@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flatradix.tree import RadixTree
 
 _UINT32 = 0xFFFFFFFF
+HEAP_ARITY = 8  # of kernels/cpu/queue.py, which this must not import
 _COLUMNS = (
     "parent", "start", "length", "end", "children", "lock_ref", "own_locks", "hit_count", "tag", "queued", "tick",
     "created", "priority", "generation",
@@ -220,17 +221,21 @@ def _check_rows(tree: RadixTree, a: _Arrays) -> None:
 
 
 def _check_queue(tree: RadixTree, a: _Arrays) -> None:
-    size = int(a.meta[meta.QUEUE])
-    rows = tree._state.queue_row[:size].cpu().numpy()
-    _equal(sorted(rows.tolist()), np.flatnonzero(a.queued).tolist(), "rows in the queue")
+    heap, capacity = int(a.meta[meta.HEAP]), int(a.meta[meta.ROW_CAPACITY])
+    run = capacity + (int(a.meta[meta.RUN_HEAD]) + np.arange(int(a.meta[meta.RUN]))) % capacity
+    rows, scores, ticks = (
+        column.cpu().numpy() for column in (tree._state.queue_row, tree._state.queue_score, tree._state.queue_tick)
+    )
+    places = np.concatenate([np.arange(heap), run])
+    _equal(sorted(rows[places].tolist()), np.flatnonzero(a.queued).tolist(), "rows in the queue")
     if tree._score is not None:
-        _equal(size, 0, "entries in the queue of a policy that scores all nodes")
+        _equal(len(places), 0, "entries in the queue of a policy that scores all nodes")
         return
-    scores = tree._state.queue_score[:size].cpu().numpy()
-    ticks = tree._state.queue_tick[:size].cpu().numpy()
-    above = (np.arange(1, size) - 1) // 4
-    in_order = (scores[above] < scores[1:]) | ((scores[above] == scores[1:]) & (ticks[above] <= ticks[1:]))
-    _all(in_order, rows[1:], "it stands below a later one in the queue")
+    above = np.concatenate([(np.arange(1, heap) - 1) // HEAP_ARITY, run[:-1]])
+    below = np.concatenate([np.arange(1, heap), run[1:]])
+    equal = scores[above] == scores[below]
+    in_order = (scores[above] < scores[below]) | (equal & (ticks[above] <= ticks[below]))
+    _all(in_order, rows[below], "it stands behind a later one in the queue")
     candidates = a.live[(a.children[a.live] == 0) & (a.lock_ref[a.live] == 0)]
-    _equal(sorted(set(candidates.tolist()) - set(rows.tolist())), [], "candidates that are not in the queue")
-    _all(ticks <= a.tick[rows], rows, "its entry in the queue is later than its tick")
+    _equal(sorted(set(candidates.tolist()) - set(rows[places].tolist())), [], "candidates that are not in the queue")
+    _all(ticks[places] <= a.tick[rows[places]], rows[places], "its entry in the queue is later than its tick")

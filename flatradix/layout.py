@@ -42,9 +42,9 @@ class TreeState(NamedTuple):
     priority: torch.Tensor  # int64 [R]
     generation: torch.Tensor  # int64 [R]: goes up when the row is freed
     free_rows: torch.Tensor  # int32 [R]: a stack
-    queue_score: torch.Tensor  # int64 [R]: 4-ary min-heap by (score, tick)
-    queue_tick: torch.Tensor  # int64 [R]
-    queue_row: torch.Tensor  # int32 [R]
+    queue_score: torch.Tensor  # int64 [2 R]: candidates for eviction, a heap and behind it a sorted ring
+    queue_tick: torch.Tensor  # int64 [2 R]
+    queue_row: torch.Tensor  # int32 [2 R]
     table: torch.Tensor  # int64 [T]: (tag, row), 0 where empty
     tokens: torch.Tensor  # int32 [P]: the first token of each unit
     seconds: torch.Tensor  # int32 [P], [0] without bigrams: the second token of each unit
@@ -96,9 +96,9 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
         priority=_zeros(rows, i64),
         generation=_zeros(rows, i64),
         free_rows=_zeros(rows, i32),
-        queue_score=_zeros(rows, i64),
-        queue_tick=_zeros(rows, i64),
-        queue_row=_zeros(rows, i32),
+        queue_score=_zeros(2 * rows, i64),
+        queue_tick=_zeros(2 * rows, i64),
+        queue_row=_zeros(2 * rows, i32),
         table=_zeros(table, i64),
         tokens=_zeros(units, i32),
         seconds=_zeros(units if bigram else 0, i32),

@@ -6,7 +6,7 @@ import numpy as np
 
 from flatradix import meta
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
-from flatradix.kernels.cpu.queue import SCORES, drop_top, push, score_of, sift_down
+from flatradix.kernels.cpu.queue import SCORES, drop, first_place, push, score_of
 from flatradix.kernels.cpu.rows import free_row
 from flatradix.layout import FREE_ROW
 
@@ -21,7 +21,6 @@ def _score(s, scores, row):
 @helper
 def _fill_queue(s, scores):
     """Enter every candidate, for policies whose scores are made anew for each eviction."""
-    s.meta[meta.QUEUE] = 0
     for row in range(1, s.meta[meta.ROWS]):
         if s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0:
             push(s, row, scores[row])
@@ -29,9 +28,10 @@ def _fill_queue(s, scores):
 
 @helper
 def _empty_queue(s):
-    for place in range(s.meta[meta.QUEUE]):
-        s.queued[s.queue_row[place]] = 0
-    s.meta[meta.QUEUE] = 0
+    place = first_place(s)
+    while place >= 0:
+        drop(s, place)
+        place = first_place(s)
 
 
 @helper
@@ -51,12 +51,21 @@ def _detach(s, row, scores):
 
 
 @helper
-def _refresh_top(s, row, score):
-    """Put the first entry where it belongs now; whether it stays first."""
-    if score == s.queue_score[0] and s.tick[row] == s.queue_tick[0]:
-        return True
-    sift_down(s, score, s.tick[row], row, s.meta[meta.QUEUE])
-    return False
+def _take_first(s, place, scores):
+    """Take the entry at `place` out; returns its row if it can be evicted now, else 0.
+
+    An entry whose row has been used since is put back where it belongs by now.
+    """
+    row = np.int64(s.queue_row[place])
+    score = s.queue_score[place]
+    tick = s.queue_tick[place]
+    drop(s, place)
+    if s.children[row] > 0 or s.lock_ref[row] > 0:
+        return np.int64(0)
+    if score == _score(s, scores, row) and tick == s.tick[row]:
+        return row
+    push(s, row, _score(s, scores, row))
+    return np.int64(0)
 
 
 @kernel
@@ -71,12 +80,12 @@ def evict(table, wanted, scores):
         _fill_queue(s, scores)
     tokens = np.int64(0)
     nodes = 0
-    while tokens < wanted and s.meta[meta.QUEUE] > 0:
-        row = np.int64(s.queue_row[0])
-        if s.children[row] > 0 or s.lock_ref[row] > 0:
-            drop_top(s)
-        elif _refresh_top(s, row, _score(s, scores, row)):
-            drop_top(s)
+    while tokens < wanted:
+        place = first_place(s)
+        if place < 0:
+            break
+        row = _take_first(s, place, scores)
+        if row > 0:
             _detach(s, row, scores)
             free_row(s, row)
             tokens += s.length[row]

@@ -1,8 +1,12 @@
-"""The eviction queue: a 4-ary min-heap of candidate rows by (score, tick), kept up lazily.
+"""The eviction queue: candidate rows in the order (score, tick), kept up lazily.
 
 A row enters when it becomes childless and unlocked, once (`queued`). Its score and tick only ever grow under the
 policies that use the queue, so an entry is never too late: whoever takes it looks again, and puts it back if the row
-has been used since. A look-up thus costs the queue nothing, and an eviction O(log n) whatever the size of the tree.
+has been used since. A look-up thus costs the queue nothing.
+
+Most rows come in order (under lru all that are inserted do): they are appended to a sorted run, a ring in the upper
+half of the queue's arrays, and taken from its front. The others go to a min-heap in the lower half. So an eviction is
+O(1) a node mostly and O(log n) at worst, whatever the size of the tree.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from flatradix import meta
 from flatradix.kernels.cpu.jit import helper
 
 LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)
-ARITY = 4
+ARITY = 8
 
 
 @helper
@@ -56,11 +60,31 @@ def _move(s, source, target):
 
 
 @helper
+def _run_place(s, index):
+    """Where the entry of the run with that index stands."""
+    capacity = s.meta[meta.ROW_CAPACITY]
+    place = s.meta[meta.RUN_HEAD] + index
+    if place >= capacity:
+        place -= capacity
+    return capacity + place
+
+
+@helper
 def push(s, row, score):
     s.queued[row] = 1
     tick = s.tick[row]
-    place = s.meta[meta.QUEUE]
-    s.meta[meta.QUEUE] = place + 1
+    count = s.meta[meta.RUN]
+    if count == 0 or not _before(s, score, tick, row, _run_place(s, count - 1)):
+        _set(s, _run_place(s, count), score, tick, row)
+        s.meta[meta.RUN] = count + 1
+    else:
+        _push_heap(s, score, tick, row)
+
+
+@helper
+def _push_heap(s, score, tick, row):
+    place = s.meta[meta.HEAP]
+    s.meta[meta.HEAP] = place + 1
     while place > 0:
         above = (place - 1) // ARITY
         if not _before(s, score, tick, row, above):
@@ -72,7 +96,7 @@ def push(s, row, score):
 
 @helper
 def _first_below(s, place, size):
-    """The first in order of the entries right below `place`, or -1."""
+    """The first in order of the heap's entries right below `place`, or -1."""
     child = ARITY * place + 1
     if child >= size:
         return -1
@@ -84,8 +108,12 @@ def _first_below(s, place, size):
 
 
 @helper
-def sift_down(s, score, tick, row, size):
-    """Put an entry into the hole at the top."""
+def _pop_heap(s):
+    size = s.meta[meta.HEAP] - 1
+    s.meta[meta.HEAP] = size
+    if size == 0:
+        return
+    score, tick, row = s.queue_score[size], s.queue_tick[size], s.queue_row[size]
     place = 0
     while True:
         below = _first_below(s, place, size)
@@ -97,13 +125,35 @@ def sift_down(s, score, tick, row, size):
 
 
 @helper
-def drop_top(s):
-    """Take the first entry out."""
-    s.queued[s.queue_row[0]] = 0
-    size = s.meta[meta.QUEUE] - 1
-    s.meta[meta.QUEUE] = size
-    if size > 0:
-        sift_down(s, s.queue_score[size], s.queue_tick[size], s.queue_row[size], size)
+def first_place(s):
+    """Where the first entry in order stands, or -1."""
+    heap = s.meta[meta.HEAP]
+    if s.meta[meta.RUN] == 0:
+        return 0 if heap > 0 else -1
+    front = _run_place(s, 0)
+    if heap > 0 and _before(s, s.queue_score[0], s.queue_tick[0], s.queue_row[0], front):
+        return 0
+    return front
+
+
+@helper
+def drop(s, place):
+    """Take the first entry out, which stands at `place`."""
+    s.queued[s.queue_row[place]] = 0
+    if place == 0:
+        _pop_heap(s)
+        return
+    s.meta[meta.RUN] -= 1
+    head = s.meta[meta.RUN_HEAD] + 1
+    s.meta[meta.RUN_HEAD] = head if head < s.meta[meta.ROW_CAPACITY] else 0
+
+
+@helper
+def clear(s):
+    """Forget all entries, leaving their rows marked."""
+    s.meta[meta.HEAP] = 0
+    s.meta[meta.RUN] = 0
+    s.meta[meta.RUN_HEAD] = 0
 
 
 @helper

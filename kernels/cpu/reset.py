@@ -8,7 +8,7 @@ from flatradix import meta
 from flatradix.kernels.cpu.children import refill
 from flatradix.kernels.cpu.jit import kernel, open_state
 from flatradix.kernels.cpu.pool import mark
-from flatradix.kernels.cpu.queue import offer
+from flatradix.kernels.cpu.queue import clear, offer
 from flatradix.layout import FREE_ROW, SMALLEST_TABLE
 
 
@@ -28,8 +28,9 @@ def reset(table):
             s.meta[meta.FREE_ROWS] = count + 1
     for word in range((s.meta[meta.POOL_PAGES] + 63) // 64):
         s.used[word] = 0
-    for name in (meta.EVICTABLE, meta.PROTECTED, meta.NODES, meta.QUEUE, meta.POOL_CURSOR):
+    for name in (meta.EVICTABLE, meta.PROTECTED, meta.NODES, meta.POOL_CURSOR):
         s.meta[name] = 0
+    clear(s)
     refill(s, SMALLEST_TABLE - 1)
 
 
@@ -41,7 +42,7 @@ def rebuild(table):
     while places < 2 * s.meta[meta.NODES]:
         places *= 2
     refill(s, places - 1)
-    s.meta[meta.QUEUE] = 0
+    clear(s)
     for row in range(1, s.meta[meta.ROWS]):
         s.queued[row] = 0
         if s.parent[row] != FREE_ROW:
