@@ -6,6 +6,7 @@ from flatradix.ragged import Ragged
 from flatradix.results import EvictResult, InsertResult, MatchResult
 from flatradix.tree import RadixTree
 from flatradix.version import VERSION as __version__
+from flatradix.warm_up import warm_up
 
 __all__ = [
     "CapacityError",
@@ -18,4 +19,5 @@ __all__ = [
     "Ragged",
     "StaleHandleError",
     "__version__",
+    "warm_up",
 ]

@@ -67,13 +67,23 @@ def pool_units(max_tokens: int, page_size: int) -> int:
     return (pages + -(-pages // POOL_SLACK)) * page_size
 
 
+def _untouched(count: int, dtype: type[np.generic]) -> torch.Tensor:
+    """Uninitialised memory that the system commits where it is touched; numpy asks for huge pages from 4 MiB on."""
+    return torch.from_numpy(np.empty(count, dtype=dtype))
+
+
 def _zeros(count: int, dtype: type[np.generic]) -> torch.Tensor:
-    """Zeroed memory that the system commits only where it is touched (numpy uses calloc, torch.zeros would write)."""
+    """Zeros, committed as they are touched too (numpy uses calloc, torch.zeros would write)."""
     return torch.from_numpy(np.zeros(count, dtype=dtype))
 
 
+def committed(count: int, dtype: type[np.generic]) -> torch.Tensor:
+    """Memory for a pool, touched here and now: the page faults would cost the first inserts more than all else."""
+    return _untouched(count, dtype).zero_()
+
+
 def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> TreeState:
-    """An empty tree's arrays in host memory. Untouched parts cost address space, not memory."""
+    """An empty tree's arrays in host memory. Rows that no node has used cost address space, not memory."""
     rows = row_capacity(max_tokens, page_size)
     units = pool_units(max_tokens, page_size)
     table = max(SMALLEST_TABLE, 1 << (2 * rows - 1).bit_length())
@@ -81,34 +91,37 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
     multipliers = rng.integers(-(2**63), 2**63, page_size * (2 if bigram else 1), dtype=np.int64) | 1
     i8, i32, i64 = np.int8, np.int32, np.int64
     state = TreeState(
-        parent=_zeros(rows, i32),
-        start=_zeros(rows, i32),
-        length=_zeros(rows, i32),
-        end=_zeros(rows, i32),
-        children=_zeros(rows, i32),
-        lock_ref=_zeros(rows, i32),
-        own_locks=_zeros(rows, i32),
-        hit_count=_zeros(rows, i32),
-        tag=_zeros(rows, i32),
-        queued=_zeros(rows, i8),
-        tick=_zeros(rows, i64),
-        created=_zeros(rows, i64),
-        priority=_zeros(rows, i64),
-        generation=_zeros(rows, i64),
-        free_rows=_zeros(rows, i32),
-        queue_score=_zeros(2 * rows, i64),
-        queue_tick=_zeros(2 * rows, i64),
-        queue_row=_zeros(2 * rows, i32),
-        table=_zeros(table, i64),
-        tokens=_zeros(units, i32),
-        seconds=_zeros(units if bigram else 0, i32),
+        parent=_untouched(rows, i32),
+        start=_untouched(rows, i32),
+        length=_untouched(rows, i32),
+        end=_untouched(rows, i32),
+        children=_untouched(rows, i32),
+        lock_ref=_untouched(rows, i32),
+        own_locks=_untouched(rows, i32),
+        hit_count=_untouched(rows, i32),
+        tag=_untouched(rows, i32),
+        queued=_untouched(rows, i8),
+        tick=_untouched(rows, i64),
+        created=_untouched(rows, i64),
+        priority=_untouched(rows, i64),
+        generation=_untouched(rows, i64),
+        free_rows=_untouched(rows, i32),
+        queue_score=_untouched(2 * rows, i64),
+        queue_tick=_untouched(2 * rows, i64),
+        queue_row=_untouched(2 * rows, i32),
+        table=_untouched(table, i64),
+        tokens=committed(units, i32),
+        seconds=committed(units if bigram else 0, i32),
         used=_zeros(-(-units // page_size // 64), i64),
         namespace_children=_zeros(rows, i32),
-        namespace_hash=_zeros(rows, i64),
-        released=_zeros(rows, i32),
+        namespace_hash=_untouched(rows, i64),
+        released=_untouched(rows, i32),
         multipliers=torch.from_numpy(multipliers),
         meta=_zeros(meta.SIZE, i64),
     )
+    for column in state[: TreeState._fields.index("free_rows")]:
+        column[0] = 0
+    state.table[:SMALLEST_TABLE] = 0
     numbers = state.meta
     numbers[meta.PAGE] = page_size
     numbers[meta.BIGRAM] = bigram

@@ -30,6 +30,7 @@ from flatradix import policy as policies
 from flatradix.results import EvictResult, InsertResult, MatchResult
 from flatradix.tree import RadixTree
 from flatradix.version import VERSION
+from flatradix.warm_up import warm_up
 
 OPERATIONS = ("match", "lock", "slots", "evict", "insert", "unlock")
 Progress = Callable[[int, float], None]
@@ -223,35 +224,10 @@ def replay(
     settings.validate()
     run = Replay(settings)
     begin = perf_counter()
-    warm_up(settings)
+    warm_up(settings.device)
     ready = perf_counter()
     run.feed(prompts, progress)
     return run.finish(perf_counter() - ready, ready - begin)
-
-
-def warm_up(settings: Settings) -> None:
-    """Go once through everything on small trees, so that no compilation is timed later."""
-    page = settings.page_size
-    run = Replay(Settings(page, 4 * page, 0, settings.policy, settings.device))
-    common = np.arange(2 * page, dtype=np.int32)
-    for tail in range(4):
-        run.step(np.concatenate([common[: page + page * (tail % 2)], np.full(page, tail, np.int32)]))
-    run.step(np.zeros(5 * page, np.int32))
-    run.drain()
-    _fragment(settings)
-
-
-def _fragment(settings: Settings) -> None:
-    """Leave free pages in a tree that do not lie together, and insert what needs them to: the pools are compacted."""
-    page = settings.page_size
-    tree = RadixTree(8 * page, page_size=page, device=settings.device, policy="lru")
-    pages = [np.full(page, token, np.int32) for token in range(9)]
-    for tokens in pages[:8]:
-        tree.insert(tokens, tokens)
-    for tokens in pages[:8:2]:
-        tree.match(tokens)
-    tree.evict(4 * page)
-    tree.insert(np.tile(pages[8], 4), np.tile(pages[8], 4))
 
 
 class Replay:

@@ -121,7 +121,10 @@ class EvictResult(NamedTuple):
 
 
 def places_of(places: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lengths and handles of a result, or of anything that has both, checked in dtype and shape."""
+    """The lengths, int32 and contiguous, and the handles of a result, or of anything that has both.
+
+    Raises ValueError for a wrong dtype or shape.
+    """
     try:
         lengths, handles = places.lengths, places.handles
     except AttributeError:
@@ -135,4 +138,6 @@ def places_of(places: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("lengths must be an int32 or int64 tensor [B]")
     if lengths.shape != handles.shape:
         raise ValueError(f"{tuple(lengths.shape)} lengths for {tuple(handles.shape)} handles")
-    return lengths, handles
+    if lengths.dtype == torch.int64:
+        lengths = lengths.clamp(-1, torch.iinfo(torch.int32).max)
+    return lengths.to(torch.int32).contiguous(), handles

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flatradix.buffers import Batch, Buffer, is_single, read_batch, read_one
+from flatradix.layout import committed
 from flatradix.outputs import Outputs
 from flatradix.ragged import Ragged
 
@@ -45,7 +46,7 @@ class HostSlots:
 
     def __init__(self, units: int, dtype: torch.dtype, kernels: Any) -> None:
         self._kernels = kernels
-        self.values = torch.from_numpy(np.zeros(units, np.int64 if dtype == torch.int64 else np.int32))
+        self.values = committed(units, np.int64 if dtype == torch.int64 else np.int32)
         self.device = self.values.device
         self._pool = self.values.data_ptr()
         self._wide = dtype == torch.int64

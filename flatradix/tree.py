@@ -11,8 +11,9 @@ import torch
 
 from flatradix import backend, meta, namespaces
 from flatradix import policy as policies
+from flatradix.arguments import NO_HANDLE, check_counts, check_sizes, per_query, starts, token_count
 from flatradix.buffers import Batch, is_single, read_batch, read_one
-from flatradix.layout import MAX_UNITS, TreeState, allocate, pool_units, row_capacity
+from flatradix.layout import TreeState, allocate, pool_units
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
 from flatradix.ragged import Ragged
@@ -23,7 +24,6 @@ from flatradix.slot_pool import DeviceSlots, HostSlots, Ranges, refuse_slot
 _trees = itertools.count(1)
 # Generations of different trees begin so far apart that a handle of one is stale in the other.
 _GENERATIONS_APART = 1 << 20
-_NO_HANDLE = -1
 _NO_SCORES = np.empty(0, np.int64)
 
 _ERROR_QUERY, _ERROR_VALUE = int(meta.ERROR_QUERY), int(meta.ERROR_VALUE)
@@ -42,8 +42,8 @@ class RadixTree:
     Every operation takes a batch and means what a loop of single calls in batch order would mean. A batch of one stays
     cheap (1 us from Python to Python for a short key). Not thread-safe: one thread at a time.
 
-    max_tokens: how many tokens can be cached. Memory for 1.25 times as many is set aside, 8 bytes a token, and up to
-        130 bytes for each page; the system commits it as it is used.
+    max_tokens: how many tokens can be cached. The pools for 1.25 times as many are committed at once, 8 bytes a token;
+        up to 150 bytes for each page only as nodes use them.
     page_size: tokens a page. Keys are cut down to whole pages and all lengths are multiples of it.
     device: where the index lives: "cpu", "cuda", "cuda:1" or "auto" (the variable FLATRADIX_DEVICE speaks for "auto").
     policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo", "priority", with SGLang's meaning of
@@ -68,7 +68,7 @@ class RadixTree:
         bigram: bool = False,
         slot_dtype: torch.dtype = torch.int32,
     ) -> None:
-        _check_sizes(max_tokens, page_size, slot_dtype)
+        check_sizes(max_tokens, page_size, slot_dtype)
         code, self._score = policies.resolve(policy)
         self.max_tokens = int(max_tokens)
         self.page_size = int(page_size)
@@ -126,17 +126,17 @@ class RadixTree:
             code = self._namespaces.find(namespace) if namespace is not None else 0
             if code < 0:
                 namespaces.check(namespace)
-            length, handle = self._kernels.match_one(self._table, key[0], key[2], key[1], code, touch, lock)
+            length, handle = self._kernels.match_one(self._table, key[0], key[2], key[1], code, bool(touch), bool(lock))
             if length < 0:
                 self._refuse("match", length)
             return MatchResult.single(length, handle)
-        return self._match_batch(read_batch(q, "tokens"), namespace, touch, lock, start)
+        return self._match_batch(read_batch(q, "tokens"), namespace, bool(touch), bool(lock), start)
 
     def _match_batch(self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
         names = namespaces.spread(namespace, len(keys))
         codes = np.array([self._namespaces.find(name) for name in names], np.int64)
         named = np.array([name is not None for name in names], np.bool_)
-        start_lengths, start_handles = _starts(start, len(keys))
+        start_lengths, start_handles = starts(start, len(keys))
         lengths = torch.empty(len(keys), dtype=torch.int32)
         handles = torch.empty(len(keys), dtype=torch.int64)
         reason = self._kernels.match(
@@ -155,7 +155,7 @@ class RadixTree:
         """
         if isinstance(places, Places) and places._handles is None:
             return self._slots_one(places._handle, places._length)
-        lengths, handles = (tensor.numpy() for tensor in places_of(places))
+        lengths, handles = (tensor.contiguous().numpy() for tensor in places_of(places))
         nodes = self._kernels.count_path_nodes(self._table, handles, lengths)
         if nodes < 0:
             self._refuse("slots", nodes)
@@ -190,9 +190,12 @@ class RadixTree:
             places._handle = handle
             return
         lengths, handles = places_of(places)
-        reason = self._kernels.lock(self._table, handles.numpy(), lengths.numpy())
+        renewed = handles.contiguous()
+        reason = self._kernels.lock(self._table, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("lock", reason)
+        if renewed is not handles:
+            handles.copy_(renewed)
 
     def unlock(self, places: Any) -> None:
         """Take back one lock for each place. O(nodes on the paths).
@@ -203,7 +206,7 @@ class RadixTree:
             reason = self._kernels.unlock_one(self._table, places._handle, places._length)
         else:
             lengths, handles = places_of(places)
-            reason = self._kernels.unlock(self._table, handles.numpy(), lengths.numpy())
+            reason = self._kernels.unlock(self._table, handles.contiguous().numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("unlock", reason)
 
@@ -230,12 +233,12 @@ class RadixTree:
         """
         if is_single(q) and isinstance(priority, int) and isinstance(inserted_lengths, int):
             if start is None:
-                return self._insert_one(q, slots, namespace, priority, _NO_HANDLE, 0, inserted_lengths)
+                return self._insert_one(q, slots, namespace, int(priority), NO_HANDLE, 0, int(inserted_lengths))
             if isinstance(start, Places) and len(start) == 1:
                 return self._insert_one(q, slots, namespace, priority, start.handle, start.length, inserted_lengths)
         keys = read_batch(q, "tokens")
-        priorities = _per_query(priority, len(keys), "priority")
-        inserted = _per_query(inserted_lengths, len(keys), "inserted_lengths")
+        priorities = per_query(priority, len(keys), "priority")
+        inserted = per_query(inserted_lengths, len(keys), "inserted_lengths")
         return self._insert_batch(keys, slots, namespace, priorities, start, inserted)
 
     def _insert_one(
@@ -276,9 +279,9 @@ class RadixTree:
         self, keys: Batch, slots: Any, namespace: Any, priorities: np.ndarray, start: Any, inserted: np.ndarray
     ) -> InsertResult:
         source: Any = self._slots.read(slots)
-        _check_counts(keys.counts, source.counts)
+        check_counts(keys.counts, source.counts)
         names = namespaces.spread(namespace, len(keys))
-        start_lengths, start_handles = _starts(start, len(keys))
+        start_lengths, start_handles = starts(start, len(keys))
         codes, fresh = self._codes_to_insert(names, keys.counts, start_lengths)
         named = np.array([name is not None for name in names], np.bool_)
         prefixes = torch.empty(len(keys), dtype=torch.int32)
@@ -335,10 +338,9 @@ class RadixTree:
         than needed. Returns the slots freed, in order. O(log n) a node (O(n) in all with mru or a function). Raises
         ValueError for a negative number.
         """
-        if num_tokens < 0:
-            raise ValueError(f"evict: {num_tokens} tokens; give a number >= 0")
+        wanted = token_count(num_tokens)
         scores = _NO_SCORES if self._score is None else policies.scores_of(self._score, self._policy_nodes())
-        tokens, nodes = self._kernels.evict(self._table, num_tokens, scores)
+        tokens, nodes = self._kernels.evict(self._table, wanted, scores)
         host = self._host
         end = self._meta[_FREE_ROWS]
         rows = host.free_rows[end - nodes : end]
@@ -380,7 +382,7 @@ class RadixTree:
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside for the tree's tensors; the system commits them as they are used."""
+        """Bytes of the tree's tensors, those that nothing has touched yet included."""
         return sum(t.nbytes for t in self._state) + self._slots.values.nbytes
 
     def check(self) -> None:
@@ -395,8 +397,9 @@ class RadixTree:
         Equal for trees that went through the same calls, on any device; row numbers and places in the pools do not
         count. O(cached tokens).
         """
-        slots = self._slots.values.cpu().numpy()
-        lanes = [self._kernels.digest(self._table, slots, lane) for lane in (0, 1)]
+        slots = self._slots.values.cpu()
+        pool = (slots.data_ptr(), slots.dtype == torch.int64)
+        lanes = [self._kernels.digest(self._table, *pool, lane) for lane in (0, 1)]
         return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
 
     def reset(self) -> None:
@@ -446,48 +449,3 @@ class RadixTree:
             f"RadixTree({self.total_tokens} of {self.max_tokens} tokens in {self.num_nodes} nodes, "
             f"{self.protected_tokens} locked, page_size={self.page_size}, {self.device})"
         )
-
-
-def _check_sizes(max_tokens: int, page_size: int, slot_dtype: torch.dtype) -> None:
-    for name, value in (("max_tokens", max_tokens), ("page_size", page_size)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
-    if max_tokens < page_size:
-        raise ValueError(f"max_tokens {max_tokens} is less than one page of {page_size}")
-    if pool_units(max_tokens, page_size) > MAX_UNITS or row_capacity(max_tokens, page_size) >= 1 << 28:
-        raise ValueError(
-            f"max_tokens {max_tokens} with page_size {page_size} is too large: at most 1.7e9 tokens and 2.6e8 pages"
-        )
-    if slot_dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
-
-
-def _check_counts(tokens: np.ndarray, slots: np.ndarray) -> None:
-    if len(tokens) != len(slots):
-        raise ValueError(f"insert: {len(tokens)} queries, but slots for {len(slots)}")
-    unequal = np.flatnonzero(tokens != slots)
-    if len(unequal):
-        query = int(unequal[0])
-        raise ValueError(
-            f"insert: query {query} has {tokens[query]} tokens, but {slots[query]} slots; give one slot a token"
-        )
-
-
-def _starts(start: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [B] lengths and handles to continue from."""
-    if start is None:
-        return np.zeros(queries, np.int64), np.full(queries, _NO_HANDLE, np.int64)
-    lengths, handles = places_of(start)
-    if len(handles) != queries:
-        raise ValueError(f"start has {len(handles)} places for {queries} queries")
-    return lengths.numpy().astype(np.int64), handles.numpy()
-
-
-def _per_query(value: Any, queries: int, what: str) -> np.ndarray:
-    """int64 [B] from one integer or one a query."""
-    if isinstance(value, int | np.integer):
-        return np.full(queries, value, np.int64)
-    values = np.asarray(value)
-    if values.shape != (queries,) or values.dtype.kind not in "iu":
-        raise ValueError(f"{what} must be an integer, or {queries} integers, one a query")
-    return values.astype(np.int64)

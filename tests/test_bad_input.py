@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flatradix
-from flatradix import CapacityError, Ragged, RadixTree, StaleHandleError
+from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
 
 
 @pytest.fixture
@@ -134,7 +134,9 @@ def test_stale_handles(tree: RadixTree) -> None:
     tree.evict(4)
     assert tree.num_nodes == 2, "the locked path alone stays"
     for call in (tree.lock, tree.unlock, tree.slots):
-        refuses(tree, lambda call=call: call(old), "query 0: its handle names a node that was evicted", StaleHandleError)
+        refuses(
+            tree, lambda call=call: call(old), "query 0: its handle names a node that was evicted", StaleHandleError
+        )
     refuses(tree, lambda: tree.match([[1, 2], [3, 4]], start=old), "query 0", StaleHandleError)
     refuses(tree, lambda: tree.insert([[1, 2], [3, 4]], [[1, 2], [3, 4]], start=old), "query 0", StaleHandleError)
 
@@ -219,7 +221,9 @@ def test_capacity(tree: RadixTree) -> None:
 
 def test_priorities_and_inserted_lengths(tree: RadixTree) -> None:
     refuses(tree, lambda: tree.insert([1, 2], [1, 2], priority=1.5), "priority must be an integer")
-    refuses(tree, lambda: tree.insert([[1, 2]], [[1, 2]], priority=[1, 2]), "priority must be an integer, or 1 integers")
+    refuses(
+        tree, lambda: tree.insert([[1, 2]], [[1, 2]], priority=[1, 2]), "priority must be an integer, or 1 integers"
+    )
     refuses(tree, lambda: tree.insert([[1, 2]], [[1, 2]], inserted_lengths=[None]), "inserted_lengths must be")
 
 
@@ -248,5 +252,5 @@ def test_construction(arguments: dict[str, Any], message: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_cuda_where_there_is_none() -> None:
-    with pytest.raises(flatradix.DeviceUnavailableError, match='cannot be used: .*; use device="cpu" or "auto"'):
+    with pytest.raises(flatradix.DeviceUnavailableError, match=r'cannot be used: .*; use device="cpu" or "auto"'):
         RadixTree(8, device="cuda")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flatradix
-from flatradix import Ragged, RadixTree, meta
+from flatradix import RadixTree, Ragged, meta
 
 
 def same_queries() -> list[Any]:

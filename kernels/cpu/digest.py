@@ -11,6 +11,7 @@ import numpy as np
 from flatradix import meta
 from flatradix.kernels import scalar
 from flatradix.kernels.cpu.jit import helper, int32_at, kernel, open_state
+from flatradix.kernels.cpu.units import token_at
 from flatradix.layout import FREE_ROW
 
 mix = helper(scalar.mix)
@@ -58,23 +59,23 @@ def _path_sums(s, lane):
 
 
 @helper
-def _slot_sum(slots, begin, count):
+def _slot_sum(slots, wide, begin, count):
     total = np.int64(0)
     for j in range(count):
-        total += mix(np.int64(slots[begin + j]) + mix(np.int64(j)))
+        total += mix(token_at(slots, wide, begin + j) + mix(np.int64(j)))
     return total
 
 
 @kernel
-def digest(table, slots, lane):
-    """One lane of the digest, int64; `slots` is the slot pool as an int32 or int64 array."""
+def digest(table, slots, slots_wide, lane):
+    """One lane of the digest, int64; `slots` is the address of the slot pool in host memory."""
     s = open_state(table)
     sums = _path_sums(s, lane)
     total = np.int64(0)
     for row in range(1, s.meta[meta.ROWS]):
         if s.parent[row] != FREE_ROW:
             term = mix(sums[row] + s.length[row])
-            term = mix(term + _slot_sum(slots, np.int64(s.start[row]), np.int64(s.length[row])))
+            term = mix(term + _slot_sum(slots, slots_wide, np.int64(s.start[row]), np.int64(s.length[row])))
             term = mix(term + s.lock_ref[row])
             term = mix(term + s.own_locks[row])
             term = mix(term + s.tick[row])

@@ -51,6 +51,7 @@ def take_row(s):
         return np.int64(s.free_rows[count - 1])
     row = s.meta[meta.ROWS]
     s.meta[meta.ROWS] = row + 1
+    s.generation[row] = 0
     return row
 
 

@@ -1,0 +1,71 @@
+"""Checking what callers pass besides the queries, and giving it the one type that the kernels are compiled for."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix.layout import MAX_UNITS, pool_units, row_capacity
+from flatradix.results import places_of
+
+NO_HANDLE = -1
+
+
+def check_sizes(max_tokens: int, page_size: int, slot_dtype: torch.dtype) -> None:
+    for name, value in (("max_tokens", max_tokens), ("page_size", page_size)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    if max_tokens < page_size:
+        raise ValueError(f"max_tokens {max_tokens} is less than one page of {page_size}")
+    if pool_units(max_tokens, page_size) > MAX_UNITS or row_capacity(max_tokens, page_size) >= 1 << 28:
+        raise ValueError(
+            f"max_tokens {max_tokens} with page_size {page_size} is too large: at most 1.7e9 tokens and 2.6e8 pages"
+        )
+    if slot_dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
+
+
+def check_counts(tokens: np.ndarray, slots: np.ndarray) -> None:
+    """One slot a token, query by query."""
+    if len(tokens) != len(slots):
+        raise ValueError(f"insert: {len(tokens)} queries, but slots for {len(slots)}")
+    unequal = np.flatnonzero(tokens != slots)
+    if len(unequal):
+        query = int(unequal[0])
+        raise ValueError(
+            f"insert: query {query} has {tokens[query]} tokens, but {slots[query]} slots; give one slot a token"
+        )
+
+
+def token_count(value: Any) -> int:
+    """How many tokens to evict."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"evict: {value!r} tokens; give an integer") from None
+    if count < 0:
+        raise ValueError(f"evict: {count} tokens; give a number >= 0")
+    return count
+
+
+def starts(start: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [B] lengths and handles to continue from."""
+    if start is None:
+        return np.zeros(queries, np.int64), np.full(queries, NO_HANDLE, np.int64)
+    lengths, handles = places_of(start)
+    if len(handles) != queries:
+        raise ValueError(f"start has {len(handles)} places for {queries} queries")
+    return lengths.numpy().astype(np.int64), np.ascontiguousarray(handles.numpy())
+
+
+def per_query(value: Any, queries: int, what: str) -> np.ndarray:
+    """int64 [B] from one integer or one a query."""
+    if isinstance(value, int | np.integer):
+        return np.full(queries, value, np.int64)
+    values = np.asarray(value)
+    if values.shape != (queries,) or values.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be an integer, or {queries} integers, one a query")
+    return values.astype(np.int64)

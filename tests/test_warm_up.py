@@ -1,0 +1,60 @@
+"""Everything is compiled once, for one set of types, whatever form the arguments have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import flatradix
+from flatradix import RadixTree
+
+
+def signatures() -> dict[str, int]:
+    """How many versions of each CPU kernel this process has compiled or loaded."""
+    cpu = pytest.importorskip("flatradix.kernels.cpu")
+    kernels = {name: getattr(cpu, name) for name in cpu.__all__}
+    return {name: len(kernel.signatures) for name, kernel in kernels.items() if hasattr(kernel, "signatures")}
+
+
+def use_everything(tree: RadixTree, tmp_path: Path) -> None:
+    one = tree.insert(np.arange(8, dtype=np.int32), torch.arange(8), namespace="a", priority=np.int64(3))
+    tree.insert(range(8), range(8), priority=True, inserted_lengths=np.int32(2))
+    last = [7, 9] if tree.bigram else [9, 9]
+    tree.insert([last], [[1, 2]], start=one)
+    m = tree.match([[0, 1, 2, 3], [0, 1], []], touch=1, lock=np.False_)
+    odd = SimpleNamespace(handles=m.handles[::2], lengths=m.lengths.long()[::2])
+    tree.lock(odd)
+    tree.slots(odd)
+    tree.match([last, last], start=odd) if not tree.bigram else None
+    tree.unlock(odd)
+    tree.lock(tree.match(torch.arange(16)[::2], lock=1))
+    tree.check()
+    tree.digest()
+    tree.save(tmp_path / "tree")
+    RadixTree.load(tmp_path / "tree", policy=tree.policy if callable(tree.policy) else None)
+    tree.evict(np.int32(1))
+    tree.evict(torch.tensor(1))
+    tree._compact()
+    tree.reset()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bigram": True},
+        {"page_size": 2, "policy": "mru"},
+        {"policy": lambda nodes: nodes.length, "slot_device": "cpu"},
+        {"slot_dtype": torch.int64, "policy": "lfu"},
+    ],
+)
+def test_nothing_is_compiled_after_the_warm_up(options: dict, tmp_path: Path) -> None:
+    flatradix.warm_up("cpu")
+    before = signatures()
+    assert set(before.values()) == {1}, "warm_up leaves something out"
+    use_everything(RadixTree(64, device="cpu", **options), tmp_path)
+    assert signatures() == before
