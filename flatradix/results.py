@@ -139,5 +139,5 @@ def places_of(places: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if lengths.shape != handles.shape:
         raise ValueError(f"{tuple(lengths.shape)} lengths for {tuple(handles.shape)} handles")
     if lengths.dtype == torch.int64:
-        lengths = lengths.clamp(-1, torch.iinfo(torch.int32).max)
+        lengths = lengths.clamp(torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
     return lengths.to(torch.int32).contiguous(), handles

@@ -91,7 +91,7 @@ class RadixTree:
         arrays: list[Any] = [tensor.numpy() for tensor in state]
         host: Any = TreeState(*arrays)
         self._host = host
-        self._parts = np.empty((2, 64), np.int32)
+        self._ranges = np.empty((2, 64), np.int32)
         self._meta = memoryview(host.meta.data)
         self._namespaces = Namespaces(host.namespace_hash)
         units = pool_units(self.max_tokens, self.page_size)
@@ -159,22 +159,28 @@ class RadixTree:
         nodes = self._kernels.count_path_nodes(self._table, handles, lengths)
         if nodes < 0:
             self._refuse("slots", nodes)
-        starts, parts = np.empty(nodes, np.int32), np.empty(nodes, np.int32)
-        self._kernels.path_ranges(self._table, handles, lengths, starts, parts)
+        starts, counts = self._room_for_ranges(nodes)
+        self._kernels.path_ranges(self._table, handles, lengths, starts, counts)
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        values = self._slots.gather(Ranges(starts, parts, int(offsets[-1])))
+        values = self._slots.gather(Ranges(starts, counts, int(offsets[-1])))
         return Ragged.trusted(values, torch.from_numpy(offsets).to(values.device))
 
     def _slots_one(self, handle: int, length: int) -> Ragged:
-        nodes = self._kernels.path_ranges_one(self._table, handle, length, self._parts[0], self._parts[1])
+        nodes = self._kernels.path_ranges_one(self._table, handle, length, self._ranges[0], self._ranges[1])
         if nodes < 0:
             self._refuse("slots", nodes)
-        if nodes > self._parts.shape[1]:
-            self._parts = np.empty((2, 2 * nodes), np.int32)
+        if nodes > self._ranges.shape[1]:
+            self._room_for_ranges(nodes)
             return self._slots_one(handle, length)
-        values = self._slots.gather(Ranges(self._parts[0, :nodes], self._parts[1, :nodes], length))
+        values = self._slots.gather(Ranges(self._ranges[0, :nodes], self._ranges[1, :nodes], length))
         return Ragged.trusted(values, torch.from_numpy(np.array([0, length])).to(values.device))
+
+    def _room_for_ranges(self, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and lengths of that many ranges, int32, to be filled; the arrays are used again by the next call."""
+        if nodes > self._ranges.shape[1]:
+            self._ranges = np.empty((2, 2 * nodes), np.int32)
+        return self._ranges[0, :nodes], self._ranges[1, :nodes]
 
     def lock(self, places: Any) -> None:
         """Protect each path, from its place to the root, from eviction, once more.
@@ -232,10 +238,12 @@ class RadixTree:
         changed.
         """
         if is_single(q) and isinstance(priority, int) and isinstance(inserted_lengths, int):
+            priority, inserted_lengths = int(priority), int(inserted_lengths)
             if start is None:
-                return self._insert_one(q, slots, namespace, int(priority), NO_HANDLE, 0, int(inserted_lengths))
-            if isinstance(start, Places) and len(start) == 1:
-                return self._insert_one(q, slots, namespace, priority, start.handle, start.length, inserted_lengths)
+                return self._insert_one(q, slots, namespace, priority, NO_HANDLE, 0, inserted_lengths)
+            if isinstance(start, Places) and start._handles is None:
+                place = (start._handle, start._length)
+                return self._insert_one(q, slots, namespace, priority, *place, inserted_lengths)
         keys = read_batch(q, "tokens")
         priorities = per_query(priority, len(keys), "priority")
         inserted = per_query(inserted_lengths, len(keys), "inserted_lengths")
@@ -341,10 +349,9 @@ class RadixTree:
         wanted = token_count(num_tokens)
         scores = _NO_SCORES if self._score is None else policies.scores_of(self._score, self._policy_nodes())
         tokens, nodes = self._kernels.evict(self._table, wanted, scores)
-        host = self._host
-        end = self._meta[_FREE_ROWS]
-        rows = host.free_rows[end - nodes : end]
-        slots = self._slots.gather(Ranges(host.start[rows], host.length[rows], tokens))
+        starts, counts = self._room_for_ranges(nodes)
+        self._kernels.victim_ranges(self._table, starts, counts)
+        slots = self._slots.gather(Ranges(starts, counts, tokens))
         if self._meta[_RELEASED]:
             self._forget_namespaces()
         return EvictResult(slots, tokens, nodes)

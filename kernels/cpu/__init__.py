@@ -14,6 +14,7 @@ from flatradix.kernels.cpu.slots import (
     move_slots,
     path_ranges,
     path_ranges_one,
+    victim_ranges,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "reset",
     "unlock",
     "unlock_one",
+    "victim_ranges",
 ]

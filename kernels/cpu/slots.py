@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix import meta
 from flatradix.kernels.cpu.jit import helper, int32_at, int64_at, kernel, open_state
 from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import copy_checked
@@ -69,6 +70,18 @@ def _fill(s, row, length, starts, counts, end):
         counts[end] = length - begins
         length = begins
         row = np.int64(s.parent[row])
+
+
+@kernel
+def victim_ranges(table, starts, counts):
+    """Fill `starts` and `counts` int32 [nodes] with the pool ranges of the rows that were freed last, in order."""
+    s = open_state(table)
+    nodes = len(starts)
+    first = s.meta[meta.FREE_ROWS] - nodes
+    for at in range(nodes):
+        row = s.free_rows[first + at]
+        starts[at] = s.start[row]
+        counts[at] = s.length[row]
 
 
 @kernel
