@@ -66,6 +66,6 @@ def per_query(value: Any, queries: int, what: str) -> np.ndarray:
     if isinstance(value, int | np.integer):
         return np.full(queries, value, np.int64)
     values = np.asarray(value)
-    if values.shape != (queries,) or values.dtype.kind not in "iu":
+    if values.shape != (queries,) or (queries and values.dtype.kind not in "iu"):
         raise ValueError(f"{what} must be an integer, or {queries} integers, one a query")
     return values.astype(np.int64)

@@ -89,6 +89,14 @@ class Namespaces:
         self._put(None, NONE)
 
 
+def only(namespace: Any) -> Namespace:
+    """The name of a single query."""
+    if isinstance(namespace, list | tuple):
+        return spread(namespace, 1)[0]
+    check(namespace)
+    return namespace
+
+
 def spread(namespace: Any, queries: int) -> Sequence[Namespace]:
     """One name a query: `namespace` is one for all, or a list with one for each."""
     if isinstance(namespace, list | tuple):

@@ -123,9 +123,7 @@ class RadixTree:
         """
         if start is None and is_single(q):
             key = read_one(q, "tokens")
-            code = self._namespaces.find(namespace) if namespace is not None else 0
-            if code < 0:
-                namespaces.check(namespace)
+            code = 0 if namespace is None else self._namespaces.find(namespaces.only(namespace))
             length, handle = self._kernels.match_one(self._table, key[0], key[2], key[1], code, bool(touch), bool(lock))
             if length < 0:
                 self._refuse("match", length)
@@ -258,10 +256,10 @@ class RadixTree:
         source = self._slots.read_one(slots)
         if source[1] != count:
             raise ValueError(f"insert: query 0 has {count} tokens, but {source[1]} slots; give one slot a token")
+        if namespace is not None:
+            namespace = namespaces.only(namespace)
         code = 0 if namespace is None else self._namespaces.find(namespace)
         fresh = code < 0 and start == 0 and count - self.bigram >= self.page_size
-        if code < 0:
-            namespaces.check(namespace)
         if fresh:
             code = self._namespaces.give(namespace)
         pool, pool_wide, limit = self._slots.arguments
