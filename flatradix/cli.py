@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.highlighter import RegexHighlighter
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from flatradix import backend, traces
+from flatradix import backend, tables, traces
 from flatradix import draw as drawing
 from flatradix import plot as plotting
 from flatradix import replay as replaying
@@ -28,7 +27,7 @@ from flatradix import workload as workloads
 from flatradix.errors import CapacityError, DeviceUnavailableError
 from flatradix.plot import PlotUnavailableError
 from flatradix.policy import NAMES as POLICIES
-from flatradix.replay import Report, Settings
+from flatradix.report import Report, Settings, versions
 
 ERROR, INTERRUPTED = 2, 130
 STDOUT = "-"
@@ -176,7 +175,7 @@ def tree(
         run = replaying.Replay(settings)
         run.feed(source.prompts)
         out = Console(highlighter=_TreeHighlighter(), theme=_TREE_THEME, soft_wrap=True)
-        out.print(Text(f"after {_requests(source.requests)} of {source.name}"))
+        out.print(Text(f"after {tables.count_requests(source.requests)} of {source.name}"))
         out.print(out.highlighter(drawing.draw(run.tree, max_nodes, details)))
         out.print(Text(drawing.LEGEND, style="dim"))
 
@@ -186,8 +185,8 @@ def info() -> None:
     """Show versions, devices, and which device `auto` takes and why."""
     with _plain_errors():
         out = Console(soft_wrap=True)
-        out.print(_grid("versions", list(replaying.versions().items())))
-        out.print(_grid("devices", backend.explain()))
+        out.print(tables.grid("versions", list(versions().items())))
+        out.print(tables.grid("devices", backend.explain()))
         out.print(Text(f"device auto takes {backend.auto_reason()}"))
 
 
@@ -277,7 +276,7 @@ def _run(source: Source, settings: Settings) -> Report:
         return replaying.replay(source.prompts, s.page_size, s.capacity, s.hold, s.policy, s.device, progress)
 
     if not err.is_terminal:
-        err.print(f"replaying {_requests(source.requests)} of {source.name}", soft_wrap=True, markup=False)
+        err.print(f"replaying {tables.count_requests(source.requests)} of {source.name}", soft_wrap=True, markup=False)
         return go(None)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rate = TextColumn("hit rate {task.fields[rate]:.1%}")
@@ -291,7 +290,7 @@ def _run(source: Source, settings: Settings) -> Report:
 
 def _write(report: Report, name: str, json_path: Path | None, plot_path: Path | None) -> None:
     to_stdout = json_path is not None and str(json_path) == STDOUT
-    _print_report(Console(stderr=to_stdout, highlight=False), report, name)
+    tables.print_report(Console(stderr=to_stdout, highlight=False), report, name)
     if json_path is not None:
         text = json.dumps({"source": name, **report.to_json()}, indent=2)
         if to_stdout:
@@ -300,53 +299,6 @@ def _write(report: Report, name: str, json_path: Path | None, plot_path: Path | 
             json_path.write_text(text + "\n", encoding="utf-8")
     if plot_path is not None:
         plotting.save(report, plot_path, name)
-
-
-def _print_report(out: Console, report: Report, name: str) -> None:
-    s = report.settings
-    rows = [
-        ("requests", f"{report.requests:,}" + (f", {report.rejected:,} rejected" if report.rejected else "")),
-        (
-            "hit rate",
-            f"{report.hit_rate:.2%} ({report.hit_tokens:,} of {report.input_tokens:,} prompt tokens)",
-        ),
-        ("evicted", f"{report.evicted_tokens:,} tokens"),
-        ("cached at the end", f"{report.final_tokens:,} of {s.capacity:,} tokens in {report.nodes:,} nodes"),
-        ("memory", f"{report.nbytes / 2**20:,.1f} MiB set aside for the index and its slots"),
-        ("time", f"{_operation_seconds(report):.2f} s in the tree, {report.seconds:.2f} s in all"),
-        ("settings", f"page size {s.page_size}, hold {s.hold}, policy {s.policy}, device {report.device}"),
-    ]
-    out.print(_grid(name, rows))
-    out.print(_operations_table(report))
-
-
-def _operations_table(report: Report) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("operation")
-    for column in ("calls", "p50 µs", "p99 µs", "max µs", "total s"):
-        table.add_column(column, justify="right")
-    for name, row in report.operations().items():
-        times = (f"{row[key]:,.1f}" for key in ("p50_us", "p99_us", "max_us"))
-        table.add_row(name, f"{row['calls']:,}", *times, f"{row['total_seconds']:.3f}")
-    return table
-
-
-def _operation_seconds(report: Report) -> float:
-    return sum(row["total_seconds"] for row in report.operations().values())
-
-
-def _grid(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )  # fmt: skip
-    for name, value in rows:
-        table.add_row(Text(name), Text(value))
-    return table
-
-
-def _requests(count: int) -> str:
-    return f"{count:,} request" + ("" if count == 1 else "s")
 
 
 class _TreeHighlighter(RegexHighlighter):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flatradix.replay import Report
+from flatradix.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,6 +13,7 @@ import pytest
 from flatradix import draw, plot, traces, workload
 from flatradix import replay as replaying
 from flatradix.replay import SlotList, replay
+from flatradix.report import Settings
 from flatradix.tree import RadixTree
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
@@ -182,7 +183,7 @@ def test_every_policy_keeps_all_slots(policy: str) -> None:
 
 
 def test_lost_slots_are_found() -> None:
-    run = replaying.Replay(replaying.Settings(4, 64, 0, "lru", "cpu"))
+    run = replaying.Replay(Settings(4, 64, 0, "lru", "cpu"))
     run.step(np.arange(8, dtype=np.int32))
     run._slots.take(1)
     with pytest.raises(RuntimeError, match="slots were lost or doubled: 63 of 64 are free"):
