@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from flatradix.errors import CapacityError, StaleHandleError
@@ -157,7 +158,7 @@ class Oracle:
 
     def units_of(self, tokens: Sequence[int]) -> list[Unit]:
         """The units in whole pages."""
-        units: list[Unit] = list(zip(tokens, tokens[1:], strict=False)) if self.bigram else list(tokens)
+        units: list[Unit] = list(pairwise(tokens)) if self.bigram else list(tokens)
         return units[: len(units) // self.page_size * self.page_size]
 
     def first_page(self, units: list[Unit]) -> Page:

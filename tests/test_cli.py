@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from flatradix import cli, plot

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from flatradix.errors import CapacityError, StaleHandleError
-from tests.oracle import ROOT, Oracle, Place, Row, dump
+from tests.oracle import ROOT, Namespace, Oracle, Place, Row, dump
 
 
-def insert(oracle: Oracle, *keys: list[int], base: int = 0, namespace: object = None, priority: int = 0) -> list:
+def insert(oracle: Oracle, *keys: list[int], base: int = 0, namespace: Namespace = None, priority: int = 0) -> list:
     """Insert a batch; token j of key i gets the slot base + 100 * i + j."""
     slots = [[base + 100 * i + j for j in range(len(key))] for i, key in enumerate(keys)]
     return oracle.insert(keys, slots, [namespace] * len(keys), [priority] * len(keys))
