@@ -12,7 +12,7 @@ settings.register_profile(
     "ci",
     deadline=None,
     derandomize=True,
-    max_examples=60,
+    max_examples=50,
     stateful_step_count=40,
     suppress_health_check=list(HealthCheck),
 )
