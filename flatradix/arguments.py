@@ -12,6 +12,7 @@ from flatradix.layout import MAX_UNITS, pool_units, row_capacity
 from flatradix.results import places_of
 
 NO_HANDLE = -1
+_LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 
 
 def check_sizes(max_tokens: int, page_size: int, slot_dtype: torch.dtype) -> None:
@@ -40,6 +41,13 @@ def check_counts(tokens: np.ndarray, slots: np.ndarray) -> None:
         )
 
 
+def to_int64(value: Any, what: str) -> int:
+    number = int(value)
+    if not _LOWEST <= number <= _HIGHEST:
+        raise ValueError(f"{what} {number} does not fit 64 bits")
+    return number
+
+
 def token_count(value: Any) -> int:
     """How many tokens to evict."""
     try:
@@ -48,7 +56,7 @@ def token_count(value: Any) -> int:
         raise ValueError(f"evict: {value!r} tokens; give an integer") from None
     if count < 0:
         raise ValueError(f"evict: {count} tokens; give a number >= 0")
-    return count
+    return min(count, _HIGHEST)
 
 
 def starts(start: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,14 +66,18 @@ def starts(start: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
     lengths, handles = places_of(start)
     if len(handles) != queries:
         raise ValueError(f"start has {len(handles)} places for {queries} queries")
-    return lengths.numpy().astype(np.int64), np.ascontiguousarray(handles.numpy())
+    given = handles.numpy().copy()
+    given[given < 0] = NO_HANDLE - 1  # no handle that was ever given out
+    return lengths.numpy().astype(np.int64), given
 
 
 def per_query(value: Any, queries: int, what: str) -> np.ndarray:
     """int64 [B] from one integer or one a query."""
     if isinstance(value, int | np.integer):
-        return np.full(queries, value, np.int64)
+        return np.full(queries, to_int64(value, what), np.int64)
     values = np.asarray(value)
     if values.shape != (queries,) or (queries and values.dtype.kind not in "iu"):
         raise ValueError(f"{what} must be an integer, or {queries} integers, one a query")
+    if queries and int(values.max()) > _HIGHEST:
+        raise ValueError(f"{what}: {int(values.max())} does not fit 64 bits")
     return values.astype(np.int64)

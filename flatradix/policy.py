@@ -66,8 +66,8 @@ def resolve(policy: str | Policy) -> tuple[Code, Policy | None]:
     return Code[policy.upper()], None
 
 
-def scores_of(policy: Policy, nodes: Nodes) -> np.ndarray:
-    """Call a policy; its scores as int64 that order the same way."""
+def scores_of(policy: Policy, nodes: Nodes, live: torch.Tensor) -> np.ndarray:
+    """Call a policy; its scores as int64 that order the same way. `live`: bool, whether a row holds a node."""
     scores = policy(nodes)
     rows = len(nodes.tick)
     if not isinstance(scores, torch.Tensor) or scores.shape != (rows,):
@@ -78,7 +78,8 @@ def scores_of(policy: Policy, nodes: Nodes) -> np.ndarray:
     if not scores.dtype.is_floating_point:
         return scores.to("cpu", torch.int64).contiguous().numpy()
     broad = scores.to("cpu", torch.float64) + 0.0  # -0.0 becomes 0.0
-    if bool(broad.isnan().any()):
-        raise ValueError(f"the policy returned NaN for row {int(broad.isnan().nonzero()[0])}")
+    nan = broad.isnan() & live.cpu()
+    if bool(nan.any()):
+        raise ValueError(f"the policy returned NaN for row {int(nan.nonzero()[0])}")
     bits = broad.contiguous().view(torch.int64)
     return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits).numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 from flatradix import backend, meta, namespaces
 from flatradix import policy as policies
-from flatradix.arguments import NO_HANDLE, check_counts, check_sizes, per_query, starts, token_count
+from flatradix.arguments import NO_HANDLE, check_counts, check_sizes, per_query, starts, to_int64, token_count
 from flatradix.buffers import Batch, is_single, read_batch, read_one
-from flatradix.layout import TreeState, allocate, pool_units
+from flatradix.kernels.scalar import GENERATION_MASK
+from flatradix.layout import FREE_ROW, TreeState, allocate, pool_units
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
 from flatradix.ragged import Ragged
@@ -21,9 +23,10 @@ from flatradix.refusals import BAD_SLOT, NO_CAPACITY, NO_ROOM, refuse, refuse_ca
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, places_of
 from flatradix.slot_pool import DeviceSlots, HostSlots, Ranges, refuse_slot
 
-_trees = itertools.count(1)
-# Generations of different trees begin so far apart that a handle of one is stale in the other.
+# Generations of the trees of one process begin so far apart that a handle of one is stale in the others; they begin
+# somewhere else in each process, for the sake of trees that are saved in one and loaded in another.
 _GENERATIONS_APART = 1 << 20
+_generations = itertools.count(secrets.randbits(35), _GENERATIONS_APART)
 _NO_SCORES = np.empty(0, np.int64)
 
 _ERROR_QUERY, _ERROR_VALUE = int(meta.ERROR_QUERY), int(meta.ERROR_VALUE)
@@ -78,7 +81,7 @@ class RadixTree:
         self.slot_device = None if slot_device is None else torch.device(slot_device)
         self.device = backend.resolve(device)
         self._kernels = backend.kernels_for(self.device)
-        generation = next(_trees) * _GENERATIONS_APART
+        generation = next(_generations) & GENERATION_MASK
         state = allocate(self.max_tokens, self.page_size, self.bigram, generation)
         state.meta[meta.POLICY] = code
         state.meta[meta.THRESHOLD] = policies.SLRU_THRESHOLD
@@ -236,7 +239,8 @@ class RadixTree:
         changed.
         """
         if is_single(q) and isinstance(priority, int) and isinstance(inserted_lengths, int):
-            priority, inserted_lengths = int(priority), int(inserted_lengths)
+            priority = to_int64(priority, "priority")
+            inserted_lengths = to_int64(inserted_lengths, "inserted_lengths")
             if start is None:
                 return self._insert_one(q, slots, namespace, priority, NO_HANDLE, 0, inserted_lengths)
             if isinstance(start, Places) and start._handles is None:
@@ -345,7 +349,7 @@ class RadixTree:
         ValueError for a negative number.
         """
         wanted = token_count(num_tokens)
-        scores = _NO_SCORES if self._score is None else policies.scores_of(self._score, self._policy_nodes())
+        scores = _NO_SCORES if self._score is None else self._scores(self._score)
         tokens, nodes = self._kernels.evict(self._table, wanted, scores)
         starts, counts = self._room_for_ranges(nodes)
         self._kernels.victim_ranges(self._table, starts, counts)
@@ -354,11 +358,13 @@ class RadixTree:
             self._forget_namespaces()
         return EvictResult(slots, tokens, nodes)
 
-    def _policy_nodes(self) -> policies.Nodes:
+    def _scores(self, policy: Policy) -> np.ndarray:
         rows = self._meta[_ROWS]
         s = self._state
         columns = (s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
-        return policies.Nodes(*(column[:rows] for column in columns))
+        live = s.parent[:rows] != FREE_ROW
+        live[0] = False
+        return policies.scores_of(policy, policies.Nodes(*(column[:rows] for column in columns)), live)
 
     def _forget_namespaces(self) -> None:
         for code in self._host.released[: self._meta[_RELEASED]].tolist():

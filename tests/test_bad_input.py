@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -254,3 +255,42 @@ def test_construction(arguments: dict[str, Any], message: str) -> None:
 def test_cuda_where_there_is_none() -> None:
     with pytest.raises(flatradix.DeviceUnavailableError, match=r'cannot be used: .*; use device="cpu" or "auto"'):
         RadixTree(8, device="cuda")
+
+
+def test_numbers_beyond_64_bits(tree: RadixTree) -> None:
+    refuses(tree, lambda: tree.insert([1, 2], [1, 2], namespace="new", priority=2**70), "priority 1.* does not fit")
+    refuses(tree, lambda: tree.insert([[1, 2]], [[1, 2]], namespace="new", inserted_lengths=-(2**64)), "does not fit")
+    refuses(tree, lambda: tree.insert([[1, 2]], [[1, 2]], priority=np.array([2**63], np.uint64)), "does not fit")
+    assert tree.evict(2**70).num_tokens == 4
+
+
+def test_a_start_that_was_never_given_out(tree: RadixTree) -> None:
+    nowhere = SimpleNamespace(handles=torch.tensor([-1]), lengths=torch.tensor([0]))
+    refuses(tree, lambda: tree.match([[1, 2]], start=nowhere), "query 0", StaleHandleError)
+    refuses(tree, lambda: tree.insert([[1, 2]], [[1, 2]], start=nowhere), "query 0", StaleHandleError)
+
+
+def test_a_bad_token_is_told_before_want_of_room(tree: RadixTree) -> None:
+    key = [*range(100), -1]
+    refuses(tree, lambda: tree.insert(key, list(range(101))), "the token at position 100")
+    refuses(tree, lambda: tree.insert([key], [list(range(101))]), "the token at position 100")
+
+
+def test_a_handle_from_before_a_load_in_another_process(tmp_path: Path, device: str) -> None:
+    """Each process begins its generations elsewhere, so a saved tree does not take handles of a stranger."""
+    code = f"""
+import flatradix
+tree = flatradix.RadixTree(8, device={device!r})
+print(tree.insert([1], [1]).handle)
+tree.save({str(tmp_path / "tree")!r})
+"""
+    import subprocess
+    import sys
+
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    loaded = RadixTree.load(tmp_path / "tree", device=device)
+    theirs = SimpleNamespace(handles=torch.tensor([int(done.stdout)]), lengths=torch.tensor([1]))
+    assert loaded.slots(theirs).to_list() == [[1]]
+    stranger = RadixTree(8, device=device).insert([1], [1])
+    refuses(loaded, lambda: loaded.slots(stranger), "another tree", StaleHandleError)

@@ -60,3 +60,9 @@ def test_bad_scores(policy: Callable[[Nodes], torch.Tensor], message: str, devic
         tree.evict(1)
     tree.check()
     assert tree.digest() == before
+
+
+def test_scores_of_rows_without_a_node_do_not_matter(device: str) -> None:
+    tree = RadixTree(8, device=device, policy=lambda nodes: nodes.tick / (nodes.length * (nodes.end > 0)))
+    tree.insert([1], [1])
+    assert tree.evict(1).slots.tolist() == [1]

@@ -173,10 +173,13 @@ def insert_one(
     row, length, end = _plan(s, 0, key, wide, tokens, namespace, named, start_handle, start)
     if row < 0:
         return row, zero, zero, zero
+    known = length - start
     place = _reserve(s, end - length)
     if place < 0:
-        return place, zero, zero, zero
-    known = length - start
+        reason = _check(s, 0, key, wide, slots, slots_wide, pool, limit, known, tokens)
+        if reason == 0:
+            reason = place
+        return reason, zero, zero, zero
     first = key + (8 if wide else 4) * known
     first_slot = slots + (8 if slots_wide else 4) * known
     outside = _store(s, first, wide, place, end - length, first_slot, slots_wide, pool, pool_wide, limit)
