@@ -29,9 +29,12 @@ def why_not_cuda() -> str:
 
 def auto_reason() -> str:
     """What `device="auto"` takes, and why, in one sentence."""
-    wanted = os.environ.get(VARIABLE)
-    if wanted and wanted != "auto":
-        return f"{wanted}: the environment variable {VARIABLE} says so"
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted != "auto":
+        try:
+            return f"{_named(wanted, f'{VARIABLE}={wanted}')}: the environment variable {VARIABLE} says so"
+        except (ValueError, DeviceUnavailableError) as error:
+            return f"nothing: {error}"
     reason = why_not_cuda()
     return f"cpu: {reason}" if reason else "cuda: it is there and works"
 
@@ -42,24 +45,30 @@ def resolve(device: str | torch.device) -> torch.device:
     Raises DeviceUnavailableError if the device cannot be used here, ValueError if it is none.
     """
     global _told
-    if device == "auto":
-        device = os.environ.get(VARIABLE) or "auto"
-    if device == "auto":
-        if not _told:
-            logger.info("device auto takes %s", auto_reason())
-            _told = True
-        return torch.device("cpu" if why_not_cuda() else "cuda")
+    if device != "auto":
+        return _named(device, f'device="{device}"')
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted != "auto":
+        return _named(wanted, f"{VARIABLE}={wanted}")
+    if not _told:
+        logger.info("device auto takes %s", auto_reason())
+        _told = True
+    return torch.device("cpu" if why_not_cuda() else "cuda")
+
+
+def _named(device: str | torch.device, asked: str) -> torch.device:
+    """A device that was asked for by name; `asked` is how, for the errors."""
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {device!r} is none: give cpu, cuda, cuda:N or auto") from None
+        raise ValueError(f"{asked} is no device: give cpu, cuda, cuda:N or auto") from None
     if found.type == "cpu":
         return torch.device("cpu")
     if found.type != "cuda":
-        raise ValueError(f"device {device!r}: a tree lives on cpu or cuda; its slots may live elsewhere")
+        raise ValueError(f"{asked}: a tree lives on cpu or cuda; its slots may live elsewhere")
     reason = why_not_cuda()
     if reason:
-        raise DeviceUnavailableError(f'device="{device}" cannot be used: {reason}; use device="cpu" or "auto"')
+        raise DeviceUnavailableError(f'{asked} cannot be used: {reason}; take "cpu" or "auto"')
     return found
 
 

@@ -241,7 +241,7 @@ def test_evict(tree: RadixTree) -> None:
         ({"max_tokens": 2.5}, "max_tokens must be a positive integer"),
         ({"max_tokens": 2**31}, "too large"),
         ({"max_tokens": 8, "policy": "tlru"}, "policy 'tlru' is unknown: one of lru, lfu"),
-        ({"max_tokens": 8, "device": "tpu"}, "device 'tpu' is none"),
+        ({"max_tokens": 8, "device": "tpu"}, 'device="tpu" is no device'),
         ({"max_tokens": 8, "device": "meta"}, "lives on cpu or cuda"),
         ({"max_tokens": 8, "slot_dtype": torch.int16}, "slot_dtype must be"),
     ],
@@ -251,9 +251,21 @@ def test_construction(arguments: dict[str, Any], message: str) -> None:
         RadixTree(**arguments)
 
 
+def test_the_environment_variable_speaks_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATRADIX_DEVICE", "cpu")
+    assert RadixTree(8).device.type == "cpu"
+    monkeypatch.setenv("FLATRADIX_DEVICE", "tpu")
+    assert RadixTree(8, device="cpu").device.type == "cpu"
+    with pytest.raises(ValueError, match="FLATRADIX_DEVICE=tpu is no device"):
+        RadixTree(8)
+    assert flatradix.backend.auto_reason().startswith("nothing: FLATRADIX_DEVICE=tpu is no device")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_cuda_where_there_is_none() -> None:
-    with pytest.raises(flatradix.DeviceUnavailableError, match=r'cannot be used: .*; use device="cpu" or "auto"'):
+    with pytest.raises(
+        flatradix.DeviceUnavailableError, match=r'device="cuda" cannot be used: .*; take "cpu" or "auto"'
+    ):
         RadixTree(8, device="cuda")
 
 

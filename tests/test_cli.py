@@ -123,7 +123,7 @@ def test_refuses_before_any_work(arguments: list[str], reason: str, monkeypatch:
 
 
 def test_refuses_devices() -> None:
-    assert "device 'tpu' is none" in refused("replay", "--device", "tpu", device=False)
+    assert 'device="tpu" is no device' in refused("replay", "--device", "tpu", device=False)
     if not cli.backend.why_not_cuda():
         pytest.skip("there is a GPU")
     assert 'device="cuda" cannot be used: ' in refused("replay", "--device", "cuda", device=False)
