@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from flatradix import meta
+from flatradix.errors import DeviceUnavailableError
 from flatradix.layout import MAX_UNITS, pool_units, row_capacity
-from flatradix.results import places_of
+from flatradix.results import Places, places_of
 
-NO_HANDLE = -1
+_EMPTY = np.empty(0, np.int64)
 _LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 
 
@@ -27,6 +29,25 @@ def check_sizes(max_tokens: int, page_size: int, slot_dtype: torch.dtype) -> Non
         )
     if slot_dtype not in (torch.int32, torch.int64):
         raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
+
+
+def check_slot_device(device: Any) -> torch.device | None:
+    try:
+        found = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"slot_device {device!r} is no device") from None
+    if found is not None and found.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceUnavailableError(f'slot_device="{device}" cannot be used: torch sees no CUDA device')
+    if found is not None and found.type == "meta":
+        raise ValueError("slot_device meta holds no values")
+    return found
+
+
+def nothing_behind(start: Any, sequences: Any) -> Any:
+    """An empty list behind a single place is one empty sequence, elsewhere a batch of none."""
+    if isinstance(sequences, list | tuple) and not sequences and isinstance(start, Places) and len(start) == 1:
+        return _EMPTY
+    return sequences
 
 
 def check_counts(tokens: np.ndarray, slots: np.ndarray) -> None:
@@ -62,12 +83,12 @@ def token_count(value: Any) -> int:
 def starts(start: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 [B] lengths and handles to continue from."""
     if start is None:
-        return np.zeros(queries, np.int64), np.full(queries, NO_HANDLE, np.int64)
+        return np.zeros(queries, np.int64), np.full(queries, meta.NO_HANDLE, np.int64)
     lengths, handles = places_of(start)
     if len(handles) != queries:
         raise ValueError(f"start has {len(handles)} places for {queries} queries")
     given = handles.numpy().copy()
-    given[given < 0] = NO_HANDLE - 1  # no handle that was ever given out
+    given[given < 0] = meta.NO_HANDLE - 1  # no handle that was ever given out
     return lengths.numpy().astype(np.int64), given
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -74,11 +75,7 @@ def _named(device: str | torch.device, asked: str) -> torch.device:
 
 def kernels_for(device: torch.device) -> ModuleType:
     """The kernel package of a device; imports the compiler."""
-    if device.type == "cpu":
-        import flatradix.kernels.cpu as cpu
-
-        return cpu
-    raise DeviceUnavailableError(why_not_cuda())
+    return importlib.import_module(f"flatradix.kernels.{'cpu' if device.type == 'cpu' else 'gpu'}")
 
 
 def explain() -> list[tuple[str, str]]:

@@ -106,6 +106,8 @@ _READERS: dict[type, Any] = {
 
 def _reader(values: Any) -> Any:
     """The reader for values of a subclass, or of a type that offers a buffer."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError("a masked array; pass what is not masked, .compressed()")
     for kind in (torch.Tensor, np.ndarray, array, list, tuple):
         if isinstance(values, kind):
             return _READERS[kind]
@@ -135,7 +137,7 @@ def is_single(queries: Any) -> bool:
         return True
     if isinstance(queries, list) or kind is tuple:
         return len(queries) > 0 and isinstance(queries[0], _INTEGERS)
-    if kind is Ragged:
+    if isinstance(queries, Ragged):
         return False
     if getattr(queries, "ndim", 1) != 1:
         raise ValueError(f"{queries.ndim}-D of shape {tuple(queries.shape)}: pass list(rows) for a batch of rows")

@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flatradix import meta
-from flatradix.layout import FREE_ROW
+from flatradix.layout import COLUMNS, FREE_ROW
 from flatradix.namespaces import Namespace
 
 if TYPE_CHECKING:
     from flatradix.tree import RadixTree
 
 _UINT32 = 0xFFFFFFFF
-HEAP_ARITY = 8  # of kernels/cpu/queue.py, which this must not import
-_COLUMNS = (
-    "parent", "start", "length", "end", "children", "lock_ref", "own_locks", "hit_count", "tag", "queued", "tick",
-    "created", "priority", "generation",
-)  # fmt: skip
 
 
 class NodeView(NamedTuple):
@@ -47,7 +42,7 @@ class _Arrays:
         state = tree._state
         self.meta = state.meta.cpu().numpy()
         rows = int(self.meta[meta.ROWS])
-        for name in _COLUMNS:
+        for name in COLUMNS:
             setattr(self, name, getattr(state, name)[:rows].cpu().numpy())
         self.live = 1 + np.flatnonzero(self.parent[1:] != FREE_ROW)
         self.tokens = state.tokens.cpu().numpy()
@@ -149,6 +144,7 @@ def _check_edges(tree: RadixTree, a: _Arrays) -> None:
     top = above < 0
     begins = np.where(top, 0, a.end[np.where(top, 0, above)])
     _all(a.length[live] > 0, live, "its edge is empty")
+    _all(above != 0, live, "its parent is the root, not a namespace")
     _all(a.length[live] % tree.page_size == 0, live, "its edge is not of whole pages")
     _all(a.end[live] == begins + a.length[live], live, "its end is not its parent's end and its edge")
     _all(top | (a.parent[np.where(top, 0, above)] != FREE_ROW), live, "its parent is free")
@@ -231,7 +227,7 @@ def _check_queue(tree: RadixTree, a: _Arrays) -> None:
     if tree._score is not None:
         _equal(len(places), 0, "entries in the queue of a policy that scores all nodes")
         return
-    above = np.concatenate([(np.arange(1, heap) - 1) // HEAP_ARITY, run[:-1]])
+    above = np.concatenate([(np.arange(1, heap) - 1) // meta.HEAP_ARITY, run[:-1]])
     below = np.concatenate([np.arange(1, heap), run[1:]])
     equal = scores[above] == scores[below]
     in_order = (scores[above] < scores[below]) | (equal & (ticks[above] <= ticks[below]))

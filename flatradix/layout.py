@@ -56,6 +56,10 @@ class TreeState(NamedTuple):
     meta: torch.Tensor  # int64 [meta.SIZE]
 
 
+# What a node has; the rest of the state can be made from these and the pools.
+COLUMNS = TreeState._fields[: TreeState._fields.index("free_rows")]
+
+
 def row_capacity(max_tokens: int, page_size: int) -> int:
     """Rows that a tree can need: one a page, and the root."""
     return max_tokens // page_size + 1
@@ -86,7 +90,8 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
     """An empty tree's arrays in host memory. Rows that no node has used cost address space, not memory."""
     rows = row_capacity(max_tokens, page_size)
     units = pool_units(max_tokens, page_size)
-    table = max(SMALLEST_TABLE, 1 << (2 * rows - 1).bit_length())
+    # An insert makes room for two nodes more than it may need, in a table that is at most half full.
+    table = max(SMALLEST_TABLE, 1 << (2 * (rows + 2) - 1).bit_length())
     rng = np.random.default_rng()
     multipliers = rng.integers(-(2**63), 2**63, page_size * (2 if bigram else 1), dtype=np.int64) | 1
     i8, i32, i64 = np.int8, np.int32, np.int64
@@ -119,8 +124,8 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
         multipliers=torch.from_numpy(multipliers),
         meta=_zeros(meta.SIZE, i64),
     )
-    for column in state[: TreeState._fields.index("free_rows")]:
-        column[0] = 0
+    for name in COLUMNS:
+        getattr(state, name)[0] = 0
     state.table[:SMALLEST_TABLE] = 0
     numbers = state.meta
     numbers[meta.PAGE] = page_size

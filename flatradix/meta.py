@@ -1,4 +1,4 @@
-"""Places in `TreeState.meta`: what a tree is made for, its counters, and how the last refused call failed.
+"""The numbers that the host and the kernels agree on; above all the places in `TreeState.meta`.
 
 Plain constants of a module, because every kernel compiler takes those.
 """
@@ -34,3 +34,11 @@ RUN_HEAD = 20
 POOL_CURSOR = 21
 
 SIZE = 22
+
+# Policies, in the place POLICY. SCORES: a function scores all nodes at each eviction.
+LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)
+
+NO_HANDLE = -1
+NO_NAMESPACE = 0
+UNKNOWN_NAMESPACE = -1
+HEAP_ARITY = 8

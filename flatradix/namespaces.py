@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-Namespace = str | bytes | None
+from flatradix import meta
 
-NONE = 0
-UNKNOWN = -1
+Namespace = str | bytes | None
 
 
 def check(name: Any, query: int | None = None) -> None:
@@ -45,7 +44,7 @@ class Namespaces:
         self._codes: dict[Namespace, int] = {}
         self._names: dict[int, Namespace] = {}
         self._free: list[int] = []
-        self._put(None, NONE)
+        self._put(None, meta.NO_NAMESPACE)
 
     def _put(self, name: Namespace, code: int) -> None:
         self._codes[name] = code
@@ -54,8 +53,8 @@ class Namespaces:
             self._hashes[code] = name_hash(name)
 
     def find(self, name: Namespace) -> int:
-        """The code of a name, UNKNOWN if nothing of it is cached."""
-        return self._codes.get(name, UNKNOWN)
+        """The code of a name, UNKNOWN_NAMESPACE if nothing of it is cached."""
+        return self._codes.get(name, meta.UNKNOWN_NAMESPACE)
 
     def give(self, name: Namespace) -> int:
         """The code of a name, a new one if it has none. The insert fails for want of room if it is beyond the array."""
@@ -86,7 +85,7 @@ class Namespaces:
         self._codes.clear()
         self._names.clear()
         self._free.clear()
-        self._put(None, NONE)
+        self._put(None, meta.NO_NAMESPACE)
 
 
 def only(namespace: Any) -> Namespace:

@@ -7,25 +7,14 @@ is a function from the node arrays to a score for each.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from flatradix import meta
+
 SLRU_THRESHOLD = 2
-
-
-class Code(IntEnum):
-    """Numbers of the policies in `meta.POLICY`. SCORES: a function scores all nodes at each eviction."""
-
-    LRU = 0
-    LFU = 1
-    SLRU = 2
-    FIFO = 3
-    FILO = 4
-    PRIORITY = 5
-    SCORES = 6
 
 
 class Nodes(NamedTuple):
@@ -55,15 +44,15 @@ def most_recent(nodes: Nodes) -> torch.Tensor:
 NAMES = ("lru", "lfu", "slru", "fifo", "mru", "filo", "priority")
 
 
-def resolve(policy: str | Policy) -> tuple[Code, Policy | None]:
+def resolve(policy: str | Policy) -> tuple[int, Policy | None]:
     """The code of a policy, and its function where it is one."""
     if callable(policy):
-        return Code.SCORES, policy
+        return meta.SCORES, policy
     if policy == "mru":
-        return Code.SCORES, most_recent
+        return meta.SCORES, most_recent
     if policy not in NAMES:
         raise ValueError(f"policy {policy!r} is unknown: one of {', '.join(NAMES)}, or a function of the nodes")
-    return Code[policy.upper()], None
+    return int(getattr(meta, policy.upper())), None
 
 
 def scores_of(policy: Policy, nodes: Nodes, live: torch.Tensor) -> np.ndarray:

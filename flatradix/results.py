@@ -9,6 +9,12 @@ import torch
 _Result = TypeVar("_Result", bound="Places")
 
 
+def _only(values: torch.Tensor) -> int:
+    if len(values) != 1:
+        raise ValueError(f"the integers are for a batch of one, and this is one of {len(values)}; use the tensors")
+    return int(values[0])
+
+
 class Places:
     """A place in the tree for each query: a path length and the handle that it goes with.
 
@@ -52,11 +58,11 @@ class Places:
 
     @property
     def length(self) -> int:
-        return self._length if self._lengths is None else int(self._lengths.item())
+        return self._length if self._lengths is None else _only(self._lengths)
 
     @property
     def handle(self) -> int:
-        return self._handle if self._handles is None else int(self._handles.item())
+        return self._handle if self._handles is None else _only(self._handles)
 
     def __len__(self) -> int:
         return 1 if self._lengths is None else len(self._lengths)
@@ -103,7 +109,7 @@ class InsertResult(Places):
 
     @property
     def prefix_length(self) -> int:
-        return self._prefix_length if self._prefix_lengths is None else int(self._prefix_lengths.item())
+        return self._prefix_length if self._prefix_lengths is None else _only(self._prefix_lengths)
 
     def __repr__(self) -> str:
         return f"InsertResult(prefix_lengths={self.prefix_lengths.tolist()}, lengths={self.lengths.tolist()})"
@@ -136,6 +142,8 @@ def places_of(places: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("handles must be an int64 tensor [B]")
     if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError("lengths must be an int32 or int64 tensor [B]")
+    if handles.device.type != "cpu" or lengths.device.type != "cpu":
+        raise ValueError(f"handles on {handles.device} and lengths on {lengths.device}, but the tree is on cpu")
     if lengths.shape != handles.shape:
         raise ValueError(f"{tuple(lengths.shape)} lengths for {tuple(handles.shape)} handles")
     if lengths.dtype == torch.int64:

@@ -67,10 +67,6 @@ class HostSlots:
         self._kernels.gather_slots(self._pool, self._wide, ranges.starts, ranges.lengths, out)
         return torch.from_numpy(out)
 
-    def move(self, sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> None:
-        """Follow a compaction: ranges in ascending order, each to a place not above its own."""
-        self._kernels.move_slots(self._pool, self._wide, sources, targets, lengths)
-
 
 class DeviceBatch(NamedTuple):
     """Slots of a batch, one after another on the slot device; host counts and offsets. In the place of a `Batch`."""
@@ -89,7 +85,7 @@ class DeviceSlots:
 
     def __init__(self, units: int, dtype: torch.dtype, device: torch.device) -> None:
         self.values = torch.zeros(units, dtype=dtype, device=device)
-        self.device = device
+        self.device = self.values.device  # with its index: torch.device("cuda") is not torch.device("cuda:0")
         self._limit = _limit(dtype)
 
     def _checked(self, values: torch.Tensor, counts: np.ndarray) -> DeviceBatch:
@@ -131,11 +127,12 @@ class DeviceSlots:
         return self._checked(ragged.values.to(self.device, torch.int64), np.diff(ragged.offsets.cpu().numpy()))
 
     def write_one(self, place: int, source: Buffer, skip: int, count: int) -> None:
-        self.values[place : place + count] = source[3].values[skip : skip + count].to(self.values.dtype)
+        self.values[place : place + count].copy_(source[3].values[skip : skip + count])
 
     def write(self, places: np.ndarray, source: DeviceBatch, skips: np.ndarray, counts: np.ndarray) -> None:
-        target = self._indices(places, counts)
-        self.values[target] = source.values[self._indices(source.offsets[:-1] + skips, counts)].to(self.values.dtype)
+        # Range by range: nothing is allocated that could fail, now that the index has changed.
+        for place, offset, count in zip(places.tolist(), (source.offsets[:-1] + skips).tolist(), counts, strict=True):
+            self.values[place : place + count].copy_(source.values[offset : offset + count])
 
     def _indices(self, starts: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """int64: every unit of the ranges, in order."""
@@ -149,5 +146,6 @@ class DeviceSlots:
         return self.values[self._indices(ranges.starts, ranges.lengths)].to(torch.int64)
 
     def move(self, sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> None:
+        """Ahead of a compaction, all ranges in ascending order; they end up without gaps."""
         moved = self.values[self._indices(sources, lengths)]
         self.values[: len(moved)] = moved

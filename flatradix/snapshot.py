@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatradix import meta
+from flatradix.layout import COLUMNS
+from flatradix.namespaces import Namespace
 from flatradix.policy import Policy
 
 if TYPE_CHECKING:
     from flatradix.tree import RadixTree
 
 FORMAT = "flatradix tree 1"
-_ROWS = (
-    "parent", "start", "length", "end", "children", "lock_ref", "own_locks", "hit_count", "tag", "tick",
-    "created", "priority", "generation",
-)  # fmt: skip
 _KEPT_META = (meta.GENERATION, meta.CLOCK, meta.EVICTABLE, meta.PROTECTED, meta.NODES, meta.ROWS, meta.FREE_ROWS)
 
 
@@ -28,7 +27,7 @@ def save(tree: RadixTree, path: str | Path) -> None:
     tree._compact()
     rows, free = int(numbers[meta.ROWS]), int(numbers[meta.FREE_ROWS])
     units = tree.total_tokens
-    content: dict[str, Any] = {name: getattr(state, name)[:rows].cpu().clone() for name in _ROWS}
+    content: dict[str, Any] = {name: getattr(state, name)[:rows].cpu().clone() for name in COLUMNS}
     content |= {
         "format": FORMAT,
         "settings": {
@@ -39,7 +38,7 @@ def save(tree: RadixTree, path: str | Path) -> None:
             "slot_dtype": str(tree.slot_dtype),
         },
         "meta": [int(numbers[place]) for place in _KEPT_META],
-        "namespaces": tree._namespaces.items(),
+        "namespaces": [(code, *_written(name)) for code, name in tree._namespaces.items()],
         "namespace_children": state.namespace_children[: 1 + max(c for c, _ in tree._namespaces.items())].clone(),
         "free_rows": state.free_rows[:free].cpu().clone(),
         "multipliers": state.multipliers.cpu(),
@@ -47,7 +46,23 @@ def save(tree: RadixTree, path: str | Path) -> None:
         "seconds": state.seconds[:units].cpu().clone(),
         "slots": tree._slots.values[:units].cpu().clone(),
     }
-    torch.save(content, path)
+    aside = Path(f"{path}.part")
+    torch.save(content, aside)
+    os.replace(aside, path)
+
+
+def _written(name: Namespace) -> tuple[str, str]:
+    """A name as plain text, which any reader of the file takes."""
+    if name is None:
+        return "none", ""
+    if isinstance(name, str):
+        return "str", name.encode("utf-8", "surrogatepass").hex()
+    return "bytes", name.hex()
+
+
+def _name(kind: str, digits: str) -> Namespace:
+    data = bytes.fromhex(digits)
+    return {"none": None, "str": data.decode("utf-8", "surrogatepass") if kind == "str" else "", "bytes": data}[kind]
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -76,9 +91,22 @@ def load(
     slot_device: str | torch.device | None = None,
     policy: Policy | None = None,
 ) -> RadixTree:
+    content = _read(path)
+    try:
+        return _restore(content, path, device, slot_device, policy)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
+
+
+def _restore(
+    content: dict[str, Any],
+    path: str | Path,
+    device: str | torch.device,
+    slot_device: str | torch.device | None,
+    policy: Policy | None,
+) -> RadixTree:
     from flatradix.tree import RadixTree
 
-    content = _read(path)
     settings = content["settings"]
     tree = RadixTree(
         settings["max_tokens"],
@@ -90,12 +118,12 @@ def load(
         slot_dtype=torch.int64 if settings["slot_dtype"] == "torch.int64" else torch.int32,
     )
     state = tree._state
-    for name in (*_ROWS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
+    for name in (*COLUMNS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
         values = content[name]
         getattr(state, name)[: len(values)] = values
     tree._slots.values[: len(content["slots"])] = content["slots"].to(tree._slots.values.device)
     for place, value in zip(_KEPT_META, content["meta"], strict=True):
         state.meta[place] = value
-    tree._namespaces.restore(content["namespaces"])
+    tree._namespaces.restore([(code, _name(kind, digits)) for code, kind, digits in content["namespaces"]])
     tree._kernels.rebuild(tree._table)
     return tree

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from flatradix import backend, meta, namespaces
 from flatradix import policy as policies
-from flatradix.arguments import NO_HANDLE, check_counts, check_sizes, per_query, starts, to_int64, token_count
+from flatradix.arguments import (
+    check_counts,
+    check_sizes,
+    check_slot_device,
+    nothing_behind,
+    per_query,
+    starts,
+    to_int64,
+    token_count,
+)
 from flatradix.buffers import Batch, is_single, read_batch, read_one
-from flatradix.kernels.scalar import GENERATION_MASK
+from flatradix.kernels.scalar import GENERATION_BITS
 from flatradix.layout import FREE_ROW, TreeState, allocate, pool_units
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
@@ -23,20 +31,11 @@ from flatradix.refusals import BAD_SLOT, NO_CAPACITY, NO_ROOM, refuse, refuse_ca
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, places_of
 from flatradix.slot_pool import DeviceSlots, HostSlots, Ranges, refuse_slot
 
-# Generations of the trees of one process begin so far apart that a handle of one is stale in the others; they begin
-# somewhere else in each process, for the sake of trees that are saved in one and loaded in another.
-_GENERATIONS_APART = 1 << 20
-_generations = itertools.count(secrets.randbits(35), _GENERATIONS_APART)
 _NO_SCORES = np.empty(0, np.int64)
 
-_ERROR_QUERY, _ERROR_VALUE = int(meta.ERROR_QUERY), int(meta.ERROR_VALUE)
-_EVICTABLE, _PROTECTED, _NODES = int(meta.EVICTABLE), int(meta.PROTECTED), int(meta.NODES)
-_RELEASED, _ROWS, _FREE_ROWS, _CLOCK = (
-    int(meta.RELEASED),
-    int(meta.ROWS),
-    int(meta.FREE_ROWS),
-    int(meta.CLOCK),
-)
+_ERROR_QUERY, _ERROR_VALUE = meta.ERROR_QUERY, meta.ERROR_VALUE
+_EVICTABLE, _PROTECTED, _NODES = meta.EVICTABLE, meta.PROTECTED, meta.NODES
+_RELEASED, _ROWS = meta.RELEASED, meta.ROWS
 
 
 class RadixTree:
@@ -45,8 +44,8 @@ class RadixTree:
     Every operation takes a batch and means what a loop of single calls in batch order would mean. A batch of one stays
     cheap (1 us from Python to Python for a short key). Not thread-safe: one thread at a time.
 
-    max_tokens: how many tokens can be cached. The pools for 1.25 times as many are committed at once, 8 bytes a token;
-        up to 150 bytes for each page only as nodes use them.
+    max_tokens: how many tokens can be cached. The pools for 1.25 times as many are committed at once, 10 bytes for each
+        of max_tokens (bigrams: 15); up to 160 bytes for each page only as nodes use them.
     page_size: tokens a page. Keys are cut down to whole pages and all lengths are multiples of it.
     device: where the index lives: "cpu", "cuda", "cuda:1" or "auto" (the variable FLATRADIX_DEVICE speaks for "auto").
     policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo", "priority", with SGLang's meaning of
@@ -78,10 +77,11 @@ class RadixTree:
         self.policy = policy
         self.bigram = bool(bigram)
         self.slot_dtype = slot_dtype
-        self.slot_device = None if slot_device is None else torch.device(slot_device)
+        self.slot_device = check_slot_device(slot_device)
         self.device = backend.resolve(device)
         self._kernels = backend.kernels_for(self.device)
-        generation = next(_generations) & GENERATION_MASK
+        # Random, so that a handle of one tree is stale in another, also in one that was saved by another process.
+        generation = secrets.randbits(GENERATION_BITS)
         state = allocate(self.max_tokens, self.page_size, self.bigram, generation)
         state.meta[meta.POLICY] = code
         state.meta[meta.THRESHOLD] = policies.SLRU_THRESHOLD
@@ -131,6 +131,8 @@ class RadixTree:
             if length < 0:
                 self._refuse("match", length)
             return MatchResult.single(length, handle)
+        if start is not None:
+            q = nothing_behind(start, q)
         return self._match_batch(read_batch(q, "tokens"), namespace, bool(touch), bool(lock), start)
 
     def _match_batch(self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
@@ -197,6 +199,8 @@ class RadixTree:
             places._handle = handle
             return
         lengths, handles = places_of(places)
+        if len(handles) > 1 and handles.stride(0) == 0:
+            raise ValueError("lock: the handles share memory, and each may be renewed; pass handles.clone()")
         renewed = handles.contiguous()
         reason = self._kernels.lock(self._table, renewed.numpy(), lengths.numpy())
         if reason < 0:
@@ -238,11 +242,13 @@ class RadixTree:
         Raises ValueError, StaleHandleError, CapacityError (the batch as a whole does not fit); then nothing has
         changed.
         """
+        if start is not None:
+            q, slots = nothing_behind(start, q), nothing_behind(start, slots)
         if is_single(q) and isinstance(priority, int) and isinstance(inserted_lengths, int):
             priority = to_int64(priority, "priority")
             inserted_lengths = to_int64(inserted_lengths, "inserted_lengths")
             if start is None:
-                return self._insert_one(q, slots, namespace, priority, NO_HANDLE, 0, inserted_lengths)
+                return self._insert_one(q, slots, namespace, priority, meta.NO_HANDLE, 0, inserted_lengths)
             if isinstance(start, Places) and start._handles is None:
                 place = (start._handle, start._length)
                 return self._insert_one(q, slots, namespace, priority, *place, inserted_lengths)
@@ -255,7 +261,9 @@ class RadixTree:
         self, q: Any, slots: Any, namespace: Any, priority: int, handle: int, start: int, inserted: int
     ) -> InsertResult:
         address, count, wide, _owner = read_one(q, "tokens")
-        if type(slots) is Ragged or (type(slots) is list and len(slots) == 1 and not is_single(slots)):
+        if isinstance(slots, Ragged) or (isinstance(slots, list | tuple) and len(slots) and not is_single(slots)):
+            if len(slots) != 1:
+                raise ValueError(f"insert: 1 queries, but slots for {len(slots)}")
             slots = slots[0]
         source = self._slots.read_one(slots)
         if source[1] != count:
@@ -271,16 +279,19 @@ class RadixTree:
             address, wide, count, code, namespace is not None, handle, start, priority, inserted,
             source[0], source[2], pool, pool_wide, limit,
         )  # fmt: skip
-        prefix, length, end, place = self._kernels.insert_one(self._table, *arguments)
-        if prefix == NO_ROOM:
-            self._compact()
+        try:
             prefix, length, end, place = self._kernels.insert_one(self._table, *arguments)
-        if prefix < 0:
-            if fresh:
-                self._namespaces.take_back(code)
+            if prefix == NO_ROOM:
+                self._compact()
+                prefix, length, end, place = self._kernels.insert_one(self._table, *arguments)
             if prefix == BAD_SLOT:
                 self._refuse_slot(np.asarray(source[3]))
-            self._refuse("insert", prefix)
+            if prefix < 0:
+                self._refuse("insert", prefix)
+        except BaseException:
+            if fresh and not self._holds(code):
+                self._namespaces.take_back(code)
+            raise
         if isinstance(self._slots, DeviceSlots):
             self._slots.write_one(place, source, prefix - start, length - prefix)
         return InsertResult.single_insert(prefix, length, end)
@@ -303,17 +314,20 @@ class RadixTree:
             priorities, inserted, source.addresses, source.wide, *self._slots.arguments,
             prefixes.numpy(), lengths.numpy(), handles.numpy(), places,
         )  # fmt: skip
-        reason = self._kernels.insert(*arguments)
-        if reason == NO_ROOM:
-            self._compact()
+        try:
             reason = self._kernels.insert(*arguments)
-        if reason < 0:
-            for code in fresh:
-                self._namespaces.take_back(code)
+            if reason == NO_ROOM:
+                self._compact()
+                reason = self._kernels.insert(*arguments)
             if reason == BAD_SLOT:
-                values = slots[self._meta[_ERROR_QUERY]] if len(keys) > 1 or not is_single(slots) else slots
-                self._refuse_slot(np.asarray(values))
-            self._refuse("insert", reason)
+                self._refuse_slot(np.asarray(slots if is_single(slots) else slots[self._meta[_ERROR_QUERY]]))
+            if reason < 0:
+                self._refuse("insert", reason)
+        except BaseException:
+            for code in fresh:
+                if not self._holds(code):
+                    self._namespaces.take_back(code)
+            raise
         if isinstance(self._slots, DeviceSlots):
             new = (lengths - prefixes).numpy()
             self._slots.write(places, source, prefixes.numpy() - start_lengths, new)
@@ -334,12 +348,18 @@ class RadixTree:
             codes[query] = code
         return codes, fresh
 
+    def _holds(self, code: int) -> bool:
+        """Whether a namespace has nodes. A batch that does not fit may have been given codes beyond the array."""
+        children = self._host.namespace_children
+        return code < len(children) and bool(children[code])
+
     def _compact(self) -> None:
         """Slide all edges to the front of the pools: O(cached tokens); happens when no free range is long enough."""
-        nodes = self.num_nodes
-        sources, targets, lengths = (np.empty(nodes, np.int32) for _ in range(3))
-        self._kernels.compact(self._table, sources, targets, lengths)
-        self._slots.move(sources, targets, lengths)
+        if isinstance(self._slots, DeviceSlots):
+            moves = [np.empty(self.num_nodes, np.int32) for _ in range(3)]
+            self._kernels.plan_compaction(self._table, *moves)
+            self._slots.move(*moves)
+        self._kernels.compact(self._table, *self._slots.arguments[:2])
 
     def evict(self, num_tokens: int) -> EvictResult:
         """Free whole nodes, in the order of the policy, until `num_tokens` tokens are free or all is locked.
@@ -351,11 +371,11 @@ class RadixTree:
         wanted = token_count(num_tokens)
         scores = _NO_SCORES if self._score is None else self._scores(self._score)
         tokens, nodes = self._kernels.evict(self._table, wanted, scores)
+        if self._meta[_RELEASED]:
+            self._forget_namespaces()
         starts, counts = self._room_for_ranges(nodes)
         self._kernels.victim_ranges(self._table, starts, counts)
         slots = self._slots.gather(Ranges(starts, counts, tokens))
-        if self._meta[_RELEASED]:
-            self._forget_namespaces()
         return EvictResult(slots, tokens, nodes)
 
     def _scores(self, policy: Policy) -> np.ndarray:
@@ -420,10 +440,11 @@ class RadixTree:
 
     def to(self, device: str | torch.device) -> RadixTree:
         """The tree on another device; itself if it is there. Handles stay good, digests are equal."""
-        found = backend.resolve(device)
-        if found == self.device:
-            return self
-        raise backend.DeviceUnavailableError(backend.why_not_cuda())
+        backend.resolve(device)  # raises for every device but the one there is
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a RadixTree is neither pickled nor copied: use save() and RadixTree.load()")
 
     def save(self, path: str | Path) -> None:
         """Write the tree to a file, policy functions excepted."""

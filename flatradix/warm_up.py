@@ -29,4 +29,5 @@ def warm_up(device: str | torch.device = "auto") -> None:
     tree._compact()
     tree.digest()
     tree._kernels.rebuild(tree._table)
+    RadixTree(16, page_size=2, device=device, slot_device="cpu")._compact()
     tree.reset()

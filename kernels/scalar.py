@@ -8,7 +8,8 @@ from __future__ import annotations
 
 ROW_BITS = 28
 ROW_MASK = (1 << ROW_BITS) - 1
-GENERATION_MASK = (1 << 35) - 1
+GENERATION_BITS = 35
+GENERATION_MASK = (1 << GENERATION_BITS) - 1
 LOW32 = 0xFFFFFFFF
 
 

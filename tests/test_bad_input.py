@@ -306,3 +306,24 @@ tree.save({str(tmp_path / "tree")!r})
     assert loaded.slots(theirs).to_list() == [[1]]
     stranger = RadixTree(8, device=device).insert([1], [1])
     refuses(loaded, lambda: loaded.slots(stranger), "another tree", StaleHandleError)
+
+
+def test_slots_for_another_number_of_queries(tree: RadixTree) -> None:
+    two = Ragged.from_sequences([[1, 2], [3, 4]])
+    refuses(tree, lambda: tree.insert([1, 2], two), "1 queries, but slots for 2")
+    refuses(tree, lambda: tree.insert([1, 2], Ragged.from_sequences([])), "1 queries, but slots for 0")
+    assert tree.insert([7, 7], ([5, 6],)).length == 2
+
+
+def test_handles_that_share_memory(tree: RadixTree) -> None:
+    m = tree.match([1])
+    one = tree.match([[1, 2]])
+    same = SimpleNamespace(handles=one.handles.expand(3), lengths=one.lengths.expand(3))
+    refuses(tree, lambda: tree.lock(same), "share memory")
+    tree.lock(m)
+
+
+def test_devices_of_slots() -> None:
+    for device in ("nope", "meta", 1.5):
+        with pytest.raises(ValueError, match="slot_device"):
+            RadixTree(8, slot_device=device)  # type: ignore[arg-type]

@@ -262,3 +262,96 @@ def test_slots_of_64_bits(device: str) -> None:
     assert tree.slots(tree.match([1, 2, 3])).to_list() == [[2**31, 2**62, 5]]
     with pytest.raises(ValueError, match="negative"):
         tree.insert([4, 5], [-(2**63), 1])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 31, 63, 64, 127])
+def test_a_tree_full_of_the_smallest_nodes(tokens: int, device: str) -> None:
+    tree = RadixTree(tokens, device=device)
+    for _ in range(2):
+        r = tree.insert([[i] for i in range(tokens)], [[i] for i in range(tokens)])
+        tree.insert([0], [0])
+        tree.lock(r)
+        tree.check()
+        tree.unlock(r)
+        assert tree.num_nodes == tokens
+    assert tree.evict(tokens).num_nodes == tokens
+
+
+def test_an_eviction_whose_result_cannot_be_had_mixes_no_namespaces(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = RadixTree(8, device=device)
+    tree.insert([1, 2], [1, 2], namespace="a")
+
+    def gather(ranges: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tree._slots, "gather", gather)
+        with pytest.raises(MemoryError):
+            tree.evict(2)
+    tree.insert([1, 2], [3, 4], namespace="a")
+    tree.evict(1)
+    tree.insert([1, 2], [5, 6], namespace="b")
+    tree.insert([1, 2], [7, 8], namespace="a")
+    tree.check()
+    assert tree.slots(tree.match([1, 2], namespace="b")).to_list() == [[5, 6]]
+
+
+def test_a_slot_pool_without_memory_left_changes_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = RadixTree(8, device=device, slot_device="cpu")
+    tree.insert([[1, 2], [3], [4, 5, 6]], [[1, 2], [3], [4, 5, 6]])
+    tree.match([[1, 2], [4, 5, 6]])
+    tree.evict(1)
+    before = tree.digest()
+
+    def indices(starts: Any, lengths: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tree._slots, "_indices", indices)
+        with pytest.raises(MemoryError):
+            tree._compact()
+        assert tree.digest() == before
+        tree.insert([[7], [8]], [[7], [8]])
+    assert tree.slots(tree.match([[4, 5, 6], [7], [8]])).to_list() == [[4, 5, 6], [7], [8]]
+
+
+def test_a_handle_from_after_the_save_is_stale_in_the_loaded_tree(tmp_path: Path, device: str) -> None:
+    tree = RadixTree(8, device=device)
+    tree.insert([1, 2], [1, 2])
+    tree.evict(2)
+    tree.save(tmp_path / "tree")
+    loaded = RadixTree.load(tmp_path / "tree", device=device)
+    later = tree.insert([3, 4], [3, 4])
+    with pytest.raises(flatradix.StaleHandleError):
+        loaded.lock(later)
+    loaded.check()
+
+
+@pytest.mark.parametrize("name", [None, "", b"", "\ud800", b"\xff\x00", "tenant"])
+def test_snapshot_of_any_namespace(name: str | bytes | None, tmp_path: Path, device: str) -> None:
+    tree = RadixTree(8, device=device)
+    tree.insert([1, 2], [1, 2], namespace=name)
+    tree.save(tmp_path / "tree")
+    assert RadixTree.load(tmp_path / "tree", device=device).match([1, 2], namespace=name).length == 2
+
+
+def test_nothing_behind_a_start(device: str) -> None:
+    tree = RadixTree(8, device=device)
+    m = tree.insert([1, 2], [1, 2])
+    assert tree.match([], start=m).lengths.tolist() == [2]
+    r = tree.insert([], [], start=m)
+    assert (r.prefix_lengths.tolist(), r.lengths.tolist()) == ([2], [2])
+    with pytest.raises(ValueError, match="batch of one, and this is one of 0"):
+        _ = tree.match([]).length
+
+
+def test_a_tree_is_neither_pickled_nor_copied(device: str) -> None:
+    import copy
+    import pickle
+
+    tree = RadixTree(8, device=device)
+    for call in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"use save\(\) and RadixTree.load"):
+            call(tree)

@@ -1,6 +1,6 @@
 """The operations on a machine without a GPU, compiled by numba at their first use."""
 
-from flatradix.kernels.cpu.compact import compact
+from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.digest import digest
 from flatradix.kernels.cpu.evict import evict
 from flatradix.kernels.cpu.insert import insert, insert_one
@@ -11,7 +11,6 @@ from flatradix.kernels.cpu.reset import rebuild, reset
 from flatradix.kernels.cpu.slots import (
     count_path_nodes,
     gather_slots,
-    move_slots,
     path_ranges,
     path_ranges_one,
     victim_ranges,
@@ -30,9 +29,9 @@ __all__ = [
     "lock_one",
     "match",
     "match_one",
-    "move_slots",
     "path_ranges",
     "path_ranges_one",
+    "plan_compaction",
     "rebuild",
     "reset",
     "unlock",

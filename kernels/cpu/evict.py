@@ -6,14 +6,14 @@ import numpy as np
 
 from flatradix import meta
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
-from flatradix.kernels.cpu.queue import SCORES, drop, first_place, push, score_of
+from flatradix.kernels.cpu.queue import clear, drop, first_place, push, run_place, score_of
 from flatradix.kernels.cpu.rows import free_row
 from flatradix.layout import FREE_ROW
 
 
 @helper
 def _score(s, scores, row):
-    if s.meta[meta.POLICY] == SCORES:
+    if s.meta[meta.POLICY] == meta.SCORES:
         return scores[row]
     return score_of(s, row)
 
@@ -28,10 +28,11 @@ def _fill_queue(s, scores):
 
 @helper
 def _empty_queue(s):
-    place = first_place(s)
-    while place >= 0:
-        drop(s, place)
-        place = first_place(s)
+    for place in range(s.meta[meta.HEAP]):
+        s.queued[s.queue_row[place]] = 0
+    for index in range(s.meta[meta.RUN]):
+        s.queued[s.queue_row[run_place(s, index)]] = 0
+    clear(s)
 
 
 @helper
@@ -76,7 +77,7 @@ def evict(table, wanted, scores):
     that the queue knows.
     """
     s = open_state(table)
-    if s.meta[meta.POLICY] == SCORES:
+    if s.meta[meta.POLICY] == meta.SCORES:
         _fill_queue(s, scores)
     tokens = np.int64(0)
     nodes = 0
@@ -91,6 +92,6 @@ def evict(table, wanted, scores):
             tokens += s.length[row]
             nodes += 1
     s.meta[meta.EVICTABLE] -= tokens
-    if s.meta[meta.POLICY] == SCORES:
+    if s.meta[meta.POLICY] == meta.SCORES:
         _empty_queue(s)
     return tokens, nodes

@@ -17,7 +17,7 @@ from flatradix.kernels.cpu.queue import offer
 from flatradix.kernels.cpu.rows import handle_of, split, take_row
 from flatradix.kernels.cpu.sharing import shared_units
 from flatradix.kernels.cpu.units import copy_checked, first_bad
-from flatradix.kernels.cpu.walk import NO_HANDLE, begin, refuse, walk, whole_pages
+from flatradix.kernels.cpu.walk import begin, refuse, walk, whole_pages
 from flatradix.layout import MAX_UNITS
 from flatradix.refusals import BAD_SLOT, BAD_TOKEN, NO_CAPACITY, NO_ROOM
 
@@ -105,7 +105,7 @@ def _use_path(s, row, tick, priority, inserted):
     while row > 0:
         s.tick[row] = tick
         s.priority[row] = max(s.priority[row], priority)
-        if s.end[row] > inserted:
+        if s.end[row] > inserted and s.hit_count[row] < MAX_UNITS:
             s.hit_count[row] += 1
         row = np.int64(s.parent[row])
 
@@ -208,7 +208,7 @@ def insert(
     s = open_state(table)
     needed = np.int64(0)
     for query in range(len(keys)):
-        start = np.int64(start_lengths[query]) if start_handles[query] != NO_HANDLE else np.int64(0)
+        start = np.int64(start_lengths[query]) if start_handles[query] != meta.NO_HANDLE else np.int64(0)
         row, length, end = _plan(
             s, query, keys[query], wide, counts[query], namespaces[query], named[query], start_handles[query],
             start,

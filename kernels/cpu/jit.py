@@ -18,6 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 import flatradix.layout
+import flatradix.meta
 import flatradix.refusals
 from flatradix.layout import TreeState
 
@@ -30,8 +31,8 @@ def _source_stamp() -> str:
     numba looks at the kernel's own file alone and would go on using machine code with an old helper inside.
     """
     here = Path(__file__).parent
-    shared = [here.parent / "scalar.py", Path(flatradix.layout.__file__), Path(flatradix.refusals.__file__)]
-    files = [*sorted(here.glob("*.py")), *shared]
+    shared = [flatradix.layout, flatradix.meta, flatradix.refusals]
+    files = [*sorted(here.glob("*.py")), here.parent / "scalar.py", *(Path(str(module.__file__)) for module in shared)]
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(file.read_bytes())

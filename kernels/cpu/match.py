@@ -9,7 +9,7 @@ from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.lock import lock_place
 from flatradix.kernels.cpu.rows import handle_of
 from flatradix.kernels.cpu.units import first_bad
-from flatradix.kernels.cpu.walk import NO_HANDLE, begin, refuse, touch_path, walk, whole_pages
+from flatradix.kernels.cpu.walk import begin, refuse, touch_path, walk, whole_pages
 from flatradix.layout import MAX_UNITS
 from flatradix.refusals import BAD_TOKEN
 
@@ -50,7 +50,7 @@ def _look(s, query, keys, wide, counts, namespaces, named, start_handles, start_
     """Walk one query of a batch from its start; returns the row, negative if refused, and the length."""
     key = keys[query]
     start = np.int64(0)
-    if start_handles[query] != NO_HANDLE:
+    if start_handles[query] != meta.NO_HANDLE:
         start = np.int64(start_lengths[query])
     row = begin(s, start_handles[query], start, namespaces[query], named[query], key, wide, counts[query])
     if row < 0:

@@ -16,23 +16,20 @@ import numpy as np
 from flatradix import meta
 from flatradix.kernels.cpu.jit import helper
 
-LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)
-ARITY = 8
-
 
 @helper
 def score_of(s, row):
     """What the built-in policies order by, before the tick; smaller goes first (SGLang's evict_policy.py)."""
     policy = s.meta[meta.POLICY]
-    if policy == LFU:
+    if policy == meta.LFU:
         return np.int64(s.hit_count[row])
-    if policy == SLRU:
+    if policy == meta.SLRU:
         return np.int64(s.hit_count[row] >= s.meta[meta.THRESHOLD])
-    if policy == FIFO:
+    if policy == meta.FIFO:
         return s.created[row]
-    if policy == FILO:
+    if policy == meta.FILO:
         return -s.created[row]
-    if policy == PRIORITY:
+    if policy == meta.PRIORITY:
         return s.priority[row]
     return np.int64(0)
 
@@ -60,7 +57,7 @@ def _move(s, source, target):
 
 
 @helper
-def _run_place(s, index):
+def run_place(s, index):
     """Where the entry of the run with that index stands."""
     capacity = s.meta[meta.ROW_CAPACITY]
     place = s.meta[meta.RUN_HEAD] + index
@@ -74,8 +71,8 @@ def push(s, row, score):
     s.queued[row] = 1
     tick = s.tick[row]
     count = s.meta[meta.RUN]
-    if count == 0 or not _before(s, score, tick, row, _run_place(s, count - 1)):
-        _set(s, _run_place(s, count), score, tick, row)
+    if count == 0 or not _before(s, score, tick, row, run_place(s, count - 1)):
+        _set(s, run_place(s, count), score, tick, row)
         s.meta[meta.RUN] = count + 1
     else:
         _push_heap(s, score, tick, row)
@@ -86,7 +83,7 @@ def _push_heap(s, score, tick, row):
     place = s.meta[meta.HEAP]
     s.meta[meta.HEAP] = place + 1
     while place > 0:
-        above = (place - 1) // ARITY
+        above = (place - 1) // meta.HEAP_ARITY
         if not _before(s, score, tick, row, above):
             break
         _move(s, above, place)
@@ -97,11 +94,11 @@ def _push_heap(s, score, tick, row):
 @helper
 def _first_below(s, place, size):
     """The first in order of the heap's entries right below `place`, or -1."""
-    child = ARITY * place + 1
+    child = meta.HEAP_ARITY * place + 1
     if child >= size:
         return -1
     best = child
-    for other in range(child + 1, min(child + ARITY, size)):
+    for other in range(child + 1, min(child + meta.HEAP_ARITY, size)):
         if _before(s, s.queue_score[other], s.queue_tick[other], s.queue_row[other], best):
             best = other
     return best
@@ -130,7 +127,7 @@ def first_place(s):
     heap = s.meta[meta.HEAP]
     if s.meta[meta.RUN] == 0:
         return 0 if heap > 0 else -1
-    front = _run_place(s, 0)
+    front = run_place(s, 0)
     if heap > 0 and _before(s, s.queue_score[0], s.queue_tick[0], s.queue_row[0], front):
         return 0
     return front
@@ -159,5 +156,5 @@ def clear(s):
 @helper
 def offer(s, row):
     """Enter a row that has become a candidate, unless the policy scores all rows at each eviction."""
-    if s.queued[row] == 0 and s.meta[meta.POLICY] != SCORES:
+    if s.queued[row] == 0 and s.meta[meta.POLICY] != meta.SCORES:
         push(s, row, score_of(s, row))

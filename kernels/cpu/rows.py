@@ -35,6 +35,8 @@ def resolve(s, handle, length):
         return np.int64(STALE)
     if handle >> ROW_BITS != (s.meta[meta.GENERATION] + s.generation[row]) & GENERATION_MASK:
         return np.int64(STALE)
+    if s.parent[row] == FREE_ROW:
+        return np.int64(STALE)
     if length < 0 or length > s.end[row] or length % s.meta[meta.PAGE] != 0:
         return np.int64(NOT_THERE)
     while row > 0 and s.end[row] - s.length[row] >= length:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flatradix import meta
-from flatradix.kernels.cpu.jit import helper, int32_at, int64_at, kernel, open_state
+from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import copy_checked
 from flatradix.kernels.cpu.walk import refuse
@@ -20,21 +20,6 @@ def gather_slots(pool, pool_wide, starts, lengths, out):
         source = pool + (8 if pool_wide else 4) * np.int64(starts[part])
         copy_checked(source, pool_wide, target, True, count, 0)
         target += 8 * count
-
-
-@kernel
-def move_slots(pool, pool_wide, sources, targets, lengths):
-    """Slide ranges down in ascending order: no target is above its source."""
-    for part in range(len(sources)):
-        count = np.int64(lengths[part])
-        if pool_wide:
-            broad = int64_at(pool)
-            for j in range(count):
-                broad[targets[part] + j] = broad[sources[part] + j]
-        else:
-            narrow = int32_at(pool)
-            for j in range(count):
-                narrow[targets[part] + j] = narrow[sources[part] + j]
 
 
 @helper

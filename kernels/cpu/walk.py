@@ -11,9 +11,6 @@ from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import common_tokens, token_at
 from flatradix.refusals import OTHER_NAMESPACE, OTHER_TOKEN
 
-NO_HANDLE = -1
-UNKNOWN_NAMESPACE = -1
-
 
 @helper
 def whole_pages(s, tokens):
@@ -51,7 +48,7 @@ def walk(s, key, wide, units, namespace, row, at):
         done = _along_edge(s, row, at, key, wide, units)
         if at + done < s.end[row]:
             return row, at + done
-    elif namespace == UNKNOWN_NAMESPACE:
+    elif namespace == meta.UNKNOWN_NAMESPACE:
         return row, at
     parent = row if row > 0 else ~namespace
     while done < units:
@@ -81,7 +78,7 @@ def begin(s, handle, length, namespace, named, key, wide, tokens):
     Where the start is not the root, its own namespace holds; `named` says that the caller gave one, which must then be
     the same. With bigrams the first token of the key must be the second of the unit before it.
     """
-    if handle == NO_HANDLE:
+    if handle == meta.NO_HANDLE:
         return np.int64(0)
     row = resolve(s, handle, length)
     if row <= 0:
