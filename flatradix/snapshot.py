@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +17,11 @@ if TYPE_CHECKING:
     from flatradix.tree import RadixTree
 
 FORMAT = "flatradix tree 1"
+File = str | os.PathLike[str] | IO[bytes]
 _KEPT_META = (meta.GENERATION, meta.CLOCK, meta.EVICTABLE, meta.PROTECTED, meta.NODES, meta.ROWS, meta.FREE_ROWS)
 
 
-def save(tree: RadixTree, path: str | Path) -> None:
+def save(tree: RadixTree, path: File) -> None:
     state = tree._state
     numbers = state.meta.cpu()
     tree._compact()
@@ -46,7 +46,11 @@ def save(tree: RadixTree, path: str | Path) -> None:
         "seconds": state.seconds[:units].cpu().clone(),
         "slots": tree._slots.values[:units].cpu().clone(),
     }
-    aside = Path(f"{path}.part")
+    if not isinstance(path, str | os.PathLike):
+        torch.save(content, path)
+        return
+    # Written aside first: a process that dies here leaves the old file as it was.
+    aside = f"{os.fspath(path)}.part"
     torch.save(content, aside)
     os.replace(aside, path)
 
@@ -65,7 +69,7 @@ def _name(kind: str, digits: str) -> Namespace:
     return {"none": None, "str": data.decode("utf-8", "surrogatepass") if kind == "str" else "", "bytes": data}[kind]
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def _read(path: File) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -77,7 +81,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _policy(path: str | Path, name: str | None, given: Policy | None) -> str | Policy:
+def _policy(path: File, name: str | None, given: Policy | None) -> str | Policy:
     if name is None and given is None:
         raise ValueError(f"{path} was saved with a policy function; give it again: load(path, policy=...)")
     if name is not None and given is not None:
@@ -86,7 +90,7 @@ def _policy(path: str | Path, name: str | None, given: Policy | None) -> str | P
 
 
 def load(
-    path: str | Path,
+    path: File,
     device: str | torch.device = "auto",
     slot_device: str | torch.device | None = None,
     policy: Policy | None = None,
@@ -100,7 +104,7 @@ def load(
 
 def _restore(
     content: dict[str, Any],
-    path: str | Path,
+    path: File,
     device: str | torch.device,
     slot_device: str | torch.device | None,
     policy: Policy | None,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
@@ -446,22 +446,23 @@ class RadixTree:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a RadixTree is neither pickled nor copied: use save() and RadixTree.load()")
 
-    def save(self, path: str | Path) -> None:
-        """Write the tree to a file, policy functions excepted."""
+    def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
+        """Write the tree to a file or an open binary file, all but a policy function. O(cached tokens)."""
         from flatradix.snapshot import save
 
         save(self, path)
 
     @staticmethod
     def load(
-        path: str | Path,
+        path: str | os.PathLike[str] | IO[bytes],
         device: str | torch.device = "auto",
         slot_device: str | torch.device | None = None,
         policy: Policy | None = None,
     ) -> RadixTree:
-        """The tree of a file that `save` wrote. Handles of the saved tree are good in it.
+        """The tree of a file that `save` wrote. The handles that the saved tree had given out are good in it.
 
-        policy: the function of a tree that was saved with one. Raises ValueError for a file that is damaged or none.
+        policy: the function of a tree that was saved with one. Files are trusted: load only your own.
+        Raises ValueError for a file that is damaged or none.
         """
         from flatradix.snapshot import load
 
