@@ -131,9 +131,9 @@ class RadixTree:
             if length < 0:
                 self._refuse("match", length)
             return MatchResult.single(length, handle)
-        if start is not None:
-            q = nothing_behind(start, q)
-        return self._match_batch(read_batch(q, "tokens"), namespace, bool(touch), bool(lock), start)
+        return self._match_batch(
+            read_batch(nothing_behind(start, q), "tokens"), namespace, bool(touch), bool(lock), start
+        )
 
     def _match_batch(self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
         names = namespaces.spread(namespace, len(keys))
@@ -177,7 +177,8 @@ class RadixTree:
             self._room_for_ranges(nodes)
             return self._slots_one(handle, length)
         values = self._slots.gather(Ranges(self._ranges[0, :nodes], self._ranges[1, :nodes], length))
-        return Ragged.trusted(values, torch.from_numpy(np.array([0, length])).to(values.device))
+        offsets = torch.from_numpy(np.array([0, length]))
+        return Ragged.trusted(values, offsets if values.is_cpu else offsets.to(values.device))
 
     def _room_for_ranges(self, nodes: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and lengths of that many ranges, int32, to be filled; the arrays are used again by the next call."""
@@ -242,8 +243,6 @@ class RadixTree:
         Raises ValueError, StaleHandleError, CapacityError (the batch as a whole does not fit); then nothing has
         changed.
         """
-        if start is not None:
-            q, slots = nothing_behind(start, q), nothing_behind(start, slots)
         if is_single(q) and isinstance(priority, int) and isinstance(inserted_lengths, int):
             priority = to_int64(priority, "priority")
             inserted_lengths = to_int64(inserted_lengths, "inserted_lengths")
@@ -252,6 +251,7 @@ class RadixTree:
             if isinstance(start, Places) and start._handles is None:
                 place = (start._handle, start._length)
                 return self._insert_one(q, slots, namespace, priority, *place, inserted_lengths)
+        q, slots = nothing_behind(start, q), nothing_behind(start, slots)
         keys = read_batch(q, "tokens")
         priorities = per_query(priority, len(keys), "priority")
         inserted = per_query(inserted_lengths, len(keys), "inserted_lengths")
