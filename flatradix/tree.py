@@ -115,8 +115,8 @@ class RadixTree:
         touch: whether the path becomes the most recently used. Without it, the call leaves no trace.
         lock: also lock each path as soon as it is found, as `lock` would.
         start: places to continue from, the result of a match or insert: then q holds only what follows them, and only
-            that is compared. Lengths and ticks are those of the whole key. (With bigrams the first token of q is the
-            last one of its start.)
+            that is compared. Lengths and ticks are those of the whole key. An empty start is the root, and knows no
+            namespace: pass `namespace` every time. (With bigrams the first token of q is the last one of its start.)
 
         O(length of the match) a query; 0.12 ns a token where an edge is long. The tree's shape stays: an edge on which
         a match ends is split by a lock only. A key is checked only as far as it is read, so up to and including the
