@@ -102,3 +102,21 @@ def per_query(value: Any, queries: int, what: str) -> np.ndarray:
     if queries and int(values.max()) > _HIGHEST:
         raise ValueError(f"{what}: {int(values.max())} does not fit 64 bits")
     return values.astype(np.int64)
+
+
+def check_table(
+    table: Any, rows: Any, queries: int, device: torch.device, slot_dtype: torch.dtype
+) -> torch.Tensor:
+    """The rows to write to as an int64 tensor, where they are; the table is checked."""
+    if not isinstance(table, torch.Tensor) or table.dim() != 2 or table.dtype not in (torch.int32, torch.int64):
+        raise ValueError("write_slots: the table must be an int32 or int64 tensor [rows, width]")
+    if table.device != device:
+        raise ValueError(f"write_slots: the table is on {table.device}, but the slots are on {device}")
+    if table.shape[1] > 1 and table.stride(1) != 1:
+        raise ValueError("write_slots: the elements of a row of the table must lie next to each other")
+    if table.dtype == torch.int32 and slot_dtype == torch.int64:
+        raise ValueError("write_slots: the slots are torch.int64, which a table of torch.int32 does not hold")
+    numbers = torch.as_tensor(rows)
+    if numbers.shape != (queries,) or (queries and numbers.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"write_slots: rows must be {queries} integers, one a query, not {tuple(numbers.shape)}")
+    return numbers.to(torch.int64).contiguous()

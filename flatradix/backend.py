@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -17,14 +18,25 @@ VARIABLE = "FLATRADIX_DEVICE"
 _told = False
 
 
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 stands in for a GPU: its kernels then run in Python, on tensors in host memory."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def why_not_cuda() -> str:
-    """Why no tree can live on a GPU here; an empty string if one can."""
-    if importlib.util.find_spec("flatradix.kernels.gpu") is None:
-        return "this version of flatradix has kernels for the CPU only"
+    """Why no tree can live on a GPU here; an empty string if one can. Compiles and runs a kernel to see."""
+    if interpreted():
+        return ""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+        return "Triton is not installed (pip install 'flatradix[gpu]')"
+    try:
+        importlib.import_module("flatradix.kernels.gpu.launch").probe()
+    except Exception as error:  # whatever a driver, a compiler or an assembler may raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"a first kernel does not compile and run: {first}"
     return ""
 
 
@@ -54,7 +66,7 @@ def resolve(device: str | torch.device) -> torch.device:
     if not _told:
         logger.info("device auto takes %s", auto_reason())
         _told = True
-    return torch.device("cpu" if why_not_cuda() else "cuda")
+    return torch.device("cpu") if why_not_cuda() else _indexed(torch.device("cuda"))
 
 
 def _named(device: str | torch.device, asked: str) -> torch.device:
@@ -70,7 +82,18 @@ def _named(device: str | torch.device, asked: str) -> torch.device:
     reason = why_not_cuda()
     if reason:
         raise DeviceUnavailableError(f'{asked} cannot be used: {reason}; take "cpu" or "auto"')
-    return found
+    return _indexed(found)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """With its number: torch.device("cuda") is not torch.device("cuda:0")."""
+    if interpreted():
+        return torch.device("cuda", 0)
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        raise DeviceUnavailableError(f"{device} cannot be used: there are {count} CUDA devices, from cuda:0 on")
+    return torch.device("cuda", index)
 
 
 def kernels_for(device: torch.device) -> ModuleType:

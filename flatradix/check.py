@@ -76,7 +76,7 @@ class _Arrays:
 def nodes_of(tree: RadixTree) -> list[NodeView]:
     """All nodes, parents before their children. O(sum of the path lengths)."""
     a = _Arrays(tree)
-    pool = tree._slots.values.cpu().numpy()
+    pool = tree._pool.cpu().numpy()
     views: list[NodeView] = []
     paths: dict[int, tuple] = {}
     names: dict[int, Namespace] = {}
@@ -108,6 +108,7 @@ def nodes_of(tree: RadixTree) -> list[NodeView]:
 
 def check(tree: RadixTree) -> None:
     """Raise AssertionError with the first invariant that does not hold."""
+    tree.raise_pending()
     a = _Arrays(tree)
     _check_sizes(tree, a)
     _check_edges(tree, a)
@@ -115,7 +116,8 @@ def check(tree: RadixTree) -> None:
     _check_table(tree, a)
     _check_pool(tree, a)
     _check_rows(tree, a)
-    _check_queue(tree, a)
+    if _on_host(tree):
+        _check_queue(tree, a)
 
 
 def _all(holds: np.ndarray, rows: np.ndarray, what: str) -> None:
@@ -176,13 +178,25 @@ def _check_relations(tree: RadixTree, a: _Arrays) -> None:
     _equal(named, set(top.tolist()) - {0}, "namespaces with a name")
 
 
-def _check_table(tree: RadixTree, a: _Arrays) -> None:
+def _entries(tree: RadixTree, a: _Arrays) -> tuple[np.ndarray, int]:
+    """The child table as int64 [places] of (tag, row), tombs included, and its mask."""
     mask = int(a.meta[meta.TABLE_MASK])
-    table = tree._state.table[: mask + 1].cpu().numpy()
-    filled = np.flatnonzero(table)
+    table = tree._state.table.cpu().numpy()
+    if _on_host(tree):
+        return table[: mask + 1], mask
+    places = table.reshape(-1, 2)
+    for place in np.flatnonzero(places[:, 0] & _UINT32).tolist():
+        row, edge = int(places[place, 0]) & _UINT32, int(places[place, 1])
+        _equal((edge & _UINT32, edge >> 32), (int(a.start[row]), int(a.length[row])), f"row {row}: edge in the table")
+    return places[:, 0], mask
+
+
+def _check_table(tree: RadixTree, a: _Arrays) -> None:
+    table, mask = _entries(tree, a)
+    filled = np.flatnonzero(table & _UINT32)
     _equal(sorted((table[filled] & _UINT32).tolist()), a.live.tolist(), "rows in the child table")
-    if 2 * len(filled) > mask + 1:
-        raise AssertionError(f"{len(filled)} entries in a child table of {mask + 1} places")
+    if 2 * np.count_nonzero(table) > mask + 1:
+        raise AssertionError(f"{np.count_nonzero(table)} entries in a child table of {mask + 1} places")
     for place in filled.tolist():
         row, tag = int(table[place]) & _UINT32, (int(table[place]) >> 32) & _UINT32
         _equal(int(a.tag[row]) & _UINT32, tag, f"row {row}: tag")
@@ -195,15 +209,24 @@ def _check_table(tree: RadixTree, a: _Arrays) -> None:
     _equal(len(pages), len(a.live), "children of one parent with different first pages")
 
 
+def _on_host(tree: RadixTree) -> bool:
+    """Whether the tree has what only one in host memory has: a bitmap of its pools and an eviction queue."""
+    return len(tree._state.used) > 0
+
+
 def _check_pool(tree: RadixTree, a: _Arrays) -> None:
     page, pages = tree.page_size, int(a.meta[meta.POOL_PAGES])
-    owners = np.zeros(pages, np.int64)
+    owners = np.zeros(pages if _on_host(tree) else 2 * pages, np.int64)
     for row in a.live.tolist():
         begin = int(a.start[row])
         _equal(begin % page, 0, f"row {row}: place in a page")
         owners[begin // page : (begin + int(a.length[row])) // page] += 1
     if owners.max(initial=0) > 1:
         raise AssertionError(f"pool page {int(owners.argmax())} belongs to {int(owners.max())} edges")
+    if not _on_host(tree):
+        first, cursor = (int(a.meta[meta.POOL_END]) // page - pages, int(a.meta[meta.POOL_CURSOR]) // page)
+        _equal(owners[:first].any() or owners[cursor:].any(), False, "edges outside the part of the pool in use")
+        return
     words = tree._state.used.cpu().numpy()
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:pages]
     _equal(np.flatnonzero(bits != owners).tolist(), [], "pool pages whose mark is wrong")

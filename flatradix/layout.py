@@ -45,8 +45,8 @@ class TreeState(NamedTuple):
     queue_score: torch.Tensor  # int64 [2 R]: candidates for eviction, a heap and behind it a sorted ring
     queue_tick: torch.Tensor  # int64 [2 R]
     queue_row: torch.Tensor  # int32 [2 R]
-    table: torch.Tensor  # int64 [T]: (tag, row), 0 where empty
-    tokens: torch.Tensor  # int32 [P]: the first token of each unit
+    table: torch.Tensor  # int64 [T]: (tag, row), 0 where empty; on a GPU [2 T], each followed by (length, start)
+    tokens: torch.Tensor  # int32 [P], on a GPU [2 P] as all pools: the first token of each unit
     seconds: torch.Tensor  # int32 [P], [0] without bigrams: the second token of each unit
     used: torch.Tensor  # int64 [P / page / 64]: one bit a pool page
     namespace_children: torch.Tensor  # int32 [N]
@@ -136,4 +136,85 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
     numbers[meta.GENERATION] = generation
     numbers[meta.ROWS] = 1
     numbers[meta.TABLE_MASK] = SMALLEST_TABLE - 1
+    return state
+
+
+class Workspace(NamedTuple):
+    """What the kernels of a GPU keep beside a state: nothing here outlives a call but `place` and zeros.
+
+    R rows, B queries of the largest batch so far, C places of a table of claims.
+    """
+
+    place: torch.Tensor  # int32 [R]: where the row's entry stands in the child table
+    undo: torch.Tensor  # int64 [R]: the tick from before the call, of the rows that the call touched
+    key: torch.Tensor  # int64 [R]: what eviction orders by
+    number: torch.Tensor  # int64 [NUMBERS]: counters that are shared by the programs of a launch
+    partial: torch.Tensor  # int64 [PARTIALS]: sums of single programs
+    query: torch.Tensor  # int32 [QUERY_COLUMNS, B]
+    value: torch.Tensor  # int64 [B]: a number for the message of a refusal
+    claims: torch.Tensor  # int32 [2, C]: the lowest query of each group, -1 where nobody is
+    victims: torch.Tensor  # int32 [2, R]: rows that an eviction takes
+    mail: torch.Tensor  # int64 [MAIL]: in pinned memory, where kernels leave numbers for the host
+
+
+def allocate_device(
+    max_tokens: int, page_size: int, bigram: bool, generation: int, device: torch.device
+) -> TreeState:
+    """An empty tree's arrays on a GPU.
+
+    What differs from host memory: each pool has two halves of P units, of which one is in use, filled from its
+    beginning, and compaction copies what is live to the other; the child table holds the edge beside the row and has
+    room for two places a pool page, so that entries of evicted nodes can wait for the next compaction.
+    """
+    rows = row_capacity(max_tokens, page_size)
+    units = pool_units(max_tokens, page_size)
+    table = max(SMALLEST_TABLE, 1 << (2 * (units // page_size) - 1).bit_length())
+    rng = np.random.default_rng()
+    multipliers = rng.integers(-(2**63), 2**63, page_size * (2 if bigram else 1), dtype=np.int64) | 1
+
+    def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(count, dtype=dtype, device=device)
+
+    i8, i32, i64 = torch.int8, torch.int32, torch.int64
+    state = TreeState(
+        parent=torch.full((rows,), FREE_ROW, dtype=i32, device=device),
+        start=zeros(rows, i32),
+        length=zeros(rows, i32),
+        end=zeros(rows, i32),
+        children=zeros(rows, i32),
+        lock_ref=zeros(rows, i32),
+        own_locks=zeros(rows, i32),
+        hit_count=zeros(rows, i32),
+        tag=zeros(rows, i32),
+        queued=zeros(0, i8),
+        tick=zeros(rows, i64),
+        created=zeros(rows, i64),
+        priority=zeros(rows, i64),
+        generation=zeros(rows, i64),
+        free_rows=zeros(rows, i32),
+        queue_score=zeros(0, i64),
+        queue_tick=zeros(0, i64),
+        queue_row=zeros(0, i32),
+        table=zeros(2 * table, i64),
+        tokens=zeros(2 * units, i32),
+        seconds=zeros(2 * units if bigram else 0, i32),
+        used=zeros(0, i64),
+        namespace_children=zeros(rows, i32),
+        namespace_hash=zeros(rows, i64),
+        released=zeros(rows, i32),
+        multipliers=torch.from_numpy(multipliers).to(device),
+        meta=zeros(meta.SIZE, i64),
+    )
+    state.parent[0] = 0
+    numbers = torch.zeros(meta.SIZE, dtype=i64)
+    numbers[meta.PAGE] = page_size
+    numbers[meta.BIGRAM] = bigram
+    numbers[meta.MAX_TOKENS] = max_tokens
+    numbers[meta.ROW_CAPACITY] = rows
+    numbers[meta.POOL_PAGES] = units // page_size
+    numbers[meta.GENERATION] = generation
+    numbers[meta.ROWS] = 1
+    numbers[meta.TABLE_MASK] = table - 1
+    numbers[meta.POOL_END] = units
+    state.meta.copy_(numbers)
     return state

@@ -33,7 +33,11 @@ RUN = 19
 RUN_HEAD = 20
 POOL_CURSOR = 21
 
-SIZE = 22
+# On a GPU alone: the end of the half of the pools in use, and how many calls were refused so far.
+POOL_END = 22
+ERRORS = 23
+
+SIZE = 32
 
 # Policies, in the place POLICY. SCORES: a function scores all nodes at each eviction.
 LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)
@@ -42,3 +46,44 @@ NO_HANDLE = -1
 NO_NAMESPACE = 0
 UNKNOWN_NAMESPACE = -1
 HEAP_ARITY = 8
+
+# Places in `Workspace.number`, eight apart so that counters that many programs add to share no cache sector.
+ARRIVED = 0  # programs of the launch that are done
+WAITING = 8  # programs that have come to a barrier
+ERROR = 16  # the first refusal of the call: 64 * query - reason, or NO_ERROR
+NEWLY = 24  # tokens that became protected, or evictable
+CUTS = 32  # edges to cut
+OPEN = 40  # queries of an insert whose new part is not settled; one place for each parity of the round
+NEEDED = 56  # units that an insert stores
+COMPACT = 64  # whether the pools must be compacted
+DUMMY = 72  # always 0: where idle lanes point
+COUNT = 80
+TOTAL = 88
+LOW = 96
+HIGH = 104
+NUMBERS = 128
+NO_ERROR = 1 << 62
+
+PARTIALS = 8192
+MOST_PROGRAMS = PARTIALS // 2
+
+# Rows of `Workspace.query`, one column a query.
+(Q_ROW, Q_CUT, Q_LIST, Q_PLACE, Q_FIRST, Q_ABOVE, Q_BELOW, Q_SAME, Q_PASS, Q_LAST, Q_NEW, Q_EDGE, Q_AT, Q_BEGIN,
+ Q_END, Q_OPEN, Q_GROUP, Q_LEAF, Q_OFFSET) = range(19)  # fmt: skip
+QUERY_COLUMNS = 19
+
+# Places in `Workspace.mail`. Each word carries the number of its call (or of its refusal) in the upper half, so that
+# the host knows without any fence whether it has arrived.
+MAIL_EVICTABLE, MAIL_PROTECTED, MAIL_NODES, MAIL_ERRORS, MAIL_TOKENS, MAIL_VICTIMS, MAIL_RELEASED, MAIL_ROOM = range(8)
+MAIL_COUNTERS = 8
+MAIL_REFUSALS = 16
+REFUSALS = 64
+REFUSAL_WORDS = 8
+MAIL_ANSWERS = MAIL_REFUSALS + REFUSALS * REFUSAL_WORDS
+ANSWERS = 512
+ANSWER_WORDS = 4
+MAIL = MAIL_ANSWERS + ANSWERS * ANSWER_WORDS
+CALL_MASK = 0x7FFFFFFF
+
+OPERATIONS = ("match", "lock", "unlock", "slots", "write_slots", "insert", "evict")
+(MATCH, LOCK, UNLOCK, SLOTS, WRITE_SLOTS, INSERT, EVICT) = range(7)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from flatradix import meta
@@ -55,7 +54,20 @@ def resolve(policy: str | Policy) -> tuple[int, Policy | None]:
     return int(getattr(meta, policy.upper())), None
 
 
-def scores_of(policy: Policy, nodes: Nodes, live: torch.Tensor) -> np.ndarray:
+def built_in_scores(code: int, nodes: Nodes) -> torch.Tensor:
+    """int64: what a built-in policy other than mru orders by, before the tick; smaller goes first."""
+    if code == meta.LFU:
+        return nodes.hit_count.to(torch.int64)
+    if code == meta.SLRU:
+        return (nodes.hit_count >= SLRU_THRESHOLD).to(torch.int64)
+    if code == meta.FIFO:
+        return nodes.created
+    if code == meta.FILO:
+        return -nodes.created
+    return nodes.priority
+
+
+def scores_of(policy: Policy, nodes: Nodes, live: torch.Tensor) -> torch.Tensor:
     """Call a policy; its scores as int64 that order the same way. `live`: bool, whether a row holds a node."""
     scores = policy(nodes)
     rows = len(nodes.tick)
@@ -65,10 +77,10 @@ def scores_of(policy: Policy, nodes: Nodes, live: torch.Tensor) -> np.ndarray:
     if scores.dtype.is_complex:
         raise ValueError(f"the policy returned scores of {scores.dtype}; they must be integers or floats")
     if not scores.dtype.is_floating_point:
-        return scores.to("cpu", torch.int64).contiguous().numpy()
-    broad = scores.to("cpu", torch.float64) + 0.0  # -0.0 becomes 0.0
-    nan = broad.isnan() & live.cpu()
+        return scores.to(live.device, torch.int64).contiguous()
+    broad = scores.to(live.device, torch.float64) + 0.0  # -0.0 becomes 0.0
+    nan = broad.isnan() & live
     if bool(nan.any()):
         raise ValueError(f"the policy returned NaN for row {int(nan.nonzero()[0])}")
     bits = broad.contiguous().view(torch.int64)
-    return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits).numpy()
+    return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)

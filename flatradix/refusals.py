@@ -15,6 +15,10 @@ NO_ROOM = -6
 OTHER_NAMESPACE = -7
 OTHER_TOKEN = -8
 BAD_SLOT = -9
+BAD_OFFSETS = -10
+BAD_ROW = -11
+TOO_LONG = -12
+UNEQUAL = -13
 
 
 def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
@@ -38,6 +42,14 @@ def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
         raise ValueError(
             f"{where}with bigrams a key begins with the last token of its start (number {value}); it differs"
         )
+    if reason == BAD_OFFSETS:
+        raise ValueError(f"{where}its offsets fall, or do not begin at 0 and end at len(values)")
+    if reason == UNEQUAL:
+        raise ValueError(f"{where}it has {value >> 32} tokens, but {value & 0xFFFFFFFF} slots; give one slot a token")
+    if reason == BAD_ROW:
+        raise ValueError(f"{where}the table has no row {value}")
+    if reason == TOO_LONG:
+        raise ValueError(f"{where}its {value} slots are more than a row of the table holds")
     raise AssertionError(f"{operation}: unknown reason {reason}")
 
 

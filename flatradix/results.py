@@ -126,10 +126,13 @@ class EvictResult(NamedTuple):
     num_nodes: int
 
 
-def places_of(places: Any) -> tuple[torch.Tensor, torch.Tensor]:
+_HOST = torch.device("cpu")
+
+
+def places_of(places: Any, device: torch.device = _HOST) -> tuple[torch.Tensor, torch.Tensor]:
     """The lengths, int32 and contiguous, and the handles of a result, or of anything that has both.
 
-    Raises ValueError for a wrong dtype or shape.
+    Raises ValueError for a wrong dtype, shape or device.
     """
     try:
         lengths, handles = places.lengths, places.handles
@@ -142,8 +145,8 @@ def places_of(places: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("handles must be an int64 tensor [B]")
     if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError("lengths must be an int32 or int64 tensor [B]")
-    if handles.device.type != "cpu" or lengths.device.type != "cpu":
-        raise ValueError(f"handles on {handles.device} and lengths on {lengths.device}, but the tree is on cpu")
+    if handles.device != device or lengths.device != device:
+        raise ValueError(f"handles on {handles.device} and lengths on {lengths.device}, but the tree is on {device}")
     if lengths.shape != handles.shape:
         raise ValueError(f"{tuple(lengths.shape)} lengths for {tuple(handles.shape)} handles")
     if lengths.dtype == torch.int64:

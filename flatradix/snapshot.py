@@ -16,19 +16,37 @@ from flatradix.policy import Policy
 if TYPE_CHECKING:
     from flatradix.tree import RadixTree
 
-FORMAT = "flatradix tree 1"
+FORMAT = "flatradix tree 2"
+# `queued` belongs to the eviction queue, which a tree on a GPU has not.
+KEPT_COLUMNS = tuple(name for name in COLUMNS if name != "queued")
 File = str | os.PathLike[str] | IO[bytes]
 _KEPT_META = (meta.GENERATION, meta.CLOCK, meta.EVICTABLE, meta.PROTECTED, meta.NODES, meta.ROWS, meta.FREE_ROWS)
 
 
 def save(tree: RadixTree, path: File) -> None:
+    content = content_of(tree)
+    if not isinstance(path, str | os.PathLike):
+        torch.save(content, path)
+        return
+    # Written aside first: a process that dies here leaves the old file as it was.
+    aside = f"{os.fspath(path)}.part"
+    torch.save(content, aside)
+    os.replace(aside, path)
+
+
+def content_of(tree: RadixTree) -> dict[str, Any]:
+    """All of a tree but its policy function, in host memory; the pools are compacted first."""
+    tree.raise_pending()
+    tree._compact()
     state = tree._state
     numbers = state.meta.cpu()
-    tree._compact()
     rows, free = int(numbers[meta.ROWS]), int(numbers[meta.FREE_ROWS])
     units = tree.total_tokens
-    content: dict[str, Any] = {name: getattr(state, name)[:rows].cpu().clone() for name in COLUMNS}
-    content |= {
+    first = tree._first_unit()
+    content: dict[str, Any] = {name: getattr(state, name)[:rows].cpu().clone() for name in KEPT_COLUMNS}
+    content["start"] -= first
+    names = tree._namespaces.items()
+    return content | {
         "format": FORMAT,
         "settings": {
             "max_tokens": tree.max_tokens,
@@ -38,21 +56,20 @@ def save(tree: RadixTree, path: File) -> None:
             "slot_dtype": str(tree.slot_dtype),
         },
         "meta": [int(numbers[place]) for place in _KEPT_META],
-        "namespaces": [(code, *_written(name)) for code, name in tree._namespaces.items()],
-        "namespace_children": state.namespace_children[: 1 + max(c for c, _ in tree._namespaces.items())].clone(),
+        "namespaces": [(code, *_written(name)) for code, name in names],
+        "namespace_children": state.namespace_children[: 1 + max(code for code, _ in names)].cpu().clone(),
         "free_rows": state.free_rows[:free].cpu().clone(),
         "multipliers": state.multipliers.cpu(),
-        "tokens": state.tokens[:units].cpu().clone(),
-        "seconds": state.seconds[:units].cpu().clone(),
-        "slots": tree._slots.values[:units].cpu().clone(),
+        "tokens": state.tokens[first : first + units].cpu().clone(),
+        "seconds": state.seconds[first : first + units].cpu().clone(),
+        "slots": tree._pool[first : first + units].cpu().clone(),
     }
-    if not isinstance(path, str | os.PathLike):
-        torch.save(content, path)
-        return
-    # Written aside first: a process that dies here leaves the old file as it was.
-    aside = f"{os.fspath(path)}.part"
-    torch.save(content, aside)
-    os.replace(aside, path)
+
+
+def copy_to(tree: RadixTree, device: torch.device) -> RadixTree:
+    """The tree on another device."""
+    slot_device = tree.slot_device if tree.slot_device is not None and tree.slot_device.type != "cpu" else None
+    return _restore(content_of(tree), "this tree", device, slot_device, None if tree._score is None else tree.policy)
 
 
 def _written(name: Namespace) -> tuple[str, str]:
@@ -97,7 +114,7 @@ def load(
 ) -> RadixTree:
     content = _read(path)
     try:
-        return _restore(content, path, device, slot_device, policy)
+        return _restore(content, path, device, slot_device, _policy(path, content["settings"]["policy"], policy))
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
 
@@ -107,7 +124,7 @@ def _restore(
     path: File,
     device: str | torch.device,
     slot_device: str | torch.device | None,
-    policy: Policy | None,
+    policy: str | Policy,
 ) -> RadixTree:
     from flatradix.tree import RadixTree
 
@@ -116,18 +133,20 @@ def _restore(
         settings["max_tokens"],
         settings["page_size"],
         device,
-        _policy(path, settings["policy"], policy),
+        policy,
         slot_device,
         bigram=settings["bigram"],
         slot_dtype=torch.int64 if settings["slot_dtype"] == "torch.int64" else torch.int32,
     )
     state = tree._state
-    for name in (*COLUMNS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
+    for name in (*KEPT_COLUMNS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
         values = content[name]
-        getattr(state, name)[: len(values)] = values
-    tree._slots.values[: len(content["slots"])] = content["slots"].to(tree._slots.values.device)
+        getattr(state, name)[: len(values)] = values.to(state.meta.device)
+    tree._pool[: len(content["slots"])] = content["slots"].to(tree._pool.device)
+    numbers = state.meta.cpu()
     for place, value in zip(_KEPT_META, content["meta"], strict=True):
-        state.meta[place] = value
+        numbers[place] = value
+    state.meta.copy_(numbers)
     tree._namespaces.restore([(code, _name(kind, digits)) for code, kind, digits in content["namespaces"]])
-    tree._kernels.rebuild(tree._table)
+    tree._rebuild()
     return tree

@@ -1,63 +1,63 @@
-"""RadixTree: the prefix cache's index. Validates, allocates outputs, calls one kernel package, names the results."""
+"""RadixTree: the prefix cache's index, one class whatever the device. Says what every operation means.
+
+`host_tree.HostTree` and `device_tree.DeviceTree` carry the operations out: they read what callers pass, call the one
+kernel package of their device, and name the results.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
+from abc import ABC, abstractmethod
 from typing import IO, Any, NoReturn
 
-import numpy as np
 import torch
 
-from flatradix import backend, meta, namespaces
+from flatradix import backend
 from flatradix import policy as policies
-from flatradix.arguments import (
-    check_counts,
-    check_sizes,
-    check_slot_device,
-    nothing_behind,
-    per_query,
-    starts,
-    to_int64,
-    token_count,
-)
-from flatradix.buffers import Batch, is_single, read_batch, read_one
+from flatradix.arguments import check_sizes, check_slot_device
 from flatradix.kernels.scalar import GENERATION_BITS
-from flatradix.layout import FREE_ROW, TreeState, allocate, pool_units
+from flatradix.layout import TreeState
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
 from flatradix.ragged import Ragged
-from flatradix.refusals import BAD_SLOT, NO_CAPACITY, NO_ROOM, refuse, refuse_capacity
-from flatradix.results import EvictResult, InsertResult, MatchResult, Places, places_of
-from flatradix.slot_pool import DeviceSlots, HostSlots, Ranges, refuse_slot
-
-_NO_SCORES = np.empty(0, np.int64)
-
-_ERROR_QUERY, _ERROR_VALUE = meta.ERROR_QUERY, meta.ERROR_VALUE
-_EVICTABLE, _PROTECTED, _NODES = meta.EVICTABLE, meta.PROTECTED, meta.NODES
-_RELEASED, _ROWS = meta.RELEASED, meta.ROWS
+from flatradix.results import EvictResult, InsertResult, MatchResult
 
 
-class RadixTree:
+class RadixTree(ABC):
     """A radix tree over token ids that holds a KV slot for each cached token.
 
     Every operation takes a batch and means what a loop of single calls in batch order would mean. A batch of one stays
-    cheap (1 us from Python to Python for a short key). Not thread-safe: one thread at a time.
+    cheap (on the CPU 1 us from Python to Python for a short key). Not thread-safe: one thread at a time.
 
     max_tokens: how many tokens can be cached. The pools for 1.25 times as many are committed at once, 10 bytes for each
-        of max_tokens (bigrams: 15); up to 160 bytes for each page only as nodes use them.
+        of max_tokens (bigrams: 15), on a GPU twice that; up to 160 bytes for each page only as nodes use them (on a
+        GPU 250, at once).
     page_size: tokens a page. Keys are cut down to whole pages and all lengths are multiples of it.
     device: where the index lives: "cpu", "cuda", "cuda:1" or "auto" (the variable FLATRADIX_DEVICE speaks for "auto").
     policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo", "priority", with SGLang's meaning of
         each, or a function from `flatradix.Nodes` to a tensor of scores, of which the lowest goes first (equal scores:
-        the least recent). A function and "mru" score every node at each eviction; the others cost O(log n) a node.
-    slot_device: None keeps the slots beside the index. A device keeps them there, in a pool of their own.
+        the least recent). On the CPU a function and "mru" score every node at each eviction; the others cost O(log n) a
+        node.
+    slot_device: None keeps the slots beside the index. With an index on the CPU, a device keeps them there, in a pool of
+        their own; with one on a GPU, it is where slots are returned.
     bigram: keys of EAGLE: unit i is the pair (t[i], t[i + 1]), n tokens are n - 1 units. All lengths count units; an
         insert still takes one slot a token, and ignores the last.
     slot_dtype: torch.int32 takes slots up to 2**31 - 1 in 4 bytes each, torch.int64 any in 8.
 
+    On a GPU, match, lock, unlock, insert and write_slots enqueue their kernels on torch's current stream and return;
+    results are tensors on the device. What only the device can know is then found by the kernels: a call with a bad
+    query has no effect, its places are -1, and the error is raised by the next operation that waits for the device:
+    `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and `length` and the like of a result.
+
     Raises ValueError for arguments out of range, DeviceUnavailableError for a device that cannot be used.
     """
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> RadixTree:
+        if cls is not RadixTree:
+            return super().__new__(cls)
+        device = keywords.get("device", arguments[2] if len(arguments) > 2 else "auto")
+        return super().__new__(_class_for(backend.resolve(device)))
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class RadixTree:
         slot_dtype: torch.dtype = torch.int32,
     ) -> None:
         check_sizes(max_tokens, page_size, slot_dtype)
-        code, self._score = policies.resolve(policy)
+        self._policy_code, self._score = policies.resolve(policy)
         self.max_tokens = int(max_tokens)
         self.page_size = int(page_size)
         self.policy = policy
@@ -81,29 +81,29 @@ class RadixTree:
         self.device = backend.resolve(device)
         self._kernels = backend.kernels_for(self.device)
         # Random, so that a handle of one tree is stale in another, also in one that was saved by another process.
-        generation = secrets.randbits(GENERATION_BITS)
-        state = allocate(self.max_tokens, self.page_size, self.bigram, generation)
-        state.meta[meta.POLICY] = code
-        state.meta[meta.THRESHOLD] = policies.SLRU_THRESHOLD
-        self._attach(state)
+        self._allocate(secrets.randbits(GENERATION_BITS))
 
-    def _attach(self, state: TreeState) -> None:
-        """Take a state as this tree's own."""
-        self._state = state
-        self._table = self._kernels.address_table(state)
-        arrays: list[Any] = [tensor.numpy() for tensor in state]
-        host: Any = TreeState(*arrays)
-        self._host = host
-        self._ranges = np.empty((2, 64), np.int32)
-        self._meta = memoryview(host.meta.data)
-        self._namespaces = Namespaces(host.namespace_hash)
-        units = pool_units(self.max_tokens, self.page_size)
-        self._slots: HostSlots | DeviceSlots
-        if self.slot_device is None:
-            self._slots = HostSlots(units, self.slot_dtype, self._kernels)
-        else:
-            self._slots = DeviceSlots(units, self.slot_dtype, self.slot_device)
+    @abstractmethod
+    def _allocate(self, generation: int) -> None:
+        """Make the tensors of an empty tree."""
 
+    _state: TreeState
+    _namespaces: Namespaces
+    _pool: torch.Tensor
+
+    @abstractmethod
+    def _compact(self) -> None:
+        """Bring all edges to the front of the pools, without gaps. O(cached tokens)."""
+
+    @abstractmethod
+    def _rebuild(self) -> None:
+        """Make what is derived, after rows and pools were filled from a file or another tree."""
+
+    @abstractmethod
+    def _first_unit(self) -> int:
+        """Where the pools begin once they are compacted."""
+
+    @abstractmethod
     def match(
         self, q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None
     ) -> MatchResult:
@@ -124,68 +124,27 @@ class RadixTree:
 
         Raises ValueError (a bad token or query), StaleHandleError (a start that is gone); then nothing has changed.
         """
-        if start is None and is_single(q):
-            key = read_one(q, "tokens")
-            code = 0 if namespace is None else self._namespaces.find(namespaces.only(namespace))
-            length, handle = self._kernels.match_one(self._table, key[0], key[2], key[1], code, bool(touch), bool(lock))
-            if length < 0:
-                self._refuse("match", length)
-            return MatchResult.single(length, handle)
-        return self._match_batch(
-            read_batch(nothing_behind(start, q), "tokens"), namespace, bool(touch), bool(lock), start
-        )
 
-    def _match_batch(self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
-        names = namespaces.spread(namespace, len(keys))
-        codes = np.array([self._namespaces.find(name) for name in names], np.int64)
-        named = np.array([name is not None for name in names], np.bool_)
-        start_lengths, start_handles = starts(start, len(keys))
-        lengths = torch.empty(len(keys), dtype=torch.int32)
-        handles = torch.empty(len(keys), dtype=torch.int64)
-        reason = self._kernels.match(
-            self._table, keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths,
-            touch, lock, lengths.numpy(), handles.numpy(),
-        )  # fmt: skip
-        if reason < 0:
-            self._refuse("match", reason)
-        return MatchResult(lengths, handles)
-
+    @abstractmethod
     def slots(self, places: Any) -> Ragged:
         """The KV slots of each match: a Ragged of int64 on the slot device, one value a token of the matched length.
 
         places: a result of match or insert, or anything with .handles and .lengths. O(slots). Raises ValueError,
         StaleHandleError.
         """
-        if isinstance(places, Places) and places._handles is None:
-            return self._slots_one(places._handle, places._length)
-        lengths, handles = (tensor.contiguous().numpy() for tensor in places_of(places))
-        nodes = self._kernels.count_path_nodes(self._table, handles, lengths)
-        if nodes < 0:
-            self._refuse("slots", nodes)
-        starts, counts = self._room_for_ranges(nodes)
-        self._kernels.path_ranges(self._table, handles, lengths, starts, counts)
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        values = self._slots.gather(Ranges(starts, counts, int(offsets[-1])))
-        return Ragged.trusted(values, torch.from_numpy(offsets).to(values.device))
 
-    def _slots_one(self, handle: int, length: int) -> Ragged:
-        nodes = self._kernels.path_ranges_one(self._table, handle, length, self._ranges[0], self._ranges[1])
-        if nodes < 0:
-            self._refuse("slots", nodes)
-        if nodes > self._ranges.shape[1]:
-            self._room_for_ranges(nodes)
-            return self._slots_one(handle, length)
-        values = self._slots.gather(Ranges(self._ranges[0, :nodes], self._ranges[1, :nodes], length))
-        offsets = torch.from_numpy(np.array([0, length]))
-        return Ragged.trusted(values, offsets if values.is_cpu else offsets.to(values.device))
+    @abstractmethod
+    def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
+        """Write the KV slots of each match into a row of a table, as an engine keeps them for its running requests.
 
-    def _room_for_ranges(self, nodes: int) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and lengths of that many ranges, int32, to be filled; the arrays are used again by the next call."""
-        if nodes > self._ranges.shape[1]:
-            self._ranges = np.empty((2, 2 * nodes), np.int32)
-        return self._ranges[0, :nodes], self._ranges[1, :nodes]
+        places: as for `slots`. table: int32 or int64 [N, width] on the slot device, rows of contiguous elements;
+            `table[rows[i], :length]` are written, the rest stays. rows: int32 or int64 [B] (or a list), all different.
 
+        On a GPU one launch, no synchronisation. O(slots). Raises ValueError (a row outside the table, a place longer
+        than a row, int32 for slots of 64 bits), StaleHandleError; then nothing is written.
+        """
+
+    @abstractmethod
     def lock(self, places: Any) -> None:
         """Protect each path, from its place to the root, from eviction, once more.
 
@@ -193,35 +152,15 @@ class RadixTree:
         there, and the new handle names the part that is locked. Unlock with the same object. O(nodes on the paths).
         Raises ValueError, StaleHandleError; then nothing is locked.
         """
-        if isinstance(places, Places) and places._handles is None:
-            handle = self._kernels.lock_one(self._table, places._handle, places._length)
-            if handle < 0:
-                self._refuse("lock", handle)
-            places._handle = handle
-            return
-        lengths, handles = places_of(places)
-        if len(handles) > 1 and handles.stride(0) == 0:
-            raise ValueError("lock: the handles share memory, and each may be renewed; pass handles.clone()")
-        renewed = handles.contiguous()
-        reason = self._kernels.lock(self._table, renewed.numpy(), lengths.numpy())
-        if reason < 0:
-            self._refuse("lock", reason)
-        if renewed is not handles:
-            handles.copy_(renewed)
 
+    @abstractmethod
     def unlock(self, places: Any) -> None:
         """Take back one lock for each place. O(nodes on the paths).
 
         Raises ValueError where no lock ends at a place, StaleHandleError; then nothing is unlocked.
         """
-        if isinstance(places, Places) and places._handles is None:
-            reason = self._kernels.unlock_one(self._table, places._handle, places._length)
-        else:
-            lengths, handles = places_of(places)
-            reason = self._kernels.unlock(self._table, handles.contiguous().numpy(), lengths.numpy())
-        if reason < 0:
-            self._refuse("unlock", reason)
 
+    @abstractmethod
     def insert(
         self,
         q: Any,
@@ -243,124 +182,8 @@ class RadixTree:
         Raises ValueError, StaleHandleError, CapacityError (the batch as a whole does not fit); then nothing has
         changed.
         """
-        if is_single(q) and isinstance(priority, int) and isinstance(inserted_lengths, int):
-            priority = to_int64(priority, "priority")
-            inserted_lengths = to_int64(inserted_lengths, "inserted_lengths")
-            if start is None:
-                return self._insert_one(q, slots, namespace, priority, meta.NO_HANDLE, 0, inserted_lengths)
-            if isinstance(start, Places) and start._handles is None:
-                place = (start._handle, start._length)
-                return self._insert_one(q, slots, namespace, priority, *place, inserted_lengths)
-        q, slots = nothing_behind(start, q), nothing_behind(start, slots)
-        keys = read_batch(q, "tokens")
-        priorities = per_query(priority, len(keys), "priority")
-        inserted = per_query(inserted_lengths, len(keys), "inserted_lengths")
-        return self._insert_batch(keys, slots, namespace, priorities, start, inserted)
 
-    def _insert_one(
-        self, q: Any, slots: Any, namespace: Any, priority: int, handle: int, start: int, inserted: int
-    ) -> InsertResult:
-        address, count, wide, _owner = read_one(q, "tokens")
-        if isinstance(slots, Ragged) or (isinstance(slots, list | tuple) and len(slots) and not is_single(slots)):
-            if len(slots) != 1:
-                raise ValueError(f"insert: 1 queries, but slots for {len(slots)}")
-            slots = slots[0]
-        source = self._slots.read_one(slots)
-        if source[1] != count:
-            raise ValueError(f"insert: query 0 has {count} tokens, but {source[1]} slots; give one slot a token")
-        if namespace is not None:
-            namespace = namespaces.only(namespace)
-        code = 0 if namespace is None else self._namespaces.find(namespace)
-        fresh = code < 0 and start == 0 and count - self.bigram >= self.page_size
-        if fresh:
-            code = self._namespaces.give(namespace)
-        pool, pool_wide, limit = self._slots.arguments
-        arguments = (
-            address, wide, count, code, namespace is not None, handle, start, priority, inserted,
-            source[0], source[2], pool, pool_wide, limit,
-        )  # fmt: skip
-        try:
-            prefix, length, end, place = self._kernels.insert_one(self._table, *arguments)
-            if prefix == NO_ROOM:
-                self._compact()
-                prefix, length, end, place = self._kernels.insert_one(self._table, *arguments)
-            if prefix == BAD_SLOT:
-                self._refuse_slot(np.asarray(source[3]))
-            if prefix < 0:
-                self._refuse("insert", prefix)
-        except BaseException:
-            if fresh and not self._holds(code):
-                self._namespaces.take_back(code)
-            raise
-        if isinstance(self._slots, DeviceSlots):
-            self._slots.write_one(place, source, prefix - start, length - prefix)
-        return InsertResult.single_insert(prefix, length, end)
-
-    def _insert_batch(
-        self, keys: Batch, slots: Any, namespace: Any, priorities: np.ndarray, start: Any, inserted: np.ndarray
-    ) -> InsertResult:
-        source: Any = self._slots.read(slots)
-        check_counts(keys.counts, source.counts)
-        names = namespaces.spread(namespace, len(keys))
-        start_lengths, start_handles = starts(start, len(keys))
-        codes, fresh = self._codes_to_insert(names, keys.counts, start_lengths)
-        named = np.array([name is not None for name in names], np.bool_)
-        prefixes = torch.empty(len(keys), dtype=torch.int32)
-        lengths = torch.empty(len(keys), dtype=torch.int32)
-        handles = torch.empty(len(keys), dtype=torch.int64)
-        places = np.empty(len(keys), np.int64)
-        arguments = (
-            self._table, keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths,
-            priorities, inserted, source.addresses, source.wide, *self._slots.arguments,
-            prefixes.numpy(), lengths.numpy(), handles.numpy(), places,
-        )  # fmt: skip
-        try:
-            reason = self._kernels.insert(*arguments)
-            if reason == NO_ROOM:
-                self._compact()
-                reason = self._kernels.insert(*arguments)
-            if reason == BAD_SLOT:
-                self._refuse_slot(np.asarray(slots if is_single(slots) else slots[self._meta[_ERROR_QUERY]]))
-            if reason < 0:
-                self._refuse("insert", reason)
-        except BaseException:
-            for code in fresh:
-                if not self._holds(code):
-                    self._namespaces.take_back(code)
-            raise
-        if isinstance(self._slots, DeviceSlots):
-            new = (lengths - prefixes).numpy()
-            self._slots.write(places, source, prefixes.numpy() - start_lengths, new)
-        return InsertResult(prefixes, lengths, handles)
-
-    def _codes_to_insert(
-        self, names: Any, counts: np.ndarray, start_lengths: np.ndarray
-    ) -> tuple[np.ndarray, list[int]]:
-        """The namespace code of each query, and those given out for it: only to a key that will store something."""
-        codes = np.zeros(len(names), np.int64)
-        fresh: list[int] = []
-        for query, name in enumerate(names):
-            code = self._namespaces.find(name)
-            stores = counts[query] - self.bigram >= self.page_size and start_lengths[query] == 0
-            if code < 0 and stores:
-                code = self._namespaces.give(name)
-                fresh.append(code)
-            codes[query] = code
-        return codes, fresh
-
-    def _holds(self, code: int) -> bool:
-        """Whether a namespace has nodes. A batch that does not fit may have been given codes beyond the array."""
-        children = self._host.namespace_children
-        return code < len(children) and bool(children[code])
-
-    def _compact(self) -> None:
-        """Slide all edges to the front of the pools: O(cached tokens); happens when no free range is long enough."""
-        if isinstance(self._slots, DeviceSlots):
-            moves = [np.empty(self.num_nodes, np.int32) for _ in range(3)]
-            self._kernels.plan_compaction(self._table, *moves)
-            self._slots.move(*moves)
-        self._kernels.compact(self._table, *self._slots.arguments[:2])
-
+    @abstractmethod
     def evict(self, num_tokens: int) -> EvictResult:
         """Free whole nodes, in the order of the policy, until `num_tokens` tokens are free or all is locked.
 
@@ -368,53 +191,31 @@ class RadixTree:
         than needed. Returns the slots freed, in order. O(log n) a node (O(n) in all with mru or a function). Raises
         ValueError for a negative number.
         """
-        wanted = token_count(num_tokens)
-        scores = _NO_SCORES if self._score is None else self._scores(self._score)
-        tokens, nodes = self._kernels.evict(self._table, wanted, scores)
-        if self._meta[_RELEASED]:
-            self._forget_namespaces()
-        starts, counts = self._room_for_ranges(nodes)
-        self._kernels.victim_ranges(self._table, starts, counts)
-        slots = self._slots.gather(Ranges(starts, counts, tokens))
-        return EvictResult(slots, tokens, nodes)
-
-    def _scores(self, policy: Policy) -> np.ndarray:
-        rows = self._meta[_ROWS]
-        s = self._state
-        columns = (s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
-        live = s.parent[:rows] != FREE_ROW
-        live[0] = False
-        return policies.scores_of(policy, policies.Nodes(*(column[:rows] for column in columns)), live)
-
-    def _forget_namespaces(self) -> None:
-        for code in self._host.released[: self._meta[_RELEASED]].tolist():
-            self._namespaces.take_back(code)
-        self._meta[_RELEASED] = 0
 
     @property
+    @abstractmethod
     def evictable_tokens(self) -> int:
         """Cached tokens that no lock protects."""
-        return self._meta[_EVICTABLE]
 
     @property
+    @abstractmethod
     def protected_tokens(self) -> int:
         """Cached tokens under a lock."""
-        return self._meta[_PROTECTED]
 
     @property
     def total_tokens(self) -> int:
         """Cached tokens, evictable and protected."""
-        return self._meta[_EVICTABLE] + self._meta[_PROTECTED]
+        return self.evictable_tokens + self.protected_tokens
 
     @property
+    @abstractmethod
     def num_nodes(self) -> int:
         """Nodes that hold tokens."""
-        return self._meta[_NODES]
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the tree's tensors, those that nothing has touched yet included."""
-        return sum(t.nbytes for t in self._state) + self._slots.values.nbytes
 
     def check(self) -> None:
         """Verify every invariant; raises AssertionError with the first that does not hold. O(cached tokens), slow."""
@@ -422,26 +223,29 @@ class RadixTree:
 
         check(self)
 
+    @abstractmethod
     def digest(self) -> str:
         """32 hex digits over the logical tree: paths, namespaces, slots, locks, ticks, priorities, hit counts.
 
         Equal for trees that went through the same calls, on any device; row numbers and places in the pools do not
         count. O(cached tokens).
         """
-        slots = self._slots.values.cpu()
-        pool = (slots.data_ptr(), slots.dtype == torch.int64)
-        lanes = [self._kernels.digest(self._table, *pool, lane) for lane in (0, 1)]
-        return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
 
+    @abstractmethod
     def reset(self) -> None:
         """Drop everything, locked nodes too. Handles go stale, that of the root excepted; the clock goes on."""
-        self._kernels.reset(self._table)
-        self._namespaces.clear()
 
     def to(self, device: str | torch.device) -> RadixTree:
-        """The tree on another device; itself if it is there. Handles stay good, digests are equal."""
-        backend.resolve(device)  # raises for every device but the one there is
-        return self
+        """The tree on another device, a copy; itself if it is there. Handles stay good, digests are equal.
+
+        Waits for the device. O(cached tokens).
+        """
+        target = backend.resolve(device)
+        if isinstance(self, _class_for(target)) and (target == self.device or backend.interpreted()):
+            return self
+        from flatradix.snapshot import copy_to
+
+        return copy_to(self, target)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a RadixTree is neither pickled nor copied: use save() and RadixTree.load()")
@@ -468,17 +272,25 @@ class RadixTree:
 
         return load(path, device, slot_device, policy)
 
-    def _refuse_slot(self, slots: np.ndarray) -> None:
-        position = self._meta[_ERROR_VALUE]
-        refuse_slot(int(slots[position]), self._meta[_ERROR_QUERY], position, self.slot_dtype)
+    @abstractmethod
+    def raise_pending(self) -> None:
+        """Wait for all calls so far and raise the error of the first that was refused since the last time, if any.
 
-    def _refuse(self, operation: str, reason: int) -> None:
-        if reason == NO_CAPACITY:
-            refuse_capacity(self._meta[_ERROR_VALUE], self.evictable_tokens, self.protected_tokens, self.max_tokens)
-        refuse(operation, reason, self._meta[_ERROR_QUERY], self._meta[_ERROR_VALUE])
+        On the CPU there is nothing to wait for: every error was raised by its own call.
+        """
 
     def __repr__(self) -> str:
         return (
             f"RadixTree({self.total_tokens} of {self.max_tokens} tokens in {self.num_nodes} nodes, "
             f"{self.protected_tokens} locked, page_size={self.page_size}, {self.device})"
         )
+
+
+def _class_for(device: torch.device) -> type[RadixTree]:
+    if device.type == "cpu":
+        from flatradix.host_tree import HostTree
+
+        return HostTree
+    from flatradix.device_tree import DeviceTree
+
+    return DeviceTree

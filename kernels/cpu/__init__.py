@@ -14,6 +14,7 @@ from flatradix.kernels.cpu.slots import (
     path_ranges,
     path_ranges_one,
     victim_ranges,
+    write_slots,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "unlock",
     "unlock_one",
     "victim_ranges",
+    "write_slots",
 ]

@@ -9,6 +9,7 @@ from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import copy_checked
 from flatradix.kernels.cpu.walk import refuse
+from flatradix.refusals import BAD_ROW, TOO_LONG
 
 
 @kernel
@@ -93,3 +94,48 @@ def path_ranges_one(table, handle, length, starts, counts):
     if nodes <= len(starts):
         _fill(s, row, length, starts, counts, nodes)
     return nodes
+
+
+@helper
+def _check_row(s, query, length, handle, number, height, width):
+    """0, or why a match cannot be written to row `number` of a table."""
+    row = resolve(s, handle, length)
+    value = length
+    if row >= 0:
+        row = np.int64(0)
+        if number < 0 or number >= height:
+            row, value = np.int64(BAD_ROW), np.int64(number)
+        elif length > width:
+            row = np.int64(TOO_LONG)
+    if row < 0:
+        refuse(s, query, value)
+    return row
+
+
+@helper
+def _write_path(s, row, length, pool, pool_wide, target, wide):
+    """Copy the slots of one path to `target`, from its end up."""
+    while row > 0:
+        begins = np.int64(s.end[row] - s.length[row])
+        source = pool + (8 if pool_wide else 4) * np.int64(s.start[row])
+        copy_checked(source, pool_wide, target + (8 if wide else 4) * begins, wide, length - begins, 0)
+        length = begins
+        row = np.int64(s.parent[row])
+
+
+@kernel
+def write_slots(table, handles, lengths, rows, pool, pool_wide, target, wide, stride, height, width):
+    """Write the slots of each match into row `rows[i]` (int64 [B]) of a table at the address `target`.
+
+    `height` rows of `width` elements, `stride` apart. All or nothing: returns 0, or the reason. `pool` 0: check only.
+    """
+    s = open_state(table)
+    for query in range(len(handles)):
+        reason = _check_row(s, query, np.int64(lengths[query]), handles[query], rows[query], height, width)
+        if reason < 0:
+            return reason
+    for query in range(len(handles) if pool != 0 else 0):
+        length = np.int64(lengths[query])
+        place = target + (8 if wide else 4) * stride * rows[query]
+        _write_path(s, resolve(s, handles[query], length), length, pool, pool_wide, place, wide)
+    return np.int64(0)

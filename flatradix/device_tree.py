@@ -1,0 +1,469 @@
+"""DeviceTree: the tree on a GPU. Enqueues kernels, and waits for none of them unless it returns what they found."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix import backend, meta, namespaces
+from flatradix import policy as policies
+from flatradix.arguments import check_counts, check_table, nothing_behind, per_query, token_count
+from flatradix.device_input import Stages, Values, read_values, upload_numbers
+from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
+from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
+from flatradix.mailbox import Mailbox, is_later
+from flatradix.namespaces import Namespaces, name_hash
+from flatradix.ragged import Ragged
+from flatradix.refusals import BAD_SLOT, NO_CAPACITY, refuse, refuse_capacity
+from flatradix.results import EvictResult, InsertResult, MatchResult, places_of
+from flatradix.tree import RadixTree
+
+_SMALLEST_BATCH = 1024
+
+
+class DeviceTree(RadixTree):
+    """A RadixTree on a GPU; Triton kernels do the work."""
+
+    def _allocate(self, generation: int) -> None:
+        if backend.interpreted():
+            self.device = torch.device("cpu")
+        units = pool_units(self.max_tokens, self.page_size)
+        if 2 * units > MAX_UNITS:
+            raise ValueError(f"max_tokens {self.max_tokens} is too large for a tree on a GPU: at most 8.5e8 tokens")
+        device = self.device
+        state = allocate_device(self.max_tokens, self.page_size, self.bigram, generation, device)
+        state.meta[meta.POLICY] = self._policy_code
+        state.meta[meta.THRESHOLD] = policies.SLRU_THRESHOLD
+        self._state = state
+        self._pool = torch.zeros(2 * units, dtype=self.slot_dtype, device=device)
+        self._wide = self.slot_dtype == torch.int64
+        self._limit = int(torch.iinfo(self.slot_dtype).max)
+        self._mail = Mailbox(device)
+        self._mail.words[meta.MAIL_ROOM] = units
+        self._stages = Stages(device, self._mail)
+        self._singles = Singles(device)
+        self._staged = torch.empty(1 << 16, dtype=torch.int8, device=device)
+        # Names are compared on the host; only the digest wants their hashes on the device.
+        self._namespaces = Namespaces(np.zeros(len(state.namespace_hash), np.int64))
+        self._fresh: set[int] = set()
+        self._unbooked: deque[tuple[int, int]] = deque()
+        self._calls = 0
+        self._captured = False
+        self._retired: list[Workspace] = []
+        self._workspace = self._make_workspace(_SMALLEST_BATCH)
+        self._bound = self._kernels.bind(state, self._workspace)
+
+    def _make_workspace(self, batch: int, old: Workspace | None = None) -> Workspace:
+        """Scratch for batches of up to so many queries; what does not depend on that is taken over from `old`."""
+        device, rows = self.device, len(self._state.parent)
+
+        def zeros(*shape: int, kind: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        if old is None:
+            old = Workspace(
+                place=zeros(rows, kind=torch.int32),
+                undo=zeros(rows),
+                key=zeros(0 if self._by_tick else rows),
+                number=zeros(meta.NUMBERS),
+                partial=zeros(meta.PARTIALS),
+                query=zeros(0, kind=torch.int32),
+                value=zeros(0),
+                claims=zeros(0, kind=torch.int32),
+                victims=zeros(2, rows, kind=torch.int32),
+                mail=self._mail.words,
+            )
+            old.number[meta.ERROR] = meta.NO_ERROR
+        claims = torch.full((2, 4 * batch), -1, dtype=torch.int32, device=device)
+        query = zeros(meta.QUERY_COLUMNS, batch, kind=torch.int32)
+        return old._replace(query=query, value=zeros(batch), claims=claims)
+
+    @property
+    def _by_tick(self) -> bool:
+        return self._score is None and self._policy_code == meta.LRU
+
+    def _room_for(self, batch: int) -> None:
+        """Have scratch for a batch. Its memory stays until the tree goes: a stream may still work in the old one."""
+        if batch <= len(self._workspace.value):
+            return
+        if self._is_capturing():
+            raise RuntimeError(f"run a batch of {batch} once before a CUDA graph is captured with it")
+        self._retired.append(self._workspace)
+        self._workspace = self._make_workspace(1 << (batch - 1).bit_length(), self._workspace)
+        self._bound = self._kernels.bind(self._state, self._workspace)
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _next_call(self) -> int:
+        self._calls = self._calls % meta.CALL_MASK + 1
+        if self._is_capturing():
+            # It will tell its numbers whenever the graph is replayed, so from now on the host asks for them.
+            self._captured = True
+        else:
+            self._mail.last = self._calls
+        return self._calls
+
+    # Waiting
+
+    def _settle(self) -> None:
+        """Wait for all calls so far, and raise the error of the first that was refused."""
+        if self._captured:
+            self._kernels.tell(self._bound, self._next_call())
+        refused = self._mail.refusals()
+        if self._fresh:
+            self._take_back_names(bool(refused))
+        if refused:
+            self._raise_refusal()
+
+    def _take_back_names(self, refused: bool) -> None:
+        """Forget the namespaces that were given out to inserts which were refused."""
+        if refused and self._fresh:
+            codes = sorted(self._fresh)
+            children = self._state.namespace_children[torch.tensor(codes).to(self.device)].tolist()
+            for code, count in zip(codes, children, strict=True):
+                if count == 0:
+                    self._namespaces.take_back(code)
+        self._fresh.clear()
+
+    def _raise_refusal(self) -> None:
+        refusal, others = self._mail.take_refusals()
+        if refusal is None:
+            return
+        try:
+            if refusal.reason == NO_CAPACITY:
+                evictable, protected = (
+                    self._mail.counter(place) for place in (meta.MAIL_EVICTABLE, meta.MAIL_PROTECTED)
+                )
+                refuse_capacity(refusal.value, evictable, protected, self.max_tokens)
+            if refusal.reason == BAD_SLOT:
+                refuse_bad_slot(refusal.value, refusal.query, self.slot_dtype)
+            refuse(refusal.operation, refusal.reason, refusal.query, refusal.value)
+        except (ValueError, RuntimeError) as error:
+            if others:
+                error.args = (f"{error.args[0]} ({others} later calls were refused too)", *error.args[1:])
+            raise
+
+    def raise_pending(self) -> None:
+        self._settle()
+
+    def _counter(self, place: int) -> int:
+        self._settle()
+        return self._mail.counter(place)
+
+    @property
+    def evictable_tokens(self) -> int:
+        return self._counter(meta.MAIL_EVICTABLE)
+
+    @property
+    def protected_tokens(self) -> int:
+        return self._counter(meta.MAIL_PROTECTED)
+
+    @property
+    def num_nodes(self) -> int:
+        return self._counter(meta.MAIL_NODES)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self._state, *self._workspace)) + self._pool.nbytes
+
+    # Reading what callers pass
+
+    def _read_names(self, namespace: Any, batch: int, codes: Sequence[int] | None = None) -> tuple[int, int, Any]:
+        """(address of one number a query or 0, the number for all, owner): code * 2 + whether a name was given."""
+        if codes is None and not isinstance(namespace, list | tuple):
+            namespaces.check(namespace)
+            code = self._namespaces.find(namespace)
+            return 0, 2 * code + (namespace is not None), None
+        names = namespaces.spread(namespace, batch)
+        found = [self._namespaces.find(name) for name in names] if codes is None else codes
+        packed = [2 * code + (name is not None) for code, name in zip(found, names, strict=True)]
+        if len(set(packed)) <= 1:
+            return 0, packed[0] if packed else 0, None
+        numbers = upload_numbers(np.array(packed, np.int64), self.device)
+        return numbers.data_ptr(), 0, numbers
+
+    def _read_starts(self, start: Any, batch: int) -> tuple[int, int, Any]:
+        """(address of the handles, of the lengths, owner); 0 without a start."""
+        if start is None:
+            return 0, 0, None
+        lengths, handles = self._places(start)
+        if len(handles) != batch:
+            raise ValueError(f"start has {len(handles)} places for {batch} queries")
+        return handles.data_ptr(), lengths.data_ptr(), (lengths, handles)
+
+    def _places(self, places: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths, handles = places_of(places, self.device)
+        return lengths, handles.contiguous()
+
+    def _read_numbers(self, value: Any, batch: int, what: str) -> tuple[int, int, Any]:
+        """(address of int64 [B] or 0, the number for all, owner) of a priority or the like."""
+        if isinstance(value, torch.Tensor) and not value.is_cpu:
+            if value.shape != (batch,) or value.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"{what} must be an integer, or {batch} integers, one a query")
+            numbers = value.to(self.device, torch.int64).contiguous()
+            return numbers.data_ptr(), 0, numbers
+        found = per_query(value, batch, what)
+        if batch == 0 or (found == found[0]).all():
+            return 0, int(found[0]) if batch else 0, None
+        numbers = upload_numbers(found, self.device)
+        return numbers.data_ptr(), 0, numbers
+
+    # Match
+
+    def match(
+        self, q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None
+    ) -> MatchResult:
+        keys = read_values(nothing_behind(start, q), self.device, "tokens", self._stages.put)
+        batch = keys.batch
+        names, name, names_owner = self._read_names(namespace, batch)
+        handles, lengths, start_owner = self._read_starts(start, batch)
+        if batch == 0:
+            return MatchResult(*self._outputs(0))
+        self._room_for(batch)
+        call = self._next_call()
+        if keys.offsets == 0:
+            chunk, place = self._singles.take()
+            single = AwaitedMatch(self, call, chunk, place)
+            handle_out, length_out = single.addresses()
+            result: MatchResult = single
+        else:
+            out = self._outputs(batch)
+            length_out, handle_out = (tensor.data_ptr() for tensor in out)
+            result = MatchResult(*out)
+        self._kernels.match(
+            self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, keys.total // batch, names, name,
+            handles, lengths, length_out, handle_out, self._staged.data_ptr() if keys.staged else 0, call,
+            self.page_size, self.bigram, bool(touch), bool(lock),
+        )  # fmt: skip
+        if keys.staged:
+            self._stages.commit(call)
+        return result
+
+    def _outputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [B] lengths and int64 [B] handles, uninitialised."""
+        lengths = torch.empty(batch, dtype=torch.int32, device=self.device)
+        return lengths, torch.empty(batch, dtype=torch.int64, device=self.device)
+
+    # Lock
+
+    def lock(self, places: Any) -> None:
+        if isinstance(places, AwaitedMatch | AwaitedInsert):
+            call = self._next_call()
+            self._kernels.lock(self._bound, *places.addresses(), 1, call, self.page_size, self.bigram)
+            places.forget_handle()
+            return
+        lengths, handles = places_of(places, self.device)
+        if len(handles) > 1 and handles.stride(0) == 0:
+            raise ValueError("lock: the handles share memory, and each may be renewed; pass handles.clone()")
+        if len(handles) == 0:
+            return
+        self._room_for(len(handles))
+        renewed = handles.contiguous()
+        addresses = (renewed.data_ptr(), lengths.data_ptr())
+        self._kernels.lock(self._bound, *addresses, len(handles), self._next_call(), self.page_size, self.bigram)
+        if renewed is not handles:
+            handles.copy_(renewed)
+
+    def unlock(self, places: Any) -> None:
+        if isinstance(places, AwaitedMatch | AwaitedInsert):
+            self._kernels.unlock(self._bound, *places.addresses(), 1, self._next_call(), self.page_size)
+            return
+        lengths, handles = self._places(places)
+        if len(handles) == 0:
+            return
+        self._room_for(len(handles))
+        addresses = (handles.data_ptr(), lengths.data_ptr())
+        self._kernels.unlock(self._bound, *addresses, len(handles), self._next_call(), self.page_size)
+
+    # Slots
+
+    def slots(self, places: Any) -> Ragged:
+        self._settle()
+        lengths, handles = self._places(places)
+        batch = len(handles)
+        self._room_for(batch)
+        offsets = torch.zeros(batch + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(lengths.clamp(0, self.max_tokens), 0, out=offsets[1:])
+        values = torch.empty(int(offsets[-1]), dtype=torch.int64, device=self.device)
+        if batch:
+            self._kernels.gather_slots(
+                self._bound, handles.data_ptr(), lengths.data_ptr(), offsets.data_ptr(), self._pool.data_ptr(),
+                self._wide, values.data_ptr(), batch, self._next_call(), self.page_size,
+            )  # fmt: skip
+            self._settle()
+        found = Ragged.trusted(values, offsets)
+        return found if self.slot_device is None else found.to(self.slot_device)
+
+    def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
+        lengths, handles = self._places(places)
+        if self.slot_device is not None and self.slot_device.type != self.device.type:
+            raise ValueError(f"write_slots: the slots are returned on {self.slot_device}, and the tree is not there")
+        numbers = check_table(table, rows, len(handles), self.device, self.slot_dtype)
+        if len(handles) == 0:
+            return
+        self._room_for(len(handles))
+        numbers = upload_numbers(numbers.numpy(), self.device) if numbers.is_cpu else numbers.to(self.device)
+        self._kernels.write_slots(
+            self._bound, handles.data_ptr(), lengths.data_ptr(), numbers.data_ptr(), self._pool.data_ptr(), self._wide,
+            table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape, len(handles),
+            self._next_call(), self.page_size,
+        )  # fmt: skip
+
+    # Insert
+
+    def insert(
+        self,
+        q: Any,
+        slots: Any,
+        namespace: Any = None,
+        priority: Any = 0,
+        start: Any = None,
+        inserted_lengths: Any = 0,
+    ) -> InsertResult:
+        keys = read_values(nothing_behind(start, q), self.device, "tokens")
+        batch = keys.batch
+        source = self._read_slots(nothing_behind(start, slots), keys)
+        priorities, one_priority, priority_owner = self._read_numbers(priority, batch, "priority")
+        inserteds, inserted, inserted_owner = self._read_numbers(inserted_lengths, batch, "inserted_lengths")
+        handles, lengths, start_owner = self._read_starts(start, batch)
+        if batch == 0:
+            namespaces.spread(namespace, 0)
+            return InsertResult(torch.empty(0, dtype=torch.int32, device=self.device), *self._outputs(0))
+        self._room_for(batch)
+        codes = self._codes_to_insert(namespaces.spread(namespace, batch), keys)
+        names, name, names_owner = self._read_names(namespaces.spread(namespace, batch), batch, codes)
+        may_compact = self._may_compact(keys.total)
+        call = self._next_call()
+        self._unbooked.append((call, keys.total))
+        if keys.offsets == 0:
+            chunk, place = self._singles.take()
+            single = AwaitedInsert(self, call, chunk, place)
+            handle_out, length_out = single.addresses()
+            prefix_out = single.prefix_lengths.data_ptr()
+            result: InsertResult = single
+        else:
+            out = self._outputs(batch)
+            prefixes = torch.empty(batch, dtype=torch.int32, device=self.device)
+            length_out, handle_out = (tensor.data_ptr() for tensor in out)
+            prefix_out = prefixes.data_ptr()
+            result = InsertResult(prefixes, *out)
+        self._kernels.insert(
+            self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name, handles, lengths,
+            source.address, source.wide, source.offsets if keys.offsets else 0, source.total, self._limit,
+            self._pool.data_ptr(), self._wide, priorities, one_priority, inserteds, inserted,
+            prefix_out, length_out, handle_out, call, self.page_size, self.bigram, may_compact,
+        )  # fmt: skip
+        return result
+
+    def _read_slots(self, slots: Any, keys: Values) -> Values:
+        """The slots of a batch; a batch of one may come as one sequence, and a single sequence as a batch of one."""
+        source = read_values(slots, self.device, "slots")
+        if source.batch != keys.batch:
+            raise ValueError(f"insert: {keys.batch} queries, but slots for {source.batch}")
+        if keys.counts is not None and source.counts is not None:
+            check_counts(keys.counts, source.counts)
+        if (keys.offsets == 0) != (source.offsets == 0):
+            bounds = upload_numbers(np.array([0, source.total]), self.device)
+            source = source._replace(offsets=bounds.data_ptr(), owner=(source.owner, bounds))
+        return source
+
+    def _codes_to_insert(self, names: Sequence[Any], keys: Values) -> list[int]:
+        """The namespace code of each query, given out where a key may store something."""
+        if len(self._namespaces.items()) + len(names) > len(self._state.namespace_hash):
+            self._mail.refusals()  # inserts that were refused may have been given names for nothing
+            self._take_back_names(True)
+        codes = []
+        for query, name in enumerate(names):
+            code = self._namespaces.find(name)
+            if code < 0 and (keys.counts is None or keys.counts[query] - self.bigram >= self.page_size):
+                code = self._namespaces.give(name)
+                self._fresh.add(code)
+            codes.append(code)
+        return codes
+
+    def _may_compact(self, total: int) -> bool:
+        """Whether the pools may have no room for so many units, as far as the host knows by now."""
+        told, room = self._mail.latest(meta.MAIL_ROOM)
+        while self._unbooked and not is_later(self._unbooked[0][0], told):
+            self._unbooked.popleft()
+        return room - sum(count for _, count in self._unbooked) < total
+
+    def _compact(self) -> None:
+        """Copy all edges to the other half of the pools, without gaps."""
+        self._kernels.compact(self._bound, self._pool.data_ptr(), self._wide, True)
+        self._kernels.tell(self._bound, self._next_call())
+
+    def _rebuild(self) -> None:
+        self._state.meta[meta.POOL_CURSOR] = self._state.meta[meta.EVICTABLE] + self._state.meta[meta.PROTECTED]
+        self._kernels.rebuild(self._bound)
+        self._kernels.tell(self._bound, self._next_call())
+
+    def _first_unit(self) -> int:
+        return int(self._state.meta[meta.POOL_END]) - pool_units(self.max_tokens, self.page_size)
+
+    # Evict
+
+    def evict(self, num_tokens: int) -> EvictResult:
+        wanted = token_count(num_tokens)
+        self._settle()
+        if not self._by_tick:
+            self._kernels.effective_keys(self._bound, self._scores())
+        call = self._next_call()
+        self._kernels.select(self._bound, min(wanted, MAX_UNITS), self._by_tick, call)
+        tokens, nodes = (self._mail.wait(place, call) for place in (meta.MAIL_TOKENS, meta.MAIL_VICTIMS))
+        slots = torch.empty(tokens, dtype=torch.int64, device=self.device)
+        if nodes:
+            self._kernels.order_victims(self._bound, nodes, self._by_tick)
+            call = self._next_call()
+            pool = (self._pool.data_ptr(), self._wide)
+            self._kernels.free(self._bound, nodes, tokens, call, *pool, slots.data_ptr())
+            if len(self._namespaces.items()) > 1:
+                self._forget_namespaces(self._mail.wait(meta.MAIL_RELEASED, call))
+        else:
+            self._kernels.tell(self._bound, self._next_call())
+        return EvictResult(slots if self.slot_device is None else slots.to(self.slot_device), tokens, nodes)
+
+    def _forget_namespaces(self, count: int) -> None:
+        for code in self._state.released[:count].tolist() if count else ():
+            self._namespaces.take_back(code)
+
+    def _scores(self) -> torch.Tensor:
+        """int64 [R]: what the policy orders by, before the tick; smaller goes first."""
+        s = self._state
+        columns = (s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
+        nodes = policies.Nodes(*columns)
+        if self._score is None:
+            return policies.built_in_scores(self._policy_code, nodes)
+        live = s.parent != FREE_ROW
+        live[0] = False
+        return policies.scores_of(self._score, nodes, live)
+
+    # The whole tree
+
+    def digest(self) -> str:
+        self._settle()
+        hashes = np.array([name_hash(name) for _, name in self._namespaces.items()], np.int64)
+        codes = torch.tensor([code for code, _ in self._namespaces.items()]).to(self.device)
+        self._state.namespace_hash[codes] = torch.from_numpy(hashes).to(self.device)
+        lanes = self._kernels.digest(self._bound, self._pool.data_ptr(), self._wide)
+        return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
+
+    def reset(self) -> None:
+        self._kernels.reset(self._bound, self._next_call())
+        self._namespaces.clear()
+        self._fresh.clear()
+        self._unbooked.clear()
+
+
+def refuse_bad_slot(value: int, query: int, dtype: torch.dtype) -> None:
+    """`value` is the slot's place; what it was is on the device only."""
+    limit = torch.iinfo(dtype).max
+    raise ValueError(
+        f"slots of query {query}: the slot at position {value} is negative, or does not fit the pool's {dtype} "
+        f"(at most {limit})"
+    )

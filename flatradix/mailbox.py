@@ -1,0 +1,97 @@
+"""What kernels tell the host without stopping the stream: numbers in pinned memory, each marked with its call.
+
+A word is (call << 32 | value). A store of 8 bytes is seen whole or not at all, so a word that carries the call's number
+carries its value too, and neither fences nor a synchronisation are needed: 3.5 us after its launch a kernel's answer is
+seen by a host that looks for it (H200).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from flatradix import meta
+
+_LOW = 0xFFFFFFFF
+_SPINS = 4096  # between two looks at whether the device still works; a spin takes some 60 ns
+
+
+class Refusal(NamedTuple):
+    """Why a call was refused. `operation`: its name; `query`, `value`: for the message."""
+
+    operation: str
+    reason: int
+    query: int
+    value: int
+
+
+class Mailbox:
+    """The words of one tree, and the number of its last call that will write them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.words = torch.zeros(meta.MAIL, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._view = memoryview(self.words.numpy())
+        self.last = 0
+        self._told = 0
+
+    def wait(self, place: int, call: int) -> int:
+        """The value of a word, once `call` has written it. Raises what the device raises if it has failed."""
+        view = self._view
+        spins = 0
+        while (word := view[place]) >> 32 != call:
+            spins += 1
+            if spins % _SPINS == 0:
+                self._look()
+        return word & _LOW
+
+    def _look(self) -> None:
+        """Raise if a kernel has failed: then no word will come."""
+        if self._device.type != "cuda":
+            raise RuntimeError("a kernel did not tell its numbers")
+        torch.cuda.current_stream(self._device).query()
+
+    def counter(self, place: int) -> int:
+        """One of the tree's numbers after all calls so far."""
+        return self.wait(place, self.last)
+
+    def latest(self, place: int) -> tuple[int, int]:
+        """(the call that wrote it, the value) of a word as it is now."""
+        word = self._view[place]
+        return word >> 32, word & _LOW
+
+    def answer(self, call: int, index: int) -> int | None:
+        """A number of a single key's answer; None where later calls have overwritten it."""
+        place = meta.MAIL_ANSWERS + call % meta.ANSWERS * meta.ANSWER_WORDS + index
+        view = self._view
+        spins = 0
+        while (word := view[place]) >> 32 != call:
+            if is_later(word >> 32, call):
+                return None
+            spins += 1
+            if spins % _SPINS == 0:
+                self._look()
+        return word & _LOW
+
+    def refusals(self) -> int:
+        """How many calls were refused since they were last asked for. Waits for all calls so far."""
+        return self.counter(meta.MAIL_ERRORS) - self._told & _LOW
+
+    def take_refusals(self) -> tuple[Refusal | None, int]:
+        """The first refusal that was not told yet, and how many came after it; they count as told."""
+        count = self.refusals()
+        if count == 0:
+            return None, 0
+        number = self._told + 1 + max(0, count - meta.REFUSALS + 1)
+        self._told += count
+        place = meta.MAIL_REFUSALS + number % meta.REFUSALS * meta.REFUSAL_WORDS
+        kind, query, low, high = (self.wait(place + i, number & meta.CALL_MASK) for i in range(4))
+        value = low | high << 32
+        value -= (value >> 63) << 64
+        return Refusal(meta.OPERATIONS[kind >> 8], -(kind & 0xFF), query, value), count - 1
+
+
+def is_later(call: int, other: int) -> bool:
+    """Whether a call came after another; their numbers begin anew after 2**31."""
+    return 0 < (call - other & meta.CALL_MASK) < 1 << 30

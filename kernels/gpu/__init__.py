@@ -1,0 +1,31 @@
+"""The operations on a GPU, compiled by Triton at their first use."""
+
+from flatradix.kernels.gpu.compact import compact, rebuild
+from flatradix.kernels.gpu.digest import digest
+from flatradix.kernels.gpu.evict import effective_keys, free, order_victims, select
+from flatradix.kernels.gpu.finish import tell
+from flatradix.kernels.gpu.insert import insert
+from flatradix.kernels.gpu.launch import bind
+from flatradix.kernels.gpu.lock import lock, unlock
+from flatradix.kernels.gpu.match import match
+from flatradix.kernels.gpu.reset import reset
+from flatradix.kernels.gpu.slots import gather_slots, write_slots
+
+__all__ = [
+    "bind",
+    "compact",
+    "digest",
+    "effective_keys",
+    "free",
+    "gather_slots",
+    "insert",
+    "lock",
+    "match",
+    "order_victims",
+    "rebuild",
+    "reset",
+    "select",
+    "tell",
+    "unlock",
+    "write_slots",
+]

@@ -1,0 +1,218 @@
+"""Compaction: copy every live edge to the other half of the pools, and build the child table anew.
+
+One launch, enqueued wherever the half in use may have no room left; only the device knows whether it has, so mostly
+there is nothing to do. The programs share out rows to find where each edge goes, and then the units of the new half,
+whosever they are, so that a million edges of 64 units and one of 131,072 keep all of them equally busy.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels.gpu.children import enter
+from flatradix.kernels.gpu.finish import is_last, wait_for_all
+from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.rows import FREE
+
+# Rows, or words of the table, that a program handles at once.
+BLOCK = tl.constexpr(256)
+# Units that a program copies at once: 8 a thread, which leaves the registers for 4 programs a multiprocessor.
+UNITS = tl.constexpr(1024)
+# A unit finds its edge by searching, so those of one page find it together; 16 are 64 bytes, beyond that nothing gains.
+MOST_TOGETHER = 16
+
+
+@triton.jit
+def share(count, programs):
+    """The part [begin, end) of `count` things, int64, that is this program's."""
+    each = (count + programs - 1) // programs
+    begin = tl.minimum(tl.program_id(0).to(tl.int64) * each, count)
+    return begin, tl.minimum(begin + each, count)
+
+
+@triton.jit
+def clear_table(s, programs):
+    """This program's part of it."""
+    begin, end = share(2 * (tl.load(s.meta + meta.TABLE_MASK) + 1), programs)
+    while begin < end:
+        j = begin + tl.arange(0, BLOCK)
+        tl.store(s.table + j, tl.zeros([BLOCK], tl.int64), mask=j < end)
+        begin += BLOCK
+
+
+@triton.jit
+def _edges(s, first, end):
+    """(row, whether it is live, its length) of the rows from `first` on, one a lane; all int64."""
+    row = first + tl.arange(0, BLOCK)
+    live = (row > 0) & (tl.load(s.parent + row, mask=row < end, other=FREE) != FREE)
+    return row, live, tl.load(s.length + row, mask=live, other=0).to(tl.int64)
+
+
+@triton.jit
+def _enter_again(s, w, row, start, length, live):
+    tag = tl.load(s.tag + row, mask=live, other=0).to(tl.int64) & 0xFFFFFFFF
+    enter(s, w, row, tag, start, length, live)
+
+
+@triton.jit
+def _finish(w, programs):
+    """Leave the counters of this launch at zero: the next may have another number of programs."""
+    if is_last(w, programs):
+        tl.store(w.number + meta.ARRIVED, 0)
+        tl.store(w.number + meta.WAITING, 0)
+
+
+@triton.jit
+def _live_units(s, first, end):
+    total = tl.zeros([BLOCK], tl.int64)
+    while first < end:
+        _row, _live, length = _edges(s, first, end)
+        total += length
+        first += BLOCK
+    return tl.sum(total)
+
+
+@triton.jit
+def _sums(w, programs):
+    """(units on the edges of the programs before this one, units on all edges)."""
+    before = tl.zeros([BLOCK], tl.int64)
+    total = tl.zeros([BLOCK], tl.int64)
+    first = tl.zeros([], tl.int32)
+    while first < programs:
+        program = first + tl.arange(0, BLOCK)
+        units = tl.load(w.partial + program, mask=program < programs, other=0)
+        before += tl.where(program < tl.program_id(0), units, 0)
+        total += units
+        first += BLOCK
+    return tl.sum(before), tl.sum(total)
+
+
+@triton.jit
+def _lay_out(s, w, first, end, before, target):
+    """Give the edges of rows their new starts, in row order, and enter them into the table.
+
+    `w.key` keeps for each row how many units lie before its edge, and below that, in 32 bits, its old start.
+    """
+    while first < end:
+        row, live, length = _edges(s, first, end)
+        offset = before + tl.cumsum(length) - length
+        start = tl.load(s.start + row, mask=live, other=0).to(tl.int64)
+        tl.store(w.key + row, (offset << 32) | start, mask=row < end)
+        tl.debug_barrier()  # every lane has the old start
+        tl.store(s.start + row, (target + offset).to(tl.int32), mask=live)
+        _enter_again(s, w, row, target + offset, length, live)
+        before += tl.sum(length)
+        first += BLOCK
+
+
+@triton.jit
+def _owners(w, unit, low, high):
+    """The row of each unit (counted from the beginning of the new half), which is known to be in [low, high].
+
+    It is the last that has no more units before it: free rows have as many before them as the live one behind them.
+    """
+    span = high - low
+    lowest = tl.zeros_like(unit) + low
+    highest = tl.zeros_like(unit) + high
+    while span > 0:
+        middle = (lowest + highest + 1) >> 1
+        here = (tl.load(w.key + middle) >> 32).to(tl.int32) <= unit
+        lowest = tl.where(here, middle, lowest)
+        highest = tl.where(here, highest, middle - 1)
+        span = span >> 1
+    return lowest
+
+
+@triton.jit
+def _copy(s, pool, source, place, inside, BIGRAM: tl.constexpr):
+    """Copy single units; the tokens and slots are both on their way before either is waited for."""
+    tokens = tl.load(s.tokens + source, mask=inside)
+    slots = tl.load(pool + source, mask=inside)
+    tl.store(s.tokens + place, tokens, mask=inside)
+    tl.store(pool + place, slots, mask=inside)
+    if BIGRAM:
+        tl.store(s.seconds + place, tl.load(s.seconds + source, mask=inside), mask=inside)
+
+
+@triton.jit
+def _copy_units(s, w, pool, target, total, rows, programs, TOGETHER: tl.constexpr, BIGRAM: tl.constexpr):
+    """Copy this program's part of all units, from wherever their edges lay to the new half. Numbers are 32 bits."""
+    first, last = share(total // TOGETHER, programs)
+    begin = first.to(tl.int32)
+    end = last.to(tl.int32)
+    if begin < end:
+        ends = _owners(w, tl.where(tl.arange(0, 2) == 0, begin, end - 1) * TOGETHER, 0, rows - 1)
+        low = tl.min(ends)
+        high = tl.max(ends)
+        inner = tl.arange(0, TOGETHER)[None, :]
+        while begin < end:
+            group = begin + tl.arange(0, UNITS // TOGETHER)
+            unit = tl.minimum(group, end - 1) * TOGETHER
+            owner = _owners(w, unit, low, high)
+            key = tl.load(w.key + owner)
+            source = tl.multiple_of((key & 0xFFFFFFFF).to(tl.int32) + unit - (key >> 32).to(tl.int32), TOGETHER)
+            place = tl.multiple_of(target + unit, TOGETHER)
+            _copy(s, pool, source[:, None] + inner, place[:, None] + inner, (group < end)[:, None], BIGRAM)
+            low = tl.max(owner)
+            begin += UNITS // TOGETHER
+
+
+@triton.jit(do_not_specialize=["pool", "programs", "forced"])
+def compact_kernel(s, w, pool, programs: tl.int32, forced: tl.int32, TOGETHER: tl.constexpr, BIGRAM: tl.constexpr):
+    if (forced != 0) | (tl.load(w.number + meta.COMPACT) != 0):
+        rows = tl.load(s.meta + meta.ROWS)
+        half = tl.load(s.meta + meta.POOL_PAGES) * tl.load(s.meta + meta.PAGE)
+        target = 2 * half - tl.load(s.meta + meta.POOL_END)
+        first, end = share(rows, programs)
+        tl.store(w.partial + tl.program_id(0), _live_units(s, first, end))
+        clear_table(s, programs)
+        wait_for_all(w, programs)
+        before, total = _sums(w, programs)
+        _lay_out(s, w, first, end, before, target)
+        wait_for_all(w, programs)
+        _copy_units(s, w, pool, target.to(tl.int32), total, rows.to(tl.int32), programs, TOGETHER, BIGRAM)
+        if tl.program_id(0) == 0:
+            tl.store(s.meta + meta.POOL_CURSOR, target + total)
+            tl.store(s.meta + meta.POOL_END, target + half)
+            tl.store(w.number + meta.COMPACT, 0)
+        _finish(w, programs)
+
+
+_compact = Kernel(compact_kernel, ["*w", "i32", "i32"], cooperative=True)
+
+
+def compact(bound: Bound, pool: int, pool_wide: bool, forced: bool) -> None:
+    """Compact the pools if `forced` or if an insert found no room (number[COMPACT]).
+
+    `pool`: the address of the slots, int64 if `pool_wide`. Uses `workspace.key`.
+    """
+    state = bound.state
+    bigram = state.seconds.shape[0] > 0
+    page = state.multipliers.shape[0] // (2 if bigram else 1)
+    together = min(page & -page, MOST_TOGETHER)
+    programs = resident(bound, -(-state.tokens.shape[0] // (2 * UNITS.value)))
+    _compact(bound, programs, (pool, programs, int(forced)), (together, bigram), (pool_wide,))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def rebuild_kernel(s, w, programs: tl.int32):
+    clear_table(s, programs)
+    wait_for_all(w, programs)
+    first, end = share(tl.load(s.meta + meta.ROWS), programs)
+    while first < end:
+        row, live, length = _edges(s, first, end)
+        start = tl.load(s.start + row, mask=live, other=0).to(tl.int64)
+        _enter_again(s, w, row, start, length, live)
+        first += BLOCK
+    _finish(w, programs)
+
+
+_rebuild = Kernel(rebuild_kernel, ["i32"], cooperative=True)
+
+
+def rebuild(bound: Bound) -> None:
+    """Make the child table and `workspace.place` from the rows, of a tree that was just loaded."""
+    programs = resident(bound, -(-bound.state.table.shape[0] // BLOCK.value))
+    _rebuild(bound, programs, (programs,))

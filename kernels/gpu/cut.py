@@ -1,0 +1,249 @@
+"""Cutting edges: what a batch of locks or inserts makes of the edges on which its queries end, all at once.
+
+Each query may cut one edge at one place. The pieces of an edge, top to bottom, lie between its cuts; the last keeps the
+row, the others get new ones. What a loop of single calls would leave in each has a closed form: a piece is made by the
+first query that cuts at its end, and its tick comes from the first that cuts at its beginning and the last that ends at
+or below its end. So the queries need only be compared with one another, pair by pair, which for 1,024 cuts is a million
+comparisons.
+
+A cutting query has its edge in Q_ROW (a row, or for an insert the row capacity plus the query whose new leaf it is) and
+the path length of its cut in Q_CUT, 0 where it cuts nothing. The list Q_LIST of the cutting queries is in batch order;
+the columns from Q_FIRST to Q_NEW are indexed by places in it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels.gpu.children import enter, hand_over, tags_of_lanes
+from flatradix.kernels.gpu.rows import book_rows, handle_of, row_number
+
+LANES = tl.constexpr(32)
+OTHERS = tl.constexpr(128)
+PAIRED = tl.constexpr(32)
+FAR = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def column(w, batch, C: tl.constexpr):
+    """A column of the scratch that each query has."""
+    return w.query + C * batch
+
+
+@triton.jit
+def list_cuts(w, batch):
+    """Fill Q_LIST, and Q_PLACE with where each query stands in it; returns how many. By one program."""
+    count = tl.zeros([], tl.int32)
+    first = tl.zeros([], tl.int32)
+    while first < batch:
+        query = first + tl.arange(0, OTHERS)
+        cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
+        cuts = (cut > 0).to(tl.int32)
+        place = count + tl.cumsum(cuts) - 1
+        tl.store(column(w, batch, meta.Q_LIST) + place, query, mask=cut > 0)
+        tl.store(column(w, batch, meta.Q_PLACE) + query, place, mask=cut > 0)
+        count += tl.sum(cuts)
+        first += OTHERS
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def compare_cuts(w, batch, count, program, programs):
+    """Compare each cutting query with all others: who is the first there, and what lies above and below on the edge."""
+    first = program * LANES
+    while first < count:
+        i = first + tl.arange(0, LANES)
+        query = tl.load(column(w, batch, meta.Q_LIST) + i, mask=i < count, other=0)
+        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=i < count, other=-1)[:, None]
+        cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=i < count, other=0)[:, None]
+        lowest = i
+        above = tl.zeros([LANES], tl.int64) - 1
+        below = tl.zeros([LANES], tl.int32)
+        same = tl.zeros([LANES], tl.int32)
+        passing = tl.zeros([LANES], tl.int32)
+        last = tl.zeros([LANES], tl.int32)
+        other = tl.zeros([], tl.int32)
+        while other < count:
+            k = other + tl.arange(0, PAIRED)
+            inside = k < count
+            their_query = tl.load(column(w, batch, meta.Q_LIST) + k, mask=inside, other=0)
+            their_row = tl.load(column(w, batch, meta.Q_ROW) + their_query, mask=inside, other=-2)[None, :]
+            their_cut = tl.load(column(w, batch, meta.Q_CUT) + their_query, mask=inside, other=0)[None, :]
+            on_edge = their_row == row
+            equal = on_edge & (their_cut == cut)
+            reach = on_edge & (their_cut >= cut)
+            nearest = (their_cut.to(tl.int64) << 32) | (-k + FAR)[None, :].to(tl.int64)
+            lowest = tl.minimum(lowest, tl.min(tl.where(equal, k[None, :], FAR), axis=1))
+            above = tl.maximum(above, tl.max(tl.where(on_edge & (their_cut < cut), nearest, -1), axis=1))
+            below = tl.maximum(below, tl.max((on_edge & (their_cut > cut)).to(tl.int32), axis=1))
+            same += tl.sum(equal.to(tl.int32), axis=1)
+            passing += tl.sum(reach.to(tl.int32), axis=1)
+            last = tl.maximum(last, tl.max(tl.where(reach, their_query[None, :], 0), axis=1))
+            other += PAIRED
+        inside = i < count
+        tl.store(column(w, batch, meta.Q_FIRST) + i, lowest, mask=inside)
+        higher = tl.where(above < 0, -1, -(above & FAR) + FAR).to(tl.int32)
+        tl.store(column(w, batch, meta.Q_ABOVE) + i, higher, mask=inside)
+        tl.store(column(w, batch, meta.Q_BELOW) + i, below, mask=inside)
+        tl.store(column(w, batch, meta.Q_SAME) + i, same, mask=inside)
+        tl.store(column(w, batch, meta.Q_PASS) + i, passing, mask=inside)
+        tl.store(column(w, batch, meta.Q_LAST) + i, last, mask=inside)
+        first += programs * LANES
+
+
+@triton.jit
+def number_cuts(s, w, batch, count):
+    """Give each piece but the last of its edge a row, in batch order; returns how many. By one program, for locks."""
+    made = tl.zeros([], tl.int64)
+    first = tl.zeros([], tl.int32)
+    while first < count:
+        i = first + tl.arange(0, OTHERS)
+        is_first = (i < count) & (tl.load(column(w, batch, meta.Q_FIRST) + i, mask=i < count, other=-1) == i)
+        number = made + tl.cumsum(is_first.to(tl.int64)) - 1
+        row = row_number(s, number, is_first)
+        tl.store(column(w, batch, meta.Q_NEW) + i, row.to(tl.int32), mask=is_first)
+        made += tl.sum(is_first.to(tl.int64))
+        first += OTHERS
+    tl.debug_barrier()
+    return made
+
+
+@triton.jit
+def _cut_of(w, batch, i, active, rows):
+    """(query, edge, cut, place in the list of the nearest cut above, or -1) of places in the list."""
+    query = tl.load(column(w, batch, meta.Q_LIST) + i, mask=active, other=0)
+    row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=active, other=0)
+    leaf = tl.load(column(w, batch, meta.Q_LEAF) + (row - rows), mask=active & (row >= rows), other=0)
+    row = tl.where(row >= rows, leaf, row)
+    cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=active, other=0)
+    above = tl.load(column(w, batch, meta.Q_ABOVE) + i, mask=active, other=-1)
+    return query, row, cut.to(tl.int64), above
+
+
+@triton.jit
+def _first_ones(w, batch, i, count):
+    return (i < count) & (tl.load(column(w, batch, meta.Q_FIRST) + i, mask=i < count, other=-1) == i)
+
+
+@triton.jit
+def make_pieces(
+    s, w, batch, count, rows, clock, program, programs,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, INSERT: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Make the upper pieces; the edges' own rows are read only. Returns the tokens newly protected, as lanes.
+
+    STEP: by how much the clock goes on with each query, 2, or 0 for what takes no time.
+    """
+    newly = tl.zeros([LANES], tl.int64)
+    first = program * LANES
+    while first < count:
+        i = first + tl.arange(0, LANES)
+        active = _first_ones(w, batch, i, count)
+        query, row, cut, above = _cut_of(w, batch, i, active, rows)
+        higher = active & (above >= 0)
+        their_query = tl.load(column(w, batch, meta.Q_LIST) + above, mask=higher, other=0)
+        their_cut = tl.load(column(w, batch, meta.Q_CUT) + their_query, mask=higher, other=0).to(tl.int64)
+        their_row = tl.load(column(w, batch, meta.Q_NEW) + above, mask=higher, other=0)
+        piece = tl.load(column(w, batch, meta.Q_NEW) + i, mask=active, other=0)
+
+        edge_begin = tl.load(s.end + row, mask=active, other=0) - tl.load(s.length + row, mask=active, other=0)
+        begin = tl.where(higher, their_cut, edge_begin.to(tl.int64))
+        start = tl.load(s.start + row, mask=active, other=0).to(tl.int64) + (begin - edge_begin)
+        parent = tl.where(higher, their_row, tl.load(s.parent + row, mask=active, other=0))
+        locks = tl.load(s.lock_ref + row, mask=active, other=0)
+        tick = tl.load(s.tick + row, mask=active, other=0)
+        time = clock + STEP * (query.to(tl.int64) + 1)
+        their_time = clock + STEP * (their_query.to(tl.int64) + 1)
+        own = tl.zeros_like(locks)
+        created = time
+        if INSERT:
+            tick = tl.where(higher, tl.maximum(tick, their_time - 1), tick)
+        else:
+            created = time + 1
+            own = tl.load(column(w, batch, meta.Q_SAME) + i, mask=active, other=0)
+            newly += tl.where(active & (locks == 0), cut - begin, 0)
+            locks += tl.load(column(w, batch, meta.Q_PASS) + i, mask=active, other=0)
+            if STEP > 0:
+                last = tl.load(column(w, batch, meta.Q_LAST) + i, mask=active, other=0).to(tl.int64)
+                tick = tl.maximum(tick, clock + STEP * (last + 1))
+                tick = tl.where(higher, tl.maximum(tick, their_time), tick)
+
+        tl.store(s.parent + piece, parent, mask=active)
+        tl.store(s.start + piece, start.to(tl.int32), mask=active)
+        tl.store(s.length + piece, (cut - begin).to(tl.int32), mask=active)
+        tl.store(s.end + piece, cut.to(tl.int32), mask=active)
+        tl.store(s.children + piece, tl.zeros_like(piece) + 1, mask=active)
+        tl.store(s.lock_ref + piece, locks, mask=active)
+        tl.store(s.own_locks + piece, own, mask=active)
+        tl.store(s.hit_count + piece, tl.load(s.hit_count + row, mask=active, other=0), mask=active)
+        tl.store(s.tick + piece, tick, mask=active)
+        tl.store(s.created + piece, created, mask=active)
+        tl.store(s.priority + piece, tl.load(s.priority + row, mask=active, other=0), mask=active)
+        hand_over(s, w, row, piece.to(tl.int64), start, cut - begin, active & (above < 0))
+        tag = tags_of_lanes(s, start, parent.to(tl.int64), higher, PAGE, BIGRAM)
+        enter(s, w, piece.to(tl.int64), tag, start, cut - begin, higher)
+        first += programs * LANES
+    return newly
+
+
+@triton.jit
+def shorten_edges(
+    s, w, batch, count, rows, clock, program, programs,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, INSERT: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Leave the last piece of each edge to its own row. After every `make_pieces`."""
+    first = program * LANES
+    while first < count:
+        i = first + tl.arange(0, LANES)
+        active = _first_ones(w, batch, i, count)
+        active = active & (tl.load(column(w, batch, meta.Q_BELOW) + i, mask=active, other=1) == 0)
+        query, row, cut, _above = _cut_of(w, batch, i, active, rows)
+        piece = tl.load(column(w, batch, meta.Q_NEW) + i, mask=active, other=0)
+        end = tl.load(s.end + row, mask=active, other=0).to(tl.int64)
+        length = end - cut
+        edge = tl.load(s.length + row, mask=active, other=0).to(tl.int64)
+        start = tl.load(s.start + row, mask=active, other=0).to(tl.int64) + edge - length
+        time = clock + STEP * (query.to(tl.int64) + 1)
+        if INSERT:
+            time = time - 1
+        if STEP > 0:
+            tick = tl.maximum(tl.load(s.tick + row, mask=active, other=0), time)
+            tl.store(s.tick + row, tick, mask=active)
+        tl.store(s.parent + row, piece, mask=active)
+        tl.store(s.start + row, start.to(tl.int32), mask=active)
+        tl.store(s.length + row, length.to(tl.int32), mask=active)
+        tag = tags_of_lanes(s, start, piece.to(tl.int64), active, PAGE, BIGRAM)
+        enter(s, w, row.to(tl.int64), tag, start, length, active)
+        first += programs * LANES
+
+
+@triton.jit
+def cut_locked(
+    s, w, handles, batch, rows, clock, PAGE: tl.constexpr, BIGRAM: tl.constexpr, STEP: tl.constexpr
+):
+    """Cut the edges on which locks end, and lock what is above the cuts on them; one program does it all.
+
+    The handles of the queries that cut are replaced. The protected tokens go to the sum NEWLY.
+    """
+    count = list_cuts(w, batch)
+    compare_cuts(w, batch, count, 0, 1)
+    tl.debug_barrier()
+    made = number_cuts(s, w, batch, count)
+    newly = make_pieces(s, w, batch, count, rows, clock, 0, 1, PAGE, BIGRAM, False, STEP)
+    tl.atomic_add(w.number + meta.NEWLY, tl.sum(newly), sem="relaxed")
+    tl.debug_barrier()
+    shorten_edges(s, w, batch, count, rows, clock, 0, 1, PAGE, BIGRAM, False, STEP)
+    book_rows(s, made)
+    tl.debug_barrier()
+    first = tl.zeros([], tl.int32)
+    while first < count:
+        i = first + tl.arange(0, OTHERS)
+        query = tl.load(column(w, batch, meta.Q_LIST) + i, mask=i < count, other=0)
+        leader = tl.load(column(w, batch, meta.Q_FIRST) + i, mask=i < count, other=0)
+        piece = tl.load(column(w, batch, meta.Q_NEW) + leader, mask=i < count, other=0)
+        tl.store(handles + query, handle_of(s, piece), mask=i < count)
+        first += OTHERS
+

@@ -1,0 +1,199 @@
+"""Lock and unlock: reference counts on every node from a place to the root.
+
+A lane climbs one path. Lanes of a program that end at the same node climb as one: 1,024 locks of one path of 64 nodes
+would otherwise be 65,536 additions on 64 addresses, which take 49 us on an H200. A bad query is found while the others
+climb; the program that is done last then takes everything back.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels.gpu.cut import column, cut_locked
+from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse_lanes
+from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.rows import resolve
+from flatradix.refusals import NOT_LOCKED
+
+LANES = tl.constexpr(64)
+NO_LOCK = tl.constexpr(NOT_LOCKED)
+
+
+@triton.jit
+def add_locks(s, row, weight):
+    """Add `weight` int32 to the counts of each lane's row and all above; returns each lane's tokens that changed sides.
+
+    A count's old value is looked at one step later, so that the climb waits for the parents only.
+    """
+    changed = tl.zeros_like(row)
+    before = tl.zeros_like(weight) + 1
+    size = tl.zeros_like(row)
+    took = tl.zeros_like(weight) + 1
+    while tl.max(row) > 0:
+        for _ in tl.static_range(4):
+            on = row > 0
+            parent = tl.load(s.parent + row, mask=on, other=0)
+            length = tl.load(s.length + row, mask=on, other=0)
+            changed += tl.where(tl.where(took > 0, before, before + took) == 0, size, 0)
+            before = tl.atomic_add(s.lock_ref + row, weight, mask=on, sem="relaxed")
+            before = tl.where(on, before, 1)
+            took = tl.where(on, weight, 1)
+            size = length.to(tl.int64)
+            row = tl.where(on, tl.maximum(parent, 0), 0).to(tl.int64)
+    return changed + tl.where(tl.where(took > 0, before, before + took) == 0, size, 0)
+
+
+@triton.jit
+def unlock_up(s, row, from_above, active):
+    """Take back one lock on each lane's path, from its row, or its parent where `from_above`."""
+    parent = tl.load(s.parent + row, mask=active, other=0).to(tl.int64)
+    row = tl.where(active, tl.where(from_above, tl.maximum(parent, 0), row), 0)
+    add_locks(s, row, tl.where(active, -1, -1).to(tl.int32))
+
+
+@triton.jit
+def _together(row):
+    """(how many lanes have this row, whether this lane is the first of them)."""
+    lane = tl.arange(0, LANES)
+    equal = row[:, None] == row[None, :]
+    count = tl.sum(equal.to(tl.int32), axis=1)
+    first = tl.min(tl.where(equal, lane[None, :], LANES), axis=1)
+    return count, first == lane
+
+
+@triton.jit
+def _remember(w, batch, query, row, cut, active):
+    tl.store(column(w, batch, meta.Q_ROW) + query, row.to(tl.int32), mask=active)
+    tl.store(column(w, batch, meta.Q_CUT) + query, cut.to(tl.int32), mask=active)
+
+
+@triton.jit
+def _take_back(s, w, batch, SIGN: tl.constexpr):
+    """Undo what all queries of a refused call did: SIGN 1 a lock, -1 an unlock."""
+    first = tl.zeros([], tl.int32)
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0).to(tl.int64)
+        cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
+        whole = (row > 0) & (cut == 0)
+        tl.atomic_add(s.own_locks + row, -SIGN, mask=whole, sem="relaxed")
+        above = tl.load(s.parent + row, mask=row > 0, other=0).to(tl.int64)
+        add_locks(s, tl.where(cut > 0, tl.maximum(above, 0), row), tl.zeros([LANES], tl.int32) - SIGN)
+        first += LANES
+    tl.store(w.number + meta.NEWLY, 0)
+
+
+@triton.jit(do_not_specialize=["handles", "lengths", "batch", "rows", "call"])
+def lock_kernel(
+    s, w, handles, lengths, batch: tl.int32, rows: tl.int32, call: tl.int64, PAGE: tl.constexpr, BIGRAM: tl.constexpr
+):
+    query = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    active = query < batch
+    handle = tl.load(handles + query, mask=active, other=0)
+    length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
+    clock = tl.load(s.meta + meta.CLOCK)
+    row, reason = resolve(s, handle, length, active, PAGE)
+    refuse_lanes(w, query, tl.where(active, reason, 0), length)
+    end = tl.load(s.end + row, mask=row > 0, other=0).to(tl.int64)
+    cut = tl.where((row > 0) & (length < end), length, 0)
+    _remember(w, batch, query, row, cut, active)
+    tl.atomic_add(s.own_locks + row, 1, mask=(row > 0) & (cut == 0), sem="relaxed")
+    above = tl.load(s.parent + row, mask=cut > 0, other=0).to(tl.int64)
+    from_row = tl.where(cut > 0, tl.maximum(above, 0), row)
+    count, is_first = _together(from_row)
+    newly = tl.sum(add_locks(s, tl.where(is_first, from_row, 0), count))
+    if newly > 0:
+        tl.atomic_add(w.number + meta.NEWLY, newly, sem="relaxed")
+    if tl.max(cut) > 0:
+        tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
+    if is_last(w, tl.num_programs(0)):
+        error = first_refusal(w)
+        if error != meta.NO_ERROR:
+            _take_back(s, w, batch, 1)
+        elif tl.load(w.number + meta.CUTS, volatile=True) > 0:
+            cut_locked(s, w, handles, batch, rows, clock, PAGE, BIGRAM, 0)
+        tl.store(w.number + meta.CUTS, 0)
+        move_protected(s, w, 1)
+        publish(s, w, call, error, meta.LOCK)
+
+
+@triton.jit
+def _refuse_surplus(s, w, batch):
+    """An unlock too many: which query is the first, of those that the rows' own locks do not cover. Slow, and rare.
+
+    The counts were already taken down, so a row lacks as many locks as its count is below zero, and the last so many of
+    its queries are those too many.
+    """
+    first = tl.zeros([], tl.int32)
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
+        lacking = -tl.load(s.own_locks + row, mask=(query < batch) & (row > 0), other=0)
+        later = tl.zeros([LANES], tl.int32)
+        other = tl.zeros([], tl.int32)
+        while other < batch:
+            k = other + tl.arange(0, LANES)
+            theirs = tl.load(column(w, batch, meta.Q_ROW) + k, mask=k < batch, other=-1)
+            after = (theirs[None, :] == row[:, None]) & (k[None, :] > query[:, None])
+            later += tl.sum(after.to(tl.int32), axis=1)
+            other += LANES
+        surplus = (query < batch) & (row > 0) & (later < lacking)
+        length = tl.load(s.end + row, mask=surplus, other=0).to(tl.int64)
+        refuse_lanes(w, query, tl.where(surplus, NO_LOCK, 0).to(tl.int64), length)
+        first += LANES
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["handles", "lengths", "batch", "call"])
+def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr):
+    query = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    active = query < batch
+    handle = tl.load(handles + query, mask=active, other=0)
+    length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
+    row, reason = resolve(s, handle, length, active, PAGE)
+    end = tl.load(s.end + row, mask=row > 0, other=0).to(tl.int64)
+    reason = tl.where((row > 0) & (length < end), NO_LOCK, reason)
+    refuse_lanes(w, query, tl.where(active, reason, 0), length)
+    row = tl.where(reason < 0, 0, row)
+    _remember(w, batch, query, row, tl.zeros_like(row), active)
+    count, is_first = _together(row)
+    leads = is_first & (row > 0)
+    locks = tl.atomic_add(s.own_locks + row, -count, mask=leads, sem="relaxed")
+    if tl.max(tl.where(leads & (locks < count), 1, 0)) > 0:
+        tl.atomic_add(w.number + meta.COUNT, 1, sem="relaxed")
+    freed = tl.sum(add_locks(s, tl.where(leads, row, 0), -count))
+    if freed > 0:
+        tl.atomic_add(w.number + meta.NEWLY, freed, sem="relaxed")
+    if is_last(w, tl.num_programs(0)):
+        if tl.load(w.number + meta.COUNT, volatile=True) > 0:
+            _refuse_surplus(s, w, batch)
+            tl.store(w.number + meta.COUNT, 0)
+        error = first_refusal(w)
+        if error != meta.NO_ERROR:
+            _take_back(s, w, batch, -1)
+        move_protected(s, w, -1)
+        publish(s, w, call, error, meta.UNLOCK)
+
+
+_lock = Kernel(lock_kernel, ["*i64", "*i32", "i32", "i32", "i64"], warps=2)
+_unlock = Kernel(unlock_kernel, ["*i64", "*i32", "i32", "i64"], warps=2)
+
+
+def _programs(batch: int) -> int:
+    return -(-batch // LANES.value)
+
+
+def lock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int, bigram: bool) -> None:
+    """Lock a batch of places; `handles` int64 [B] and `lengths` int32 [B] are addresses, handles of cut edges renewed.
+
+    One launch. 1,024 paths of 64 nodes: about 12 us on an H200, most of it the chain of parents.
+    """
+    rows = bound.state.parent.shape[0]
+    _lock(bound, _programs(batch), (handles, lengths, batch, rows, call), (page, bigram))
+
+
+def unlock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int) -> None:
+    """Unlock a batch of places, all or nothing."""
+    _unlock(bound, _programs(batch), (handles, lengths, batch, call), (page,))

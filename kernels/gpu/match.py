@@ -1,0 +1,207 @@
+"""Match, and match and lock in one launch: a program walks one key; the one that is done last books for all."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels.gpu.cut import column, cut_locked
+from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse
+from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.lock import unlock_up
+from flatradix.kernels.gpu.rows import handle_of
+from flatradix.kernels.gpu.walk import (
+    MAX_TOKEN,
+    WRONG_OFFSETS,
+    begin_at,
+    first_outside,
+    key_range,
+    name_of,
+    undo_touches,
+    visit,
+    visit_up,
+    walk,
+    whole_pages,
+)
+from flatradix.refusals import BAD_TOKEN
+
+WRONG_VALUE = tl.constexpr(BAD_TOKEN)
+LANES = tl.constexpr(128)
+# A single key in host memory is read in pieces of this many tokens, all of a piece on its way at once.
+PIECE = tl.constexpr(2048)
+
+
+@triton.jit
+def _stage(source, target, count):
+    """Bring a key from pinned memory to the device: a walk that read it there would wait for PCIe at each step."""
+    at = tl.zeros([], tl.int64)
+    while at < count:
+        j = at + tl.arange(0, PIECE)
+        tl.store(target + j, tl.load(source + j, mask=j < count), mask=j < count)
+        at += PIECE
+    tl.debug_barrier()
+
+
+@triton.jit
+def _answer(w, call, length, handle):
+    """Leave the result of a single key where the host looks for it."""
+    tag = (call.to(tl.int64) & meta.CALL_MASK) << 32
+    place = w.mail + meta.MAIL_ANSWERS + (call % meta.ANSWERS) * meta.ANSWER_WORDS
+    tl.store(place, tag | length)
+    tl.store(place + 1, tag | (handle & 0xFFFFFFFF))
+    tl.store(place + 2, tag | ((handle >> 32) & 0xFFFFFFFF))
+    tl.store(place + 3, tag)
+
+
+@triton.jit
+def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.constexpr):
+    """Nothing of a refused call remains, and its places are none."""
+    first = tl.zeros([], tl.int32)
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0).to(tl.int64)
+        if LOCK:
+            cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
+            tl.atomic_add(s.own_locks + row, -1, mask=(row > 0) & (cut == 0), sem="relaxed")
+            unlock_up(s, row, cut > 0, row > 0)
+        if TOUCH:
+            undo_touches(s, w, row, clock, row > 0)
+        tl.store(lengths + query, -1, mask=query < batch)
+        tl.store(handles + query, -1, mask=query < batch)
+        first += LANES
+
+
+@triton.jit
+def _finish(
+    s, w, lengths, handles, batch, rows, call, clock,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr,
+):  # fmt: skip
+    """What the program does that is done last."""
+    error = first_refusal(w)
+    if error != meta.NO_ERROR:
+        if TOUCH or LOCK:
+            _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
+        if LOCK:
+            tl.store(w.number + meta.NEWLY, 0)
+    else:
+        if LOCK:
+            if tl.load(w.number + meta.CUTS, volatile=True) > 0:
+                cut_locked(s, w, handles, batch, rows, clock, PAGE, BIGRAM, 2 * TOUCH)
+        if TOUCH:
+            tl.store(s.meta + meta.CLOCK, clock + 2 * batch)
+    if LOCK:
+        tl.store(w.number + meta.CUTS, 0)
+        move_protected(s, w, 1)
+    publish(s, w, call, error, meta.MATCH)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "values", "offsets", "names", "start_handles", "start_lengths", "lengths", "handles", "stage", "total", "name",
+        "batch", "rows", "call",
+    ]
+)  # fmt: skip
+def match_kernel(
+    s, w, values, offsets, names, start_handles, start_lengths, lengths, handles, stage,
+    total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, TOUCH: tl.constexpr,
+    LOCK: tl.constexpr, SINGLE: tl.constexpr, STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0)
+    clock = tl.load(s.meta + meta.CLOCK)
+    tick = clock + 2 * (query.to(tl.int64) + 1)
+    call = call.to(tl.int64)
+    place, count, good = key_range(offsets, query, batch, total, SINGLE)
+    key = values + place
+    if STAGED:
+        _stage(values, stage, count)
+        key = stage
+    code, named = name_of(names, name, query, NAMES)
+    row, start, reason = begin_at(s, start_handles, start_lengths, query, key, count, code, named, PAGE, BIGRAM, START)
+    if not good:
+        reason = reason * 0 + WRONG_OFFSETS
+    first_row = row
+    length = start
+    left = tl.zeros([], tl.int64)
+    newly = tl.zeros([], tl.int64)
+    if reason < 0:
+        refuse(w, query, reason, start)
+        row = row * 0
+    else:
+        units = whole_pages(count, PAGE, BIGRAM)
+        row, done, left, newly, old = walk(
+            s, w, key, units, code, row, start, clock, tick, PAGE, WIDTH, BIGRAM, BLOCK, TOUCH, LOCK
+        )
+        length = start + done
+        if done < units:
+            bad = first_outside(key, done, PAGE + BIGRAM, MAX_TOKEN, WIDTH)
+            if bad >= 0:
+                refuse(w, query, WRONG_VALUE, bad)
+        if LOCK:
+            if left > 0:
+                tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
+            elif row > 0:
+                tl.atomic_add(s.own_locks + row, 1, sem="relaxed")
+        elif (left > 0) & (row != first_row):
+            visit(s, w, row, old, clock, tick, TOUCH)
+        if START and (TOUCH or LOCK):
+            from_row = first_row
+            if LOCK:
+                if (row == first_row) & (left > 0):
+                    from_row = tl.maximum(tl.load(s.parent + first_row).to(tl.int64), 0)
+            newly += visit_up(s, w, from_row, clock, tick, TOUCH, LOCK)
+    if LOCK:
+        if newly > 0:
+            tl.atomic_add(w.number + meta.NEWLY, newly, sem="relaxed")
+    if TOUCH or LOCK:
+        tl.store(column(w, batch, meta.Q_ROW) + query, row.to(tl.int32))
+        tl.store(column(w, batch, meta.Q_CUT) + query, tl.where(left > 0, length, 0).to(tl.int32))
+    handle = handle_of(s, row)
+    tl.store(lengths + query, length.to(tl.int32))
+    tl.store(handles + query, handle)
+    if is_last(w, tl.num_programs(0)):
+        _finish(s, w, lengths, handles, batch, rows, call, clock, PAGE, BIGRAM, TOUCH, LOCK)
+        if SINGLE:
+            tl.debug_barrier()
+            _answer(w, call, tl.load(lengths).to(tl.int64) & 0xFFFFFFFF, tl.load(handles))
+
+
+_match = Kernel(
+    match_kernel,
+    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i64"],
+)
+
+
+def _shape(batch: int, longest: int) -> tuple[int, int]:
+    """(tokens a block, warps a program), measured on an H200: a few long keys want many tokens on their way at once."""
+    if batch >= 4096:
+        return 512, 2
+    if batch <= 512 and longest >= 1 << 15:
+        return 2048, 8
+    return 512, 4
+
+
+def match(
+    bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, longest: int, names: int, name: int,
+    start_handles: int, start_lengths: int, lengths: int, handles: int, stage: int, call: int,
+    page: int, bigram: bool, touch: bool, lock: bool,
+) -> None:  # fmt: skip
+    """Match a batch in one launch.
+
+    values, offsets: addresses of tokens (int64 if `wide`) and int64 [B + 1]; offsets 0 for a single key of `total`
+        tokens. stage: where a single key in pinned memory is brought first, 0 for one on the device.
+    names: address of int64 [B], code * 2 + (1 if the caller gave a name), or 0 and the same number in `name` for all.
+    start_handles, start_lengths: int64 and int32 [B], or 0. longest: tokens of the longest key, as far as it is known.
+    Fills lengths int32 [B] and handles int64 [B], with -1 where the call is refused.
+    """
+    width = triton.next_power_of_2(page + bigram)
+    block, warps = _shape(batch, longest)
+    constants = (
+        page, width, bigram, max(block, width), touch, lock, offsets == 0, stage != 0, names != 0, start_handles != 0,
+    )  # fmt: skip
+    arguments = (
+        values, offsets, names, start_handles, start_lengths, lengths, handles, stage, total, name, batch,
+        bound.state.parent.shape[0], call,
+    )  # fmt: skip
+    _match(bound, batch, arguments, constants, (wide, wide), warps)

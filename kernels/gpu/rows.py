@@ -1,0 +1,84 @@
+"""Rows and handles on a GPU: finding the place that a handle means, and giving out rows in an order of their own."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels import scalar
+from flatradix.kernels.gpu.launch import INTERPRETED
+from flatradix.layout import FREE_ROW
+from flatradix.refusals import NOT_THERE, STALE
+
+_pack_handle = scalar.pack_handle if INTERPRETED else triton.jit(scalar.pack_handle)
+
+ROW_BITS = tl.constexpr(scalar.ROW_BITS)
+ROW_MASK = tl.constexpr(scalar.ROW_MASK)
+GENERATION_MASK = tl.constexpr(scalar.GENERATION_MASK)
+FREE = tl.constexpr(FREE_ROW)
+STALE_PLACE = tl.constexpr(STALE)
+NO_PLACE = tl.constexpr(NOT_THERE)
+
+
+@triton.jit
+def handle_of(s, row):
+    """The handle of a row, int64; scalar or lanes of rows that exist (row 0 is the root)."""
+    return _pack_handle(row.to(tl.int64), tl.load(s.meta + meta.GENERATION) + tl.load(s.generation + row))
+
+
+@triton.jit
+def resolve(s, handle, length, active, PAGE: tl.constexpr):
+    """(row, reason) of places, lanes of int64; reason 0, or why there is no such place.
+
+    The row is the one on whose edge the place lies: end - edge length < `length` <= end, the root for length 0.
+    """
+    row = handle & ROW_MASK
+    active = active & (handle >= 0) & (row < tl.load(s.meta + meta.ROWS))
+    generation = tl.load(s.generation + row, mask=active, other=0)
+    parent = tl.load(s.parent + row, mask=active, other=FREE).to(tl.int64)
+    end = tl.load(s.end + row, mask=active, other=0).to(tl.int64)
+    edge = tl.load(s.length + row, mask=active, other=0).to(tl.int64)
+    now = (tl.load(s.meta + meta.GENERATION) + generation) & GENERATION_MASK
+    fresh = active & ((handle >> ROW_BITS) == now) & (parent != FREE)
+    there = fresh & (length >= 0) & (length <= end) & (length % PAGE == 0)
+    reason = tl.where(fresh, tl.where(there, 0, NO_PLACE), STALE_PLACE).to(tl.int64)
+    row = tl.where(there, row, 0)
+    above = there & (row > 0) & (end - edge >= length)
+    while tl.max(above.to(tl.int32)) > 0:
+        row = tl.where(above, tl.maximum(parent, 0), row)
+        above = above & (row > 0)
+        parent = tl.load(s.parent + row, mask=above, other=0).to(tl.int64)
+        end = tl.load(s.end + row, mask=above, other=0).to(tl.int64)
+        edge = tl.load(s.length + row, mask=above, other=0).to(tl.int64)
+        above = above & (end - edge >= length)
+    return row, reason
+
+
+@triton.jit
+def namespace_of(s, row):
+    """The code of a row's namespace; scalar."""
+    parent = row
+    while parent >= 0:
+        parent = tl.load(s.parent + parent).to(tl.int64)
+    return ~parent
+
+
+@triton.jit
+def row_number(s, number, active):
+    """The row that the new node `number` (lanes, from 0 on) of this call gets: freed ones first, the last first."""
+    free = tl.load(s.meta + meta.FREE_ROWS)
+    again = tl.load(s.free_rows + (free - 1 - number), mask=active & (number < free), other=0).to(tl.int64)
+    return tl.where(number < free, again, tl.load(s.meta + meta.ROWS) + number - free)
+
+
+@triton.jit
+def book_rows(s, count):
+    """Take the first `count` of those rows. By one program, when nobody asks for their numbers any more."""
+    free = tl.load(s.meta + meta.FREE_ROWS)
+    rows = tl.load(s.meta + meta.ROWS)
+    nodes = tl.load(s.meta + meta.NODES)
+    tl.debug_barrier()
+    tl.store(s.meta + meta.FREE_ROWS, tl.maximum(free - count, 0))
+    tl.store(s.meta + meta.ROWS, rows + tl.maximum(count - free, 0))
+    tl.store(s.meta + meta.NODES, nodes + count)

@@ -1,0 +1,122 @@
+"""The KV slots of matches, one after another or straight into the rows of an engine's table."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels.gpu.cut import column
+from flatradix.kernels.gpu.finish import first_refusal, is_last, publish, refuse_lanes, wait_for_all
+from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.rows import resolve
+from flatradix.refusals import BAD_ROW, TOO_LONG
+
+LANES = tl.constexpr(32)
+BLOCK = tl.constexpr(1024)
+NO_ROW = tl.constexpr(BAD_ROW)
+NO_WIDTH = tl.constexpr(TOO_LONG)
+
+
+@triton.jit
+def _check(
+    s, w, handles, lengths, rows, height, width, batch, program, programs, PAGE: tl.constexpr, TABLE: tl.constexpr
+):
+    """Resolve all places before the first slot is written."""
+    first = program * LANES
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        active = query < batch
+        handle = tl.load(handles + query, mask=active, other=0)
+        length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
+        row, reason = resolve(s, handle, length, active, PAGE)
+        value = length
+        if TABLE:
+            number = tl.load(rows + query, mask=active, other=0).to(tl.int64)
+            outside = (number < 0) | (number >= height)
+            value = tl.where((reason == 0) & outside, number, value)
+            reason = tl.where((reason == 0) & (length > width), NO_WIDTH, reason)
+            reason = tl.where((reason == 0) | (reason == NO_WIDTH), tl.where(outside, NO_ROW, reason), reason)
+        refuse_lanes(w, query, tl.where(active, reason, 0).to(tl.int64), value)
+        tl.store(column(w, batch, meta.Q_ROW) + query, row.to(tl.int32), mask=active)
+        first += programs * LANES
+
+
+@triton.jit
+def _copy_path(s, row, length, pool, target):
+    """Copy the slots of one path, from its end up; the next edge is looked up while one is copied."""
+    begin = tl.load(s.end + row).to(tl.int64) - tl.load(s.length + row)
+    start = tl.load(s.start + row).to(tl.int64)
+    parent = tl.load(s.parent + row).to(tl.int64)
+    while row > 0:
+        above = tl.maximum(parent, 0)
+        next_begin = tl.load(s.end + above).to(tl.int64) - tl.load(s.length + above)
+        next_start = tl.load(s.start + above).to(tl.int64)
+        next_parent = tl.load(s.parent + above).to(tl.int64)
+        at = begin
+        while at < length:
+            j = at + tl.arange(0, BLOCK)
+            slot = tl.load(pool + start + (j - begin), mask=j < length, other=0)
+            tl.store(target + j, slot.to(target.dtype.element_ty), mask=j < length)
+            at += BLOCK
+        length = begin
+        row = above
+        begin = next_begin
+        start = next_start
+        parent = next_parent
+
+
+@triton.jit(
+    do_not_specialize=[
+        "handles", "lengths", "rows", "pool", "target", "stride", "height", "width", "batch", "call",
+    ]
+)  # fmt: skip
+def slots_kernel(
+    s, w, handles, lengths, rows, pool, target, stride: tl.int64, height: tl.int64, width: tl.int64, batch: tl.int32,
+    call: tl.int64, PAGE: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """TABLE: into rows `rows` int64 [B] of a table; else to where `rows`, then the offsets, say."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    _check(s, w, handles, lengths, rows, height, width, batch, program, programs, PAGE, TABLE)
+    wait_for_all(w, programs)
+    error = first_refusal(w)
+    if error == meta.NO_ERROR:
+        query = program
+        while query < batch:
+            row = tl.load(column(w, batch, meta.Q_ROW) + query).to(tl.int64)
+            place = tl.load(rows + query).to(tl.int64)
+            if TABLE:
+                place = place * stride
+            _copy_path(s, row, tl.load(lengths + query).to(tl.int64), pool, target + place)
+            query += programs
+    if is_last(w, programs):
+        if TABLE:
+            publish(s, w, call.to(tl.int64), error, meta.WRITE_SLOTS)
+        else:
+            publish(s, w, call.to(tl.int64), error, meta.SLOTS)
+
+
+_slots = Kernel(
+    slots_kernel,
+    ["*i64", "*i32", "*i64", "*w", "*w", "i64", "i64", "i64", "i32", "i64"],
+    cooperative=True,
+)
+
+
+def gather_slots(
+    bound: Bound, handles: int, lengths: int, offsets: int, pool: int, pool_wide: bool, out: int, batch: int, call: int,
+    page: int,
+) -> None:  # fmt: skip
+    """Write the slots of each place to `out` int64, from `offsets[i]` on (int64 [B])."""
+    arguments = (handles, lengths, offsets, pool, out, 0, 0, 0, batch, call)
+    _slots(bound, resident(bound, batch), arguments, (page, False), (pool_wide, True))
+
+
+def write_slots(
+    bound: Bound, handles: int, lengths: int, rows: int, pool: int, pool_wide: bool, table: int, table_wide: bool,
+    stride: int, height: int, width: int, batch: int, call: int, page: int,
+) -> None:  # fmt: skip
+    """Write the slots of each place into row `rows[i]` (int64 [B]) of a table, all or nothing, in one launch."""
+    arguments = (handles, lengths, rows, pool, table, stride, height, width, batch, call)
+    _slots(bound, resident(bound, batch), arguments, (page, True), (pool_wide, table_wide))
