@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,7 @@ class Values(NamedTuple):
     """A batch of sequences on the device.
 
     address: of int64 (`wide`) or int32 values. offsets: address of int64 [B + 1], 0 for a single sequence. counts: int64
-    [B] on the host, None where only the device knows them. staged: whether the address is pinned host memory, which one
-    kernel may read. owner: keeps the memory alive until the kernels are enqueued.
+    [B] on the host, None where only the device knows them. owner: keeps the memory alive until the kernels are enqueued.
     """
 
     address: int
@@ -31,7 +30,6 @@ class Values(NamedTuple):
     total: int
     batch: int
     counts: np.ndarray | None
-    staged: bool
     owner: Any
 
 
@@ -63,7 +61,7 @@ class Stages:
     def put(self, address: int, size: int) -> int:
         """Copy `size` bytes; returns where they are now. Without a `commit` the next key takes the same buffer."""
         if self._calls[self._next]:
-            self._mail.answer(self._calls[self._next], 0)  # the kernel that read this buffer has answered when done
+            self._mail.answers(self._calls[self._next])  # the kernel that read this buffer has answered when done
         target = self._address + self._next * STAGED_BYTES
         ctypes.memmove(target, address, size)
         return target
@@ -94,7 +92,7 @@ def _of_ragged(ragged: Ragged, device: torch.device, what: str) -> Values:
     offsets = upload(ragged.offsets, device).contiguous()
     wide = values.dtype == torch.int64
     return Values(
-        values.data_ptr(), wide, offsets.data_ptr(), values.numel(), len(ragged), counts, False, (values, offsets)
+        values.data_ptr(), wide, offsets.data_ptr(), values.numel(), len(ragged), counts, (values, offsets)
     )
 
 
@@ -103,7 +101,7 @@ def _of_tensor(values: torch.Tensor, what: str) -> Values:
         raise ValueError(f"{what} of query 0: a tensor of shape {tuple(values.shape)}; a sequence is 1-D")
     values = _in_place(values, what)
     counts = np.array([values.numel()])
-    return Values(values.data_ptr(), values.dtype == torch.int64, 0, values.numel(), 1, counts, False, values)
+    return Values(values.data_ptr(), values.dtype == torch.int64, 0, values.numel(), 1, counts, values)
 
 
 def _joined(batch: Batch, device: torch.device) -> Values:
@@ -119,7 +117,7 @@ def _joined(batch: Batch, device: torch.device) -> Values:
     values, bounds = upload(pinned, device), upload_numbers(offsets, device)
     counts = batch.counts
     return Values(
-        values.data_ptr(), batch.wide, bounds.data_ptr(), total, len(batch), counts, False, (values, bounds, parts)
+        values.data_ptr(), batch.wide, bounds.data_ptr(), total, len(batch), counts, (values, bounds, parts)
     )
 
 
@@ -141,28 +139,18 @@ def _of_list(sequences: Sequence[Any], device: torch.device, what: str) -> Value
     bounds = upload_numbers(offsets, device)
     owner = (values, bounds)
     return Values(
-        values.data_ptr(), kind == torch.int64, bounds.data_ptr(), len(values), len(counts), counts, False, owner
+        values.data_ptr(), kind == torch.int64, bounds.data_ptr(), len(values), len(counts), counts, owner
     )
 
 
-def read_values(
-    sequences: Any, device: torch.device, what: str, stage: Callable[[int, int], int] | None = None
-) -> Values:
-    """A batch in any of the forms that the operations take. `what` is named in errors ("tokens", "slots").
-
-    stage: copies (address, bytes) of a single short sequence in host memory to where one kernel can read it; without
-    it, and if it is longer than STAGED_BYTES, it is brought to the device.
-    """
+def read_values(sequences: Any, device: torch.device, what: str) -> Values:
+    """A batch in any of the forms that the operations take. `what` is named in errors ("tokens", "slots")."""
     if isinstance(sequences, Ragged):
         return _of_ragged(sequences, device, what)
     if not is_single(sequences):
         return _of_list(sequences, device, what)
     if isinstance(sequences, torch.Tensor) and not sequences.is_cpu:
         return _of_tensor(sequences.to(device), what)
-    address, count, wide, owner = read_one(sequences, what)
-    size = count * (8 if wide else 4)
-    counts = np.array([count])
-    if stage is not None and size <= STAGED_BYTES:
-        return Values(stage(address, size) if count else 0, wide, 0, count, 1, counts, count > 0, owner)
+    _address, count, wide, owner = read_one(sequences, what)
     values = upload(torch.from_numpy(np.asarray(owner)), device)
-    return Values(values.data_ptr(), wide, 0, count, 1, counts, False, (values, owner))
+    return Values(values.data_ptr(), wide, 0, count, 1, np.array([count]), (values, owner))

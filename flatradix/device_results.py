@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 _CHUNK = 4096
 
 
+class Chunk(NamedTuple):
+    """int32 [2, N] lengths and prefix lengths, int64 [N] handles, and where they are."""
+
+    lengths: torch.Tensor
+    handles: torch.Tensor
+    length_address: int
+    handle_address: int
+
+
 class Singles:
     """Device memory for the results of single keys, given out one by one: a tensor for each would cost 3 us a call."""
 
@@ -22,13 +31,14 @@ class Singles:
         self._device = device
         self._used = _CHUNK
         # The last ones are kept, so that no memory is given to somebody else while a stream may still write to it.
-        self._chunks: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=4)
+        self._chunks: deque[Chunk] = deque(maxlen=4)
 
-    def take(self) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
-        """(int32 [2, N] lengths and prefix lengths, int64 [N] handles) and the place in them."""
+    def take(self) -> tuple[Chunk, int]:
+        """A chunk and the place in it."""
         if self._used == _CHUNK:
             lengths = torch.empty((2, _CHUNK), dtype=torch.int32, device=self._device)
-            self._chunks.append((lengths, torch.empty(_CHUNK, dtype=torch.int64, device=self._device)))
+            handles = torch.empty(_CHUNK, dtype=torch.int64, device=self._device)
+            self._chunks.append(Chunk(lengths, handles, lengths.data_ptr(), handles.data_ptr()))
             self._used = 0
         self._used += 1
         return self._chunks[-1], self._used - 1
@@ -41,11 +51,11 @@ class _Awaited:
 
     _tree: DeviceTree
     _call: int
-    _chunk: tuple[torch.Tensor, torch.Tensor]
+    _chunk: Chunk
     _place: int
     _known: list[int | None]
 
-    def _bind(self, tree: DeviceTree, call: int, chunk: tuple[torch.Tensor, torch.Tensor], place: int) -> None:
+    def _bind(self, tree: DeviceTree, call: int, chunk: Chunk, place: int) -> None:
         self._tree = tree
         self._call = call
         self._chunk = chunk
@@ -55,14 +65,14 @@ class _Awaited:
     def _await(self) -> list[int | None]:
         known = self._known
         if known[0] is None:
-            answers = [self._tree._mail.answer(self._call, index) for index in range(4)]
-            if None in answers:
-                known[0] = int(self._chunk[0][0, self._place])
-                known[1] = int(self._chunk[1][self._place])
-                known[2] = int(self._chunk[0][1, self._place])
+            answers = self._tree._mail.answers(self._call)
+            if answers is None:
+                known[0] = int(self._chunk.lengths[0, self._place])
+                known[1] = int(self._chunk.handles[self._place])
+                known[2] = int(self._chunk.lengths[1, self._place])
             else:
                 length, low, high, prefix = answers
-                known[0], known[1], known[2] = length, low | high << 32, prefix  # type: ignore[operator]
+                known[0], known[1], known[2] = length, low | high << 32, prefix
             if known[0] in (-1, 0xFFFFFFFF):
                 known[0] = None
                 self._tree.raise_pending()
@@ -77,7 +87,7 @@ class _Awaited:
     def addresses(self) -> tuple[int, int]:
         """Of the handle and the length on the device."""
         place = self._place
-        return self._chunk[1].data_ptr() + 8 * place, self._chunk[0].data_ptr() + 4 * place
+        return self._chunk.handle_address + 8 * place, self._chunk.length_address + 4 * place
 
 
 class AwaitedMatch(_Awaited, MatchResult):
@@ -85,16 +95,16 @@ class AwaitedMatch(_Awaited, MatchResult):
 
     __slots__ = ("_call", "_chunk", "_known", "_place", "_tree")
 
-    def __init__(self, tree: DeviceTree, call: int, chunk: tuple[torch.Tensor, torch.Tensor], place: int) -> None:
+    def __init__(self, tree: DeviceTree, call: int, chunk: Chunk, place: int) -> None:
         self._bind(tree, call, chunk, place)
 
     @property
     def lengths(self) -> torch.Tensor:
-        return self._chunk[0][0, self._place : self._place + 1]
+        return self._chunk.lengths[0, self._place : self._place + 1]
 
     @property
     def handles(self) -> torch.Tensor:
-        return self._chunk[1][self._place : self._place + 1]
+        return self._chunk.handles[self._place : self._place + 1]
 
     @property
     def length(self) -> int:
@@ -104,7 +114,7 @@ class AwaitedMatch(_Awaited, MatchResult):
     def handle(self) -> int:
         known = self._await()
         if known[1] is None:
-            known[1] = int(self._chunk[1][self._place])
+            known[1] = int(self._chunk.handles[self._place])
         return int(known[1])
 
     def __len__(self) -> int:
@@ -116,7 +126,7 @@ class AwaitedInsert(_Awaited, InsertResult):
 
     __slots__ = ("_call", "_chunk", "_known", "_place", "_tree")
 
-    def __init__(self, tree: DeviceTree, call: int, chunk: tuple[torch.Tensor, torch.Tensor], place: int) -> None:
+    def __init__(self, tree: DeviceTree, call: int, chunk: Chunk, place: int) -> None:
         self._bind(tree, call, chunk, place)
 
     lengths = AwaitedMatch.lengths
@@ -127,7 +137,7 @@ class AwaitedInsert(_Awaited, InsertResult):
 
     @property
     def prefix_lengths(self) -> torch.Tensor:
-        return self._chunk[0][1, self._place : self._place + 1]
+        return self._chunk.lengths[1, self._place : self._place + 1]
 
     @property
     def prefix_length(self) -> int:

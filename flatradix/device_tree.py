@@ -12,7 +12,8 @@ import torch
 from flatradix import backend, meta, namespaces
 from flatradix import policy as policies
 from flatradix.arguments import check_counts, check_table, nothing_behind, per_query, token_count
-from flatradix.device_input import Stages, Values, read_values, upload_numbers
+from flatradix.buffers import Buffer, is_single, read_one
+from flatradix.device_input import STAGED_BYTES, Stages, Values, read_values, upload_numbers
 from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
 from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
 from flatradix.mailbox import Mailbox, is_later
@@ -46,7 +47,8 @@ class DeviceTree(RadixTree):
         self._mail.words[meta.MAIL_ROOM] = units
         self._stages = Stages(device, self._mail)
         self._singles = Singles(device)
-        self._staged = torch.empty(1 << 16, dtype=torch.int8, device=device)
+        self._staged = torch.empty(STAGED_BYTES, dtype=torch.int8, device=device)
+        self._staging = self._staged.data_ptr()
         # Names are compared on the host; only the digest wants their hashes on the device.
         self._namespaces = Namespaces(np.zeros(len(state.namespace_hash), np.int64))
         self._fresh: set[int] = set()
@@ -68,7 +70,7 @@ class DeviceTree(RadixTree):
             old = Workspace(
                 place=zeros(rows, kind=torch.int32),
                 undo=zeros(rows),
-                key=zeros(0 if self._by_tick else rows),
+                key=zeros(rows),
                 number=zeros(meta.NUMBERS),
                 partial=zeros(meta.PARTIALS),
                 query=zeros(0, kind=torch.int32),
@@ -99,13 +101,16 @@ class DeviceTree(RadixTree):
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _next_call(self) -> int:
+    def _next_call(self, changes: bool = True) -> int:
+        """The number of a call; `changes`: whether it may change a size."""
         self._calls = self._calls % meta.CALL_MASK + 1
         if self._is_capturing():
             # It will tell its numbers whenever the graph is replayed, so from now on the host asks for them.
             self._captured = True
         else:
             self._mail.last = self._calls
+            if changes:
+                self._mail.last_change = self._calls
         return self._calls
 
     # Waiting
@@ -218,14 +223,18 @@ class DeviceTree(RadixTree):
     def match(
         self, q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None
     ) -> MatchResult:
-        keys = read_values(nothing_behind(start, q), self.device, "tokens", self._stages.put)
+        if start is None and is_single(q) and not (isinstance(q, torch.Tensor) and not q.is_cpu):
+            key = read_one(q, "tokens")
+            if key[1] * 8 <= STAGED_BYTES:
+                return self._match_one(key, namespace, bool(touch), bool(lock))
+        keys = read_values(nothing_behind(start, q), self.device, "tokens")
         batch = keys.batch
-        names, name, names_owner = self._read_names(namespace, batch)
-        handles, lengths, start_owner = self._read_starts(start, batch)
+        names, name, _names_owner = self._read_names(namespace, batch)
+        handles, lengths, _start_owner = self._read_starts(start, batch)
         if batch == 0:
             return MatchResult(*self._outputs(0))
         self._room_for(batch)
-        call = self._next_call()
+        call = self._next_call(bool(lock))
         if keys.offsets == 0:
             chunk, place = self._singles.take()
             single = AwaitedMatch(self, call, chunk, place)
@@ -236,12 +245,26 @@ class DeviceTree(RadixTree):
             length_out, handle_out = (tensor.data_ptr() for tensor in out)
             result = MatchResult(*out)
         self._kernels.match(
-            self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, keys.total // batch, names, name,
-            handles, lengths, length_out, handle_out, self._staged.data_ptr() if keys.staged else 0, call,
+            self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name,
+            handles, lengths, length_out, handle_out, 0, call,
             self.page_size, self.bigram, bool(touch), bool(lock),
         )  # fmt: skip
-        if keys.staged:
-            self._stages.commit(call)
+        return result
+
+    def _match_one(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
+        """A short key in host memory, which the kernel reads from pinned memory."""
+        address, count, wide, _owner = key
+        name = 0 if namespace is None else self._read_names(namespaces.only(namespace), 1)[1]
+        values = self._stages.put(address, count * 8 if wide else count * 4)
+        call = self._next_call(lock)
+        chunk, place = self._singles.take()
+        result = AwaitedMatch(self, call, chunk, place)
+        handle_out, length_out = result.addresses()
+        self._kernels.match_one(
+            self._bound, values, wide, count, name, length_out, handle_out, self._staging, call,
+            self.page_size, self.bigram, touch, lock,
+        )  # fmt: skip
+        self._stages.commit(call)
         return result
 
     def _outputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -328,15 +351,15 @@ class DeviceTree(RadixTree):
         keys = read_values(nothing_behind(start, q), self.device, "tokens")
         batch = keys.batch
         source = self._read_slots(nothing_behind(start, slots), keys)
-        priorities, one_priority, priority_owner = self._read_numbers(priority, batch, "priority")
-        inserteds, inserted, inserted_owner = self._read_numbers(inserted_lengths, batch, "inserted_lengths")
-        handles, lengths, start_owner = self._read_starts(start, batch)
+        priorities, one_priority, _priority_owner = self._read_numbers(priority, batch, "priority")
+        inserteds, inserted, _inserted_owner = self._read_numbers(inserted_lengths, batch, "inserted_lengths")
+        handles, lengths, _start_owner = self._read_starts(start, batch)
         if batch == 0:
             namespaces.spread(namespace, 0)
             return InsertResult(torch.empty(0, dtype=torch.int32, device=self.device), *self._outputs(0))
         self._room_for(batch)
         codes = self._codes_to_insert(namespaces.spread(namespace, batch), keys)
-        names, name, names_owner = self._read_names(namespaces.spread(namespace, batch), batch, codes)
+        names, name, _names_owner = self._read_names(namespaces.spread(namespace, batch), batch, codes)
         may_compact = self._may_compact(keys.total)
         call = self._next_call()
         self._unbooked.append((call, keys.total))
@@ -416,9 +439,11 @@ class DeviceTree(RadixTree):
         call = self._next_call()
         self._kernels.select(self._bound, min(wanted, MAX_UNITS), self._by_tick, call)
         tokens, nodes = (self._mail.wait(place, call) for place in (meta.MAIL_TOKENS, meta.MAIL_VICTIMS))
+        unordered, nodes = nodes & self._kernels.UNORDERED, nodes & ~self._kernels.UNORDERED
         slots = torch.empty(tokens, dtype=torch.int64, device=self.device)
         if nodes:
-            self._kernels.order_victims(self._bound, nodes, self._by_tick)
+            if unordered:
+                self._kernels.order_victims(self._bound, nodes, self._by_tick)
             call = self._next_call()
             pool = (self._pool.data_ptr(), self._wide)
             self._kernels.free(self._bound, nodes, tokens, call, *pool, slots.data_ptr())

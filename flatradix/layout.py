@@ -147,7 +147,7 @@ class Workspace(NamedTuple):
 
     place: torch.Tensor  # int32 [R]: where the row's entry stands in the child table
     undo: torch.Tensor  # int64 [R]: the tick from before the call, of the rows that the call touched
-    key: torch.Tensor  # int64 [R]: what eviction orders by
+    key: torch.Tensor  # int64 [R]: what eviction orders by; scratch of compactions
     number: torch.Tensor  # int64 [NUMBERS]: counters that are shared by the programs of a launch
     partial: torch.Tensor  # int64 [PARTIALS]: sums of single programs
     query: torch.Tensor  # int32 [QUERY_COLUMNS, B]

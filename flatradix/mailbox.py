@@ -34,6 +34,7 @@ class Mailbox:
         self.words = torch.zeros(meta.MAIL, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._view = memoryview(self.words.numpy())
         self.last = 0
+        self.last_change = 0  # the last call that may have changed a size, and tells them all
         self._told = 0
 
     def wait(self, place: int, call: int) -> int:
@@ -54,29 +55,40 @@ class Mailbox:
 
     def counter(self, place: int) -> int:
         """One of the tree's numbers after all calls so far."""
-        return self.wait(place, self.last)
+        view = self._view
+        self.wait(meta.MAIL_ERRORS, self.last)
+        change = self.last_change
+        spins = 0
+        while (word := view[place]) >> 32 != change and not is_later(word >> 32, change):
+            spins += 1
+            if spins % _SPINS == 0:
+                self._look()
+        return word & _LOW
 
     def latest(self, place: int) -> tuple[int, int]:
         """(the call that wrote it, the value) of a word as it is now."""
         word = self._view[place]
         return word >> 32, word & _LOW
 
-    def answer(self, call: int, index: int) -> int | None:
-        """A number of a single key's answer; None where later calls have overwritten it."""
-        place = meta.MAIL_ANSWERS + call % meta.ANSWERS * meta.ANSWER_WORDS + index
+    def answers(self, call: int) -> list[int] | None:
+        """The four numbers of a single key's answer; None where later calls have overwritten them."""
         view = self._view
-        spins = 0
-        while (word := view[place]) >> 32 != call:
-            if is_later(word >> 32, call):
-                return None
-            spins += 1
-            if spins % _SPINS == 0:
-                self._look()
-        return word & _LOW
+        begin = meta.MAIL_ANSWERS + call % meta.ANSWERS * meta.ANSWER_WORDS
+        found = []
+        for place in range(begin, begin + meta.ANSWER_WORDS):
+            spins = 0
+            while (word := view[place]) >> 32 != call:
+                if is_later(word >> 32, call):
+                    return None
+                spins += 1
+                if spins % _SPINS == 0:
+                    self._look()
+            found.append(word & _LOW)
+        return found
 
     def refusals(self) -> int:
         """How many calls were refused since they were last asked for. Waits for all calls so far."""
-        return self.counter(meta.MAIL_ERRORS) - self._told & _LOW
+        return self.wait(meta.MAIL_ERRORS, self.last) - self._told & _LOW
 
     def take_refusals(self) -> tuple[Refusal | None, int]:
         """The first refusal that was not told yet, and how many came after it; they count as told."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from flatradix.backend import interpreted, why_not_cuda
+
 settings.register_profile(
     "ci",
     deadline=None,
@@ -17,22 +19,43 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 settings.register_profile("soak", parent=settings.get_profile("ci"), derandomize=False, max_examples=3000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+# Where Python runs the kernels of a GPU, a step takes half a second.
+settings.register_profile("interpreted", parent=settings.get_profile("ci"), max_examples=5, stateful_step_count=8)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if interpreted() else "ci"))
 
 
 def pytest_report_header() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    gpu += ", its kernels run in Python (TRITON_INTERPRET=1)" if interpreted() else ""
     return f"torch {torch.__version__}, GPU: {gpu}, Hypothesis profile: {settings.get_current_profile_name()}"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device in turn; CUDA is skipped where there is none."""
-    name: str = request.param
-    if name == "cuda":
-        from flatradix.backend import why_not_cuda
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
-        reason = why_not_cuda()
-        if reason:
-            pytest.skip(reason)
+
+def usable(name: str) -> str:
+    """The device; its test is skipped where there is none."""
+    reason = why_not_cuda() if name == "cuda" else ""
+    if reason:
+        pytest.skip(reason)
     return name
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn."""
+    return usable(request.param)
+
+
+@pytest.fixture(params=[GPU])
+def cuda(request: pytest.FixtureRequest) -> str:
+    """A GPU, or the interpreter of Triton in its place."""
+    return usable(request.param)
+
+
+@pytest.fixture
+def gpu(cuda: str) -> str:
+    """A GPU, nothing else."""
+    if interpreted():
+        pytest.skip("needs a GPU: an interpreter has no streams, no graphs and no compiled kernels")
+    return cuda

@@ -274,6 +274,14 @@ class Oracle:
         pairs = zip(nodes, places, strict=True)
         return [node.path_slots()[: place.length] if node else [] for node, place in pairs]
 
+    def write_slots(self, places: Sequence[Place], table: list[list[int]], rows: Sequence[int]) -> None:
+        pairs = list(zip(self.slots(places), rows, strict=True))
+        for slots, row in pairs:
+            if not 0 <= row < len(table) or len(slots) > len(table[row]):
+                raise ValueError(f"row {row} does not take {len(slots)} slots")
+        for slots, row in pairs:
+            table[row][: len(slots)] = slots
+
     # Lock
 
     def lock(self, places: Sequence[Place]) -> list[Place]:

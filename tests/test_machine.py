@@ -1,4 +1,7 @@
-"""Random programs: the tree must do what the oracle does, step by step, down to every field of every node."""
+"""Random programs: the tree must do what the oracle does, step by step, down to every field of every node.
+
+A tree on a GPU goes through them side by side with one on the CPU, and both have the same digest after every step.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
 from flatradix.check import nodes_of
+from tests.devices import settled
 from tests.oracle import LARGEST, ROOT, Oracle, Place, dump, dump_tree
 
 NAMES = (None, None, None, "a", b"a", "")
@@ -44,45 +48,71 @@ BLOCKS = [[1] * 15 + [end] for end in (1, 2)] + [[1] + [3] * 15]
 
 
 class Held(NamedTuple):
-    """A place that a result named, on both sides."""
+    """A place that a result named: its handle in each tree, and what the oracle calls it."""
 
-    handle: int
+    handles: tuple[int, ...]
     length: int
     place: Place
 
 
-def places(held: Sequence[Held]) -> Any:
-    """What the tree takes for a batch of places, in memory of its own."""
+class Side:
+    """One of the trees that are driven through the same calls."""
+
+    def __init__(self, number: int, tree: RadixTree) -> None:
+        self.number = number
+        self.tree = tree
+
+    def places(self, held: Sequence[Held]) -> Any:
+        """What the tree takes for a batch of places, in memory of its own."""
+        return places_in(self.tree, held, self.number)
+
+    def keywords(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name; the places to start from become those of this tree."""
+        return {name: self.places(value) if name == "start" else value for name, value in given.items()}
+
+
+def places_in(tree: RadixTree, held: Sequence[Held], number: int) -> Any:
     return SimpleNamespace(
-        lengths=torch.tensor([one.length for one in held], dtype=torch.int32),
-        handles=torch.tensor([one.handle for one in held], dtype=torch.int64),
+        lengths=torch.tensor([one.length for one in held], dtype=torch.int32, device=tree.device),
+        handles=torch.tensor([one.handles[number] for one in held], dtype=torch.int64, device=tree.device),
     )
 
 
-def as_lists(sequences: list[list[int]]) -> Any:
+def as_lists(sequences: list[list[int]], device: torch.device) -> Any:
     return [list(sequence) for sequence in sequences]
 
 
-def as_arrays(sequences: list[list[int]]) -> Any:
+def as_arrays(sequences: list[list[int]], device: torch.device) -> Any:
     return [array("q", sequence) for sequence in sequences]
 
 
-def as_numpy(sequences: list[list[int]]) -> Any:
+def as_numpy(sequences: list[list[int]], device: torch.device) -> Any:
     """int32 where it fits; every second one is strided."""
     wide = any(abs(value) > LARGEST for sequence in sequences for value in sequence)
     parts = [np.array(sequence, np.int64 if wide else np.int32) for sequence in sequences]
     return [part if i % 2 else np.repeat(part, 2)[::2] for i, part in enumerate(parts)]
 
 
-def as_tensors(sequences: list[list[int]]) -> Any:
+def as_tensors(sequences: list[list[int]], device: torch.device) -> Any:
     return [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
 
 
-def as_ragged(sequences: list[list[int]]) -> Any:
+def as_ragged(sequences: list[list[int]], device: torch.device) -> Any:
     return Ragged.from_sequences(sequences)
 
 
-FORMS: tuple[Callable[[list[list[int]]], Any], ...] = (as_lists, as_arrays, as_numpy, as_tensors, as_ragged)
+def as_tensors_there(sequences: list[list[int]], device: torch.device) -> Any:
+    return [torch.tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
+
+
+def as_ragged_there(sequences: list[list[int]], device: torch.device) -> Any:
+    """The one form of which the host knows nothing but the number of queries and of tokens."""
+    return Ragged.from_sequences(sequences).to(device)
+
+
+Form = Callable[[list[list[int]], torch.device], Any]
+FORMS: tuple[Form, ...] = (as_lists, as_arrays, as_numpy, as_tensors, as_ragged)
+FORMS_THERE: tuple[Form, ...] = (as_tensors_there, as_ragged_there, as_ragged_there)
 
 
 def poison(value: Any) -> None:
@@ -101,11 +131,12 @@ def poison(value: Any) -> None:
                 poison(part)
 
 
-def poison_result(result: Any) -> None:
-    poison(result.lengths)
-    poison(result.handles)
-    if hasattr(result, "prefix_lengths"):
-        poison(result.prefix_lengths)
+def poison_results(results: Sequence[Any]) -> None:
+    for result in results:
+        poison(result.lengths)
+        poison(result.handles)
+        if hasattr(result, "prefix_lengths"):
+            poison(result.prefix_lengths)
 
 
 # What a call is made of comes from a generator with a seed. Drawn one by one, Hypothesis's liking for small and equal
@@ -123,10 +154,10 @@ def outcome(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 class Machine(RuleBasedStateMachine):
-    """One tree and the oracle, driven through the same calls.
+    """A tree and the oracle, driven through the same calls; with a tree on a GPU, one on the CPU too.
 
-    `expect` runs a call on both sides: either both return, or both raise the same error. The invariants after each
-    step compare everything there is, so a refused call that changed something is seen.
+    `expect` runs a call on all of them: either all return, or all raise the same error. The invariants after each step
+    compare everything there is, so a refused call that changed something is seen.
     """
 
     def __init__(self, device: str, page_size: int, bigram: bool) -> None:
@@ -163,37 +194,48 @@ class Machine(RuleBasedStateMachine):
         self.next_slot = 2**40 if wide_slots else 0
         self.largest_slot = torch.iinfo(slot_dtype).max
         self.oracle = Oracle(max_tokens, self.page_size, policy, self.bigram, self.largest_slot)
-        self.tree = RadixTree(
-            max_tokens,
-            self.page_size,
-            self.device,
-            policy,
-            slot_device,
-            bigram=self.bigram,
-            slot_dtype=slot_dtype,
-        )
-        root = self.tree.match([[]], touch=False)
-        self.root = Held(root.handle, 0, ROOT)
+        self.sides = []
+        for name in (self.device, "cpu")[: 1 + (self.device != "cpu")]:
+            tree = RadixTree(
+                max_tokens,
+                self.page_size,
+                name,
+                policy,
+                slot_device,
+                bigram=self.bigram,
+                slot_dtype=slot_dtype,
+            )
+            self.sides.append(Side(len(self.sides), tree))
+        roots = [side.tree.match([[]], touch=False).handle for side in self.sides]
+        self.root = Held(tuple(roots), 0, ROOT)
         self.held.append(self.root)
         self.insert_batch(random)
 
     # What rules share
 
-    def expect(self, oracle: Callable[[], Any], tree: Callable[[], Any], exact: bool = True) -> tuple[Any, Any] | None:
-        """The results of both sides, or None if both refused.
+    @property
+    def tree(self) -> RadixTree:
+        """The tree that is tested."""
+        return self.sides[0].tree
+
+    def expect(
+        self, oracle: Callable[[], Any], call: Callable[[Side], Any], exact: bool = True
+    ) -> tuple[Any, list[Any]] | None:
+        """The results of the oracle and of each tree, or None if all refused.
 
         Not `exact` where input may be wrong in several ways: which of them is named is nobody's promise.
         """
         expected, error = outcome(oracle)
         if error is None:
-            return expected, tree()
+            return expected, [settled(side.tree, lambda side=side: call(side)) for side in self.sides]
         note(f"refused: {error!r}")
-        with pytest.raises(REFUSALS) as caught:
-            tree()
-        if exact:
-            assert type(caught.value) is type(error)
-            for name in ("needed", "free"):
-                assert getattr(caught.value, name, None) == getattr(error, name, None)
+        for side in self.sides:
+            with pytest.raises(REFUSALS) as caught:
+                settled(side.tree, lambda side=side: call(side))
+            if exact:
+                assert type(caught.value) is type(error)
+                for name in ("needed", "free"):
+                    assert getattr(caught.value, name, None) == getattr(error, name, None)
         return None
 
     def take(self, queries: list[list[int]]) -> list[list[int]]:
@@ -204,19 +246,25 @@ class Machine(RuleBasedStateMachine):
             self.next_slot += len(query)
         return slots
 
-    def hold(self, expected: Sequence[Place], result: Any) -> list[Held]:
-        """Compare the places of a result with the oracle's, and remember them."""
-        assert result.lengths.tolist() == [place.length for place in expected]
-        assert result.lengths.dtype == torch.int32
-        assert result.handles.dtype == torch.int64
-        if len(expected) == 1 and hasattr(result, "length"):
-            assert (result.length, result.handle) == (result.lengths.item(), result.handles.item())
-            assert type(result.length) is type(result.handle) is int
-        pairs = zip(result.handles.tolist(), expected, strict=True)
-        found = [Held(handle, place.length, place) for handle, place in pairs]
-        assert all(one.handle == self.root.handle for one in found if one.place.node is None)
+    def hold(self, expected: Sequence[Place], results: Sequence[Any]) -> list[Held]:
+        """Compare the places of each tree's result with the oracle's, and remember them."""
+        for result in results:
+            assert result.lengths.tolist() == [place.length for place in expected]
+            assert result.lengths.dtype == torch.int32
+            assert result.handles.dtype == torch.int64
+            if len(expected) == 1 and hasattr(result, "length"):
+                assert (result.length, result.handle) == (result.lengths.item(), result.handles.item())
+                assert type(result.length) is type(result.handle) is int
+        handles = zip(*(result.handles.tolist() for result in results), strict=True)
+        found = [Held(of_each, place.length, place) for of_each, place in zip(handles, expected, strict=True)]
+        assert all(one.handles == self.root.handles for one in found if one.place.node is None)
         self.held = [self.root, *(self.held + found)[-HELD_MOST:]]
         return found
+
+    def on_each(self, call: Callable[[Side], Any]) -> None:
+        """What cannot be refused, on each tree."""
+        for side in self.sides:
+            call(side)
 
     # What calls are made of
 
@@ -263,7 +311,7 @@ class Machine(RuleBasedStateMachine):
         ends = [above.end for above in node.upwards() if above.end <= one.length]
         lengths = [*ends, random.randint(0, one.length // self.page_size) * self.page_size]
         length = random.choice(lengths)
-        return Held(one.handle, length, Place(node, length))
+        return Held(one.handles, length, Place(node, length))
 
     def fit(self, random: Random, queries: list[list[int]], starts: Sequence[Held]) -> None:
         """With bigrams, begin the queries with the last token of their starts, mostly."""
@@ -274,7 +322,7 @@ class Machine(RuleBasedStateMachine):
                 query[0] = place.node.path()[length - 1][1]
 
     def arguments(self, random: Random, queries: list[list[int]]) -> tuple[list[Any], list[Place], dict[str, Any]]:
-        """Namespaces and starts of a call, and both as keyword arguments of the tree."""
+        """Namespaces and starts of a call, and both as keyword arguments, of which each side makes its own."""
         count = len(queries)
         names: list[Any] = random.choices(NAMES, k=count)
         if random.random() < 0.6:
@@ -286,19 +334,22 @@ class Machine(RuleBasedStateMachine):
             self.fit(random, queries, starts)
             if random.random() < 0.9:
                 names = [one.place.node.namespace if one.place.node else None for one in starts]
-            keywords["start"] = places(starts)
+            keywords["start"] = starts
         same = len(set(map(repr, names))) == 1 and random.random() < 0.6
         if not same or names[0] is not None or random.random() < 0.5:
             keywords["namespace"] = names[0] if same else names
         note(f"namespaces {names}, {keywords}")
         return names, [one.place for one in starts], keywords
 
-    def form(self, random: Random, *batches: list[list[int]]) -> list[Any]:
-        """Batches as callers may pass them: a batch of one also as its only sequence."""
-        forms = [random.choice(FORMS)(batch) for batch in batches]
-        if len(batches[0]) == 1 and batches[0][0] and random.random() < 0.5:
-            return [form[0] for form in forms]
-        return forms
+    def form(self, random: Random, *batches: list[list[int]]) -> list[list[Any]]:
+        """Batches as callers may pass them, for each side: a batch of one also as its only sequence."""
+        single = len(batches[0]) == 1 and batches[0][0] and random.random() < 0.5
+        found = []
+        for side in self.sides:
+            makers = FORMS if side.number or self.device == "cpu" else FORMS + FORMS_THERE
+            forms = [random.choice(makers)(batch, side.tree.device) for batch in batches]
+            found.append([form[0] for form in forms] if single else forms)
+        return found
 
     def spoil(self, random: Random, values: list[list[int]], wrong: Sequence[int]) -> None:
         """Put a wrong number somewhere."""
@@ -311,16 +362,16 @@ class Machine(RuleBasedStateMachine):
 
     def match(self, random: Random, queries: list[list[int]], touch: bool, lock: bool, exact: bool = True) -> None:
         names, starts, keywords = self.arguments(random, queries)
-        (form,) = self.form(random, queries)
+        forms = self.form(random, queries)
         found = self.expect(
             lambda: self.oracle.match(queries, names, touch, lock, starts),
-            lambda: self.tree.match(form, touch=touch, lock=lock, **keywords),
+            lambda side: side.tree.match(*forms[side.number], touch=touch, lock=lock, **side.keywords(keywords)),
             exact,
         )
-        poison(form)
+        poison(forms)
         if found is not None:
             held = self.hold(*found)
-            poison_result(found[1])
+            poison_results(found[1])
             if lock:
                 self.locks += held
 
@@ -346,23 +397,23 @@ class Machine(RuleBasedStateMachine):
             keywords |= {"priority": priorities[0], "inserted_lengths": inserted[0]}
         else:
             keywords |= {"priority": priorities, "inserted_lengths": inserted}
-        form, slot_form = self.form(random, queries, slots)
+        forms = self.form(random, queries, slots)
         found = self.expect(
             lambda: self.oracle.insert(queries, slots, names, priorities, starts, inserted),
-            lambda: self.tree.insert(form, slot_form, **keywords),
+            lambda side: side.tree.insert(*forms[side.number], **side.keywords(keywords)),
             exact,
         )
-        poison(form)
-        poison(slot_form)
+        poison(forms)
         if found is not None:
-            expected, result = found
+            expected, results = found
             prefixes = [one.prefix_length for one in expected]
-            assert result.prefix_lengths.tolist() == prefixes
-            assert result.prefix_lengths.dtype == torch.int32
-            if count == 1:
-                assert result.prefix_length == prefixes[0]
-            self.hold([one.place for one in expected], result)
-            poison_result(result)
+            for result in results:
+                assert result.prefix_lengths.tolist() == prefixes
+                assert result.prefix_lengths.dtype == torch.int32
+                if count == 1:
+                    assert result.prefix_length == prefixes[0]
+            self.hold([one.place for one in expected], results)
+            poison_results(results)
 
     @rule(random=SEEDS)
     def insert_batch(self, random: Random) -> None:
@@ -391,13 +442,14 @@ class Machine(RuleBasedStateMachine):
         self.insert(random, queries, slots, exact=False)
 
     def evict(self, num_tokens: int) -> None:
-        found = self.expect(lambda: self.oracle.evict(num_tokens), lambda: self.tree.evict(num_tokens))
+        found = self.expect(lambda: self.oracle.evict(num_tokens), lambda side: side.tree.evict(num_tokens))
         if found is not None:
-            expected, result = found
-            assert result.slots.tolist() == expected.slots
-            assert result.slots.dtype == torch.int64
-            assert (result.num_tokens, result.num_nodes) == expected[1:]
-            poison(result.slots)
+            expected, results = found
+            for result in results:
+                assert result.slots.tolist() == expected.slots
+                assert result.slots.dtype == torch.int64
+                assert (result.num_tokens, result.num_nodes) == expected[1:]
+                poison(result.slots)
 
     @rule(pages=st.integers(0, 6), less=st.booleans())
     def evict_some(self, pages: int, less: bool) -> None:
@@ -410,27 +462,30 @@ class Machine(RuleBasedStateMachine):
 
     # Locks
 
-    def lock(self, held: Sequence[Held], operand: Any) -> list[Held]:
-        """Lock; returns the places to unlock, or none if the lock was refused."""
-        lengths = operand.lengths.tolist()
-        found = self.expect(lambda: self.oracle.lock([one.place for one in held]), lambda: self.tree.lock(operand))
-        if found is None:
-            assert operand.handles.tolist() == [one.handle for one in held]
-            return []
-        assert operand.lengths.tolist() == lengths
-        return self.hold(found[0], operand)
-
     @rule(random=SEEDS)
     def lock_held(self, random: Random) -> None:
         held = self.choose_held(random, random.randint(0, 4))
-        operand = places(held)
-        self.locks += self.lock(held, operand)
-        poison_result(operand)
+        operands = [side.places(held) for side in self.sides]
+        found = self.expect(
+            lambda: self.oracle.lock([one.place for one in held]),
+            lambda side: side.tree.lock(operands[side.number]),
+        )
+        for side, operand in zip(self.sides, operands, strict=True):
+            assert operand.lengths.tolist() == [one.length for one in held]
+            if found is None:
+                assert operand.handles.tolist() == [one.handles[side.number] for one in held]
+        if found is not None:
+            self.locks += self.hold(found[0], operands)
+        poison_results(operands)
 
     def unlock(self, held: list[Held]) -> None:
-        operand = places(held)
-        found = self.expect(lambda: self.oracle.unlock([one.place for one in held]), lambda: self.tree.unlock(operand))
-        assert operand.handles.tolist() == [one.handle for one in held]
+        operands = [side.places(held) for side in self.sides]
+        found = self.expect(
+            lambda: self.oracle.unlock([one.place for one in held]),
+            lambda side: side.tree.unlock(operands[side.number]),
+        )
+        for side, operand in zip(self.sides, operands, strict=True):
+            assert operand.handles.tolist() == [one.handles[side.number] for one in held]
         for one in held if found is not None else ():
             if one in self.locks:
                 self.locks.remove(one)
@@ -455,38 +510,70 @@ class Machine(RuleBasedStateMachine):
         """The life of a request with the very result objects: match, lock, insert what follows, lock, unlock."""
         key = (self.make_queries(random, 2) or [[]])[0]
         name = random.choice(NAMES)
-        (form,) = self.form(random, [key])
-        found = self.expect(lambda: self.oracle.match([key], [name]), lambda: self.tree.match(form, namespace=name))
+        forms = self.form(random, [key])
+        found = self.expect(
+            lambda: self.oracle.match([key], [name]), lambda side: side.tree.match(*forms[side.number], namespace=name)
+        )
         assert found is not None
         (place,), matched = found
         if random.random() < 0.5:
-            assert matched.handles.tolist() == [matched.handle]
+            assert all(one.handles.tolist() == [one.handle] for one in matched)
         for _ in range(1 + twice):
             (place,) = self.oracle.lock([place])
-            self.tree.lock(matched)
+            self.on_each(lambda side: side.tree.lock(matched[side.number]))
         rest = key[place.length :]
         slots = self.take([rest])
         inserted = self.expect(
             lambda: self.oracle.insert([rest], slots, [name], [0], [place], [place.length]),
-            lambda: self.tree.insert(
+            lambda side: side.tree.insert(
                 array("q", rest),
                 array("q", slots[0]),
                 namespace=name,
-                start=matched,
-                inserted_lengths=matched.length,
+                start=matched[side.number],
+                inserted_lengths=matched[side.number].length,
             ),
         )
         if inserted is not None:
-            (done,), result = inserted
-            assert (result.prefix_length, result.length) == (done.prefix_length, done.place.length)
-            self.tree.lock(result)
-            self.locks += self.hold(self.oracle.lock([done.place]), result)
-            poison_result(result)
+            (done,), results = inserted
+            for result in results:
+                assert (result.prefix_length, result.length) == (done.prefix_length, done.place.length)
+            self.on_each(lambda side: side.tree.lock(results[side.number]))
+            self.locks += self.hold(self.oracle.lock([done.place]), results)
+            poison_results(results)
         for _ in range(1 + twice):
             self.oracle.unlock([place])
-            self.tree.unlock(matched)
+            self.on_each(lambda side: side.tree.unlock(matched[side.number]))
         self.hold([place], matched)
-        poison_result(matched)
+        poison_results(matched)
+
+    # Slots
+
+    @rule(random=SEEDS, wide=st.booleans(), bad=st.booleans())
+    def write_slots(self, random: Random, wide: bool, bad: bool) -> None:
+        """Into rows of a table that lie apart, sometimes one that is too narrow or too low."""
+        tree = self.tree
+        if self.slot_device is not None and tree.device.type != self.slot_device:
+            return  # a tree on a GPU writes to tables there only
+        held = self.choose_held(random, random.randint(0, 4))
+        bad = bad and random.random() < 0.5
+        width = max([one.length for one in held], default=0) + random.choice((0, 3)) - bad
+        height = len(held) + random.randint(1, 2)
+        rows = random.sample(range(-bad, height + bad), len(held))
+        dtype = torch.int64 if wide or self.largest_slot > LARGEST else torch.int32
+        table = [[-7] * max(width, 0) for _ in range(height)]
+        tables = [
+            torch.full((height, max(width, 0) + 5), -7, dtype=dtype, device=side.tree.device)[:, : max(width, 0)]
+            for side in self.sides
+        ]
+        form = random.choice((list, torch.tensor, lambda rows: torch.tensor(rows, device=tree.device)))
+        self.expect(
+            lambda: self.oracle.write_slots([one.place for one in held], table, rows),
+            lambda side: side.tree.write_slots(
+                side.places(held), tables[side.number], (list if side.number else form)(rows)
+            ),
+            exact=not bad,
+        )
+        assert all(one.tolist() == table for one in tables)
 
     # The whole tree
 
@@ -494,7 +581,7 @@ class Machine(RuleBasedStateMachine):
     def whole_tree(self, what: str, slot_device: str | None) -> None:
         if what == "reset":
             self.oracle.reset()
-            self.tree.reset()
+            self.on_each(lambda side: side.tree.reset())
             self.locks.clear()
         elif what.startswith("evict"):
             self.evict(-1 if what.endswith("-1") else 10**6)
@@ -514,11 +601,23 @@ class Machine(RuleBasedStateMachine):
         assert loaded.digest() == self.tree.digest() == digest
         assert dump_tree(loaded) == dump_tree(self.tree)
         loaded.check()
-        assert self.tree.to("cpu").digest() == digest
+        moved = self.move(digest)
         if go_on:
-            self.tree = loaded
+            self.sides[0].tree = moved if slot_device is None else loaded
         else:
             self.spoil_digest(loaded)
+
+    def move(self, digest: str) -> RadixTree:
+        """The tree from its device to the CPU and back: nothing changes, and handles stay good."""
+        host = self.tree.to("cpu")
+        back = host.to(self.device)
+        alive = [one for one in self.held if one.place.node is None or one.place.node.alive]
+        slots = self.oracle.slots([one.place for one in alive])
+        for tree in (host, back):
+            tree.check()
+            assert tree.digest() == digest
+            assert tree.slots(places_in(tree, alive, 0)).to_list() == slots
+        return back
 
     def spoil_digest(self, tree: RadixTree) -> None:
         """Every field of a node counts in the digest."""
@@ -546,6 +645,7 @@ class Machine(RuleBasedStateMachine):
         whole = tuple(dump(self.oracle))
         assert dump_tree(self.tree) == list(whole)
         digest = self.tree.digest()
+        assert all(side.tree.digest() == digest for side in self.sides[1:])
         assert self.digests.setdefault(whole, digest) == digest
         assert self.seen.setdefault(digest, whole) == whole
 
@@ -557,8 +657,8 @@ class Machine(RuleBasedStateMachine):
                 good.append(one)
             else:
                 with pytest.raises(StaleHandleError):
-                    self.tree.slots(places([one]))
-        found = self.tree.slots(places(good))
+                    self.tree.slots(self.sides[0].places([one]))
+        found = self.tree.slots(self.sides[0].places(good))
         assert found.to_list() == self.oracle.slots([one.place for one in good])
         assert found.values.dtype == torch.int64
         poison(found)

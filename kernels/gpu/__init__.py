@@ -2,16 +2,17 @@
 
 from flatradix.kernels.gpu.compact import compact, rebuild
 from flatradix.kernels.gpu.digest import digest
-from flatradix.kernels.gpu.evict import effective_keys, free, order_victims, select
+from flatradix.kernels.gpu.evict import UNORDERED, effective_keys, free, order_victims, select
 from flatradix.kernels.gpu.finish import tell
 from flatradix.kernels.gpu.insert import insert
 from flatradix.kernels.gpu.launch import bind
 from flatradix.kernels.gpu.lock import lock, unlock
-from flatradix.kernels.gpu.match import match
+from flatradix.kernels.gpu.match import match, match_one
 from flatradix.kernels.gpu.reset import reset
 from flatradix.kernels.gpu.slots import gather_slots, write_slots
 
 __all__ = [
+    "UNORDERED",
     "bind",
     "compact",
     "digest",
@@ -21,6 +22,7 @@ __all__ = [
     "insert",
     "lock",
     "match",
+    "match_one",
     "order_victims",
     "rebuild",
     "reset",

@@ -26,14 +26,20 @@ def pack_edge(start, length):
 
 
 @triton.jit
+def page_at(key, at, units, PAGE: tl.constexpr, WIDTH: tl.constexpr):
+    """The PAGE values of `key` from `at` on, zeros beyond `units`; WIDTH: PAGE, up to a power of two."""
+    j = tl.arange(0, WIDTH)
+    return tl.load(key + at + j, mask=(j < PAGE) & (at + j < units), other=0)
+
+
+@triton.jit
 def tag_of(s, first, second, parent, PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr):
-    """The tag of the child of `parent` whose first page is at the pointers; WIDTH: PAGE, up to a power of two."""
+    """The tag of the child of `parent` that begins with a page: its first tokens and, with bigrams, its second ones."""
     j = tl.arange(0, WIDTH)
     inside = j < PAGE
-    total = tl.load(first + j, mask=inside, other=0).to(tl.int64) * tl.load(s.multipliers + j, mask=inside, other=0)
+    total = first.to(tl.int64) * tl.load(s.multipliers + j, mask=inside, other=0)
     if BIGRAM:
-        factor = tl.load(s.multipliers + PAGE + j, mask=inside, other=0)
-        total += tl.load(second + j, mask=inside, other=0).to(tl.int64) * factor
+        total += second.to(tl.int64) * tl.load(s.multipliers + PAGE + j, mask=inside, other=0)
     return page_tag(tl.sum(total), parent)
 
 
@@ -72,9 +78,9 @@ def enter(s, w, row, tag, start, length, active):
     entry = pack_entry(tag, row)
     waiting = active
     while tl.max(waiting.to(tl.int32)) > 0:
-        target = tl.where(waiting, s.table + 2 * place, w.number + meta.DUMMY)
-        empty = tl.where(waiting, tl.zeros_like(entry), entry)
-        before = tl.atomic_cas(target, empty, entry, sem="relaxed")
+        # Lanes that have their place look for -1, which no entry is, and change nothing.
+        empty = tl.where(waiting, tl.zeros_like(entry), tl.zeros_like(entry) - 1)
+        before = tl.atomic_cas(s.table + 2 * place, empty, entry, sem="relaxed")
         taken = waiting & (before == 0)
         tl.store(s.table + 2 * place + 1, pack_edge(start, length), mask=taken)
         tl.store(w.place + row, place.to(tl.int32), mask=taken)

@@ -59,7 +59,8 @@ def _enter_again(s, w, row, start, length, live):
 @triton.jit
 def _finish(w, programs):
     """Leave the counters of this launch at zero: the next may have another number of programs."""
-    if is_last(w, programs):
+    last, _bad = is_last(w, programs)
+    if last:
         tl.store(w.number + meta.ARRIVED, 0)
         tl.store(w.number + meta.WAITING, 0)
 

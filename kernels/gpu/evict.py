@@ -371,7 +371,8 @@ def select_kernel(s, w, scratch, wanted: tl.int64, call: tl.int64, programs: tl.
         _rank(s, w, scratch, capacity, programs, wanted, call, low, shift, tie, cut, sort_from, BY_TICK)
         _clear(scratch, 3 * BINS, programs)
         _clear(scratch + WEIGHTS, 8 * PIVOTS, programs)
-    if is_last(w, programs):
+    last, _bad = is_last(w, programs)
+    if last:
         if wanted <= 0:
             one = tl.arange(0, 1).to(tl.int64)
             _tell(w, call, one, one, one == 0)
@@ -560,7 +561,8 @@ def free_kernel(s, w, pool, slots, count: tl.int64, tokens: tl.int64, call: tl.i
     while first < tokens:
         _copy_slots(s, w, pool, slots, first, count, tokens)
         first += programs * UNITS
-    if is_last(w, programs):
+    last, _bad = is_last(w, programs)
+    if last:
         _book(s, w, call.to(tl.int64), count, tokens)
         publish(s, w, call.to(tl.int64), meta.NO_ERROR, meta.EVICT)
 

@@ -12,6 +12,9 @@ import triton.language as tl
 from flatradix import meta
 from flatradix.kernels.gpu.launch import Bound, Kernel
 
+# What a program with a bad query adds to the count of those that are done.
+BAD = tl.constexpr(1 << 32)
+
 
 @triton.jit
 def refuse(w, query, reason, value):
@@ -44,12 +47,20 @@ def wait_for_all(w, programs):
 
 
 @triton.jit
-def is_last(w, programs):
-    """Whether this program is the last of its launch; it then sees all that the others wrote."""
+def is_last(w, programs, bad=False):
+    """(whether this program is the last of its launch, whether it or another was told to be `bad`).
+
+    Only the last one sees what the others wrote: an acquire of every program would throw away the whole L1 cache of its
+    multiprocessor, where its neighbours still walk.
+    """
     tl.debug_barrier()
-    before = tl.atomic_add(w.number + meta.ARRIVED, 1, sem="acq_rel")
-    tl.debug_barrier()
-    return before == programs - 1
+    mine = tl.where(bad, BAD, 0) + 1
+    before = tl.atomic_add(w.number + meta.ARRIVED, mine, sem="release")
+    last = (before & (BAD - 1)) == programs - 1
+    if last:
+        tl.atomic_add(w.number + meta.DUMMY, 0, sem="acquire")
+        tl.debug_barrier()
+    return last, before + mine >= BAD
 
 
 @triton.jit
@@ -75,6 +86,13 @@ def _tell_refusal(s, w, call, error, OPERATION: tl.constexpr):
 
 
 @triton.jit
+def publish_done(w, call, errors):
+    """By the last program, where nothing was refused and no size has changed: only that the call is done."""
+    tl.store(w.mail + meta.MAIL_ERRORS, ((call.to(tl.int64) & meta.CALL_MASK) << 32) | (errors & 0xFFFFFFFF))
+    tl.store(w.number + meta.ARRIVED, 0)
+
+
+@triton.jit
 def publish(s, w, call, error, OPERATION: tl.constexpr):
     """By the last program, after all else: the refusal, if any, and the sizes, for the host to read."""
     tl.debug_barrier()
@@ -86,9 +104,8 @@ def publish(s, w, call, error, OPERATION: tl.constexpr):
     tl.store(w.mail + meta.MAIL_PROTECTED, tag | tl.load(s.meta + meta.PROTECTED))
     tl.store(w.mail + meta.MAIL_NODES, tag | tl.load(s.meta + meta.NODES))
     tl.store(w.mail + meta.MAIL_ROOM, tag | (tl.load(s.meta + meta.POOL_END) - tl.load(s.meta + meta.POOL_CURSOR)))
-    tl.store(w.mail + meta.MAIL_ERRORS, tag | (tl.load(s.meta + meta.ERRORS) & 0xFFFFFFFF))
-    tl.store(w.number + meta.ARRIVED, 0)
     tl.store(w.number + meta.WAITING, 0)
+    publish_done(w, call, tl.load(s.meta + meta.ERRORS))
 
 
 @triton.jit

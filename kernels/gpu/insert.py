@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from flatradix import meta
-from flatradix.kernels.gpu.children import enter, tag_of, tags_of_lanes
+from flatradix.kernels.gpu.children import enter, page_at, tag_of, tags_of_lanes
 from flatradix.kernels.gpu.compact import compact
 from flatradix.kernels.gpu.cut import column, compare_cuts, list_cuts, make_pieces, number_cuts, shorten_edges
 from flatradix.kernels.gpu.finish import first_refusal, is_last, publish, refuse, wait_for_all
@@ -26,6 +26,7 @@ from flatradix.kernels.gpu.walk import (
     first_outside,
     key_range,
     name_of,
+    page_constants,
     walk,
     whole_pages,
 )
@@ -72,7 +73,7 @@ def plan_kernel(
     key = values + place
     code, named = name_of(names, name, query, NAMES)
     row, start, reason = begin_at(s, start_handles, start_lengths, query, key, count, code, named, PAGE, BIGRAM, START)
-    value = start
+    value = start.to(tl.int64)
     if not (good & slots_good):
         reason = reason * 0 + WRONG_OFFSETS
     elif count != slot_count:
@@ -86,14 +87,14 @@ def plan_kernel(
         row = row * 0
     else:
         row, done, _left, _newly, _old = walk(
-            s, w, key, units, code, row, start, start, start, PAGE, WIDTH, BIGRAM, BLOCK, False, False
+            s, w, key, units, code, row, start, value, value, PAGE, WIDTH, BIGRAM, BLOCK, False, False
         )
         length = start + done
         bad = first_outside(key, done, count - done, MAX_TOKEN, CHECKED)
         if bad >= 0:
             refuse(w, query, WRONG_TOKEN_VALUE, bad)
         else:
-            bad = first_outside(slots + slot_place, start * 0, count, limit, CHECKED)
+            bad = first_outside(slots + slot_place, units * 0, count, limit, CHECKED)
             if bad >= 0:
                 refuse(w, query, WRONG_SLOT, bad)
     opens = length < start + units
@@ -141,8 +142,9 @@ def _claim(
     at = _get(w, batch, query, meta.Q_AT)
     code, _named = name_of(names, name, query, NAMES)
     key = _key_at(values, offsets, w, batch, query, at, SINGLE)
-    parent = tl.where(edge > 0, edge, ~code) ^ (at << 32)
-    place = tag_of(s, key, key + 1, parent, PAGE, WIDTH, BIGRAM) & mask
+    parent = tl.where(edge > 0, edge, ~code.to(tl.int64)) ^ (at << 32)
+    page = page_at(key, 0, PAGE, PAGE, WIDTH)
+    place = tag_of(s, page, page_at(key + 1, 0, PAGE, PAGE, WIDTH), parent, PAGE, WIDTH, BIGRAM) & mask
     joined = False
     while not joined:
         other = tl.atomic_cas(claims + place, -1, query, sem="relaxed")
@@ -301,7 +303,8 @@ def settle_kernel(
             made = number_cuts(s, w, batch, count)
             made, units = _number_leaves(s, w, batch, made)
             _reserve(s, w, made, units)
-    if is_last(w, programs):
+    last, _bad = is_last(w, programs)
+    if last:
         tl.store(w.number + meta.ARRIVED, 0)
         tl.store(w.number + meta.WAITING, 0)
         tl.store(w.number + meta.OPEN, 0)
@@ -542,7 +545,8 @@ def build_kernel(
         )  # fmt: skip
     else:
         _refused(prefix_lengths, lengths, handles, batch, program, programs)
-    if is_last(w, programs):
+    last, _bad = is_last(w, programs)
+    if last:
         if good:
             _book(s, w, batch, clock)
         tl.store(w.number + meta.CUTS, 0)
@@ -580,18 +584,18 @@ def insert(
     inserteds: addresses of int64 [B], or 0 and one number for all. Fills prefix_lengths and lengths int32 [B] and
     handles int64 [B], with -1 where the call is refused.
     """
-    width = triton.next_power_of_2(page + bigram)
+    sizes = page_constants(page, bigram, 512)
     single, many_names = offsets == 0, names != 0
-    rows = bound.state.parent.shape[0]
+    rows = bound.rows
     _plan(
         bound, batch,
         (values, offsets, names, start_handles, start_lengths, slots, slot_offsets, total, slot_total, limit, name, batch),
-        (page, width, bigram, max(512, width), single, many_names, start_handles != 0), (wide, slots_wide),
+        (*sizes, single, many_names, start_handles != 0), (wide, slots_wide),
     )  # fmt: skip
     mask = bound.workspace.claims.shape[1] - 1
     _settle(
         bound, resident(bound, batch), (values, offsets, names, name, batch, rows, mask),
-        (page, width, bigram, single, many_names), (wide,),
+        (*sizes[:3], single, many_names), (wide,),
     )  # fmt: skip
     if may_compact:
         compact(bound, pool, pool_wide, False)

@@ -1,8 +1,10 @@
 """How the GPU kernels are started: compiled once for each set of constants, then launched with raw addresses.
 
 A JIT launch with 16 arguments costs 19 us of Python, the same through the compiled kernel's own launcher 4.4 us (H200
-host, Triton 3.6). The launcher is not a public interface of Triton: where it is not as expected, every launch goes the
-public way. Integer arguments are never specialised on, because a launcher that was compiled for a 1 goes on using 1.
+host, Triton 3.6), and most of that goes into turning Python integers into C. Ours have 50 parameters, most of which
+never change, so they are kept as C and handed to the CUDA driver as they are; only what a call brings is filled in.
+Where the driver or Triton are not as expected, launches go through Triton's launcher or all the public way. Integer
+arguments are never specialised on, because a launcher that was compiled for a 1 goes on using 1.
 """
 
 from __future__ import annotations
@@ -26,14 +28,81 @@ _DTYPES = {"*i32": torch.int32, "*i64": torch.int64}
 _CTYPES = {"*i32": ctypes.c_int32, "*i64": ctypes.c_int64}
 
 
+class DirectLaunch:
+    """A compiled kernel with the parameters of one tree in C, started by the CUDA driver's own call."""
+
+    def __init__(self, compiled: Any, fixed: Sequence[int], changing: int, threads: int, cooperative: bool) -> None:
+        """fixed: what comes first and never changes; changing: how many parameters follow."""
+        driver = _driver()
+        self._launch = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
+        self._function = compiled.function
+        self._threads = threads
+        self._shared = compiled.metadata.shared
+        self._first, self._last = len(fixed), len(fixed) + changing
+        # Behind them come two pointers to scratch memory, which our kernels do not have.
+        self._cells = (ctypes.c_int64 * (self._last + 2))(*fixed)
+        begin = ctypes.addressof(self._cells)
+        places = (begin + 8 * i for i in range(self._last + 2))
+        self._parameters = (ctypes.c_void_p * (self._last + 2))(*places)
+        self._cooperative = cooperative
+
+    def __call__(self, programs: int, stream: int, arguments: Sequence[int]) -> None:
+        self._cells[self._first : self._last] = arguments
+        threads, shared = self._threads, self._shared
+        end = () if self._cooperative else (None,)
+        code = self._launch(
+            self._function, programs, 1, 1, threads, 1, 1, shared, stream, self._parameters, *end
+        )  # fmt: skip
+        if code:
+            raise RuntimeError(f"the CUDA driver refused to launch a kernel: error {code}")
+
+
+@functools.cache
+def _driver() -> Any:
+    """The CUDA driver's library; OSError or AttributeError where there is none of the kind we know."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    numbers = [ctypes.c_uint] * 7
+    common = [ctypes.c_void_p, *numbers, ctypes.c_void_p, ctypes.c_void_p]
+    driver.cuLaunchCooperativeKernel.argtypes = common
+    driver.cuLaunchKernel.argtypes = [*common, ctypes.c_void_p]
+    driver.cuFuncGetParamInfo.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
+    return driver
+
+
+def _has_parameters(function: int, count: int) -> bool:
+    """Whether a kernel has just so many parameters, each of at most 8 bytes."""
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+
+    def at(index: int) -> bool:
+        return bool(_driver().cuFuncGetParamInfo(function, index, ctypes.byref(offset), ctypes.byref(size)) == 0)
+
+    return all(at(index) and size.value <= 8 for index in range(count)) and not at(count)
+
+
+def _direct_launch(compiled: Any, bound: Bound, changing: int, warps: int, cooperative: bool) -> DirectLaunch | None:
+    """The direct way to start a kernel, or None where something is not as we know it."""
+    fixed = [*bound.state_addresses, *bound.workspace_addresses]
+    try:
+        plain = compiled.metadata.num_ctas == 1 and not compiled.metadata.global_scratch_size
+        if torch.version.hip is not None or not plain or not isinstance(compiled.function, int):
+            return None
+        if not _has_parameters(compiled.function, len(fixed) + changing + 2):
+            return None
+        return DirectLaunch(compiled, fixed, changing, 32 * warps, cooperative)
+    except (AttributeError, OSError):
+        return None
+
+
 class Bound(NamedTuple):
     """A tree's tensors as kernels take them: addresses for launches, tensors for the compiler and the interpreter."""
 
     device: int  # CUDA index, -1 interpreted
+    rows: int  # row capacity
     state: TreeState
     workspace: Workspace
     state_addresses: TreeState
     workspace_addresses: Workspace
+    direct: dict[Any, DirectLaunch]  # launches with this tree's addresses filled in
 
 
 def bind(state: TreeState, workspace: Workspace) -> Bound:
@@ -41,10 +110,12 @@ def bind(state: TreeState, workspace: Workspace) -> Bound:
     device = state.meta.device
     return Bound(
         device.index if device.type == "cuda" else -1,
+        len(state.parent),
         state,
         workspace,
         TreeState._make(tensor.data_ptr() for tensor in state),
         Workspace._make(tensor.data_ptr() for tensor in workspace),
+        {},
     )
 
 
@@ -99,21 +170,50 @@ class Kernel:
         constants: tuple[int | bool, ...] = (),
         wide: tuple[bool, ...] = (),
         warps: int = 0,
+        registers: int = 0,
     ) -> None:
-        """Enqueue on torch's current stream of the tree's device. `arguments` are addresses and numbers."""
-        found = self._compiled.get((bound.device, constants, wide, warps))
-        if found is None:
-            self._first(bound, programs, arguments, constants, wide, warps)
-            return
-        if torch._C._cuda_getDevice() != bound.device:
+        """Enqueue on torch's current stream of the tree's device. `arguments` are addresses and numbers.
+
+        registers: the most that a thread may have (CUDA only), 0 for as many as the compiler likes.
+        """
+        key = (self, constants, wide, warps)
+        direct = bound.direct.get(key)
+        if direct is None:
+            self._start(key, bound, programs, arguments, constants, wide, warps, registers)
+        elif torch._C._cuda_getDevice() == bound.device:
+            direct(programs, current_stream(bound.device), arguments)
+        else:
             with torch.cuda.device(bound.device):
-                self(bound, programs, arguments, constants, wide, warps)
+                direct(programs, current_stream(bound.device), arguments)
+
+    def _start(
+        self,
+        key: Any,
+        bound: Bound,
+        programs: int,
+        arguments: Sequence[int],
+        constants: tuple[int | bool, ...],
+        wide: tuple[bool, ...],
+        warps: int,
+        registers: int,
+    ) -> None:
+        """Launch another way: the first time, or where there is no direct one."""
+        launcher = self._compiled.get((bound.device, constants, wide, warps))
+        if launcher is None:
+            compiled = self._first(bound, programs, arguments, constants, wide, warps, registers)
+            launcher = None if compiled is None else _launcher(compiled)
+            if launcher is not None:
+                self._compiled[(bound.device, constants, wide, warps)] = compiled, *launcher
             return
-        run, function, metadata = found
-        run(
-            programs, 1, 1, current_stream(bound.device), function, metadata, None, None, None,
-            bound.state_addresses, bound.workspace_addresses, *arguments, *constants,
-        )  # fmt: skip
+        compiled, run, function, metadata = launcher
+        with torch.cuda.device(bound.device):
+            run(
+                programs, 1, 1, current_stream(bound.device), function, metadata, None, None, None,
+                bound.state_addresses, bound.workspace_addresses, *arguments, *constants,
+            )  # fmt: skip
+            direct = _direct_launch(compiled, bound, len(arguments), warps or self.warps, self.cooperative)
+        if direct is not None:
+            bound.direct[key] = direct
 
     def types(self, wide: tuple[bool, ...]) -> list[str]:
         """The type of each argument, "*w" resolved."""
@@ -128,21 +228,22 @@ class Kernel:
         constants: tuple[int | bool, ...],
         wide: tuple[bool, ...],
         warps: int,
-    ) -> None:
-        """Launch the public way, and keep the launcher that this made."""
+        registers: int,
+    ) -> Any:
+        """Launch the public way; returns the compiled kernel, None where it is interpreted."""
         pairs = zip(arguments, self.types(wide), strict=True)
         typed = [_typed(value, kind) if kind[0] == "*" else value for value, kind in pairs]
         options: dict[str, Any] = {"num_warps": warps or self.warps}
         if self.cooperative:
             options["launch_cooperative_grid"] = True
+        if registers and torch.version.hip is None:
+            options["maxnreg"] = registers
         if INTERPRETED:
+            options.pop("maxnreg", None)
             self.function[(programs,)](bound.state, bound.workspace, *typed, *constants, **options)
-            return
+            return None
         with torch.cuda.device(bound.device):
-            compiled = self.function[(programs,)](bound.state, bound.workspace, *typed, *constants, **options)
-        launcher = _launcher(compiled)
-        if launcher is not None:
-            self._compiled[(bound.device, constants, wide, warps)] = launcher
+            return self.function[(programs,)](bound.state, bound.workspace, *typed, *constants, **options)
 
 
 def _launcher(compiled: Any) -> tuple[Callable[..., Any], Any, Any] | None:
@@ -160,12 +261,14 @@ def multi_processors(device: int) -> int:
     return 1 if device < 0 else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def resident(bound: Bound, wanted: int) -> int:
-    """How many programs of a cooperative launch to start: at most 4 a multiprocessor, which always fit; one, where
-    they are interpreted one after the other."""
+def resident(bound: Bound, wanted: int, most: int = 4) -> int:
+    """How many programs of a cooperative launch to start; one, where they are interpreted one after the other.
+
+    most: programs a multiprocessor that certainly fit; 4 of 4 warps leave each thread 128 registers, 8 leave 64.
+    """
     if INTERPRETED:
         return 1
-    return max(1, min(wanted, 4 * multi_processors(bound.device), meta.MOST_PROGRAMS))
+    return max(1, min(wanted, most * multi_processors(bound.device), meta.MOST_PROGRAMS))
 
 
 @triton.jit

@@ -12,45 +12,54 @@ import triton.language as tl
 
 from flatradix import meta
 from flatradix.kernels.gpu.cut import column, cut_locked
-from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse_lanes
+from flatradix.kernels.gpu.finish import first_refusal, move_protected, publish, refuse_lanes
 from flatradix.kernels.gpu.launch import Bound, Kernel
 from flatradix.kernels.gpu.rows import resolve
 from flatradix.refusals import NOT_LOCKED
 
-LANES = tl.constexpr(64)
+LANES = tl.constexpr(32)
 NO_LOCK = tl.constexpr(NOT_LOCKED)
 
 
 @triton.jit
-def add_locks(s, row, weight):
-    """Add `weight` int32 to the counts of each lane's row and all above; returns each lane's tokens that changed sides.
-
-    A count's old value is looked at one step later, so that the climb waits for the parents only.
-    """
-    changed = tl.zeros_like(row)
-    before = tl.zeros_like(weight) + 1
-    size = tl.zeros_like(row)
-    took = tl.zeros_like(weight) + 1
-    while tl.max(row) > 0:
-        for _ in tl.static_range(4):
-            on = row > 0
-            parent = tl.load(s.parent + row, mask=on, other=0)
-            length = tl.load(s.length + row, mask=on, other=0)
-            changed += tl.where(tl.where(took > 0, before, before + took) == 0, size, 0)
-            before = tl.atomic_add(s.lock_ref + row, weight, mask=on, sem="relaxed")
-            before = tl.where(on, before, 1)
-            took = tl.where(on, weight, 1)
-            size = length.to(tl.int64)
-            row = tl.where(on, tl.maximum(parent, 0), 0).to(tl.int64)
-    return changed + tl.where(tl.where(took > 0, before, before + took) == 0, size, 0)
+def _step(s, row, weight):
+    on = row > 0
+    parent = tl.load(s.parent + row, mask=on, other=0)
+    length = tl.load(s.length + row, mask=on, other=0)
+    before = tl.atomic_add(s.lock_ref + row, weight, mask=on, sem="relaxed")
+    return tl.maximum(parent, 0), length, before
 
 
 @triton.jit
-def unlock_up(s, row, from_above, active):
-    """Take back one lock on each lane's path, from its row, or its parent where `from_above`."""
-    parent = tl.load(s.parent + row, mask=active, other=0).to(tl.int64)
-    row = tl.where(active, tl.where(from_above, tl.maximum(parent, 0), row), 0)
-    add_locks(s, row, tl.where(active, -1, -1).to(tl.int32))
+def add_locks(s, row, weight):
+    """Add `weight` to the counts of each lane's row and all above; returns each lane's tokens that changed sides.
+
+    Lanes of int32. The old values of four counts are looked at once the next four are on their way, so that the climb
+    waits for nothing but the parents.
+    """
+    low = tl.minimum(weight, 0)
+    changed = tl.zeros_like(row)
+    zero = tl.zeros_like(row)
+    old_0, old_1, old_2, old_3 = zero, zero, zero, zero
+    size_0, size_1, size_2, size_3 = zero, zero, zero, zero
+    while tl.max(row) > 0:
+        row, length_0, before_0 = _step(s, row, weight)
+        row, length_1, before_1 = _step(s, row, weight)
+        row, length_2, before_2 = _step(s, row, weight)
+        row, length_3, before_3 = _step(s, row, weight)
+        changed += tl.where(old_0 + low == 0, size_0, 0) + tl.where(old_1 + low == 0, size_1, 0)
+        changed += tl.where(old_2 + low == 0, size_2, 0) + tl.where(old_3 + low == 0, size_3, 0)
+        old_0, old_1, old_2, old_3 = before_0, before_1, before_2, before_3
+        size_0, size_1, size_2, size_3 = length_0, length_1, length_2, length_3
+    changed += tl.where(old_0 + low == 0, size_0, 0) + tl.where(old_1 + low == 0, size_1, 0)
+    return changed + tl.where(old_2 + low == 0, size_2, 0) + tl.where(old_3 + low == 0, size_3, 0)
+
+
+@triton.jit
+def unlock_up(s, row, from_above):
+    """Take back one lock on each lane's path, from its row (0: none), or its parent where `from_above`."""
+    parent = tl.load(s.parent + row, mask=row > 0, other=0)
+    add_locks(s, tl.where(from_above, tl.maximum(parent, 0), row), tl.zeros_like(row) - 1)
 
 
 @triton.jit
@@ -65,8 +74,8 @@ def _together(row):
 
 @triton.jit
 def _remember(w, batch, query, row, cut, active):
-    tl.store(column(w, batch, meta.Q_ROW) + query, row.to(tl.int32), mask=active)
-    tl.store(column(w, batch, meta.Q_CUT) + query, cut.to(tl.int32), mask=active)
+    tl.store(column(w, batch, meta.Q_ROW) + query, row, mask=active)
+    tl.store(column(w, batch, meta.Q_CUT) + query, cut, mask=active)
 
 
 @triton.jit
@@ -75,48 +84,62 @@ def _take_back(s, w, batch, SIGN: tl.constexpr):
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0).to(tl.int64)
+        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
         cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
-        whole = (row > 0) & (cut == 0)
-        tl.atomic_add(s.own_locks + row, -SIGN, mask=whole, sem="relaxed")
-        above = tl.load(s.parent + row, mask=row > 0, other=0).to(tl.int64)
+        tl.atomic_add(s.own_locks + row, -SIGN, mask=(row > 0) & (cut == 0), sem="relaxed")
+        above = tl.load(s.parent + row, mask=row > 0, other=0)
         add_locks(s, tl.where(cut > 0, tl.maximum(above, 0), row), tl.zeros([LANES], tl.int32) - SIGN)
         first += LANES
     tl.store(w.number + meta.NEWLY, 0)
 
 
+@triton.jit
+def _finish_lock(s, w, handles, batch, rows, call, PAGE: tl.constexpr, BIGRAM: tl.constexpr):
+    """What remains once all have climbed, by one program: to undo it all, or to cut edges, and the sums."""
+    error = first_refusal(w)
+    if error != meta.NO_ERROR:
+        _take_back(s, w, batch, 1)
+    elif tl.load(w.number + meta.CUTS, volatile=True) > 0:
+        cut_locked(s, w, handles, batch, rows, tl.load(s.meta + meta.CLOCK), PAGE, BIGRAM, 0)
+    tl.store(w.number + meta.CUTS, 0)
+    move_protected(s, w, 1)
+    publish(s, w, call, error, meta.LOCK)
+
+
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "rows", "call"])
 def lock_kernel(
-    s, w, handles, lengths, batch: tl.int32, rows: tl.int32, call: tl.int64, PAGE: tl.constexpr, BIGRAM: tl.constexpr
-):
+    s, w, handles, lengths, batch: tl.int32, rows: tl.int32, call: tl.int64,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
     query = tl.program_id(0) * LANES + tl.arange(0, LANES)
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
-    length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
-    clock = tl.load(s.meta + meta.CLOCK)
-    row, reason = resolve(s, handle, length, active, PAGE)
-    refuse_lanes(w, query, tl.where(active, reason, 0), length)
-    end = tl.load(s.end + row, mask=row > 0, other=0).to(tl.int64)
+    length = tl.load(lengths + query, mask=active, other=0)
+    row, reason = resolve(s, handle, length.to(tl.int64), active, PAGE)
+    refuse_lanes(w, query, tl.where(active, reason, 0), length.to(tl.int64))
+    row = row.to(tl.int32)
+    end = tl.load(s.end + row, mask=row > 0, other=0)
     cut = tl.where((row > 0) & (length < end), length, 0)
     _remember(w, batch, query, row, cut, active)
     tl.atomic_add(s.own_locks + row, 1, mask=(row > 0) & (cut == 0), sem="relaxed")
-    above = tl.load(s.parent + row, mask=cut > 0, other=0).to(tl.int64)
+    above = tl.load(s.parent + row, mask=cut > 0, other=0)
     from_row = tl.where(cut > 0, tl.maximum(above, 0), row)
     count, is_first = _together(from_row)
-    newly = tl.sum(add_locks(s, tl.where(is_first, from_row, 0), count))
+    newly = tl.sum(add_locks(s, tl.where(is_first, from_row, 0), count).to(tl.int64))
     if newly > 0:
         tl.atomic_add(w.number + meta.NEWLY, newly, sem="relaxed")
     if tl.max(cut) > 0:
         tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
-    if is_last(w, tl.num_programs(0)):
-        error = first_refusal(w)
-        if error != meta.NO_ERROR:
-            _take_back(s, w, batch, 1)
-        elif tl.load(w.number + meta.CUTS, volatile=True) > 0:
-            cut_locked(s, w, handles, batch, rows, clock, PAGE, BIGRAM, 0)
-        tl.store(w.number + meta.CUTS, 0)
-        move_protected(s, w, 1)
-        publish(s, w, call, error, meta.LOCK)
+    if ALONE:
+        tl.debug_barrier()
+        _finish_lock(s, w, handles, batch, rows, call, PAGE, BIGRAM)
+
+
+@triton.jit(do_not_specialize=["handles", "batch", "rows", "call"])
+def finish_lock_kernel(
+    s, w, handles, batch: tl.int32, rows: tl.int32, call: tl.int64, PAGE: tl.constexpr, BIGRAM: tl.constexpr
+):
+    _finish_lock(s, w, handles, batch, rows, call, PAGE, BIGRAM)
 
 
 @triton.jit
@@ -146,39 +169,55 @@ def _refuse_surplus(s, w, batch):
     tl.debug_barrier()
 
 
+@triton.jit
+def _finish_unlock(s, w, batch, call):
+    if tl.load(w.number + meta.COUNT, volatile=True) > 0:
+        _refuse_surplus(s, w, batch)
+        tl.store(w.number + meta.COUNT, 0)
+    error = first_refusal(w)
+    if error != meta.NO_ERROR:
+        _take_back(s, w, batch, -1)
+    move_protected(s, w, -1)
+    publish(s, w, call, error, meta.UNLOCK)
+
+
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "call"])
-def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr):
+def unlock_kernel(
+    s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, ALONE: tl.constexpr
+):
     query = tl.program_id(0) * LANES + tl.arange(0, LANES)
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
-    length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
-    row, reason = resolve(s, handle, length, active, PAGE)
-    end = tl.load(s.end + row, mask=row > 0, other=0).to(tl.int64)
+    length = tl.load(lengths + query, mask=active, other=0)
+    row, reason = resolve(s, handle, length.to(tl.int64), active, PAGE)
+    row = row.to(tl.int32)
+    end = tl.load(s.end + row, mask=row > 0, other=0)
     reason = tl.where((row > 0) & (length < end), NO_LOCK, reason)
-    refuse_lanes(w, query, tl.where(active, reason, 0), length)
+    refuse_lanes(w, query, tl.where(active, reason, 0), length.to(tl.int64))
     row = tl.where(reason < 0, 0, row)
     _remember(w, batch, query, row, tl.zeros_like(row), active)
     count, is_first = _together(row)
     leads = is_first & (row > 0)
     locks = tl.atomic_add(s.own_locks + row, -count, mask=leads, sem="relaxed")
-    if tl.max(tl.where(leads & (locks < count), 1, 0)) > 0:
-        tl.atomic_add(w.number + meta.COUNT, 1, sem="relaxed")
-    freed = tl.sum(add_locks(s, tl.where(leads, row, 0), -count))
+    freed = tl.sum(add_locks(s, tl.where(leads, row, 0), -count).to(tl.int64))
     if freed > 0:
         tl.atomic_add(w.number + meta.NEWLY, freed, sem="relaxed")
-    if is_last(w, tl.num_programs(0)):
-        if tl.load(w.number + meta.COUNT, volatile=True) > 0:
-            _refuse_surplus(s, w, batch)
-            tl.store(w.number + meta.COUNT, 0)
-        error = first_refusal(w)
-        if error != meta.NO_ERROR:
-            _take_back(s, w, batch, -1)
-        move_protected(s, w, -1)
-        publish(s, w, call, error, meta.UNLOCK)
+    if tl.max(tl.where(leads & (locks < count), 1, 0)) > 0:
+        tl.atomic_add(w.number + meta.COUNT, 1, sem="relaxed")
+    if ALONE:
+        tl.debug_barrier()
+        _finish_unlock(s, w, batch, call)
 
 
-_lock = Kernel(lock_kernel, ["*i64", "*i32", "i32", "i32", "i64"], warps=2)
-_unlock = Kernel(unlock_kernel, ["*i64", "*i32", "i32", "i64"], warps=2)
+@triton.jit(do_not_specialize=["batch", "call"])
+def finish_unlock_kernel(s, w, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr):
+    _finish_unlock(s, w, batch, call)
+
+
+_lock = Kernel(lock_kernel, ["*i64", "*i32", "i32", "i32", "i64"], warps=1)
+_finish_locks = Kernel(finish_lock_kernel, ["*i64", "i32", "i32", "i64"], warps=8)
+_unlock = Kernel(unlock_kernel, ["*i64", "*i32", "i32", "i64"], warps=1)
+_finish_unlocks = Kernel(finish_unlock_kernel, ["i32", "i64"], warps=1)
 
 
 def _programs(batch: int) -> int:
@@ -188,12 +227,17 @@ def _programs(batch: int) -> int:
 def lock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int, bigram: bool) -> None:
     """Lock a batch of places; `handles` int64 [B] and `lengths` int32 [B] are addresses, handles of cut edges renewed.
 
-    One launch. 1,024 paths of 64 nodes: about 12 us on an H200, most of it the chain of parents.
+    One launch for up to 32 places, else two.
     """
-    rows = bound.state.parent.shape[0]
-    _lock(bound, _programs(batch), (handles, lengths, batch, rows, call), (page, bigram))
+    programs = _programs(batch)
+    _lock(bound, programs, (handles, lengths, batch, bound.rows, call), (page, bigram, programs == 1))
+    if programs > 1:
+        _finish_locks(bound, 1, (handles, batch, bound.rows, call), (page, bigram))
 
 
 def unlock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int) -> None:
-    """Unlock a batch of places, all or nothing."""
-    _unlock(bound, _programs(batch), (handles, lengths, batch, call), (page,))
+    """Unlock a batch of places, all or nothing; launches as for `lock`."""
+    programs = _programs(batch)
+    _unlock(bound, programs, (handles, lengths, batch, call), (page, programs == 1))
+    if programs > 1:
+        _finish_unlocks(bound, 1, (batch, call), (page,))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
 from flatradix import meta
 from flatradix.kernels.gpu.cut import column, cut_locked
-from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse
+from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, publish_done, refuse
 from flatradix.kernels.gpu.launch import Bound, Kernel
 from flatradix.kernels.gpu.lock import unlock_up
 from flatradix.kernels.gpu.rows import handle_of
@@ -18,6 +20,7 @@ from flatradix.kernels.gpu.walk import (
     first_outside,
     key_range,
     name_of,
+    page_constants,
     undo_touches,
     visit,
     visit_up,
@@ -60,13 +63,14 @@ def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.co
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0).to(tl.int64)
-        if LOCK:
-            cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
-            tl.atomic_add(s.own_locks + row, -1, mask=(row > 0) & (cut == 0), sem="relaxed")
-            unlock_up(s, row, cut > 0, row > 0)
-        if TOUCH:
-            undo_touches(s, w, row, clock, row > 0)
+        if TOUCH or LOCK:
+            row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
+            if LOCK:
+                cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
+                tl.atomic_add(s.own_locks + row, -1, mask=(row > 0) & (cut == 0), sem="relaxed")
+                unlock_up(s, row, cut > 0)
+            if TOUCH:
+                undo_touches(s, w, row, clock, row > 0)
         tl.store(lengths + query, -1, mask=query < batch)
         tl.store(handles + query, -1, mask=query < batch)
         first += LANES
@@ -74,26 +78,28 @@ def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.co
 
 @triton.jit
 def _finish(
-    s, w, lengths, handles, batch, rows, call, clock,
+    s, w, lengths, handles, batch, rows, call, clock, errors, bad,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr,
 ):  # fmt: skip
     """What the program does that is done last."""
-    error = first_refusal(w)
-    if error != meta.NO_ERROR:
-        if TOUCH or LOCK:
-            _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
+    if bad:
+        _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
         if LOCK:
             tl.store(w.number + meta.NEWLY, 0)
+            tl.store(w.number + meta.CUTS, 0)
+        publish(s, w, call, first_refusal(w), meta.MATCH)
     else:
         if LOCK:
             if tl.load(w.number + meta.CUTS, volatile=True) > 0:
                 cut_locked(s, w, handles, batch, rows, clock, PAGE, BIGRAM, 2 * TOUCH)
+                tl.store(w.number + meta.CUTS, 0)
+            move_protected(s, w, 1)
         if TOUCH:
             tl.store(s.meta + meta.CLOCK, clock + 2 * batch)
-    if LOCK:
-        tl.store(w.number + meta.CUTS, 0)
-        move_protected(s, w, 1)
-    publish(s, w, call, error, meta.MATCH)
+        if LOCK:
+            publish(s, w, call, tl.zeros([], tl.int64) + meta.NO_ERROR, meta.MATCH)
+        else:
+            publish_done(w, call, errors)
 
 
 @triton.jit(
@@ -110,6 +116,7 @@ def match_kernel(
 ):  # fmt: skip
     query = tl.program_id(0)
     clock = tl.load(s.meta + meta.CLOCK)
+    errors = tl.load(s.meta + meta.ERRORS)
     tick = clock + 2 * (query.to(tl.int64) + 1)
     call = call.to(tl.int64)
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
@@ -123,9 +130,10 @@ def match_kernel(
         reason = reason * 0 + WRONG_OFFSETS
     first_row = row
     length = start
-    left = tl.zeros([], tl.int64)
+    left = tl.zeros([], tl.int32)
     newly = tl.zeros([], tl.int64)
-    if reason < 0:
+    bad = reason < 0
+    if bad:
         refuse(w, query, reason, start)
         row = row * 0
     else:
@@ -135,9 +143,10 @@ def match_kernel(
         )
         length = start + done
         if done < units:
-            bad = first_outside(key, done, PAGE + BIGRAM, MAX_TOKEN, WIDTH)
-            if bad >= 0:
-                refuse(w, query, WRONG_VALUE, bad)
+            place = first_outside(key, done, PAGE + BIGRAM, MAX_TOKEN, WIDTH)
+            if place >= 0:
+                refuse(w, query, WRONG_VALUE, place)
+                bad = place >= 0
         if LOCK:
             if left > 0:
                 tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
@@ -149,22 +158,27 @@ def match_kernel(
             from_row = first_row
             if LOCK:
                 if (row == first_row) & (left > 0):
-                    from_row = tl.maximum(tl.load(s.parent + first_row).to(tl.int64), 0)
+                    from_row = tl.maximum(tl.load(s.parent + first_row), 0)
             newly += visit_up(s, w, from_row, clock, tick, TOUCH, LOCK)
     if LOCK:
         if newly > 0:
             tl.atomic_add(w.number + meta.NEWLY, newly, sem="relaxed")
     if TOUCH or LOCK:
-        tl.store(column(w, batch, meta.Q_ROW) + query, row.to(tl.int32))
-        tl.store(column(w, batch, meta.Q_CUT) + query, tl.where(left > 0, length, 0).to(tl.int32))
+        tl.store(column(w, batch, meta.Q_ROW) + query, row)
+        tl.store(column(w, batch, meta.Q_CUT) + query, tl.where(left > 0, length, 0))
     handle = handle_of(s, row)
-    tl.store(lengths + query, length.to(tl.int32))
+    tl.store(lengths + query, length)
     tl.store(handles + query, handle)
-    if is_last(w, tl.num_programs(0)):
-        _finish(s, w, lengths, handles, batch, rows, call, clock, PAGE, BIGRAM, TOUCH, LOCK)
-        if SINGLE:
+    if SINGLE:
+        _finish(s, w, lengths, handles, batch, rows, call, clock, errors, bad, PAGE, BIGRAM, TOUCH, LOCK)
+        if LOCK:
             tl.debug_barrier()
-            _answer(w, call, tl.load(lengths).to(tl.int64) & 0xFFFFFFFF, tl.load(handles))
+            handle = tl.load(handles)
+        _answer(w, call, tl.where(bad, -1, length).to(tl.int64) & 0xFFFFFFFF, handle)
+    else:
+        last, any_bad = is_last(w, tl.num_programs(0), bad)
+        if last:
+            _finish(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
 
 
 _match = Kernel(
@@ -173,17 +187,17 @@ _match = Kernel(
 )
 
 
-def _shape(batch: int, longest: int) -> tuple[int, int]:
+def shape(batch: int, longest: int) -> tuple[int, int]:
     """(tokens a block, warps a program), measured on an H200: a few long keys want many tokens on their way at once."""
-    if batch >= 4096:
+    if batch >= 1024 and longest <= 1 << 14:
         return 512, 2
-    if batch <= 512 and longest >= 1 << 15:
-        return 2048, 8
+    if batch <= 512 and longest >= 1 << 16:
+        return 2048, 4
     return 512, 4
 
 
 def match(
-    bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, longest: int, names: int, name: int,
+    bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, names: int, name: int,
     start_handles: int, start_lengths: int, lengths: int, handles: int, stage: int, call: int,
     page: int, bigram: bool, touch: bool, lock: bool,
 ) -> None:  # fmt: skip
@@ -192,16 +206,38 @@ def match(
     values, offsets: addresses of tokens (int64 if `wide`) and int64 [B + 1]; offsets 0 for a single key of `total`
         tokens. stage: where a single key in pinned memory is brought first, 0 for one on the device.
     names: address of int64 [B], code * 2 + (1 if the caller gave a name), or 0 and the same number in `name` for all.
-    start_handles, start_lengths: int64 and int32 [B], or 0. longest: tokens of the longest key, as far as it is known.
+    start_handles, start_lengths: int64 and int32 [B], or 0.
     Fills lengths int32 [B] and handles int64 [B], with -1 where the call is refused.
     """
-    width = triton.next_power_of_2(page + bigram)
-    block, warps = _shape(batch, longest)
-    constants = (
-        page, width, bigram, max(block, width), touch, lock, offsets == 0, stage != 0, names != 0, start_handles != 0,
+    block, warps = shape(batch, total // batch)
+    _match(
+        bound, batch,
+        (
+            values, offsets, names, start_handles, start_lengths, lengths, handles, stage, total, name, batch,
+            bound.rows, call,
+        ),
+        (
+            *page_constants(page, bigram, block), touch, lock, offsets == 0, stage != 0, names != 0,
+            start_handles != 0,
+        ),
+        (wide, wide),
+        warps,
+        # What cuts edges wants 148 registers, the walk 56: with more than 128 a multiprocessor walks 6 keys at once.
+        256 // warps if lock else 0,
     )  # fmt: skip
-    arguments = (
-        values, offsets, names, start_handles, start_lengths, lengths, handles, stage, total, name, batch,
-        bound.state.parent.shape[0], call,
+
+
+@functools.cache
+def _single_constants(page: int, bigram: bool, touch: bool, lock: bool) -> tuple[int | bool, ...]:
+    return *page_constants(page, bigram, 512), touch, lock, True, True, False, False
+
+
+def match_one(
+    bound: Bound, values: int, wide: bool, count: int, name: int, length: int, handle: int, stage: int, call: int,
+    page: int, bigram: bool, touch: bool, lock: bool,
+) -> None:  # fmt: skip
+    """Match one key of `count` tokens in pinned memory from the root; arguments as for `match`."""
+    _match(
+        bound, 1, (values, 0, 0, 0, 0, length, handle, stage, count, name, 1, bound.rows, call),
+        _single_constants(page, bigram, touch, lock), (wide, wide),
     )  # fmt: skip
-    _match(bound, batch, arguments, constants, (wide, wide), warps)

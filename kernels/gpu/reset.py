@@ -47,7 +47,8 @@ def reset_kernel(s, w, call: tl.int64, programs: tl.int32):
     first, end = share(tl.load(s.meta + meta.ROWS), programs)
     _free_all(s, first, end)
     clear_table(s, programs)
-    if is_last(w, programs):
+    last, _bad = is_last(w, programs)
+    if last:
         _set_numbers(s)
         publish(s, w, call.to(tl.int64), meta.NO_ERROR, meta.EVICT)
 

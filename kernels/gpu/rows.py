@@ -60,7 +60,7 @@ def namespace_of(s, row):
     """The code of a row's namespace; scalar."""
     parent = row
     while parent >= 0:
-        parent = tl.load(s.parent + parent).to(tl.int64)
+        parent = tl.load(s.parent + parent)
     return ~parent
 
 

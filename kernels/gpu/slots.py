@@ -12,47 +12,38 @@ from flatradix.kernels.gpu.launch import Bound, Kernel, resident
 from flatradix.kernels.gpu.rows import resolve
 from flatradix.refusals import BAD_ROW, TOO_LONG
 
-LANES = tl.constexpr(32)
-BLOCK = tl.constexpr(1024)
+BLOCK = tl.constexpr(512)
 NO_ROW = tl.constexpr(BAD_ROW)
 NO_WIDTH = tl.constexpr(TOO_LONG)
 
 
 @triton.jit
-def _check(
-    s, w, handles, lengths, rows, height, width, batch, program, programs, PAGE: tl.constexpr, TABLE: tl.constexpr
-):
-    """Resolve all places before the first slot is written."""
-    first = program * LANES
-    while first < batch:
-        query = first + tl.arange(0, LANES)
-        active = query < batch
-        handle = tl.load(handles + query, mask=active, other=0)
-        length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
-        row, reason = resolve(s, handle, length, active, PAGE)
-        value = length
-        if TABLE:
-            number = tl.load(rows + query, mask=active, other=0).to(tl.int64)
-            outside = (number < 0) | (number >= height)
-            value = tl.where((reason == 0) & outside, number, value)
-            reason = tl.where((reason == 0) & (length > width), NO_WIDTH, reason)
-            reason = tl.where((reason == 0) | (reason == NO_WIDTH), tl.where(outside, NO_ROW, reason), reason)
-        refuse_lanes(w, query, tl.where(active, reason, 0).to(tl.int64), value)
-        tl.store(column(w, batch, meta.Q_ROW) + query, row.to(tl.int32), mask=active)
-        first += programs * LANES
+def _check(s, w, handles, lengths, rows, height, width, query, batch, PAGE: tl.constexpr, TABLE: tl.constexpr):
+    """Resolve one place; nothing is written before all of them are known to be good."""
+    one = query + tl.arange(0, 1)
+    length = tl.load(lengths + one).to(tl.int64)
+    row, reason = resolve(s, tl.load(handles + one), length, one >= 0, PAGE)
+    value = length
+    if TABLE:
+        number = tl.load(rows + one)
+        outside = (number < 0) | (number >= height)
+        value = tl.where((reason == 0) & outside, number, value)
+        reason = tl.where((reason == 0) & outside, NO_ROW, tl.where((reason == 0) & (length > width), NO_WIDTH, reason))
+    refuse_lanes(w, one.to(tl.int64), reason, value)
+    tl.store(column(w, batch, meta.Q_ROW) + one, row.to(tl.int32))
 
 
 @triton.jit
 def _copy_path(s, row, length, pool, target):
     """Copy the slots of one path, from its end up; the next edge is looked up while one is copied."""
-    begin = tl.load(s.end + row).to(tl.int64) - tl.load(s.length + row)
-    start = tl.load(s.start + row).to(tl.int64)
-    parent = tl.load(s.parent + row).to(tl.int64)
+    begin = tl.load(s.end + row) - tl.load(s.length + row)
+    start = tl.load(s.start + row)
+    parent = tl.load(s.parent + row)
     while row > 0:
         above = tl.maximum(parent, 0)
-        next_begin = tl.load(s.end + above).to(tl.int64) - tl.load(s.length + above)
-        next_start = tl.load(s.start + above).to(tl.int64)
-        next_parent = tl.load(s.parent + above).to(tl.int64)
+        next_begin = tl.load(s.end + above) - tl.load(s.length + above)
+        next_start = tl.load(s.start + above)
+        next_parent = tl.load(s.parent + above)
         at = begin
         while at < length:
             j = at + tl.arange(0, BLOCK)
@@ -78,19 +69,23 @@ def slots_kernel(
     """TABLE: into rows `rows` int64 [B] of a table; else to where `rows`, then the offsets, say."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    _check(s, w, handles, lengths, rows, height, width, batch, program, programs, PAGE, TABLE)
+    query = program
+    while query < batch:
+        _check(s, w, handles, lengths, rows, height, width, query, batch, PAGE, TABLE)
+        query += programs
     wait_for_all(w, programs)
     error = first_refusal(w)
     if error == meta.NO_ERROR:
         query = program
         while query < batch:
-            row = tl.load(column(w, batch, meta.Q_ROW) + query).to(tl.int64)
+            row = tl.load(column(w, batch, meta.Q_ROW) + query)
             place = tl.load(rows + query).to(tl.int64)
             if TABLE:
                 place = place * stride
-            _copy_path(s, row, tl.load(lengths + query).to(tl.int64), pool, target + place)
+            _copy_path(s, row, tl.load(lengths + query), pool, target + place)
             query += programs
-    if is_last(w, programs):
+    last, _bad = is_last(w, programs)
+    if last:
         if TABLE:
             publish(s, w, call.to(tl.int64), error, meta.WRITE_SLOTS)
         else:
@@ -100,6 +95,7 @@ def slots_kernel(
 _slots = Kernel(
     slots_kernel,
     ["*i64", "*i32", "*i64", "*w", "*w", "i64", "i64", "i64", "i32", "i64"],
+    warps=4,
     cooperative=True,
 )
 
@@ -110,7 +106,7 @@ def gather_slots(
 ) -> None:  # fmt: skip
     """Write the slots of each place to `out` int64, from `offsets[i]` on (int64 [B])."""
     arguments = (handles, lengths, offsets, pool, out, 0, 0, 0, batch, call)
-    _slots(bound, resident(bound, batch), arguments, (page, False), (pool_wide, True))
+    _slots(bound, resident(bound, batch, 8), arguments, (page, False), (pool_wide, True))
 
 
 def write_slots(
@@ -119,4 +115,4 @@ def write_slots(
 ) -> None:  # fmt: skip
     """Write the slots of each place into row `rows[i]` (int64 [B]) of a table, all or nothing, in one launch."""
     arguments = (handles, lengths, rows, pool, table, stride, height, width, batch, call)
-    _slots(bound, resident(bound, batch), arguments, (page, True), (pool_wide, table_wide))
+    _slots(bound, resident(bound, batch, 8), arguments, (page, True), (pool_wide, table_wide))

@@ -1,18 +1,20 @@
 """The walk down a key, one program a key: what match and insert share.
 
-A step costs two dependent loads, the first page of the next child's key and its entry in the child table: the entry
-names the edge, so the child after it is looked for while the tokens of the edge are still being compared, and the
-tokens of the next block are on their way before the last ones have been looked at. A child that was entered on the word
+A step costs one load that waits for another, that of the child's entry in the table: the entry names the edge, so the
+child after it is looked for while the tokens of the edge are still being compared; and the key's next block, with the
+page that the search begins with, is on its way before the last one has been looked at. A child that was entered on the word
 of its tag alone is left again if its parent or its first page turns out to be another.
 """
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
 from flatradix import meta
-from flatradix.kernels.gpu.children import probe, tag_of
+from flatradix.kernels.gpu.children import page_at, probe, tag_of
 from flatradix.kernels.gpu.rows import namespace_of, resolve
 from flatradix.layout import MAX_UNITS
 from flatradix.refusals import BAD_OFFSETS, OTHER_NAMESPACE, OTHER_TOKEN
@@ -46,7 +48,7 @@ def name_of(names, name, query, NAMES: tl.constexpr):
     packed = name.to(tl.int64)
     if NAMES:
         packed = tl.load(names + query)
-    return packed >> 1, (packed & 1) != 0
+    return (packed >> 1).to(tl.int32), (packed & 1) != 0
 
 
 @triton.jit
@@ -55,36 +57,36 @@ def begin_at(
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """(row to walk from, path length there, reason): the root without START, else where the start lies."""
-    row = tl.zeros([], tl.int64)
-    length = tl.zeros([], tl.int64)
+    row = tl.zeros([], tl.int32)
+    length = tl.zeros([], tl.int32)
     reason = tl.zeros([], tl.int64)
     if START:
         one = tl.arange(0, 1)
         handle = tl.load(start_handles + query + one)
-        length = tl.load(start_lengths + query).to(tl.int64)
+        length = tl.load(start_lengths + query)
         rows, reasons = resolve(s, handle, tl.load(start_lengths + query + one).to(tl.int64), one == 0, PAGE)
-        row = tl.max(rows)
+        row = tl.max(rows).to(tl.int32)
         reason = tl.min(reasons)
         if row > 0:
             if named & (namespace_of(s, row) != code):
                 reason = reason * 0 + WRONG_NAMESPACE
             elif BIGRAM:
                 if count > 0:
-                    left = tl.load(s.end + row).to(tl.int64) - length
-                    place = tl.load(s.start + row).to(tl.int64) + tl.load(s.length + row) - left - 1
+                    left = tl.load(s.end + row) - length
+                    place = tl.load(s.start + row) + tl.load(s.length + row) - left - 1
                     if tl.load(s.seconds + place).to(tl.int64) != tl.load(key).to(tl.int64):
                         reason = reason * 0 + WRONG_TOKEN
     return row, length, reason
 
 
 @triton.jit
-def _block(s, key, position, done, take, BLOCK: tl.constexpr):
-    """The next tokens of the key and of the edge; equal where there are none."""
-    j = tl.arange(0, BLOCK)
-    inside = j < take
-    ours = tl.load(key + done + j, mask=inside, other=0)
-    theirs = tl.load(s.tokens + position + j, mask=inside, other=0)
-    return ours, theirs
+def _pages(key, at, units, PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr):
+    """The first and, with bigrams, the second tokens of a key's page."""
+    first = page_at(key, at, units, PAGE, WIDTH)
+    second = first
+    if BIGRAM:
+        second = page_at(key + 1, at, units, PAGE, WIDTH)
+    return first, second
 
 
 @triton.jit
@@ -94,9 +96,22 @@ def visit(s, w, row, old, clock, tick, TOUCH: tl.constexpr):
     `old` may have been read after others touched the row; whoever touched it first read the tick from before.
     """
     if TOUCH:
-        if old <= clock:
-            tl.store(w.undo + row, old)
+        tl.store(w.undo + row, old, mask=old <= clock)
         tl.atomic_max(s.tick + row, tick, sem="relaxed")
+
+
+@triton.jit
+def _child(s, tag, place, mask, TOUCH: tl.constexpr):
+    """The first row that the table has under a tag: (row, where its edge begins, its length, its parent, its tick)."""
+    row, edge, place = probe(s, tag, place, mask)
+    row = row.to(tl.int32)
+    position = edge.to(tl.int32)
+    length = tl.where(row > 0, edge >> 32, 0).to(tl.int32)
+    above = tl.load(s.parent + row)
+    old = tl.zeros([], tl.int64)
+    if TOUCH:
+        old = tl.load(s.tick + row)
+    return row, position, length, above, old
 
 
 @triton.jit
@@ -105,95 +120,85 @@ def walk(
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr,
     TOUCH: tl.constexpr, LOCK: tl.constexpr,
 ):  # fmt: skip
-    """Follow `units` (whole pages) of `key` from (row, at), row 0 being the root of `code`.
+    """Follow `units` (whole pages) of `key` from (row, at), row 0 being the root of `code`; scalars, int32.
 
-    Returns (last row, units matched, units left on its edge, tokens newly protected). Visits, and with LOCK locks, each
-    row that is matched whole, but for the row that it starts on; a last one that is matched in part is the caller's.
+    Returns (last row, units matched, units left on its edge, tokens newly protected, the row's tick). Visits, and with
+    LOCK locks, each row that is matched whole, but for the row that it starts on; a last one that is matched in part is
+    the caller's. All that it carries along is in 32 bits, and what is rarely wanted is looked up again: the registers
+    decide how many keys a multiprocessor walks at once.
     """
     j = tl.arange(0, BLOCK)
     mask = tl.load(s.meta + meta.TABLE_MASK)
     first_row = row
     parent = tl.where(row > 0, row, ~code)
-    place = tl.zeros([], tl.int64)
-    tag = tl.zeros([], tl.int64)
-    position = tl.zeros([], tl.int64)
-    left = tl.zeros([], tl.int64)
-    done = tl.zeros([], tl.int64)
+    position = tl.zeros([], tl.int32)
+    left = tl.zeros([], tl.int32)
+    done = tl.zeros([], tl.int32)
     old = tl.zeros([], tl.int64)
     above = parent
     fresh = False
+    ours = tl.load(key + j, mask=j < units, other=0)
     if row > 0:
-        left = tl.load(s.end + row).to(tl.int64) - at
-        position = tl.load(s.start + row).to(tl.int64) + tl.load(s.length + row) - left
+        left = tl.load(s.end + row) - at
+        position = tl.load(s.start + row) + tl.load(s.length + row) - left
     found = row
     found_left = left
     if (left == 0) & (units > 0) & ((row > 0) | (code >= 0)):
-        tag = tag_of(s, key, key + 1, parent, PAGE, WIDTH, BIGRAM)
-        row, edge, place = probe(s, tag, tag & mask, mask)
-        position = edge & 0xFFFFFFFF
-        left = tl.where(row > 0, edge >> 32, 0)
-        above = tl.load(s.parent + row).to(tl.int64)
-        if TOUCH:
-            old = tl.load(s.tick + row)
+        page, second = _pages(key, 0, units, PAGE, WIDTH, BIGRAM)
+        tag = tag_of(s, page, second, parent.to(tl.int64), PAGE, WIDTH, BIGRAM)
+        row, position, left, above, old = _child(s, tag, tag & mask, mask, TOUCH)
         fresh = True
     newly = tl.zeros([], tl.int64)
     before = tl.zeros([], tl.int32) + 1
-    size = tl.zeros([], tl.int64)
+    size = tl.zeros([], tl.int32)
     take = tl.minimum(tl.minimum(left, BLOCK), units)
-    ours, theirs = _block(s, key, position, done, take, BLOCK)
+    theirs = tl.load(s.tokens + position + j, mask=j < take, other=0)
+    page, second = _pages(key, take, units, PAGE, WIDTH, BIGRAM)
     going = take > 0
     while going:
-        # Where the walk is after this block if all of it is equal, and the block after that, on its way.
+        # Where the walk is after this block if all of it is equal, and the block after that, on its way: its key, then
+        # the child to compare with, whose page came with the block before, then that child's tokens.
         next_done = done + take
         next_left = left - take
         next_position = position + take
+        next_ours = tl.load(key + next_done + j, mask=next_done + j < units, other=0)
         next_row = row
-        next_parent = parent
-        next_place = place
-        next_tag = tag
         next_above = parent
         next_old = old
-        next_fresh = False
-        if (next_left == 0) & (next_done < units):
-            next_parent = row
-            next_tag = tag_of(s, key + next_done, key + next_done + 1, row, PAGE, WIDTH, BIGRAM)
-            next_row, edge, next_place = probe(s, next_tag, next_tag & mask, mask)
-            next_position = edge & 0xFFFFFFFF
-            next_left = tl.where(next_row > 0, edge >> 32, 0)
-            next_above = tl.load(s.parent + next_row).to(tl.int64)
-            if TOUCH:
-                next_old = tl.load(s.tick + next_row)
-            next_fresh = True
+        ends = next_left == 0
+        more = ends & (next_done < units)
+        if more:
+            tag = tag_of(s, page, second, row.to(tl.int64), PAGE, WIDTH, BIGRAM)
+            next_row, next_position, next_left, next_above, next_old = _child(s, tag, tag & mask, mask, TOUCH)
         next_take = tl.minimum(tl.minimum(next_left, BLOCK), units - next_done)
-        next_ours, next_theirs = _block(s, key, next_position, next_done, next_take, BLOCK)
+        next_theirs = tl.load(s.tokens + next_position + j, mask=j < next_take, other=0)
+        page, second = _pages(key, next_done + next_take, units, PAGE, WIDTH, BIGRAM)
 
-        different = ours != theirs
+        inside = j < take
+        different = inside & (ours != theirs)
         if BIGRAM:
-            inside = j < take
-            second = tl.load(key + done + 1 + j, mask=inside, other=0)
-            different = different | (second != tl.load(s.seconds + position + j, mask=inside, other=0))
-        equal = tl.min(tl.where(different, j, BLOCK)).to(tl.int64)
+            ours_second = tl.load(key + done + 1 + j, mask=inside, other=0)
+            different = different | (ours_second != tl.load(s.seconds + position + j, mask=inside, other=0))
+        equal = tl.min(tl.where(different, j, BLOCK))
         all_equal = equal == BLOCK
         known = (not fresh) | ((above == parent) & (all_equal | (equal >= PAGE)))
         if known & all_equal:
             found = row
             found_left = left - take
-            if (found_left == 0) & (row != first_row):
+            if ends & (row != first_row):
                 visit(s, w, row, old, clock, tick, TOUCH)
                 if LOCK:
                     newly += tl.where(before == 0, size, 0)
-                    size = tl.load(s.length + row).to(tl.int64)
+                    size = tl.load(s.length + row)
                     before = tl.atomic_add(s.lock_ref + row, 1, sem="relaxed")
+            parent = tl.where(more, row, parent)
             done = next_done
             left = next_left
             position = next_position
             row = next_row
-            parent = next_parent
-            place = next_place
-            tag = next_tag
             above = next_above
             old = next_old
-            fresh = next_fresh
+            fresh = more
             take = next_take
             ours = next_ours
             theirs = next_theirs
@@ -207,14 +212,12 @@ def walk(
             going = False
         else:
             # Another child with the same tag: look further. Seen about once in 2**32 probes.
-            row, edge, place = probe(s, tag, (place + 1) & mask, mask)
-            position = edge & 0xFFFFFFFF
-            left = tl.where(row > 0, edge >> 32, 0)
-            above = tl.load(s.parent + row).to(tl.int64)
-            if TOUCH:
-                old = tl.load(s.tick + row)
+            tag = tl.load(s.tag + row).to(tl.int64) & 0xFFFFFFFF
+            place = tl.load(w.place + row).to(tl.int64)
+            row, position, left, above, old = _child(s, tag, (place + 1) & mask, mask, TOUCH)
             take = tl.minimum(tl.minimum(left, BLOCK), units - done)
-            ours, theirs = _block(s, key, position, done, take, BLOCK)
+            theirs = tl.load(s.tokens + position + j, mask=j < take, other=0)
+            page, second = _pages(key, done + take, units, PAGE, WIDTH, BIGRAM)
             going = take > 0
     if LOCK:
         newly += tl.where(before == 0, size, 0)
@@ -231,7 +234,7 @@ def visit_up(s, w, row, clock, tick, TOUCH: tl.constexpr, LOCK: tl.constexpr):
         if LOCK:
             if tl.atomic_add(s.lock_ref + row, 1, sem="relaxed") == 0:
                 newly += tl.load(s.length + row)
-        row = tl.load(s.parent + row).to(tl.int64)
+        row = tl.load(s.parent + row)
     return newly
 
 
@@ -253,8 +256,8 @@ def first_outside(values, begin, count, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def whole_pages(count, PAGE: tl.constexpr, BIGRAM: tl.constexpr):
-    """Units in the whole pages of a key of so many tokens."""
-    units = tl.maximum(count - BIGRAM, 0)
+    """Units, int32, in the whole pages of a key of so many tokens."""
+    units = tl.maximum(count - BIGRAM, 0).to(tl.int32)
     return units - units % PAGE
 
 
@@ -266,4 +269,11 @@ def undo_touches(s, w, row, clock, active):
         on = row > 0
         touched = on & (tl.load(s.tick + row, mask=on, other=0) > clock)
         tl.store(s.tick + row, tl.load(w.undo + row, mask=touched, other=0), mask=touched)
-        row = tl.where(on, tl.maximum(tl.load(s.parent + row, mask=on, other=0).to(tl.int64), 0), 0)
+        row = tl.where(on, tl.maximum(tl.load(s.parent + row, mask=on, other=0), 0), 0)
+
+
+@functools.cache
+def page_constants(page: int, bigram: bool, block: int) -> tuple[int, int, bool, int]:
+    """PAGE, WIDTH, BIGRAM, BLOCK: a block holds the first page, WIDTH is a power of two that holds what a page reads."""
+    width = 1 << (page + bigram - 1).bit_length()
+    return page, width, bigram, max(block, width)

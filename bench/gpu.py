@@ -1,0 +1,192 @@
+"""The tree on a GPU: the GPU's own time for each operation, the wall clock from Python, and where the CPU is faster.
+
+The GPU's time leaves out the launches (they are queued behind a sleep) and goes over several input sets by turns, so
+that large inputs come from memory and not from L2. Floors and targets are those of an H200.
+
+  python3 bench/gpu.py                          everything: less than four minutes, compiling included
+  python3 bench/gpu.py --quick                  fewer repetitions, none of the largest inputs: about 90 s
+  python3 bench/gpu.py --only match wall        the rows whose names begin so
+  python3 bench/gpu.py --list                   the names
+  TRITON_INTERPRET=1 python3 bench/gpu.py --tiny     to try the code where there is no GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import triton
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import flatradix  # noqa: E402
+from bench import gpu_crossover, rows_gpu, rows_gpu_evict, rows_gpu_wall  # noqa: E402
+from bench.gpu_harness import Measured, Row, Setup, number, start_afresh  # noqa: E402
+from flatradix import backend, plot  # noqa: E402
+
+ROWS = [*rows_gpu.ROWS, *rows_gpu_wall.ROWS, *rows_gpu_evict.ROWS]
+CROSSOVER = "crossover"
+TITLES = {"gpu": "the GPU's time, queries on the device", "wall": "wall clock from Python"}
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="the rows whose names begin with one of these")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, none of the largest inputs")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the code where there is no GPU")
+    parser.add_argument("--page", type=int, default=1, metavar="N", help="tokens a page (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results to this file")
+    parser.add_argument("--figure", type=Path, metavar="OUT.png", help="draw the crossover at 4096 tokens")
+    options = parser.parse_args(arguments)
+    if options.page < 1 or 128 % options.page:
+        parser.error("--page takes 1, 2, 4, ... 128")
+    for name in options.only or ():
+        if not any(known.startswith(name) for known in (*(row.name for row in ROWS), CROSSOVER)):
+            parser.error(f"no row is called {name!r}; --list shows the names")
+    if options.figure and not _is_chosen(CROSSOVER, options.only):
+        parser.error(f"--figure draws the row {CROSSOVER!r}, which --only leaves out")
+    return options
+
+
+def _is_chosen(name: str, only: list[str] | None) -> bool:
+    return only is None or name.startswith(tuple(only))
+
+
+def _machine() -> dict[str, Any]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: interpreted",
+        "cuda": torch.version.cuda,
+        "cpu": models[0] if models else platform.processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "numba": numba.__version__,
+        "numpy": np.__version__,
+        "flatradix": flatradix.__version__,
+    }
+
+
+def _result(row: Row, measured: Measured) -> dict[str, Any]:
+    taken = measured.taken * 1e6
+    floor = None if measured.floor is None else measured.floor * 1e6
+    target = row.target
+    if row.relative and floor is not None and target is not None:
+        target *= floor
+    return {
+        "name": row.name,
+        "work": row.work,
+        "clock": row.clock,
+        "floor_us": floor,
+        "measured_us": taken,
+        "target_us": target,
+        "met": None if target is None else taken <= target,
+        "note": measured.note,
+    }
+
+
+def _cells(result: dict[str, Any]) -> list[str]:
+    met = {True: "yes", False: "**no**", None: "-"}[result["met"]]
+    values = (result[name] for name in ("floor_us", "measured_us", "target_us"))
+    numbers = ("-" if value is None else number(value) for value in values)
+    return [result["work"], *numbers, met, result["note"]]
+
+
+def _table(results: list[dict[str, Any]], clock: str) -> str:
+    """In markdown; empty without rows."""
+    lines = ["| " + " | ".join(_cells(result)) + " |" for result in results if result["clock"] == clock]
+    head = f"| {TITLES[clock]}, us | floor | measured | target | met | note |\n|---|---|---|---|---|---|\n"
+    return head + "\n".join(lines) + "\n" if lines else ""
+
+
+def _measured(row: Row, setup: Setup) -> dict[str, Any] | None:
+    """A row's result, or None with the reason printed: one that fails does not keep the others from being measured."""
+    start_afresh(setup)
+    begun = time.perf_counter()
+    try:
+        result = _result(row, row.measure(setup))
+    except Exception:
+        print(f"{row.name}: FAILED\n{traceback.format_exc()}", flush=True)
+        return None
+    _, *numbers, met, note = _cells(result)
+    floor, taken, target = numbers
+    print(
+        f"{row.name:<22} {taken:>8} us, floor {floor}, target {target}, met {met}{', ' + note if note else ''} "
+        f"({time.perf_counter() - begun:.1f} s)",
+        flush=True,
+    )
+    return result
+
+
+def _crossover(setup: Setup) -> list[gpu_crossover.Point] | None:
+    try:
+        return gpu_crossover.measure(setup)
+    except Exception:
+        print(f"{CROSSOVER}: FAILED\n{traceback.format_exc()}", flush=True)
+        return None
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    reason = backend.why_not_cuda()
+    if reason:
+        raise SystemExit(f"no GPU: {reason}; TRITON_INTERPRET=1 with --tiny tries the code without one")
+    if backend.interpreted() and not options.tiny:
+        raise SystemExit("interpreted kernels are slow: add --tiny")
+    # One thread for the CPU's tree, and nothing of torch that would compete with it.
+    torch.set_num_threads(1)
+    return Setup(options.quick, options.tiny, options.page, torch.device("cpu" if backend.interpreted() else "cuda:0"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    if options.list:
+        print("\n".join([f"{row.name:<22} {row.work}" for row in ROWS] + [f"{CROSSOVER:<22} against one CPU thread"]))
+        return
+    if options.figure:
+        plot.require(options.figure)
+    setup = _setup(options)
+    machine = _machine()
+    told = ", ".join(f"{key} {value}" for key, value in machine.items())
+    print(f"{told}; page size {setup.page}", flush=True)
+    begun = time.perf_counter()
+    report: dict[str, Any] = {"machine": machine, "page_size": setup.page, "quick": setup.quick, "tiny": setup.tiny}
+    chosen = [row for row in ROWS if _is_chosen(row.name, options.only) and not (row.slow and setup.quick)]
+    found = [_measured(row, setup) for row in chosen]
+    results = report["rows"] = [result for result in found if result is not None]
+    points = _crossover(setup) if _is_chosen(CROSSOVER, options.only) else []
+    failed = len(results) < len(chosen) or points is None
+    if points:
+        report["crossover"] = [{**point._asdict(), "fastest": point.fastest} for point in points]
+        report["sentence"] = gpu_crossover.sentence(points)
+    report["seconds"] = time.perf_counter() - begun
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{told}; page size {setup.page}; {report['seconds']:.0f} s\n")
+    print("\n".join(text for text in (_table(results, clock) for clock in TITLES) if text))
+    if points:
+        print(f"{gpu_crossover.table(points)}\n\n{report['sentence']}")
+        if options.figure:
+            gpu_crossover.draw(points, setup, f"{machine['gpu']}, {machine['cpu']}", options.figure)
+    met = [result["met"] for result in results if result["met"] is not None]
+    print(f"{sum(met)} of {len(met)} targets met")
+    if failed:
+        raise SystemExit("some rows failed")
+
+
+if __name__ == "__main__":
+    main()
