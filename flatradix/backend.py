@@ -40,6 +40,11 @@ def why_not_cuda() -> str:
     return ""
 
 
+def is_free_to_choose() -> bool:
+    """Whether `device="auto"` is really left to us, with no word from the environment."""
+    return (os.environ.get(VARIABLE) or "auto") == "auto"
+
+
 def auto_reason() -> str:
     """What `device="auto"` takes, and why, in one sentence."""
     wanted = os.environ.get(VARIABLE) or "auto"

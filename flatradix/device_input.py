@@ -20,8 +20,9 @@ _STAGES = 32
 class Values(NamedTuple):
     """A batch of sequences on the device.
 
-    address: of int64 (`wide`) or int32 values. offsets: address of int64 [B + 1], 0 for a single sequence. counts: int64
-    [B] on the host, None where only the device knows them. owner: keeps the memory alive until the kernels are enqueued.
+    address: of int64 (`wide`) or int32 values. offsets: address of int64 [B + 1], 0 for a single sequence.
+    counts: int64 [B] on the host, None where only the device knows them.
+    owner: keeps the memory alive until the kernels are enqueued.
     """
 
     address: int
@@ -34,7 +35,7 @@ class Values(NamedTuple):
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device, without waiting; pinned memory is used again only when the copy is done (torch's care)."""
+    """A tensor on the device, without waiting; torch uses pinned memory again only when the copy is done."""
     if values.device == device:
         return values
     if not values.is_cpu or device.type != "cuda":
@@ -82,17 +83,18 @@ def _in_place(values: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def _of_ragged(ragged: Ragged, device: torch.device, what: str) -> Values:
+    values, offsets = ragged.values, ragged.offsets
     counts = None
-    if ragged.values.is_cpu:
+    if values.is_cpu:
         ragged.validate()
-        counts = np.diff(ragged.offsets.numpy())
-        if ragged.values.dtype not in (torch.int32, torch.int64):
-            read_one(ragged.values[:0], what)  # raises for what is no integer
-    values = _in_place(upload(ragged.values, device), what)
-    offsets = upload(ragged.offsets, device).contiguous()
-    wide = values.dtype == torch.int64
+        counts = np.diff(offsets.numpy())
+        if values.dtype not in (torch.int32, torch.int64):
+            read_one(values[:0], what)  # raises for what is no integer
+    values = _in_place(upload(values, device), what)
+    offsets = upload(offsets, device).contiguous()
+    wide = values.dtype is torch.int64
     return Values(
-        values.data_ptr(), wide, offsets.data_ptr(), values.numel(), len(ragged), counts, (values, offsets)
+        values.data_ptr(), wide, offsets.data_ptr(), values.shape[0], offsets.shape[0] - 1, counts, (values, offsets)
     )
 
 
@@ -116,9 +118,7 @@ def _joined(batch: Batch, device: torch.device) -> Values:
     np.cumsum(batch.counts, out=offsets[1:])
     values, bounds = upload(pinned, device), upload_numbers(offsets, device)
     counts = batch.counts
-    return Values(
-        values.data_ptr(), batch.wide, bounds.data_ptr(), total, len(batch), counts, (values, bounds, parts)
-    )
+    return Values(values.data_ptr(), batch.wide, bounds.data_ptr(), total, len(batch), counts, (values, bounds, parts))
 
 
 def _of_list(sequences: Sequence[Any], device: torch.device, what: str) -> Values:
@@ -138,9 +138,7 @@ def _of_list(sequences: Sequence[Any], device: torch.device, what: str) -> Value
     np.cumsum(counts, out=offsets[1:])
     bounds = upload_numbers(offsets, device)
     owner = (values, bounds)
-    return Values(
-        values.data_ptr(), kind == torch.int64, bounds.data_ptr(), len(values), len(counts), counts, owner
-    )
+    return Values(values.data_ptr(), kind == torch.int64, bounds.data_ptr(), len(values), len(counts), counts, owner)
 
 
 def read_values(sequences: Any, device: torch.device, what: str) -> Values:

@@ -47,42 +47,38 @@ class Singles:
 class _Awaited:
     """What both results have in common: where the answer will be."""
 
-    __slots__ = ()
+    if not TYPE_CHECKING:
+        __slots__ = ()  # two bases with slots of their own could not be joined
+    else:
+        _tree: DeviceTree
+        _call: int
+        _chunk: Chunk
+        _place: int
+        _answer: tuple[int, int, int] | None
+        _renewed: bool
 
-    _tree: DeviceTree
-    _call: int
-    _chunk: Chunk
-    _place: int
-    _known: list[int | None]
-
-    def _bind(self, tree: DeviceTree, call: int, chunk: Chunk, place: int) -> None:
-        self._tree = tree
-        self._call = call
-        self._chunk = chunk
-        self._place = place
-        self._known = [None, None, None]
-
-    def _await(self) -> list[int | None]:
-        known = self._known
-        if known[0] is None:
+    def _await(self) -> tuple[int, int, int]:
+        """(length, handle, prefix length)."""
+        if self._answer is None:
             answers = self._tree._mail.answers(self._call)
             if answers is None:
-                known[0] = int(self._chunk.lengths[0, self._place])
-                known[1] = int(self._chunk.handles[self._place])
-                known[2] = int(self._chunk.lengths[1, self._place])
+                lengths, handle = self._chunk.lengths[:, self._place].tolist(), self._read_handle()
+                answer = (lengths[0], handle, lengths[1])
             else:
                 length, low, high, prefix = answers
-                known[0], known[1], known[2] = length, low | high << 32, prefix
-            if known[0] in (-1, 0xFFFFFFFF):
-                known[0] = None
+                answer = (length, low | high << 32, prefix)
+            if answer[0] in (-1, 0xFFFFFFFF):
                 self._tree.raise_pending()
                 raise ValueError("this call was refused, as was told before; it has no result")
-        return known
+            self._answer = answer
+        return self._answer
+
+    def _read_handle(self) -> int:
+        return int(self._chunk.handles[self._place])
 
     def forget_handle(self) -> None:
         """A lock may have renewed it."""
-        if self._known[0] is not None:
-            self._known[1] = None
+        self._renewed = True
 
     def addresses(self) -> tuple[int, int]:
         """Of the handle and the length on the device."""
@@ -93,10 +89,15 @@ class _Awaited:
 class AwaitedMatch(_Awaited, MatchResult):
     """The result of a single match."""
 
-    __slots__ = ("_call", "_chunk", "_known", "_place", "_tree")
+    __slots__ = ("_answer", "_call", "_chunk", "_place", "_renewed", "_tree")
 
     def __init__(self, tree: DeviceTree, call: int, chunk: Chunk, place: int) -> None:
-        self._bind(tree, call, chunk, place)
+        self._tree = tree
+        self._call = call
+        self._chunk = chunk
+        self._place = place
+        self._answer = None
+        self._renewed = False
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -108,14 +109,11 @@ class AwaitedMatch(_Awaited, MatchResult):
 
     @property
     def length(self) -> int:
-        return int(self._await()[0])  # type: ignore[arg-type]
+        return self._await()[0]
 
     @property
     def handle(self) -> int:
-        known = self._await()
-        if known[1] is None:
-            known[1] = int(self._chunk.handles[self._place])
-        return int(known[1])
+        return self._read_handle() if self._renewed else self._await()[1]
 
     def __len__(self) -> int:
         return 1
@@ -124,11 +122,9 @@ class AwaitedMatch(_Awaited, MatchResult):
 class AwaitedInsert(_Awaited, InsertResult):
     """The result of a single insert."""
 
-    __slots__ = ("_call", "_chunk", "_known", "_place", "_tree")
+    __slots__ = AwaitedMatch.__slots__
 
-    def __init__(self, tree: DeviceTree, call: int, chunk: Chunk, place: int) -> None:
-        self._bind(tree, call, chunk, place)
-
+    __init__ = AwaitedMatch.__init__
     lengths = AwaitedMatch.lengths
     handles = AwaitedMatch.handles
     length = AwaitedMatch.length
@@ -141,4 +137,4 @@ class AwaitedInsert(_Awaited, InsertResult):
 
     @property
     def prefix_length(self) -> int:
-        return int(self._await()[2])  # type: ignore[arg-type]
+        return self._await()[2]

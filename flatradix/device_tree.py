@@ -40,7 +40,7 @@ class DeviceTree(RadixTree):
         state.meta[meta.POLICY] = self._policy_code
         state.meta[meta.THRESHOLD] = policies.SLRU_THRESHOLD
         self._state = state
-        self._pool = torch.zeros(2 * units, dtype=self.slot_dtype, device=device)
+        self._slots = torch.zeros(2 * units, dtype=self.slot_dtype, device=device)
         self._wide = self.slot_dtype == torch.int64
         self._limit = int(torch.iinfo(self.slot_dtype).max)
         self._mail = Mailbox(device)
@@ -113,6 +113,10 @@ class DeviceTree(RadixTree):
                 self._mail.last_change = self._calls
         return self._calls
 
+    @property
+    def _pool(self) -> torch.Tensor:
+        return self._slots
+
     # Waiting
 
     def _settle(self) -> None:
@@ -174,7 +178,7 @@ class DeviceTree(RadixTree):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self._state, *self._workspace)) + self._pool.nbytes
+        return sum(t.nbytes for t in (*self._state, *self._workspace)) + self._slots.nbytes
 
     # Reading what callers pass
 
@@ -315,7 +319,7 @@ class DeviceTree(RadixTree):
         values = torch.empty(int(offsets[-1]), dtype=torch.int64, device=self.device)
         if batch:
             self._kernels.gather_slots(
-                self._bound, handles.data_ptr(), lengths.data_ptr(), offsets.data_ptr(), self._pool.data_ptr(),
+                self._bound, handles.data_ptr(), lengths.data_ptr(), offsets.data_ptr(), self._slots.data_ptr(),
                 self._wide, values.data_ptr(), batch, self._next_call(), self.page_size,
             )  # fmt: skip
             self._settle()
@@ -332,7 +336,7 @@ class DeviceTree(RadixTree):
         self._room_for(len(handles))
         numbers = upload_numbers(numbers.numpy(), self.device) if numbers.is_cpu else numbers.to(self.device)
         self._kernels.write_slots(
-            self._bound, handles.data_ptr(), lengths.data_ptr(), numbers.data_ptr(), self._pool.data_ptr(), self._wide,
+            self._bound, handles.data_ptr(), lengths.data_ptr(), numbers.data_ptr(), self._slots.data_ptr(), self._wide,
             table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape, len(handles),
             self._next_call(), self.page_size,
         )  # fmt: skip
@@ -378,7 +382,7 @@ class DeviceTree(RadixTree):
         self._kernels.insert(
             self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name, handles, lengths,
             source.address, source.wide, source.offsets if keys.offsets else 0, source.total, self._limit,
-            self._pool.data_ptr(), self._wide, priorities, one_priority, inserteds, inserted,
+            self._slots.data_ptr(), self._wide, priorities, one_priority, inserteds, inserted,
             prefix_out, length_out, handle_out, call, self.page_size, self.bigram, may_compact,
         )  # fmt: skip
         return result
@@ -418,7 +422,7 @@ class DeviceTree(RadixTree):
 
     def _compact(self) -> None:
         """Copy all edges to the other half of the pools, without gaps."""
-        self._kernels.compact(self._bound, self._pool.data_ptr(), self._wide, True)
+        self._kernels.compact(self._bound, self._slots.data_ptr(), self._wide, True)
         self._kernels.tell(self._bound, self._next_call())
 
     def _rebuild(self) -> None:
@@ -445,7 +449,7 @@ class DeviceTree(RadixTree):
             if unordered:
                 self._kernels.order_victims(self._bound, nodes, self._by_tick)
             call = self._next_call()
-            pool = (self._pool.data_ptr(), self._wide)
+            pool = (self._slots.data_ptr(), self._wide)
             self._kernels.free(self._bound, nodes, tokens, call, *pool, slots.data_ptr())
             if len(self._namespaces.items()) > 1:
                 self._forget_namespaces(self._mail.wait(meta.MAIL_RELEASED, call))
@@ -475,7 +479,7 @@ class DeviceTree(RadixTree):
         hashes = np.array([name_hash(name) for _, name in self._namespaces.items()], np.int64)
         codes = torch.tensor([code for code, _ in self._namespaces.items()]).to(self.device)
         self._state.namespace_hash[codes] = torch.from_numpy(hashes).to(self.device)
-        lanes = self._kernels.digest(self._bound, self._pool.data_ptr(), self._wide)
+        lanes = self._kernels.digest(self._bound, self._slots.data_ptr(), self._wide)
         return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
 
     def reset(self) -> None:

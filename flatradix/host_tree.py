@@ -280,7 +280,6 @@ class HostTree(RadixTree):
 
     @property
     def _pool(self) -> torch.Tensor:
-        """The slot pool."""
         return self._slots.values
 
     def evict(self, num_tokens: int) -> EvictResult:
@@ -341,8 +340,9 @@ class HostTree(RadixTree):
         lengths, handles = (tensor.contiguous() for tensor in places_of(places))
         numbers = check_table(table, rows, len(handles), self._slots.device, self.slot_dtype).cpu().numpy()
         here = isinstance(self._slots, HostSlots)
+        pool = self._slots.arguments[:2] if here else (0, False)
         reason = self._kernels.write_slots(
-            self._table, handles.numpy(), lengths.numpy(), numbers, *(self._slots.arguments[:2] if here else (0, False)),
+            self._table, handles.numpy(), lengths.numpy(), numbers, *pool,
             table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape,
         )  # fmt: skip
         if reason < 0:

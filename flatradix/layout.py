@@ -157,9 +157,7 @@ class Workspace(NamedTuple):
     mail: torch.Tensor  # int64 [MAIL]: in pinned memory, where kernels leave numbers for the host
 
 
-def allocate_device(
-    max_tokens: int, page_size: int, bigram: bool, generation: int, device: torch.device
-) -> TreeState:
+def allocate_device(max_tokens: int, page_size: int, bigram: bool, generation: int, device: torch.device) -> TreeState:
     """An empty tree's arrays on a GPU.
 
     What differs from host memory: each pool has two halves of P units, of which one is in use, filled from its

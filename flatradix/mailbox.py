@@ -32,7 +32,7 @@ class Mailbox:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.words = torch.zeros(meta.MAIL, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._view = memoryview(self.words.numpy())
+        self._view = memoryview(self.words.numpy().data)
         self.last = 0
         self.last_change = 0  # the last call that may have changed a size, and tells them all
         self._told = 0

@@ -69,7 +69,7 @@ def content_of(tree: RadixTree) -> dict[str, Any]:
 def copy_to(tree: RadixTree, device: torch.device) -> RadixTree:
     """The tree on another device."""
     slot_device = tree.slot_device if tree.slot_device is not None and tree.slot_device.type != "cpu" else None
-    return _restore(content_of(tree), "this tree", device, slot_device, None if tree._score is None else tree.policy)
+    return _restore(content_of(tree), "this tree", device, slot_device, tree.policy)
 
 
 def _written(name: Namespace) -> tuple[str, str]:

@@ -1,14 +1,14 @@
 """RadixTree: the prefix cache's index, one class whatever the device. Says what every operation means.
 
-`host_tree.HostTree` and `device_tree.DeviceTree` carry the operations out: they read what callers pass, call the one
-kernel package of their device, and name the results.
+`host_tree.HostTree` and `device_tree.DeviceTree`, one of which every tree is, carry the operations out: they read what
+callers pass, call the one kernel package of their device, and name the results. What has only a docstring here is
+theirs.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from abc import ABC, abstractmethod
 from typing import IO, Any, NoReturn
 
 import torch
@@ -24,7 +24,7 @@ from flatradix.ragged import Ragged
 from flatradix.results import EvictResult, InsertResult, MatchResult
 
 
-class RadixTree(ABC):
+class RadixTree:
     """A radix tree over token ids that holds a KV slot for each cached token.
 
     Every operation takes a batch and means what a loop of single calls in batch order would mean. A batch of one stays
@@ -39,8 +39,8 @@ class RadixTree(ABC):
         each, or a function from `flatradix.Nodes` to a tensor of scores, of which the lowest goes first (equal scores:
         the least recent). On the CPU a function and "mru" score every node at each eviction; the others cost O(log n) a
         node.
-    slot_device: None keeps the slots beside the index. With an index on the CPU, a device keeps them there, in a pool of
-        their own; with one on a GPU, it is where slots are returned.
+    slot_device: None keeps the slots beside the index. With an index on the CPU, a device keeps them there, in a pool
+        of their own; with one on a GPU, it is where slots are returned.
     bigram: keys of EAGLE: unit i is the pair (t[i], t[i + 1]), n tokens are n - 1 units. All lengths count units; an
         insert still takes one slot a token, and ignores the last.
     slot_dtype: torch.int32 takes slots up to 2**31 - 1 in 4 bytes each, torch.int64 any in 8.
@@ -48,7 +48,8 @@ class RadixTree(ABC):
     On a GPU, match, lock, unlock, insert and write_slots enqueue their kernels on torch's current stream and return;
     results are tensors on the device. What only the device can know is then found by the kernels: a call with a bad
     query has no effect, its places are -1, and the error is raised by the next operation that waits for the device:
-    `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and `length` and the like of a result.
+    `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and `length` and the like of a
+    result. A CUDA graph can hold match, lock and unlock, once a batch of that size has been run outside it.
 
     Raises ValueError for arguments out of range, DeviceUnavailableError for a device that cannot be used.
     """
@@ -81,29 +82,41 @@ class RadixTree(ABC):
         self.device = backend.resolve(device)
         self._kernels = backend.kernels_for(self.device)
         # Random, so that a handle of one tree is stale in another, also in one that was saved by another process.
-        self._allocate(secrets.randbits(GENERATION_BITS))
+        generation = secrets.randbits(GENERATION_BITS)
+        try:
+            self._allocate(generation)
+        except torch.OutOfMemoryError as error:
+            if device != "auto" or not backend.is_free_to_choose():
+                raise
+            backend.logger.warning("device auto takes the CPU: %s", str(error).splitlines()[0])
+            self._become_host_tree(generation)
 
-    @abstractmethod
+    def _become_host_tree(self, generation: int) -> None:
+        """What `device="auto"` does where the GPU has no room for the tree."""
+        self.__class__ = _class_for(torch.device("cpu"))
+        self.device = torch.device("cpu")
+        self._kernels = backend.kernels_for(self.device)
+        self._allocate(generation)
+
     def _allocate(self, generation: int) -> None:
         """Make the tensors of an empty tree."""
 
     _state: TreeState
     _namespaces: Namespaces
-    _pool: torch.Tensor
 
-    @abstractmethod
+    @property
+    def _pool(self) -> torch.Tensor:
+        """The slot pool, on whatever device it is."""
+
     def _compact(self) -> None:
         """Bring all edges to the front of the pools, without gaps. O(cached tokens)."""
 
-    @abstractmethod
     def _rebuild(self) -> None:
         """Make what is derived, after rows and pools were filled from a file or another tree."""
 
-    @abstractmethod
     def _first_unit(self) -> int:
         """Where the pools begin once they are compacted."""
 
-    @abstractmethod
     def match(
         self, q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None
     ) -> MatchResult:
@@ -125,7 +138,6 @@ class RadixTree(ABC):
         Raises ValueError (a bad token or query), StaleHandleError (a start that is gone); then nothing has changed.
         """
 
-    @abstractmethod
     def slots(self, places: Any) -> Ragged:
         """The KV slots of each match: a Ragged of int64 on the slot device, one value a token of the matched length.
 
@@ -133,7 +145,6 @@ class RadixTree(ABC):
         StaleHandleError.
         """
 
-    @abstractmethod
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
         """Write the KV slots of each match into a row of a table, as an engine keeps them for its running requests.
 
@@ -144,7 +155,6 @@ class RadixTree(ABC):
         than a row, int32 for slots of 64 bits), StaleHandleError; then nothing is written.
         """
 
-    @abstractmethod
     def lock(self, places: Any) -> None:
         """Protect each path, from its place to the root, from eviction, once more.
 
@@ -153,14 +163,12 @@ class RadixTree(ABC):
         Raises ValueError, StaleHandleError; then nothing is locked.
         """
 
-    @abstractmethod
     def unlock(self, places: Any) -> None:
         """Take back one lock for each place. O(nodes on the paths).
 
         Raises ValueError where no lock ends at a place, StaleHandleError; then nothing is unlocked.
         """
 
-    @abstractmethod
     def insert(
         self,
         q: Any,
@@ -183,7 +191,6 @@ class RadixTree(ABC):
         changed.
         """
 
-    @abstractmethod
     def evict(self, num_tokens: int) -> EvictResult:
         """Free whole nodes, in the order of the policy, until `num_tokens` tokens are free or all is locked.
 
@@ -193,12 +200,10 @@ class RadixTree(ABC):
         """
 
     @property
-    @abstractmethod
     def evictable_tokens(self) -> int:
         """Cached tokens that no lock protects."""
 
     @property
-    @abstractmethod
     def protected_tokens(self) -> int:
         """Cached tokens under a lock."""
 
@@ -208,12 +213,10 @@ class RadixTree(ABC):
         return self.evictable_tokens + self.protected_tokens
 
     @property
-    @abstractmethod
     def num_nodes(self) -> int:
         """Nodes that hold tokens."""
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the tree's tensors, those that nothing has touched yet included."""
 
@@ -223,7 +226,6 @@ class RadixTree(ABC):
 
         check(self)
 
-    @abstractmethod
     def digest(self) -> str:
         """32 hex digits over the logical tree: paths, namespaces, slots, locks, ticks, priorities, hit counts.
 
@@ -231,7 +233,6 @@ class RadixTree(ABC):
         count. O(cached tokens).
         """
 
-    @abstractmethod
     def reset(self) -> None:
         """Drop everything, locked nodes too. Handles go stale, that of the root excepted; the clock goes on."""
 
@@ -272,7 +273,6 @@ class RadixTree(ABC):
 
         return load(path, device, slot_device, policy)
 
-    @abstractmethod
     def raise_pending(self) -> None:
         """Wait for all calls so far and raise the error of the first that was refused since the last time, if any.
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from flatradix import backend
+from flatradix.ragged import Ragged
 from flatradix.tree import RadixTree
 
 
-def warm_up(device: str | torch.device = "auto") -> None:
+def warm_up(device: str | torch.device = "auto", page_size: int = 1, bigram: bool = False) -> None:
     """Run every operation once on a small tree, so that no later call of this process compiles anything.
 
     The first time on a machine it takes 20 s on one core; numba keeps the machine code on disk, and later processes
-    take half a second. Without it, each operation pays its own share at its first call. Which options a tree has makes
-    no difference. Raises as RadixTree does for a device that cannot be used.
+    take half a second. Without it, each operation pays its own share at its first call. On the CPU, which options a
+    tree has makes no difference.
+
+    On a GPU, kernels are compiled for each page size, for bigrams, and for what calls bring (the types of tokens and
+    slots, names and priorities for each query): this compiles the common ones for `page_size` and `bigram`, and each
+    other one takes a second or two at its first call. Triton keeps them on disk too.
+
+    Raises as RadixTree does for a device that cannot be used.
     """
+    if backend.resolve(device).type == "cuda":
+        _warm_up_device(device, page_size, bigram)
+        return
     tree = RadixTree(16, page_size=2, device=device)
     one = tree.insert([1, 2, 3, 4], [0, 1, 2, 3])
     found = tree.match([1, 2, 9])
@@ -24,10 +36,46 @@ def warm_up(device: str | torch.device = "auto") -> None:
     several = tree.insert([[1, 2], [7, 8]], [[0, 1], [6, 7]])
     tree.lock(several)
     tree.slots(tree.match([[1, 2], [7, 8]]))
+    tree.write_slots(several, torch.zeros((2, 2), dtype=torch.int32), [0, 1])
     tree.unlock(several)
     tree.evict(2)
     tree._compact()
     tree.digest()
-    tree._kernels.rebuild(tree._table)
+    tree._rebuild()
     RadixTree(16, page_size=2, device=device, slot_device="cpu")._compact()
     tree.reset()
+
+
+def _warm_up_device(device: str | torch.device, page_size: int, bigram: bool) -> None:
+    """Single keys of host memory, and batches of int32 and int64 tokens on the device."""
+    tokens = page_size + bigram
+    tree = RadixTree(64 * page_size, page_size, device=device, bigram=bigram)
+    one = np.arange(tokens)
+    for _ in range(2):  # the first launch compiles, the second finds the direct way
+        for touch in (True, False):
+            found = tree.match(one, touch=touch)
+        inserted = tree.insert(one, one, start=found)
+        tree.insert(one, one)
+        tree.lock(inserted)
+        tree.unlock(inserted)
+        tree.unlock(tree.match(one, lock=True))
+        for kind in (torch.int32, torch.int64):
+            _use_batches(tree, kind, tokens)
+        tree.evict(1)
+        tree._compact()
+        tree.digest()
+
+
+def _use_batches(tree: RadixTree, kind: torch.dtype, tokens: int) -> None:
+    batch = Ragged(
+        torch.zeros(2 * tokens, dtype=kind, device=tree.device), torch.arange(3, device=tree.device) * tokens
+    )
+    inserted = tree.insert(batch, batch)
+    tree.lock(inserted)
+    tree.slots(tree.match(batch, touch=False))
+    found = tree.match(batch)
+    table = torch.zeros((2, tokens), dtype=torch.int32, device=tree.device)
+    tree.write_slots(found, table, torch.arange(2, device=tree.device))
+    tree.unlock(inserted)
+    tree.unlock(tree.match(batch, lock=True))
+    tree.raise_pending()

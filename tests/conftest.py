@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from flatradix.backend import interpreted, why_not_cuda
 
@@ -19,8 +19,14 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 settings.register_profile("soak", parent=settings.get_profile("ci"), derandomize=False, max_examples=3000)
-# Where Python runs the kernels of a GPU, a step takes half a second.
-settings.register_profile("interpreted", parent=settings.get_profile("ci"), max_examples=5, stateful_step_count=8)
+# Where Python runs the kernels of a GPU, a step takes half a second: too long to search for a shorter program.
+settings.register_profile(
+    "interpreted",
+    parent=settings.get_profile("ci"),
+    max_examples=5,
+    stateful_step_count=8,
+    phases=[Phase.explicit, Phase.generate],
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if interpreted() else "ci"))
 
 

@@ -221,9 +221,7 @@ def shorten_edges(
 
 
 @triton.jit
-def cut_locked(
-    s, w, handles, batch, rows, clock, PAGE: tl.constexpr, BIGRAM: tl.constexpr, STEP: tl.constexpr
-):
+def cut_locked(s, w, handles, batch, rows, clock, PAGE: tl.constexpr, BIGRAM: tl.constexpr, STEP: tl.constexpr):
     """Cut the edges on which locks end, and lock what is above the cuts on them; one program does it all.
 
     The handles of the queries that cut are replaced. The protected tokens go to the sum NEWLY.
@@ -246,4 +244,3 @@ def cut_locked(
         piece = tl.load(column(w, batch, meta.Q_NEW) + leader, mask=i < count, other=0)
         tl.store(handles + query, handle_of(s, piece), mask=i < count)
         first += OTHERS
-

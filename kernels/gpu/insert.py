@@ -589,7 +589,10 @@ def insert(
     rows = bound.rows
     _plan(
         bound, batch,
-        (values, offsets, names, start_handles, start_lengths, slots, slot_offsets, total, slot_total, limit, name, batch),
+        (
+            values, offsets, names, start_handles, start_lengths, slots, slot_offsets, total, slot_total, limit, name,
+            batch,
+        ),
         (*sizes, single, many_names, start_handles != 0), (wide, slots_wide),
     )  # fmt: skip
     mask = bound.workspace.claims.shape[1] - 1

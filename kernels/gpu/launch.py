@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -47,7 +47,7 @@ class DirectLaunch:
         self._cooperative = cooperative
 
     def __call__(self, programs: int, stream: int, arguments: Sequence[int]) -> None:
-        self._cells[self._first : self._last] = arguments
+        self._cells[self._first : self._last] = arguments  # type: ignore[call-overload]
         threads, shared = self._threads, self._shared
         end = () if self._cooperative else (None,)
         code = self._launch(
@@ -61,8 +61,7 @@ class DirectLaunch:
 def _driver() -> Any:
     """The CUDA driver's library; OSError or AttributeError where there is none of the kind we know."""
     driver = ctypes.CDLL("libcuda.so.1")
-    numbers = [ctypes.c_uint] * 7
-    common = [ctypes.c_void_p, *numbers, ctypes.c_void_p, ctypes.c_void_p]
+    common: list[Any] = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p]
     driver.cuLaunchCooperativeKernel.argtypes = common
     driver.cuLaunchKernel.argtypes = [*common, ctypes.c_void_p]
     driver.cuFuncGetParamInfo.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
@@ -81,7 +80,7 @@ def _has_parameters(function: int, count: int) -> bool:
 
 def _direct_launch(compiled: Any, bound: Bound, changing: int, warps: int, cooperative: bool) -> DirectLaunch | None:
     """The direct way to start a kernel, or None where something is not as we know it."""
-    fixed = [*bound.state_addresses, *bound.workspace_addresses]
+    fixed: list[Any] = [*bound.state_addresses, *bound.workspace_addresses]
     try:
         plain = compiled.metadata.num_ctas == 1 and not compiled.metadata.global_scratch_size
         if torch.version.hip is not None or not plain or not isinstance(compiled.function, int):
@@ -152,7 +151,7 @@ class Kernel:
     warps: the default. cooperative: all programs of a launch run at once, so that they may wait for one another.
     """
 
-    made: list[Kernel] = []
+    made: ClassVar[list[Kernel]] = []
 
     def __init__(self, function: Any, kinds: Sequence[str], warps: int = 4, cooperative: bool = False) -> None:
         self.function = function

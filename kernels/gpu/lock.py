@@ -31,28 +31,42 @@ def _step(s, row, weight):
 
 
 @triton.jit
+def _four_steps(s, row, weight):
+    row, size_0, before_0 = _step(s, row, weight)
+    row, size_1, before_1 = _step(s, row, weight)
+    row, size_2, before_2 = _step(s, row, weight)
+    row, size_3, before_3 = _step(s, row, weight)
+    return row, size_0, size_1, size_2, size_3, before_0, before_1, before_2, before_3
+
+
+@triton.jit
+def _changed(low, size_0, size_1, size_2, size_3, before_0, before_1, before_2, before_3):
+    """Tokens that four additions made protected (the count was 0) or evictable (it is 0 now)."""
+    changed = tl.where(before_0 + low == 0, size_0, 0) + tl.where(before_1 + low == 0, size_1, 0)
+    return changed + tl.where(before_2 + low == 0, size_2, 0) + tl.where(before_3 + low == 0, size_3, 0)
+
+
+@triton.jit
 def add_locks(s, row, weight):
     """Add `weight` to the counts of each lane's row and all above; returns each lane's tokens that changed sides.
 
-    Lanes of int32. The old values of four counts are looked at once the next four are on their way, so that the climb
-    waits for nothing but the parents.
+    Lanes of int32. A count's old value takes about 1 us to arrive, as long as eight steps, so it is looked at eight
+    steps later: the climb waits for nothing but the parents.
     """
     low = tl.minimum(weight, 0)
-    changed = tl.zeros_like(row)
     zero = tl.zeros_like(row)
-    old_0, old_1, old_2, old_3 = zero, zero, zero, zero
-    size_0, size_1, size_2, size_3 = zero, zero, zero, zero
+    changed = zero
+    a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
+    c0, c1, c2, c3, d0, d1, d2, d3 = zero, zero, zero, zero, zero, zero, zero, zero
     while tl.max(row) > 0:
-        row, length_0, before_0 = _step(s, row, weight)
-        row, length_1, before_1 = _step(s, row, weight)
-        row, length_2, before_2 = _step(s, row, weight)
-        row, length_3, before_3 = _step(s, row, weight)
-        changed += tl.where(old_0 + low == 0, size_0, 0) + tl.where(old_1 + low == 0, size_1, 0)
-        changed += tl.where(old_2 + low == 0, size_2, 0) + tl.where(old_3 + low == 0, size_3, 0)
-        old_0, old_1, old_2, old_3 = before_0, before_1, before_2, before_3
-        size_0, size_1, size_2, size_3 = length_0, length_1, length_2, length_3
-    changed += tl.where(old_0 + low == 0, size_0, 0) + tl.where(old_1 + low == 0, size_1, 0)
-    return changed + tl.where(old_2 + low == 0, size_2, 0) + tl.where(old_3 + low == 0, size_3, 0)
+        row, e0, e1, e2, e3, f0, f1, f2, f3 = _four_steps(s, row, weight)
+        changed += _changed(low, a0, a1, a2, a3, b0, b1, b2, b3)
+        row, g0, g1, g2, g3, h0, h1, h2, h3 = _four_steps(s, row, weight)
+        changed += _changed(low, c0, c1, c2, c3, d0, d1, d2, d3)
+        a0, a1, a2, a3, b0, b1, b2, b3 = e0, e1, e2, e3, f0, f1, f2, f3
+        c0, c1, c2, c3, d0, d1, d2, d3 = g0, g1, g2, g3, h0, h1, h2, h3
+    changed += _changed(low, a0, a1, a2, a3, b0, b1, b2, b3)
+    return changed + _changed(low, c0, c1, c2, c3, d0, d1, d2, d3)
 
 
 @triton.jit
@@ -182,9 +196,7 @@ def _finish_unlock(s, w, batch, call):
 
 
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "call"])
-def unlock_kernel(
-    s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, ALONE: tl.constexpr
-):
+def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, ALONE: tl.constexpr):
     query = tl.program_id(0) * LANES + tl.arange(0, LANES)
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)

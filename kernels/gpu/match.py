@@ -187,13 +187,19 @@ _match = Kernel(
 )
 
 
-def shape(batch: int, longest: int) -> tuple[int, int]:
-    """(tokens a block, warps a program), measured on an H200: a few long keys want many tokens on their way at once."""
-    if batch >= 1024 and longest <= 1 << 14:
-        return 512, 2
+def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
+    """(tokens a block, warps a program, registers a thread, 0 for any), measured on an H200 (bench/RESULTS.md).
+
+    A few long keys want many tokens on their way at once, many keys want many programs on a multiprocessor: 8,192 keys
+    of 4,096 tokens take 103 us with blocks of 512, 2 warps and the 80 registers that the compiler likes, 75 us so.
+    """
     if batch <= 512 and longest >= 1 << 16:
-        return 2048, 4
-    return 512, 4
+        return 2048, 4, 0
+    if lock:
+        return (512, 2, 128) if batch >= 1024 else (512, 4, 64)
+    if batch >= 4096:
+        return 256, 1, 64
+    return (512, 2, 64) if batch >= 1024 and longest <= 1 << 14 else (512, 4, 0)
 
 
 def match(
@@ -209,7 +215,7 @@ def match(
     start_handles, start_lengths: int64 and int32 [B], or 0.
     Fills lengths int32 [B] and handles int64 [B], with -1 where the call is refused.
     """
-    block, warps = shape(batch, total // batch)
+    block, warps, registers = shape(batch, total // batch, lock)
     _match(
         bound, batch,
         (
@@ -222,8 +228,7 @@ def match(
         ),
         (wide, wide),
         warps,
-        # What cuts edges wants 148 registers, the walk 56: with more than 128 a multiprocessor walks 6 keys at once.
-        256 // warps if lock else 0,
+        registers,
     )  # fmt: skip
 
 

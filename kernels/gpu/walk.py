@@ -2,8 +2,8 @@
 
 A step costs one load that waits for another, that of the child's entry in the table: the entry names the edge, so the
 child after it is looked for while the tokens of the edge are still being compared; and the key's next block, with the
-page that the search begins with, is on its way before the last one has been looked at. A child that was entered on the word
-of its tag alone is left again if its parent or its first page turns out to be another.
+page that the search begins with, is on its way before the last one has been looked at. A child that was entered on the
+word of its tag alone is left again if its parent or its first page turns out to be another.
 """
 
 from __future__ import annotations
@@ -274,6 +274,6 @@ def undo_touches(s, w, row, clock, active):
 
 @functools.cache
 def page_constants(page: int, bigram: bool, block: int) -> tuple[int, int, bool, int]:
-    """PAGE, WIDTH, BIGRAM, BLOCK: a block holds the first page, WIDTH is a power of two that holds what a page reads."""
+    """PAGE, WIDTH, BIGRAM, BLOCK: a block holds the first page, WIDTH, a power of two, what a page reads."""
     width = 1 << (page + bigram - 1).bit_length()
     return page, width, bigram, max(block, width)
