@@ -57,6 +57,9 @@ Capacity = Annotated[int, typer.Option("--capacity", help="Tokens that the cache
 Hold = Annotated[int, typer.Option("--hold", help="Later requests for which a request keeps its path locked.")]
 PolicyName = Annotated[str, typer.Option("--policy", help=f"What is evicted first: {', '.join(POLICIES)}.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto (see `flatradix info`).")]
+Batch = Annotated[
+    int, typer.Option("--batch", help="Requests that are matched, inserted and released together.", show_default=True)
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", help="Stop after so many requests of the trace.", show_default=False)
 ]
@@ -100,6 +103,7 @@ def replay(
     hold: Hold = 32,
     policy: PolicyName = "lru",
     device: Device = "auto",
+    batch: Batch = 1,
     limit: Limit = None,
     workload: Workload = None,
     requests: Annotated[
@@ -124,10 +128,11 @@ def replay(
     """Replay requests through a prefix cache and report hit rate, evictions and the time of each operation.
 
     Each prompt is matched and its match locked; if it would not fit, the excess is evicted; then it is inserted with
-    new slots, and its path stays locked for the next HOLD requests. All operations are single calls, timed one by one.
+    new slots, and its path stays locked for the next HOLD requests. All operations are single calls, timed one by one;
+    with --batch, so many requests take each step together, in one call.
     """
     with _plain_errors():
-        settings = Settings(page_size, capacity, hold, policy, device)
+        settings = Settings(page_size, capacity, hold, policy, device, batch)
         settings.validate()
         _check_outputs(trace, json_path, plot_path)
         source = _open(trace, limit, workload, requests, seed, default_requests=3000)
@@ -273,7 +278,7 @@ def _run(source: Source, settings: Settings) -> Report:
 
     def go(progress: replaying.Progress | None) -> Report:
         s = settings
-        return replaying.replay(source.prompts, s.page_size, s.capacity, s.hold, s.policy, s.device, progress)
+        return replaying.replay(source.prompts, s.page_size, s.capacity, s.hold, s.policy, s.device, progress, s.batch)
 
     if not err.is_terminal:
         err.print(f"replaying {tables.count_requests(source.requests)} of {source.name}", soft_wrap=True, markup=False)

@@ -8,6 +8,11 @@ Request by request:
 4. if they still do, count the request as rejected and unlock the match;
 5. else insert what follows the match, with new slots;
 6. lock the inserted path, unlock the match.
+
+With batches of B, B requests take each step together, in one call: those held too long are released, all are matched
+and locked, room is made for all, all are inserted and their paths locked. What requests of one batch have in common is
+therefore no hit, yet stored once: the first of them owns it, and the others give their slots back. A batch that does
+not fit as a whole is inserted request by request.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, pairwise
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
@@ -72,17 +78,18 @@ def replay(
     policy: str = "lru",
     device: str = "auto",
     progress: Progress | None = None,
+    batch: int = 1,
 ) -> Report:
     """Replay prompts (1-D integer sequences) through a new tree of `capacity` tokens.
 
     progress: called with the number of requests done and the hit rate so far, some 10 times a second and at the end.
     Raises ValueError and DeviceUnavailableError for bad arguments, RuntimeError if slots were lost or doubled.
     """
-    settings = Settings(page_size, capacity, hold, policy, device)
+    settings = Settings(page_size, capacity, hold, policy, device, batch)
     settings.validate()
     run = Replay(settings)
     begin = perf_counter()
-    warm_up(settings.device)
+    warm_up(settings.device, settings.page_size)
     ready = perf_counter()
     run.feed(prompts, progress)
     return run.finish(perf_counter() - ready, ready - begin)
@@ -106,8 +113,11 @@ class Replay:
     def feed(self, prompts: Iterable[np.ndarray], progress: Progress | None = None) -> None:
         """Replay prompts one by one."""
         due = perf_counter() + _SECONDS_BETWEEN_REPORTS
-        for prompt in prompts:
-            self.step(prompt)
+        for batch in _batches(prompts, self.settings.batch):
+            if self.settings.batch == 1:
+                self.step(batch[0])
+            else:
+                self.step_batch(batch)
             if progress is not None and perf_counter() >= due:
                 progress(len(self._hits), self._hit_tokens / max(1, self._input_tokens))
                 due = perf_counter() + _SECONDS_BETWEEN_REPORTS
@@ -128,6 +138,42 @@ class Replay:
             self._rejected += 1
         self._timed("unlock", self.tree.unlock, match)
         self._record(len(prompt), hit)
+
+    def step_batch(self, prompts: list[np.ndarray]) -> None:
+        """Replay several prompts together."""
+        now = len(self._hits)
+        self._release(now)
+        match: MatchResult = self._timed("match", self.tree.match, prompts, None, True, True)
+        self._timed("slots", self.tree.slots, match)
+        hits: list[int] = match.lengths.tolist()
+        page = self.settings.page_size
+        pairs = zip(prompts, hits, strict=True)
+        rests = [prompt[hit : len(prompt) // page * page] for prompt, hit in pairs]
+        if self._make_room(sum(map(len, rests))):
+            self._hold_all(rests, match, now)
+        else:
+            for query, rest in enumerate(rests):
+                one = MatchResult(match.lengths[query : query + 1], match.handles[query : query + 1])
+                if self._make_room(len(rest)):
+                    self._hold_all([rest], one, now + query)
+                else:
+                    self._rejected += 1
+        self._timed("unlock", self.tree.unlock, match)
+        for prompt, hit in zip(prompts, hits, strict=True):
+            self._record(len(prompt), hit)
+
+    def _hold_all(self, rests: list[np.ndarray], match: MatchResult, now: int) -> None:
+        """Insert what follows each match, with new slots, and lock the paths."""
+        slots = self._slots.take(sum(map(len, rests)))
+        bounds = np.cumsum([0, *map(len, rests)]).tolist()
+        parts = [slots[begin:end] for begin, end in pairwise(bounds)]
+        inserted: InsertResult = self._timed("insert", self.tree.insert, rests, parts, None, 0, match)
+        known = (inserted.prefix_lengths - match.lengths).tolist()
+        duplicates = [part[:count].copy() for part, count in zip(parts, known, strict=True)]
+        for part in duplicates:
+            self._slots.give(part)
+        self._timed("lock", self.tree.lock, inserted)
+        self._held.append((now + len(rests) - 1, inserted))
 
     def _release(self, now: int) -> None:
         while self._held and now - self._held[0][0] > self.settings.hold:
@@ -160,6 +206,7 @@ class Replay:
     def _timed(self, operation: str, call: Callable[..., Any], *arguments: Any) -> Any:
         begin = perf_counter_ns()
         result = call(*arguments)
+        self.tree.raise_pending()
         self._latencies[operation].append(perf_counter_ns() - begin)
         return result
 
@@ -209,6 +256,12 @@ class Replay:
         )
         self.drain()
         return report
+
+
+def _batches(prompts: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    iterator = iter(prompts)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def _device_name(device: torch.device) -> str:

@@ -19,13 +19,17 @@ _JSON_SAMPLES = 100
 
 @dataclass(frozen=True)
 class Settings:
-    """How to replay. Capacity in tokens; hold: later requests for which a request keeps its path locked."""
+    """How to replay. Capacity in tokens; hold: later requests for which a request keeps its path locked.
+
+    batch: how many requests are matched, inserted and released together.
+    """
 
     page_size: int = 64
     capacity: int = 1_000_000
     hold: int = 32
     policy: str = "lru"
     device: str = "auto"
+    batch: int = 1
 
     def validate(self) -> None:
         """Raise ValueError for settings that make no sense, DeviceUnavailableError for the device."""
@@ -35,6 +39,8 @@ class Settings:
             raise ValueError(f"capacity {self.capacity} is less than one page of {self.page_size} tokens")
         if self.hold < 0:
             raise ValueError(f"hold {self.hold}: a request is held for 0 later requests or more")
+        if self.batch < 1:
+            raise ValueError(f"batch {self.batch}: it must be 1 request or more")
         policies.resolve(self.policy)
         backend.resolve(self.device)
 
@@ -44,7 +50,7 @@ class Report:
     """What a replay gave. Arrays with one entry a request are in the order of the requests.
 
     prompt_lengths, hits: int64 [N] tokens. cached, locked: int64 [N], tokens in the tree after the request.
-    latencies: int64 ns of each call, by operation. On a GPU these are the times that the caller waited.
+    latencies: int64 ns of each call, by operation; on a GPU until the device was done with it.
     seconds: of the whole replay, making the prompts included; warm_up_seconds: of compiling before it.
     digest: `RadixTree.digest()` of the final tree.
     """
@@ -86,6 +92,7 @@ class Report:
             "page": s.page_size,
             "capacity": s.capacity,
             "hold": s.hold,
+            "batch": s.batch,
             "policy": s.policy,
             "device": self.device,
             "requests": self.requests,

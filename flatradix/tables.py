@@ -21,7 +21,12 @@ def print_report(out: Console, report: Report, name: str) -> None:
         ("cached at the end", f"{report.final_tokens:,} of {s.capacity:,} tokens in {report.nodes:,} nodes"),
         ("memory", f"{report.nbytes / 2**20:,.1f} MiB set aside for the index and its slots"),
         ("time", f"{_operation_seconds(report):.2f} s in the tree, {report.seconds:.2f} s in all"),
-        ("settings", f"page size {s.page_size}, hold {s.hold}, policy {s.policy}, device {report.device}"),
+        (
+            "settings",
+            f"page size {s.page_size}, hold {s.hold}, "
+            + (f"batches of {s.batch}, " if s.batch > 1 else "")
+            + f"policy {s.policy}, device {report.device}",
+        ),
     ]
     out.print(grid(name, rows))
     out.print(_operations_table(report))

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import flatradix
-from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
+from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError, backend
+from tests.devices import settled
 
 
 @pytest.fixture
@@ -30,14 +31,21 @@ def refuses(
     """The call raises, and neither the tree nor its clock nor its namespaces have moved."""
 
     def state() -> tuple:
-        return tree.digest(), tree._meta[flatradix.meta.CLOCK], tree.total_tokens, tree._namespaces.items()
+        return tree.digest(), int(tree._state.meta[flatradix.meta.CLOCK]), tree.total_tokens, tree._namespaces.items()
 
     before = state()
     with pytest.raises(error, match=message) as raised:
-        call()
+        settled(tree, call)
     tree.check()
     assert state() == before
     return raised
+
+
+def place(tree: RadixTree, handles: list[int], lengths: list[int]) -> SimpleNamespace:
+    """Places that no call returned."""
+    return SimpleNamespace(
+        handles=torch.tensor(handles, device=tree.device), lengths=torch.tensor(lengths, device=tree.device)
+    )
 
 
 BAD_TOKENS = [
@@ -73,13 +81,19 @@ def _some_slots(q: Any) -> Any:
     return list(range(len(q))) if hasattr(q, "__len__") else [0]
 
 
+# Which number was wrong is only known to the device where that is a GPU.
 BAD_SLOTS = [
     ([[7, 8], [7, 8]], [[10, 11], [12]], "query 1 has 2 tokens, but 1 slots"),
     ([[7, 8], [7, 8]], [[10, 11]], "2 queries, but slots for 1"),
     ([7, 8], [10, 11, 12], "query 0 has 2 tokens, but 3 slots"),
-    ([[7, 8], [7, 8]], [[10, 11], [12, -1]], "slots of query 1: -1 at position 1 is negative"),
-    ([7, 8], [10, -3], "slots of query 0: -3 at position 1 is negative"),
-    ([7, 8], [10, 2**31], "2147483648 at position 1 does not fit .* slot_dtype=torch.int64"),
+    ([[7, 8], [7, 8]], [[10, 11], [12, -1]], "slots of query 1: (-1|the slot) at position 1 is negative"),
+    ([7, 8], [10, -3], "slots of query 0: (-3|the slot) at position 1 is negative"),
+    (
+        [7, 8],
+        [10, 2**31],
+        "slots of query 0: (2147483648 at position 1 does not fit .* slot_dtype=torch.int64|"
+        "the slot at position 1 is negative, or does not fit the pool's torch.int32)",
+    ),
     ([7, 8], torch.tensor([1.0, 2.0]), "dtype torch.float32"),
     ([[7, 8]], [["x", 1]], "slots of query 0: 'x' of type str"),
 ]
@@ -158,14 +172,14 @@ def test_handles_of_another_tree(tree: RadixTree, device: str) -> None:
     for places in (foreign, nothing, other.match([1, 2])):
         refuses(tree, lambda places=places: tree.lock(places), "another tree", StaleHandleError)
         refuses(tree, lambda places=places: tree.match([5, 6], start=places), "another tree", StaleHandleError)
-    made_up = SimpleNamespace(handles=torch.tensor([-5, 2**62]), lengths=torch.tensor([2, 2]))
+    made_up = place(tree, [-5, 2**62], [2, 2])
     refuses(tree, lambda: tree.lock(made_up), "query 0", StaleHandleError)
 
 
 def test_lengths_that_do_not_fit_their_handles(tree: RadixTree) -> None:
     m = tree.match([[1, 2, 3, 4]])
     for length in (1, 6, -2):
-        places = SimpleNamespace(handles=m.handles, lengths=torch.tensor([length]))
+        places = SimpleNamespace(handles=m.handles, lengths=torch.tensor([length], device=tree.device))
         refuses(tree, lambda places=places: tree.lock(places), f"query 0: length {length} is no page boundary")
 
 
@@ -174,7 +188,8 @@ def test_places(tree: RadixTree) -> None:
     refuses(tree, lambda: tree.lock(m.handles), "a Tensor names no place")
     refuses(tree, lambda: tree.match([[3, 4]], start=m.handles), "names no place")
     refuses(tree, lambda: tree.match([[3, 4]], start=m), "start has 2 places for 1 queries")
-    refuses(tree, lambda: tree.lock(SimpleNamespace(handles=m.handles, lengths=torch.zeros(3, dtype=torch.int32))), "3")
+    three = torch.zeros(3, dtype=torch.int32, device=tree.device)
+    refuses(tree, lambda: tree.lock(SimpleNamespace(handles=m.handles, lengths=three)), "3")
     refuses(tree, lambda: tree.lock(SimpleNamespace(handles=m.handles.float(), lengths=m.lengths)), "int64")
     refuses(tree, lambda: tree.lock(SimpleNamespace(handles=m.handles, lengths=[2, 2])), "lengths must be")
 
@@ -228,6 +243,37 @@ def test_priorities_and_inserted_lengths(tree: RadixTree) -> None:
     refuses(tree, lambda: tree.insert([[1, 2]], [[1, 2]], inserted_lengths=[None]), "inserted_lengths must be")
 
 
+def test_write_slots(tree: RadixTree) -> None:
+    m = tree.match([[1, 2, 3, 4], [1, 2]])
+    table = torch.full((3, 4), -1, dtype=torch.int32, device=tree.device)
+
+    def refused(message: str, table: Any, rows: Any, places: Any = m, error: type[Exception] = ValueError) -> None:
+        refuses(tree, lambda: tree.write_slots(places, table, rows), f"write_slots: .*{message}", error)
+
+    refused("query 1: the table has no row 3", table, [0, 3])
+    refused("query 0: the table has no row -1", table, [-1, 0])
+    refused("query 0: its 4 slots are more than a row of the table holds", table[:, :2], [0, 1])
+    refused("query 1: length 1 is no page boundary", table, [0, 1], place(tree, m.handles.tolist(), [4, 1]))
+    refused("query 0: its handle names a node", table, [0], place(tree, [2**62], [2]), StaleHandleError)
+    refused("rows must be 2 integers, one a query", table, [0])
+    refused("rows must be 2 integers", table, [0.5, 1.0])
+    refused("int32 or int64 tensor", table.float(), [0, 1])
+    refused("int32 or int64 tensor", table.tolist(), [0, 1])
+    refused("int32 or int64 tensor", table[0], [0, 1])
+    refused("must lie next to each other", table.t(), [0, 1])
+    refused("the table is on meta", table.to("meta"), [0, 1])
+    assert (table == -1).all()
+    tree.write_slots(m, table, [0, 1])
+    assert table.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1], [-1, -1, -1, -1]]
+
+
+def test_write_slots_of_64_bits(device: str) -> None:
+    tree = RadixTree(8, device=device, slot_dtype=torch.int64)
+    m = tree.insert([[1, 2]], [[2**40, 1]])
+    table = torch.zeros((1, 2), dtype=torch.int32, device=tree.device)
+    refuses(tree, lambda: tree.write_slots(m, table, [0]), "slots are torch.int64, which a table of torch.int32 does")
+
+
 def test_evict(tree: RadixTree) -> None:
     refuses(tree, lambda: tree.evict(-1), "give a number >= 0")
 
@@ -261,8 +307,9 @@ def test_the_environment_variable_speaks_for_auto(monkeypatch: pytest.MonkeyPatc
     assert flatradix.backend.auto_reason().startswith("nothing: FLATRADIX_DEVICE=tpu is no device")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_cuda_where_there_is_none() -> None:
+    if not backend.why_not_cuda():
+        pytest.skip("a CUDA device is there, or an interpreter in its place")
     with pytest.raises(
         flatradix.DeviceUnavailableError, match=r'device="cuda" cannot be used: .*; take "cpu" or "auto"'
     ):
@@ -277,7 +324,7 @@ def test_numbers_beyond_64_bits(tree: RadixTree) -> None:
 
 
 def test_a_start_that_was_never_given_out(tree: RadixTree) -> None:
-    nowhere = SimpleNamespace(handles=torch.tensor([-1]), lengths=torch.tensor([0]))
+    nowhere = place(tree, [-1], [0])
     refuses(tree, lambda: tree.match([[1, 2]], start=nowhere), "query 0", StaleHandleError)
     refuses(tree, lambda: tree.insert([[1, 2]], [[1, 2]], start=nowhere), "query 0", StaleHandleError)
 
@@ -302,8 +349,7 @@ tree.save({str(tmp_path / "tree")!r})
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     loaded = RadixTree.load(tmp_path / "tree", device=device)
-    theirs = SimpleNamespace(handles=torch.tensor([int(done.stdout)]), lengths=torch.tensor([1]))
-    assert loaded.slots(theirs).to_list() == [[1]]
+    assert loaded.slots(place(loaded, [int(done.stdout)], [1])).to_list() == [[1]]
     stranger = RadixTree(8, device=device).insert([1], [1])
     refuses(loaded, lambda: loaded.slots(stranger), "another tree", StaleHandleError)
 
