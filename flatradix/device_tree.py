@@ -51,7 +51,9 @@ class DeviceTree(RadixTree):
         self._staging = self._staged.data_ptr()
         # Names are compared on the host; only the digest wants their hashes on the device.
         self._namespaces = Namespaces(np.zeros(len(state.namespace_hash), np.int64))
+        # Codes given out since the last time that the host looked, and whether one went to a key that may be empty.
         self._fresh: set[int] = set()
+        self._unsure = False
         self._unbooked: deque[tuple[int, int]] = deque()
         self._calls = 0
         self._captured = False
@@ -130,14 +132,17 @@ class DeviceTree(RadixTree):
             self._raise_refusal()
 
     def _take_back_names(self, refused: bool) -> None:
-        """Forget the namespaces that were given out to inserts which were refused."""
-        if refused and self._fresh:
+        """Forget the namespaces that were given out to inserts which stored nothing in them."""
+        if (refused or self._unsure) and self._fresh:
             codes = sorted(self._fresh)
-            children = self._state.namespace_children[torch.tensor(codes).to(self.device)].tolist()
-            for code, count in zip(codes, children, strict=True):
-                if count == 0:
+            children = self._state.namespace_children
+            # A batch that does not fit may have been given codes beyond the array.
+            places = torch.tensor(codes).clamp(max=len(children) - 1).to(self.device)
+            for code, count in zip(codes, children[places].tolist(), strict=True):
+                if count == 0 or code >= len(children):
                     self._namespaces.take_back(code)
         self._fresh.clear()
+        self._unsure = False
 
     def _raise_refusal(self) -> None:
         refusal, others = self._mail.take_refusals()
@@ -239,7 +244,8 @@ class DeviceTree(RadixTree):
             return MatchResult(*self._outputs(0))
         self._room_for(batch)
         call = self._next_call(bool(lock))
-        if keys.offsets == 0:
+        # What a graph holds is told each time that it is replayed, so nobody can wait for its answer.
+        if keys.offsets == 0 and not self._is_capturing():
             chunk, place = self._singles.take()
             single = AwaitedMatch(self, call, chunk, place)
             handle_out, length_out = single.addresses()
@@ -361,6 +367,10 @@ class DeviceTree(RadixTree):
         if batch == 0:
             namespaces.spread(namespace, 0)
             return InsertResult(torch.empty(0, dtype=torch.int32, device=self.device), *self._outputs(0))
+        if self._is_capturing():
+            raise RuntimeError(
+                "insert cannot be part of a CUDA graph: whether it has to compact is decided anew each time"
+            )
         self._room_for(batch)
         codes = self._codes_to_insert(namespaces.spread(namespace, batch), keys)
         names, name, _names_owner = self._read_names(namespaces.spread(namespace, batch), batch, codes)
@@ -410,6 +420,7 @@ class DeviceTree(RadixTree):
             if code < 0 and (keys.counts is None or keys.counts[query] - self.bigram >= self.page_size):
                 code = self._namespaces.give(name)
                 self._fresh.add(code)
+                self._unsure = self._unsure or keys.counts is None
             codes.append(code)
         return codes
 
@@ -429,6 +440,7 @@ class DeviceTree(RadixTree):
         self._state.meta[meta.POOL_CURSOR] = self._state.meta[meta.EVICTABLE] + self._state.meta[meta.PROTECTED]
         self._kernels.rebuild(self._bound)
         self._kernels.tell(self._bound, self._next_call())
+        self._settle()  # the next insert goes by the room that is told now
 
     def _first_unit(self) -> int:
         return int(self._state.meta[meta.POOL_END]) - pool_units(self.max_tokens, self.page_size)

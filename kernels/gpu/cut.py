@@ -18,6 +18,7 @@ import triton.language as tl
 
 from flatradix import meta
 from flatradix.kernels.gpu.children import enter, hand_over, tags_of_lanes
+from flatradix.kernels.gpu.finish import wait_for_all
 from flatradix.kernels.gpu.rows import book_rows, handle_of, row_number
 
 LANES = tl.constexpr(32)
@@ -221,26 +222,41 @@ def shorten_edges(
 
 
 @triton.jit
-def cut_locked(s, w, handles, batch, rows, clock, PAGE: tl.constexpr, BIGRAM: tl.constexpr, STEP: tl.constexpr):
-    """Cut the edges on which locks end, and lock what is above the cuts on them; one program does it all.
+def cut_locked(
+    s, w, handles, batch, rows, clock, program, programs,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Cut the edges on which locks end, and lock what is above the cuts on them; by all programs of a launch.
 
-    The handles of the queries that cut are replaced. The protected tokens go to the sum NEWLY.
+    The handles of the queries that cut are replaced. The protected tokens go to the sum NEWLY. What is left to do is to
+    `book_cuts`, when all are done.
     """
-    count = list_cuts(w, batch)
-    compare_cuts(w, batch, count, 0, 1)
-    tl.debug_barrier()
-    made = number_cuts(s, w, batch, count)
-    newly = make_pieces(s, w, batch, count, rows, clock, 0, 1, PAGE, BIGRAM, False, STEP)
+    if program == 0:
+        tl.store(w.number + meta.COUNT, list_cuts(w, batch).to(tl.int64))
+    wait_for_all(w, programs)
+    count = tl.load(w.number + meta.COUNT, volatile=True).to(tl.int32)
+    compare_cuts(w, batch, count, program, programs)
+    wait_for_all(w, programs)
+    if program == 0:
+        tl.store(w.number + meta.TOTAL, number_cuts(s, w, batch, count))
+    wait_for_all(w, programs)
+    newly = make_pieces(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP)
     tl.atomic_add(w.number + meta.NEWLY, tl.sum(newly), sem="relaxed")
-    tl.debug_barrier()
-    shorten_edges(s, w, batch, count, rows, clock, 0, 1, PAGE, BIGRAM, False, STEP)
-    book_rows(s, made)
-    tl.debug_barrier()
-    first = tl.zeros([], tl.int32)
+    wait_for_all(w, programs)
+    shorten_edges(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP)
+    first = program * OTHERS
     while first < count:
         i = first + tl.arange(0, OTHERS)
         query = tl.load(column(w, batch, meta.Q_LIST) + i, mask=i < count, other=0)
         leader = tl.load(column(w, batch, meta.Q_FIRST) + i, mask=i < count, other=0)
         piece = tl.load(column(w, batch, meta.Q_NEW) + leader, mask=i < count, other=0)
         tl.store(handles + query, handle_of(s, piece), mask=i < count)
-        first += OTHERS
+        first += programs * OTHERS
+
+
+@triton.jit
+def book_cuts(s, w):
+    """Take the rows of the pieces; by one program."""
+    book_rows(s, tl.load(w.number + meta.TOTAL))
+    tl.store(w.number + meta.COUNT, 0)
+    tl.store(w.number + meta.CUTS, 0)

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from flatradix import meta
-from flatradix.kernels.gpu.cut import column, cut_locked
-from flatradix.kernels.gpu.finish import first_refusal, move_protected, publish, refuse_lanes
-from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
+from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse_lanes
+from flatradix.kernels.gpu.launch import Bound, Kernel, resident
 from flatradix.kernels.gpu.rows import resolve
 from flatradix.refusals import NOT_LOCKED
 
@@ -108,16 +108,32 @@ def _take_back(s, w, batch, SIGN: tl.constexpr):
 
 
 @triton.jit
-def _finish_lock(s, w, handles, batch, rows, call, PAGE: tl.constexpr, BIGRAM: tl.constexpr):
-    """What remains once all have climbed, by one program: to undo it all, or to cut edges, and the sums."""
+def _finish_lock(
+    s, w, handles, batch, rows, call, program, programs, PAGE: tl.constexpr, BIGRAM: tl.constexpr, ALONE: tl.constexpr
+):
+    """What remains once all have climbed: to undo it all, or to cut edges, and the sums.
+
+    All programs of the launch find the same numbers here, as these are changed by the last of them only.
+    """
     error = first_refusal(w)
-    if error != meta.NO_ERROR:
-        _take_back(s, w, batch, 1)
-    elif tl.load(w.number + meta.CUTS, volatile=True) > 0:
-        cut_locked(s, w, handles, batch, rows, tl.load(s.meta + meta.CLOCK), PAGE, BIGRAM, 0)
-    tl.store(w.number + meta.CUTS, 0)
-    move_protected(s, w, 1)
-    publish(s, w, call, error, meta.LOCK)
+    good = error == meta.NO_ERROR
+    cuts = good & (tl.load(w.number + meta.CUTS, volatile=True) > 0)
+    if cuts:
+        clock = tl.load(s.meta + meta.CLOCK)
+        cut_locked(s, w, handles, batch, rows, clock, program, programs, PAGE, BIGRAM, 0)
+    last = program == 0
+    if not ALONE:
+        if cuts | (error != meta.NO_ERROR):
+            last, _bad = is_last(w, programs)
+    if last:
+        tl.debug_barrier()
+        if cuts:
+            book_cuts(s, w)
+        if not good:
+            _take_back(s, w, batch, 1)
+            tl.store(w.number + meta.CUTS, 0)
+        move_protected(s, w, 1)
+        publish(s, w, call, error, meta.LOCK)
 
 
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "rows", "call"])
@@ -146,14 +162,15 @@ def lock_kernel(
         tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
     if ALONE:
         tl.debug_barrier()
-        _finish_lock(s, w, handles, batch, rows, call, PAGE, BIGRAM)
+        _finish_lock(s, w, handles, batch, rows, call, 0, 1, PAGE, BIGRAM, True)
 
 
 @triton.jit(do_not_specialize=["handles", "batch", "rows", "call"])
 def finish_lock_kernel(
     s, w, handles, batch: tl.int32, rows: tl.int32, call: tl.int64, PAGE: tl.constexpr, BIGRAM: tl.constexpr
 ):
-    _finish_lock(s, w, handles, batch, rows, call, PAGE, BIGRAM)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    _finish_lock(s, w, handles, batch, rows, call, program, programs, PAGE, BIGRAM, False)
 
 
 @triton.jit
@@ -227,7 +244,7 @@ def finish_unlock_kernel(s, w, batch: tl.int32, call: tl.int64, PAGE: tl.constex
 
 
 _lock = Kernel(lock_kernel, ["*i64", "*i32", "i32", "i32", "i64"], warps=1)
-_finish_locks = Kernel(finish_lock_kernel, ["*i64", "i32", "i32", "i64"], warps=8)
+_finish_locks = Kernel(finish_lock_kernel, ["*i64", "i32", "i32", "i64"], cooperative=True)
 _unlock = Kernel(unlock_kernel, ["*i64", "*i32", "i32", "i64"], warps=1)
 _finish_unlocks = Kernel(finish_unlock_kernel, ["i32", "i64"], warps=1)
 
@@ -244,7 +261,7 @@ def lock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: 
     programs = _programs(batch)
     _lock(bound, programs, (handles, lengths, batch, bound.rows, call), (page, bigram, programs == 1))
     if programs > 1:
-        _finish_locks(bound, 1, (handles, batch, bound.rows, call), (page, bigram))
+        _finish_locks(bound, resident(bound, programs, 1), (handles, batch, bound.rows, call), (page, bigram))
 
 
 def unlock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int) -> None:

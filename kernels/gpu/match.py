@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from flatradix import meta
-from flatradix.kernels.gpu.cut import column, cut_locked
+from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
 from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, publish_done, refuse
 from flatradix.kernels.gpu.launch import Bound, Kernel
 from flatradix.kernels.gpu.lock import unlock_up
@@ -91,8 +91,9 @@ def _finish(
     else:
         if LOCK:
             if tl.load(w.number + meta.CUTS, volatile=True) > 0:
-                cut_locked(s, w, handles, batch, rows, clock, PAGE, BIGRAM, 2 * TOUCH)
-                tl.store(w.number + meta.CUTS, 0)
+                cut_locked(s, w, handles, batch, rows, clock, 0, 1, PAGE, BIGRAM, 2 * TOUCH)
+                tl.debug_barrier()
+                book_cuts(s, w)
             move_protected(s, w, 1)
         if TOUCH:
             tl.store(s.meta + meta.CLOCK, clock + 2 * batch)
@@ -192,11 +193,12 @@ def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
 
     A few long keys want many tokens on their way at once, many keys want many programs on a multiprocessor: 8,192 keys
     of 4,096 tokens take 103 us with blocks of 512, 2 warps and the 80 registers that the compiler likes, 75 us so.
+    What cuts edges wants 148 registers, which the walk, and so its neighbours, would have to wait for.
     """
     if batch <= 512 and longest >= 1 << 16:
         return 2048, 4, 0
     if lock:
-        return (512, 2, 128) if batch >= 1024 else (512, 4, 64)
+        return 512, 4, 64
     if batch >= 4096:
         return 256, 1, 64
     return (512, 2, 64) if batch >= 1024 and longest <= 1 << 14 else (512, 4, 0)
