@@ -62,7 +62,7 @@ class Stages:
     def put(self, address: int, size: int) -> int:
         """Copy `size` bytes; returns where they are now. Without a `commit` the next key takes the same buffer."""
         if self._calls[self._next]:
-            self._mail.answers(self._calls[self._next])  # the kernel that read this buffer has answered when done
+            self._mail.await_answer(self._calls[self._next])  # then the kernel that read this buffer is done
         target = self._address + self._next * STAGED_BYTES
         ctypes.memmove(target, address, size)
         return target
