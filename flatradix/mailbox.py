@@ -70,31 +70,23 @@ class Mailbox:
         word = self._view[place]
         return word >> 32, word & _LOW
 
-    def await_answer(self, call: int) -> bool:
-        """Wait until a single key's answer has come; False where later calls have overwritten it."""
+    def await_answer(self, call: int, index: int = 0) -> int | None:
+        """A number of a single key's answer; None where later calls have overwritten it."""
         view = self._view
-        place = meta.MAIL_ANSWERS + call % meta.ANSWERS * meta.ANSWER_WORDS
+        place = meta.MAIL_ANSWERS + call % meta.ANSWERS * meta.ANSWER_WORDS + index
         spins = 0
-        while (told := view[place] >> 32) != call:
-            if is_later(told, call):
-                return False
+        while (word := view[place]) >> 32 != call:
+            if is_later(word >> 32, call):
+                return None
             spins += 1
             if spins % _SPINS == 0:
                 self._look()
-        return True
+        return word & _LOW
 
-    def answers(self, call: int) -> tuple[int, int, int, int] | None:
-        """The four numbers of a single key's answer; None where later calls have overwritten them."""
-        if not self.await_answer(call):
-            return None
-        begin = meta.MAIL_ANSWERS + call % meta.ANSWERS * meta.ANSWER_WORDS
-        view = self._view
-        return (
-            view[begin] & _LOW,
-            self.wait(begin + 1, call),
-            self.wait(begin + 2, call),
-            self.wait(begin + 3, call),
-        )
+    def answers(self, call: int) -> list[int] | None:
+        """The four numbers of a single key's answer; None where a later call overwrites them, even now."""
+        found = [self.await_answer(call, index) for index in range(meta.ANSWER_WORDS)]
+        return None if None in found else found  # type: ignore[return-value]
 
     def refusals(self) -> int:
         """How many calls were refused since they were last asked for. Waits for all calls so far."""
