@@ -114,7 +114,13 @@ def check_table(table: Any, rows: Any, queries: int, device: torch.device, slot_
         raise ValueError("write_slots: the elements of a row of the table must lie next to each other")
     if table.dtype == torch.int32 and slot_dtype == torch.int64:
         raise ValueError("write_slots: the slots are torch.int64, which a table of torch.int32 does not hold")
-    numbers = torch.as_tensor(rows)
+    try:
+        numbers = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"write_slots: rows must be {queries} integers, one a query, not {rows!r}") from None
     if numbers.shape != (queries,) or (queries and numbers.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"write_slots: rows must be {queries} integers, one a query, not {tuple(numbers.shape)}")
+        raise ValueError(
+            f"write_slots: rows must be {queries} integers, one a query, "
+            f"not {numbers.dtype} of shape {tuple(numbers.shape)}"
+        )
     return numbers.to(torch.int64).contiguous()

@@ -20,7 +20,8 @@ _told = False
 
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 stands in for a GPU: its kernels then run in Python, on tensors in host memory."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    wanted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    return wanted and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -53,8 +54,17 @@ def auto_reason() -> str:
             return f"{_named(wanted, f'{VARIABLE}={wanted}')}: the environment variable {VARIABLE} says so"
         except (ValueError, DeviceUnavailableError) as error:
             return f"nothing: {error}"
-    reason = why_not_cuda()
+    reason = _why_not_auto()
     return f"cpu: {reason}" if reason else "cuda: it is there and works"
+
+
+def _why_not_auto() -> str:
+    """Why `auto` does not take CUDA."""
+    return (
+        "kernels are interpreted (TRITON_INTERPRET), which only who asks for cuda wants"
+        if interpreted()
+        else why_not_cuda()
+    )
 
 
 def resolve(device: str | torch.device) -> torch.device:
@@ -71,14 +81,14 @@ def resolve(device: str | torch.device) -> torch.device:
     if not _told:
         logger.info("device auto takes %s", auto_reason())
         _told = True
-    return torch.device("cpu") if why_not_cuda() else _indexed(torch.device("cuda"))
+    return torch.device("cpu") if _why_not_auto() else _indexed(torch.device("cuda"))
 
 
 def _named(device: str | torch.device, asked: str) -> torch.device:
     """A device that was asked for by name; `asked` is how, for the errors."""
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"{asked} is no device: give cpu, cuda, cuda:N or auto") from None
     if found.type == "cpu":
         return torch.device("cpu")

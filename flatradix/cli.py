@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.highlighter import RegexHighlighter
@@ -213,7 +214,7 @@ def _plain_errors() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         raise
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         _fail("there is not enough memory for a tree of this capacity")
     except (ValueError, CapacityError, DeviceUnavailableError, PlotUnavailableError, OSError) as error:
         _fail(str(error))

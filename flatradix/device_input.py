@@ -13,6 +13,7 @@ from flatradix.buffers import Batch, is_single, read_batch, read_one
 from flatradix.mailbox import Mailbox
 from flatradix.ragged import Ragged
 
+HOST_IN_GRAPH = "a CUDA graph cannot hold inputs in host memory: pass tensors on the device"
 STAGED_BYTES = 1 << 16
 _STAGES = 32
 
@@ -40,6 +41,8 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
         return values
     if not values.is_cpu or device.type != "cuda":
         return values.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(HOST_IN_GRAPH)
     pinned = values if values.is_pinned() else values.pin_memory()
     return pinned.to(device, non_blocking=True)
 
@@ -53,7 +56,9 @@ class Stages:
     """Pinned buffers for single keys, which kernels read where they are: a copy costs a launch of its own, 5 us."""
 
     def __init__(self, device: torch.device, mail: Mailbox) -> None:
-        self._buffers = torch.empty(_STAGES * STAGED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._buffers = torch.empty(
+            _STAGES * STAGED_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
+        )
         self._address = self._buffers.data_ptr()
         self._calls = [0] * _STAGES
         self._mail = mail
@@ -73,11 +78,13 @@ class Stages:
         self._next = (self._next + 1) % _STAGES
 
 
-def _in_place(values: torch.Tensor, what: str) -> torch.Tensor:
-    """A tensor on the device as int32 or int64, next to each other."""
+def _in_place(values: torch.Tensor, what: str, query: int = 0) -> torch.Tensor:
+    """A 1-D tensor on the device as int32 or int64, next to each other."""
+    if values.dim() != 1:
+        raise ValueError(f"{what} of query {query}: a tensor of shape {tuple(values.shape)}; a sequence is 1-D")
     if values.dtype not in (torch.int32, torch.int64):
         if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype in (torch.bool, torch.uint64):
-            raise ValueError(f"{what} of query 0: dtype {values.dtype}; token ids and slots are int32 or int64")
+            raise ValueError(f"{what} of query {query}: dtype {values.dtype}; token ids and slots are int32 or int64")
         values = values.to(torch.int64)
     return values.contiguous()
 
@@ -99,8 +106,6 @@ def _of_ragged(ragged: Ragged, device: torch.device, what: str) -> Values:
 
 
 def _of_tensor(values: torch.Tensor, what: str) -> Values:
-    if values.dim() != 1:
-        raise ValueError(f"{what} of query 0: a tensor of shape {tuple(values.shape)}; a sequence is 1-D")
     values = _in_place(values, what)
     counts = np.array([values.numel()])
     return Values(values.data_ptr(), values.dtype == torch.int64, 0, values.numel(), 1, counts, values)
@@ -111,7 +116,7 @@ def _joined(batch: Batch, device: torch.device) -> Values:
     parts = [np.asarray(buffer[3]) for buffer in batch.owner]
     total = int(batch.counts.sum())
     kind = torch.int64 if batch.wide else torch.int32
-    pinned = torch.empty(total, dtype=kind, pin_memory=device.type == "cuda")
+    pinned = torch.empty(total, dtype=kind, device="cpu", pin_memory=device.type == "cuda")
     if parts:
         np.concatenate(parts, out=pinned.numpy(), casting="same_kind")
     offsets = np.zeros(len(batch) + 1, np.int64)
@@ -128,7 +133,7 @@ def _of_list(sequences: Sequence[Any], device: torch.device, what: str) -> Value
     tensors = []
     for query, part in enumerate(sequences):
         if on_device[query]:
-            tensors.append(_in_place(part, what).to(device))
+            tensors.append(_in_place(part, what, query).to(device))
         else:
             tensors.append(upload(torch.from_numpy(np.asarray(read_one(part, what, query)[3])), device))
     counts = np.array([len(part) for part in tensors], np.int64)

@@ -99,6 +99,10 @@ class AwaitedMatch(_Awaited, MatchResult):
         self._answer = None
         self._renewed = False
 
+    # A tree on another device takes these, and says that they are not where it is.
+    _lengths = property(lambda self: self.lengths)
+    _handles = property(lambda self: self.handles)
+
     @property
     def lengths(self) -> torch.Tensor:
         return self._chunk.lengths[0, self._place : self._place + 1]
@@ -125,6 +129,8 @@ class AwaitedInsert(_Awaited, InsertResult):
     __slots__ = AwaitedMatch.__slots__
 
     __init__ = AwaitedMatch.__init__
+    _lengths = AwaitedMatch._lengths
+    _handles = AwaitedMatch._handles
     lengths = AwaitedMatch.lengths
     handles = AwaitedMatch.handles
     length = AwaitedMatch.length

@@ -13,13 +13,14 @@ from flatradix import backend, meta, namespaces
 from flatradix import policy as policies
 from flatradix.arguments import check_counts, check_table, nothing_behind, per_query, token_count
 from flatradix.buffers import Buffer, is_single, read_one
-from flatradix.device_input import STAGED_BYTES, Stages, Values, read_values, upload_numbers
+from flatradix.device_input import HOST_IN_GRAPH, STAGED_BYTES, Stages, Values, read_values, upload_numbers
 from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
+from flatradix.errors import TooLargeForDeviceError
 from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
 from flatradix.mailbox import Mailbox, is_later
 from flatradix.namespaces import Namespaces, name_hash
 from flatradix.ragged import Ragged
-from flatradix.refusals import BAD_SLOT, NO_CAPACITY, refuse, refuse_capacity
+from flatradix.refusals import BAD_SLOT, FREE_BITS, NO_CAPACITY, refuse, refuse_bad_slot, refuse_capacity
 from flatradix.results import EvictResult, InsertResult, MatchResult, places_of
 from flatradix.tree import RadixTree
 
@@ -34,13 +35,13 @@ class DeviceTree(RadixTree):
             self.device = torch.device("cpu")
         units = pool_units(self.max_tokens, self.page_size)
         if 2 * units > MAX_UNITS:
-            raise ValueError(f"max_tokens {self.max_tokens} is too large for a tree on a GPU: at most 8.5e8 tokens")
+            raise TooLargeForDeviceError(
+                f"max_tokens {self.max_tokens} is too large for a tree on a GPU: at most 8.5e8 tokens"
+            )
         device = self.device
         state = allocate_device(self.max_tokens, self.page_size, self.bigram, generation, device)
-        state.meta[meta.POLICY] = self._policy_code
-        state.meta[meta.THRESHOLD] = policies.SLRU_THRESHOLD
         self._state = state
-        self._slots = torch.zeros(2 * units, dtype=self.slot_dtype, device=device)
+        self._pool = torch.zeros(2 * units, dtype=self.slot_dtype, device=device)
         self._wide = self.slot_dtype == torch.int64
         self._limit = int(torch.iinfo(self.slot_dtype).max)
         self._mail = Mailbox(device)
@@ -103,33 +104,42 @@ class DeviceTree(RadixTree):
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _next_call(self, changes: bool = True) -> int:
-        """The number of a call; `changes`: whether it may change a size."""
+    def _next_call(self) -> int:
+        """A number for a call that is about to be enqueued."""
         self._calls = self._calls % meta.CALL_MASK + 1
+        return self._calls
+
+    def _enqueued(self, call: int, changes: bool = True) -> None:
+        """Wait for this call from now on; `changes`: whether it may change a size. Not before it is really enqueued."""
         if self._is_capturing():
             # It will tell its numbers whenever the graph is replayed, so from now on the host asks for them.
             self._captured = True
         else:
-            self._mail.last = self._calls
+            self._mail.last = call
             if changes:
-                self._mail.last_change = self._calls
-        return self._calls
+                self._mail.last_change = call
 
-    @property
-    def _pool(self) -> torch.Tensor:
-        return self._slots
+    def _tell(self) -> None:
+        """Have the device tell its numbers."""
+        call = self._next_call()
+        self._kernels.tell(self._bound, call)
+        self._enqueued(call)
 
     # Waiting
 
     def _settle(self) -> None:
         """Wait for all calls so far, and raise the error of the first that was refused."""
-        if self._captured:
-            self._kernels.tell(self._bound, self._next_call())
-        refused = self._mail.refusals()
-        if self._fresh:
-            self._take_back_names(bool(refused))
-        if refused:
+        if self._wait():
             self._raise_refusal()
+
+    def _wait(self) -> bool:
+        """Wait for all calls so far; whether one was refused. Names given out for nothing are forgotten."""
+        if self._captured:
+            self._tell()
+        refused = bool(self._mail.refusals())
+        if self._fresh:
+            self._take_back_names(refused)
+        return refused
 
     def _take_back_names(self, refused: bool) -> None:
         """Forget the namespaces that were given out to inserts which stored nothing in them."""
@@ -150,12 +160,10 @@ class DeviceTree(RadixTree):
             return
         try:
             if refusal.reason == NO_CAPACITY:
-                evictable, protected = (
-                    self._mail.counter(place) for place in (meta.MAIL_EVICTABLE, meta.MAIL_PROTECTED)
-                )
-                refuse_capacity(refusal.value, evictable, protected, self.max_tokens)
+                needed, free = divmod(refusal.value, 1 << FREE_BITS)
+                refuse_capacity(needed, free, self._mail.counter(meta.MAIL_EVICTABLE), self.max_tokens)
             if refusal.reason == BAD_SLOT:
-                refuse_bad_slot(refusal.value, refusal.query, self.slot_dtype)
+                refuse_bad_slot(refusal.value, refusal.query, self.slot_dtype, self._limit)
             refuse(refusal.operation, refusal.reason, refusal.query, refusal.value)
         except (ValueError, RuntimeError) as error:
             if others:
@@ -183,7 +191,7 @@ class DeviceTree(RadixTree):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self._state, *self._workspace)) + self._slots.nbytes
+        return sum(t.nbytes for t in (*self._state, *self._workspace)) + self._pool.nbytes
 
     # Reading what callers pass
 
@@ -243,7 +251,7 @@ class DeviceTree(RadixTree):
         if batch == 0:
             return MatchResult(*self._outputs(0))
         self._room_for(batch)
-        call = self._next_call(bool(lock))
+        call = self._next_call()
         # What a graph holds is told each time that it is replayed, so nobody can wait for its answer.
         if keys.offsets == 0 and not self._is_capturing():
             chunk, place = self._singles.take()
@@ -259,14 +267,17 @@ class DeviceTree(RadixTree):
             handles, lengths, length_out, handle_out, 0, call,
             self.page_size, self.bigram, bool(touch), bool(lock),
         )  # fmt: skip
+        self._enqueued(call, bool(lock))
         return result
 
     def _match_one(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
         """A short key in host memory, which the kernel reads from pinned memory."""
         address, count, wide, _owner = key
         name = 0 if namespace is None else self._read_names(namespaces.only(namespace), 1)[1]
+        if self._is_capturing():
+            raise RuntimeError(HOST_IN_GRAPH)
         values = self._stages.put(address, count * 8 if wide else count * 4)
-        call = self._next_call(lock)
+        call = self._next_call()
         chunk, place = self._singles.take()
         result = AwaitedMatch(self, call, chunk, place)
         handle_out, length_out = result.addresses()
@@ -275,6 +286,9 @@ class DeviceTree(RadixTree):
             self.page_size, self.bigram, touch, lock,
         )  # fmt: skip
         self._stages.commit(call)
+        self._mail.last = call
+        if lock:
+            self._mail.last_change = call
         return result
 
     def _outputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,32 +300,43 @@ class DeviceTree(RadixTree):
 
     def lock(self, places: Any) -> None:
         if isinstance(places, AwaitedMatch | AwaitedInsert):
-            call = self._next_call()
-            self._kernels.lock(self._bound, *places.addresses(), 1, call, self.page_size, self.bigram)
+            self._lock(*self._addresses(places), 1)
             places.forget_handle()
             return
         lengths, handles = places_of(places, self.device)
         if len(handles) > 1 and handles.stride(0) == 0:
             raise ValueError("lock: the handles share memory, and each may be renewed; pass handles.clone()")
-        if len(handles) == 0:
-            return
-        self._room_for(len(handles))
         renewed = handles.contiguous()
-        addresses = (renewed.data_ptr(), lengths.data_ptr())
-        self._kernels.lock(self._bound, *addresses, len(handles), self._next_call(), self.page_size, self.bigram)
+        self._lock(renewed.data_ptr(), lengths.data_ptr(), len(handles))
         if renewed is not handles:
             handles.copy_(renewed)
 
+    def _lock(self, handles: int, lengths: int, batch: int) -> None:
+        if batch:
+            self._room_for(batch)
+            call = self._next_call()
+            self._kernels.lock(self._bound, handles, lengths, batch, call, self.page_size, self.bigram)
+            self._enqueued(call)
+
     def unlock(self, places: Any) -> None:
         if isinstance(places, AwaitedMatch | AwaitedInsert):
-            self._kernels.unlock(self._bound, *places.addresses(), 1, self._next_call(), self.page_size)
+            self._unlock(*self._addresses(places), 1)
             return
         lengths, handles = self._places(places)
-        if len(handles) == 0:
-            return
-        self._room_for(len(handles))
-        addresses = (handles.data_ptr(), lengths.data_ptr())
-        self._kernels.unlock(self._bound, *addresses, len(handles), self._next_call(), self.page_size)
+        self._unlock(handles.data_ptr(), lengths.data_ptr(), len(handles))
+
+    def _unlock(self, handles: int, lengths: int, batch: int) -> None:
+        if batch:
+            self._room_for(batch)
+            call = self._next_call()
+            self._kernels.unlock(self._bound, handles, lengths, batch, call, self.page_size)
+            self._enqueued(call)
+
+    def _addresses(self, places: AwaitedMatch | AwaitedInsert) -> tuple[int, int]:
+        """Of the handle and the length of a single result, which must be of this device."""
+        if places._tree.device != self.device:
+            places_of(places, self.device)  # raises
+        return places.addresses()
 
     # Slots
 
@@ -324,28 +349,32 @@ class DeviceTree(RadixTree):
         torch.cumsum(lengths.clamp(0, self.max_tokens), 0, out=offsets[1:])
         values = torch.empty(int(offsets[-1]), dtype=torch.int64, device=self.device)
         if batch:
+            call = self._next_call()
             self._kernels.gather_slots(
-                self._bound, handles.data_ptr(), lengths.data_ptr(), offsets.data_ptr(), self._slots.data_ptr(),
-                self._wide, values.data_ptr(), batch, self._next_call(), self.page_size,
+                self._bound, handles.data_ptr(), lengths.data_ptr(), offsets.data_ptr(), self._pool.data_ptr(),
+                self._wide, values.data_ptr(), batch, call, self.page_size,
             )  # fmt: skip
+            self._enqueued(call, False)
             self._settle()
         found = Ragged.trusted(values, offsets)
         return found if self.slot_device is None else found.to(self.slot_device)
 
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
         lengths, handles = self._places(places)
-        if self.slot_device is not None and self.slot_device.type != self.device.type:
+        if self.slot_device is not None and torch.empty(0, device=self.slot_device).device != self.device:
             raise ValueError(f"write_slots: the slots are returned on {self.slot_device}, and the tree is not there")
         numbers = check_table(table, rows, len(handles), self.device, self.slot_dtype)
         if len(handles) == 0:
             return
         self._room_for(len(handles))
         numbers = upload_numbers(numbers.numpy(), self.device) if numbers.is_cpu else numbers.to(self.device)
+        call = self._next_call()
         self._kernels.write_slots(
-            self._bound, handles.data_ptr(), lengths.data_ptr(), numbers.data_ptr(), self._slots.data_ptr(), self._wide,
-            table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape, len(handles),
-            self._next_call(), self.page_size,
+            self._bound, handles.data_ptr(), lengths.data_ptr(), numbers.data_ptr(), self._pool.data_ptr(), self._wide,
+            table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape, len(handles), call,
+            self.page_size,
         )  # fmt: skip
+        self._enqueued(call, False)
 
     # Insert
 
@@ -365,18 +394,16 @@ class DeviceTree(RadixTree):
         inserteds, inserted, _inserted_owner = self._read_numbers(inserted_lengths, batch, "inserted_lengths")
         handles, lengths, _start_owner = self._read_starts(start, batch)
         if batch == 0:
-            namespaces.spread(namespace, 0)
+            namespaces.spread(namespace, 0)  # raises for what is no namespace
             return InsertResult(torch.empty(0, dtype=torch.int32, device=self.device), *self._outputs(0))
         if self._is_capturing():
             raise RuntimeError(
                 "insert cannot be part of a CUDA graph: whether it has to compact is decided anew each time"
             )
         self._room_for(batch)
-        codes = self._codes_to_insert(namespaces.spread(namespace, batch), keys)
-        names, name, _names_owner = self._read_names(namespaces.spread(namespace, batch), batch, codes)
+        names, name, _names_owner = self._read_names(namespace, batch, self._codes_to_insert(namespace, keys))
         may_compact = self._may_compact(keys.total)
         call = self._next_call()
-        self._unbooked.append((call, keys.total))
         if keys.offsets == 0:
             chunk, place = self._singles.take()
             single = AwaitedInsert(self, call, chunk, place)
@@ -392,9 +419,11 @@ class DeviceTree(RadixTree):
         self._kernels.insert(
             self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name, handles, lengths,
             source.address, source.wide, source.offsets if keys.offsets else 0, source.total, self._limit,
-            self._slots.data_ptr(), self._wide, priorities, one_priority, inserteds, inserted,
+            self._pool.data_ptr(), self._wide, priorities, one_priority, inserteds, inserted,
             prefix_out, length_out, handle_out, call, self.page_size, self.bigram, may_compact,
         )  # fmt: skip
+        self._enqueued(call)
+        self._unbooked.append((call, keys.total))
         return result
 
     def _read_slots(self, slots: Any, keys: Values) -> Values:
@@ -409,20 +438,22 @@ class DeviceTree(RadixTree):
             source = source._replace(offsets=bounds.data_ptr(), owner=(source.owner, bounds))
         return source
 
-    def _codes_to_insert(self, names: Sequence[Any], keys: Values) -> list[int]:
-        """The namespace code of each query, given out where a key may store something."""
-        if len(self._namespaces.items()) + len(names) > len(self._state.namespace_hash):
-            self._mail.refusals()  # inserts that were refused may have been given names for nothing
-            self._take_back_names(True)
+    def _codes_to_insert(self, namespace: Any, keys: Values) -> list[int] | None:
+        """The namespace code of each query, given out where a key may store something; None if all have the same."""
+        many = isinstance(namespace, list | tuple)
+        names = namespaces.spread(namespace, keys.batch) if many else [namespaces.only(namespace)]
+        if len(self._namespaces) + len(names) > len(self._state.namespace_hash):
+            self._wait()  # inserts that were refused may have been given names for nothing
+        least = self.page_size + self.bigram
+        counts = keys.counts if many or keys.counts is None else [max(keys.counts)]
         codes = []
         for query, name in enumerate(names):
             code = self._namespaces.find(name)
-            if code < 0 and (keys.counts is None or keys.counts[query] - self.bigram >= self.page_size):
+            if code < 0 and (counts is None or counts[query] >= least):
                 code = self._namespaces.give(name)
                 self._fresh.add(code)
-                self._unsure = self._unsure or keys.counts is None
             codes.append(code)
-        return codes
+        return codes if many else None
 
     def _may_compact(self, total: int) -> bool:
         """Whether the pools may have no room for so many units, as far as the host knows by now."""
@@ -433,13 +464,13 @@ class DeviceTree(RadixTree):
 
     def _compact(self) -> None:
         """Copy all edges to the other half of the pools, without gaps."""
-        self._kernels.compact(self._bound, self._slots.data_ptr(), self._wide, True)
-        self._kernels.tell(self._bound, self._next_call())
+        self._kernels.compact(self._bound, self._pool.data_ptr(), self._wide, True)
+        self._tell()
 
     def _rebuild(self) -> None:
         self._state.meta[meta.POOL_CURSOR] = self._state.meta[meta.EVICTABLE] + self._state.meta[meta.PROTECTED]
         self._kernels.rebuild(self._bound)
-        self._kernels.tell(self._bound, self._next_call())
+        self._tell()
         self._settle()  # the next insert goes by the room that is told now
 
     def _first_unit(self) -> int:
@@ -461,12 +492,11 @@ class DeviceTree(RadixTree):
             if unordered:
                 self._kernels.order_victims(self._bound, nodes, self._by_tick)
             call = self._next_call()
-            pool = (self._slots.data_ptr(), self._wide)
+            pool = (self._pool.data_ptr(), self._wide)
             self._kernels.free(self._bound, nodes, tokens, call, *pool, slots.data_ptr())
-            if len(self._namespaces.items()) > 1:
+            self._enqueued(call)
+            if len(self._namespaces) > 1:
                 self._forget_namespaces(self._mail.wait(meta.MAIL_RELEASED, call))
-        else:
-            self._kernels.tell(self._bound, self._next_call())
         return EvictResult(slots if self.slot_device is None else slots.to(self.slot_device), tokens, nodes)
 
     def _forget_namespaces(self, count: int) -> None:
@@ -489,22 +519,15 @@ class DeviceTree(RadixTree):
     def digest(self) -> str:
         self._settle()
         hashes = np.array([name_hash(name) for _, name in self._namespaces.items()], np.int64)
-        codes = torch.tensor([code for code, _ in self._namespaces.items()]).to(self.device)
+        codes = torch.tensor([code for code, _ in self._namespaces.items()], device="cpu").to(self.device)
         self._state.namespace_hash[codes] = torch.from_numpy(hashes).to(self.device)
-        lanes = self._kernels.digest(self._bound, self._slots.data_ptr(), self._wide)
+        lanes = self._kernels.digest(self._bound, self._pool.data_ptr(), self._wide)
         return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
 
     def reset(self) -> None:
-        self._kernels.reset(self._bound, self._next_call())
+        call = self._next_call()
+        self._kernels.reset(self._bound, call)
+        self._enqueued(call)
         self._namespaces.clear()
         self._fresh.clear()
         self._unbooked.clear()
-
-
-def refuse_bad_slot(value: int, query: int, dtype: torch.dtype) -> None:
-    """`value` is the slot's place; what it was is on the device only."""
-    limit = torch.iinfo(dtype).max
-    raise ValueError(
-        f"slots of query {query}: the slot at position {value} is negative, or does not fit the pool's {dtype} "
-        f"(at most {limit})"
-    )

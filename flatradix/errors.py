@@ -15,6 +15,13 @@ class CapacityError(RuntimeError):
         self.needed = needed
         self.free = free
 
+    def __reduce__(self) -> tuple[type[CapacityError], tuple[str, int, int]]:
+        return type(self), (self.args[0], self.needed, self.free)
+
 
 class DeviceUnavailableError(RuntimeError):
     """The device that was asked for cannot be used here; the message says why and what to do."""
+
+
+class TooLargeForDeviceError(ValueError):
+    """A tree of this capacity can live in host memory only."""

@@ -56,6 +56,7 @@ class HostTree(RadixTree):
             self._slots = HostSlots(units, self.slot_dtype, self._kernels)
         else:
             self._slots = DeviceSlots(units, self.slot_dtype, self.slot_device)
+        self._pool = self._slots.values
 
     def match(
         self, q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None
@@ -76,8 +77,8 @@ class HostTree(RadixTree):
         codes = np.array([self._namespaces.find(name) for name in names], np.int64)
         named = np.array([name is not None for name in names], np.bool_)
         start_lengths, start_handles = starts(start, len(keys))
-        lengths = torch.empty(len(keys), dtype=torch.int32)
-        handles = torch.empty(len(keys), dtype=torch.int64)
+        lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
+        handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
         reason = self._kernels.match(
             self._table, keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths,
             touch, lock, lengths.numpy(), handles.numpy(),
@@ -214,9 +215,9 @@ class HostTree(RadixTree):
         start_lengths, start_handles = starts(start, len(keys))
         codes, fresh = self._codes_to_insert(names, keys.counts, start_lengths)
         named = np.array([name is not None for name in names], np.bool_)
-        prefixes = torch.empty(len(keys), dtype=torch.int32)
-        lengths = torch.empty(len(keys), dtype=torch.int32)
-        handles = torch.empty(len(keys), dtype=torch.int64)
+        prefixes = torch.empty(len(keys), dtype=torch.int32, device="cpu")
+        lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
+        handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
         places = np.empty(len(keys), np.int64)
         arguments = (
             self._table, keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths,
@@ -278,10 +279,6 @@ class HostTree(RadixTree):
         """Where the pools begin once they are compacted."""
         return 0
 
-    @property
-    def _pool(self) -> torch.Tensor:
-        return self._slots.values
-
     def evict(self, num_tokens: int) -> EvictResult:
         wanted = token_count(num_tokens)
         scores = _NO_SCORES if self._score is None else self._scores(self._score)
@@ -320,10 +317,10 @@ class HostTree(RadixTree):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._state) + self._slots.values.nbytes
+        return sum(t.nbytes for t in self._state) + self._pool.nbytes
 
     def digest(self) -> str:
-        slots = self._slots.values.cpu()
+        slots = self._pool.cpu()
         pool = (slots.data_ptr(), slots.dtype == torch.int64)
         lanes = [self._kernels.digest(self._table, *pool, lane) for lane in (0, 1)]
         return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
@@ -361,5 +358,6 @@ class HostTree(RadixTree):
 
     def _refuse(self, operation: str, reason: int) -> None:
         if reason == NO_CAPACITY:
-            refuse_capacity(self._meta[_ERROR_VALUE], self.evictable_tokens, self.protected_tokens, self.max_tokens)
+            free = self.max_tokens - self.total_tokens
+            refuse_capacity(self._meta[_ERROR_VALUE], free, self.evictable_tokens, self.max_tokens)
         refuse(operation, reason, self._meta[_ERROR_QUERY], self._meta[_ERROR_VALUE])

@@ -31,39 +31,38 @@ class Mailbox:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.words = torch.zeros(meta.MAIL, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.words = torch.zeros(meta.MAIL, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._view = memoryview(self.words.numpy().data)
         self.last = 0
         self.last_change = 0  # the last call that may have changed a size, and tells them all
         self._told = 0
 
-    def wait(self, place: int, call: int) -> int:
-        """The value of a word, once `call` has written it. Raises what the device raises if it has failed."""
+    def _word(self, place: int, call: int) -> int:
+        """A word, once `call` or a later one has written it. Raises what the device raises if it has failed."""
         view = self._view
         spins = 0
-        while (word := view[place]) >> 32 != call:
+        while (word := view[place]) >> 32 != call and not is_later(word >> 32, call):
             spins += 1
-            if spins % _SPINS == 0:
-                self._look()
-        return word & _LOW
+            if spins % _SPINS == 0 and self._is_done() and view[place] == word:
+                raise RuntimeError(f"call {call} has not told its numbers: its launch failed or was interrupted")
+        return word
 
-    def _look(self) -> None:
-        """Raise if a kernel has failed: then no word will come."""
-        if self._device.type != "cuda":
-            raise RuntimeError("a kernel did not tell its numbers")
-        torch.cuda.current_stream(self._device).query()
+    def _is_done(self) -> bool:
+        """Whether the device has done all that was enqueued. Raises if it has failed: then no word will come."""
+        if self._device.type == "cuda":
+            if not torch.cuda.current_stream(self._device).query():
+                return False
+            torch.cuda.synchronize(self._device)
+        return True
+
+    def wait(self, place: int, call: int) -> int:
+        """The value of a word, once `call` has written it."""
+        return self._word(place, call) & _LOW
 
     def counter(self, place: int) -> int:
         """One of the tree's numbers after all calls so far."""
-        view = self._view
-        self.wait(meta.MAIL_ERRORS, self.last)
-        change = self.last_change
-        spins = 0
-        while (word := view[place]) >> 32 != change and not is_later(word >> 32, change):
-            spins += 1
-            if spins % _SPINS == 0:
-                self._look()
-        return word & _LOW
+        self._word(meta.MAIL_ERRORS, self.last)
+        return self._word(place, self.last_change) & _LOW
 
     def latest(self, place: int) -> tuple[int, int]:
         """(the call that wrote it, the value) of a word as it is now."""
@@ -72,16 +71,9 @@ class Mailbox:
 
     def await_answer(self, call: int, index: int = 0) -> int | None:
         """A number of a single key's answer; None where later calls have overwritten it."""
-        view = self._view
         place = meta.MAIL_ANSWERS + call % meta.ANSWERS * meta.ANSWER_WORDS + index
-        spins = 0
-        while (word := view[place]) >> 32 != call:
-            if is_later(word >> 32, call):
-                return None
-            spins += 1
-            if spins % _SPINS == 0:
-                self._look()
-        return word & _LOW
+        word = self._word(place, call)
+        return word & _LOW if word >> 32 == call else None
 
     def answers(self, call: int) -> list[int] | None:
         """The four numbers of a single key's answer; None where a later call overwrites them, even now."""

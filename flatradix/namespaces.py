@@ -72,6 +72,10 @@ class Namespaces:
     def name(self, code: int) -> Namespace:
         return self._names[code]
 
+    def __len__(self) -> int:
+        """Names in use, None among them."""
+        return len(self._names)
+
     def items(self) -> list[tuple[int, Namespace]]:
         return sorted(self._names.items())
 

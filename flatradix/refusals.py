@@ -20,6 +20,9 @@ BAD_ROW = -11
 TOO_LONG = -12
 UNEQUAL = -13
 
+# A refusal for want of room on a GPU says how much is needed, above, and how much is free, in so many bits below.
+FREE_BITS = 30
+
 
 def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
     """Raise the error of a reason; `value` is a length, or the position of a token."""
@@ -53,8 +56,15 @@ def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
     raise AssertionError(f"{operation}: unknown reason {reason}")
 
 
-def refuse_capacity(needed: int, evictable: int, protected: int, max_tokens: int) -> NoReturn:
-    free = max_tokens - evictable - protected
+def refuse_bad_slot(value: int, query: int, dtype: object, largest: int) -> NoReturn:
+    """Where only the device knows the slot; `value` is its position."""
+    raise ValueError(
+        f"slots of query {query}: the slot at position {value} is negative, or does not fit the pool's {dtype} "
+        f"(at most {largest})"
+    )
+
+
+def refuse_capacity(needed: int, free: int, evictable: int, max_tokens: int) -> NoReturn:
     raise CapacityError(
         f"insert: {needed} new tokens, but {free} of {max_tokens} are free: {needed - free} too few; "
         f"evict({needed - free}) first ({evictable} tokens are evictable)",

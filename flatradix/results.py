@@ -12,7 +12,10 @@ _Result = TypeVar("_Result", bound="Places")
 def _only(values: torch.Tensor) -> int:
     if len(values) != 1:
         raise ValueError(f"the integers are for a batch of one, and this is one of {len(values)}; use the tensors")
-    return int(values[0])
+    number = int(values[0])
+    if number < 0:
+        raise ValueError("the call that was to give this was refused; tree.raise_pending() tells why")
+    return number
 
 
 class Places:
@@ -44,8 +47,8 @@ class Places:
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._lengths is None or self._handles is None:
-            self._lengths = torch.tensor([self._length], dtype=torch.int32)
-            self._handles = torch.tensor([self._handle], dtype=torch.int64)
+            self._lengths = torch.tensor([self._length], dtype=torch.int32, device="cpu")
+            self._handles = torch.tensor([self._handle], dtype=torch.int64, device="cpu")
         return self._lengths, self._handles
 
     @property
@@ -76,6 +79,9 @@ class MatchResult(Places):
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        return f"MatchResult(lengths={self.lengths.tolist()})"
+
 
 class InsertResult(Places):
     """The end of each inserted key, and how much of it was there before.
@@ -104,7 +110,7 @@ class InsertResult(Places):
     @property
     def prefix_lengths(self) -> torch.Tensor:
         if self._prefix_lengths is None:
-            self._prefix_lengths = torch.tensor([self._prefix_length], dtype=torch.int32)
+            self._prefix_lengths = torch.tensor([self._prefix_length], dtype=torch.int32, device="cpu")
         return self._prefix_lengths
 
     @property

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from flatradix import meta
+from flatradix.errors import DeviceUnavailableError
 from flatradix.layout import COLUMNS
 from flatradix.namespaces import Namespace
 from flatradix.policy import Policy
@@ -68,8 +69,7 @@ def content_of(tree: RadixTree) -> dict[str, Any]:
 
 def copy_to(tree: RadixTree, device: torch.device) -> RadixTree:
     """The tree on another device."""
-    slot_device = tree.slot_device if tree.slot_device is not None and tree.slot_device.type != "cpu" else None
-    return _restore(content_of(tree), "this tree", device, slot_device, tree.policy)
+    return _restore(content_of(tree), device, tree.slot_device, tree.policy)
 
 
 def _written(name: Namespace) -> tuple[str, str]:
@@ -114,14 +114,15 @@ def load(
 ) -> RadixTree:
     content = _read(path)
     try:
-        return _restore(content, path, device, slot_device, _policy(path, content["settings"]["policy"], policy))
+        return _restore(content, device, slot_device, _policy(path, content["settings"]["policy"], policy))
+    except (DeviceUnavailableError, torch.OutOfMemoryError):
+        raise
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
 
 
 def _restore(
     content: dict[str, Any],
-    path: File,
     device: str | torch.device,
     slot_device: str | torch.device | None,
     policy: str | Policy,

@@ -16,6 +16,7 @@ import torch
 from flatradix import backend
 from flatradix import policy as policies
 from flatradix.arguments import check_sizes, check_slot_device
+from flatradix.errors import TooLargeForDeviceError
 from flatradix.kernels.scalar import GENERATION_BITS
 from flatradix.layout import TreeState
 from flatradix.namespaces import Namespaces
@@ -54,6 +55,10 @@ class RadixTree:
     Raises ValueError for arguments out of range, DeviceUnavailableError for a device that cannot be used.
     """
 
+    def __init_subclass__(cls) -> None:
+        if not cls.__module__.startswith("flatradix."):
+            raise TypeError("RadixTree is not made to be subclassed: which class a tree has depends on its device")
+
     def __new__(cls, *arguments: Any, **keywords: Any) -> RadixTree:
         if cls is not RadixTree:
             return super().__new__(cls)
@@ -84,8 +89,9 @@ class RadixTree:
         # Random, so that a handle of one tree is stale in another, also in one that was saved by another process.
         generation = secrets.randbits(GENERATION_BITS)
         try:
-            self._allocate(generation)
-        except torch.OutOfMemoryError as error:
+            with torch.inference_mode(False):  # its tensors would belong to that mode for ever
+                self._allocate(generation)
+        except (torch.OutOfMemoryError, TooLargeForDeviceError) as error:
             if device != "auto" or not backend.is_free_to_choose():
                 raise
             backend.logger.warning("device auto takes the CPU: %s", str(error).splitlines()[0])
@@ -103,10 +109,7 @@ class RadixTree:
 
     _state: TreeState
     _namespaces: Namespaces
-
-    @property
-    def _pool(self) -> torch.Tensor:
-        """The slot pool, on whatever device it is."""
+    _pool: torch.Tensor  # the slot pool, on whatever device it is
 
     def _compact(self) -> None:
         """Bring all edges to the front of the pools, without gaps. O(cached tokens)."""
@@ -123,7 +126,8 @@ class RadixTree:
         """The longest cached prefix of each query.
 
         q: a Ragged, a list of integer sequences (lists, `array`, numpy, tensors), or one flat sequence. int32 and int64
-            buffers are read in place.
+            buffers are read in place. With a tree on a GPU, tensors there and pinned ones are read after the call has
+            returned: in the order of the stream, and for pinned ones until `raise_pending`.
         namespace: None, a str or bytes for all queries, or a list with one for each.
         touch: whether the path becomes the most recently used. Without it, the call leaves no trace.
         lock: also lock each path as soon as it is found, as `lock` would.
@@ -195,8 +199,9 @@ class RadixTree:
         """Free whole nodes, in the order of the policy, until `num_tokens` tokens are free or all is locked.
 
         Nodes without children and locks go first; a parent can go when its last child went. No more nodes are freed
-        than needed. Returns the slots freed, in order. O(log n) a node (O(n) in all with mru or a function). Raises
-        ValueError for a negative number.
+        than needed. Returns the slots freed, in order. On the CPU O(log n) a node (O(n) in all with mru or a function);
+        on a GPU a pass over all rows, with other policies than lru two sorts of them, and it waits for the device.
+        Raises ValueError for a negative number.
         """
 
     @property
@@ -239,7 +244,7 @@ class RadixTree:
     def to(self, device: str | torch.device) -> RadixTree:
         """The tree on another device, a copy; itself if it is there. Handles stay good, digests are equal.
 
-        Waits for the device. O(cached tokens).
+        Waits for the device. O(cached tokens). A slot_device goes along. Raises DeviceUnavailableError.
         """
         target = backend.resolve(device)
         if isinstance(self, _class_for(target)) and (target == self.device or backend.interpreted()):

@@ -30,13 +30,14 @@ from flatradix.kernels.gpu.walk import (
     walk,
     whole_pages,
 )
-from flatradix.refusals import BAD_SLOT, BAD_TOKEN, NO_CAPACITY
+from flatradix.refusals import BAD_SLOT, BAD_TOKEN, FREE_BITS, NO_CAPACITY
 from flatradix.refusals import UNEQUAL as UNEQUAL_COUNTS
 
 WRONG_TOKEN_VALUE = tl.constexpr(BAD_TOKEN)
 WRONG_SLOT = tl.constexpr(BAD_SLOT)
 UNEQUAL = tl.constexpr(UNEQUAL_COUNTS)
 TOO_MUCH = tl.constexpr(NO_CAPACITY)
+ROOM_BITS = tl.constexpr(FREE_BITS)
 LANES = tl.constexpr(32)
 QUERIES = tl.constexpr(128)
 CHECKED = tl.constexpr(2048)
@@ -232,7 +233,8 @@ def _reserve(s, w, made, units):
     """See whether all of it fits, and whether the pools have to be compacted first."""
     total = tl.load(s.meta + meta.EVICTABLE) + tl.load(s.meta + meta.PROTECTED) + units
     if total > tl.load(s.meta + meta.MAX_TOKENS):
-        refuse(w, units * 0, TOO_MUCH, units)
+        free = tl.load(s.meta + meta.MAX_TOKENS) - (total - units)
+        refuse(w, units * 0, TOO_MUCH, (units << ROOM_BITS) | free)
     elif tl.load(s.meta + meta.POOL_CURSOR) + units > tl.load(s.meta + meta.POOL_END):
         tl.store(w.number + meta.COMPACT, 1)
     tl.store(w.number + meta.NEEDED, units)

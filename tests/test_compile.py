@@ -1,0 +1,212 @@
+"""Every GPU kernel compiles for every kind of GPU, which takes no GPU, and leaves room for those beside it.
+
+A tree whose launches are only written down says which variants there are.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from flatradix import Ragged, backend
+
+pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile with")
+if backend.interpreted():
+    pytest.skip("TRITON_INTERPRET=1: an interpreter compiles nothing", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flatradix.device_tree import DeviceTree
+from flatradix.kernels.gpu.launch import Kernel
+from flatradix.mailbox import Mailbox
+
+SM_80, SM_90, SM_100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
+GFX942 = GPUTarget("hip", "gfx942", 64)
+# Of one multiprocessor: registers, bytes of shared memory (sm_80 has the least of those above), warps.
+REGISTERS, SHARED, WARPS = 65536, 164 * 1024, 64
+
+
+# Said by Triton 3.9 of what our kernels have none of.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+
+class Variant(NamedTuple):
+    """A kernel as a tree launches it. programs: on one multiprocessor, for a batch that is large enough."""
+
+    kernel: Kernel
+    constants: tuple[int | bool, ...]
+    wide: tuple[bool, ...]
+    warps: int
+    registers: int
+    programs: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.function.__name__}{self.constants}{'w' if any(self.wide) else ''}"
+
+
+def types_of(state: tuple[torch.Tensor, ...]) -> Any:
+    kinds = {torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
+    return type(state)(*(kinds[tensor.dtype] for tensor in state))
+
+
+class Recorder:
+    """Trees that launch nothing: what they would have launched, in order and each once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.variants: dict[Any, Variant] = {}
+        self.state: Any = None
+        self.workspace: Any = None
+        recorder = self
+
+        def launch(
+            kernel: Kernel,
+            bound: Any,
+            programs: int,
+            arguments: Any,
+            constants: Any = (),
+            wide: Any = (),
+            warps: int = 0,
+            registers: int = 0,
+        ) -> None:
+            assert len(arguments) == len(kernel.kinds)
+            variant = Variant(kernel, constants, wide, warps or kernel.warps, registers, programs)
+            known = recorder.variants.setdefault(variant[:-1], variant)
+            recorder.variants[variant[:-1]] = max(known, variant, key=lambda one: one.programs)
+
+        patch.setattr(Kernel, "__call__", launch)
+        patch.setattr(backend, "interpreted", lambda: True)
+        patch.setattr(backend, "resolve", lambda device: torch.device("cuda", 0))
+        for name in ("wait", "counter", "refusals"):
+            patch.setattr(Mailbox, name, lambda *arguments: 0 if len(arguments) == 1 else 2)
+
+    def tree(self, page_size: int, **options: Any) -> DeviceTree:
+        tree = DeviceTree(100_000, page_size, "cuda", **options)
+        self.state, self.workspace = types_of(tree._state), types_of(tree._workspace)
+        return tree
+
+
+def batch(keys: int, tokens: int, dtype: torch.dtype = torch.int64) -> Ragged:
+    return Ragged(torch.zeros(keys * tokens, dtype=dtype), torch.arange(keys + 1) * tokens)
+
+
+def use_everything(tree: DeviceTree, few: bool) -> None:
+    """All operations, in the forms that engines use most; `few`: not each combination."""
+    many, wide = batch(2000, 20, torch.int32), batch(2000, 20)
+    names = [None, "a"] * 1000
+    numbers = torch.arange(2000)
+    places = SimpleNamespace(handles=torch.zeros(2000, dtype=torch.int64), lengths=torch.zeros(2000, dtype=torch.int32))
+    single = torch.zeros(8000, dtype=torch.int32)
+    table = torch.zeros((2000, 20), dtype=tree.slot_dtype)
+    tree.insert(many, wide, namespace=names, priority=numbers, inserted_lengths=numbers, start=places)
+    tree.match(many, namespace=names, start=places, lock=True)
+    tree.lock(places)
+    tree.unlock(places)
+    tree.write_slots(places, table, numbers)
+    tree.slots(places)
+    tree._compact()
+    tree._rebuild()
+    tree.reset()
+    tree.evict(1)
+    tree.digest()
+    tree._kernels.tell(tree._bound, 1)
+    tree._kernels.effective_keys(tree._bound, tree._state.created)
+    for sequence in (single.numpy(), single.long().numpy()):
+        for lock in (False, True):
+            tree.match(sequence, lock=lock)
+        tree.insert(sequence, single)
+    found = tree.match(single.numpy())
+    tree.lock(found)
+    tree.unlock(found)
+    if few:
+        return
+    for touch, lock in ((True, False), (False, False), (True, True), (False, True)):
+        tree.match(single.numpy(), touch=touch, lock=lock)
+        tree.match(many, touch=touch, lock=lock)
+    for keys in (wide, batch(10, 20), batch(10, 100_000), batch(5000, 20)):
+        tree.match(keys)
+    tree.match(many, start=places)
+    tree.match([single, single], namespace=["a", "b"])
+    tree.insert(many, many)
+    tree.insert(wide, wide)
+    tree.insert(many, wide, start=places)
+    tree.write_slots(places, table.long(), numbers)
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Iterator[Recorder]:
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch)
+        use_everything(recorder.tree(1), few=False)
+        use_everything(recorder.tree(2, bigram=True, policy="lfu", slot_dtype=torch.int64), few=True)
+    return recorder
+
+
+def compile_variant(recorder: Recorder, variant: Variant, target: GPUTarget) -> Any:
+    function = variant.kernel.function
+    names = function.arg_names
+    types = [*variant.kernel.types(variant.wide), *["constexpr"] * len(variant.constants)]
+    signature = dict(zip(names, [recorder.state, recorder.workspace, *types], strict=True))
+    first = len(names) - len(variant.constants)
+    constants = {(first + i,): value for i, value in enumerate(variant.constants)}
+    options: dict[str, Any] = {"num_warps": variant.warps}
+    if target.backend == "cuda":
+        options["launch_cooperative_grid"] = variant.kernel.cooperative
+        if variant.registers:
+            options["maxnreg"] = variant.registers
+    return triton.compile(ASTSource(function, signature=signature, constexprs=constants), target, options)
+
+
+def registers_of(compiled: Any, folder: Path) -> int | None:
+    """Registers a thread, None where Triton brings no tool that knows."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.is_file():
+        return None
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    return int(re.findall(r"REG:(\d+)", done.stdout + done.stderr)[-1])
+
+
+def assert_they_fit(variant: Variant, compiled: Any, folder: Path) -> None:
+    """Programs that wait for one another must all run at once: as many a multiprocessor as the launch asks for."""
+    programs, shared = variant.programs, compiled.metadata.shared + 1024
+    assert programs * variant.warps <= WARPS, f"{variant.name}: {programs} programs of {variant.warps} warps"
+    assert programs * shared <= SHARED, f"{variant.name}: {programs} programs with {shared} bytes of shared memory"
+    registers = registers_of(compiled, folder)
+    if registers is not None:
+        most = REGISTERS // (32 * variant.warps * programs) // 8 * 8
+        assert registers <= most, f"{variant.name}: {registers} registers, and {programs} programs leave {most}"
+
+
+def test_the_trees_use_every_kernel(recorder: Recorder) -> None:
+    used = {variant.kernel.function.__name__ for variant in recorder.variants.values()}
+    assert used == {kernel.function.__name__ for kernel in Kernel.made}
+
+
+def test_every_variant(recorder: Recorder, tmp_path: Path) -> None:
+    for variant in recorder.variants.values():
+        compiled = compile_variant(recorder, variant, SM_90)
+        if variant.kernel.cooperative:
+            assert_they_fit(variant, compiled, tmp_path)
+
+
+@pytest.mark.parametrize("target", [SM_80, SM_100, GFX942], ids=lambda target: f"{target.backend}-{target.arch}")
+def test_every_kernel(recorder: Recorder, target: GPUTarget, tmp_path: Path) -> None:
+    """The first variant of each, which has the most parts."""
+    done: set[Kernel] = set()
+    for variant in recorder.variants.values():
+        if variant.kernel not in done:
+            compiled = compile_variant(recorder, variant, target)
+            if target.backend == "cuda" and variant.kernel.cooperative:
+                assert_they_fit(variant, compiled, tmp_path)
+        done.add(variant.kernel)
