@@ -140,7 +140,7 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
 
 
 class Workspace(NamedTuple):
-    """What the kernels of a GPU keep beside a state: nothing here outlives a call but `place` and zeros.
+    """What the kernels of a GPU keep beside a state: only `place`, zeros and a hint for evict outlive a call.
 
     R rows, B queries of the largest batch so far, C places of a table of claims.
     """

@@ -59,8 +59,7 @@ COMPACT = 64  # whether the pools must be compacted
 DUMMY = 72  # always 0: where idle lanes point
 COUNT = 80
 TOTAL = 88
-LOW = 96
-HIGH = 104
+HINT = 96  # three words that an eviction leaves for the next: a guess
 NUMBERS = 128
 NO_ERROR = 1 << 62
 

@@ -14,7 +14,7 @@ from flatradix import meta
 from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
 from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse_lanes
 from flatradix.kernels.gpu.launch import Bound, Kernel, resident
-from flatradix.kernels.gpu.rows import resolve
+from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.refusals import NOT_LOCKED
 
 LANES = tl.constexpr(32)
@@ -108,6 +108,18 @@ def _take_back(s, w, batch, SIGN: tl.constexpr):
 
 
 @triton.jit
+def _renew(s, w, handles, batch, program, programs):
+    """Name the row on which each lock ends, where it cuts none: the place may have moved up since it was found."""
+    first = program * LANES
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
+        cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=1)
+        tl.store(handles + query, handle_of(s, row), mask=cut == 0)
+        first += programs * LANES
+
+
+@triton.jit
 def _finish_lock(
     s, w, handles, batch, rows, call, program, programs, PAGE: tl.constexpr, BIGRAM: tl.constexpr, ALONE: tl.constexpr
 ):
@@ -118,6 +130,8 @@ def _finish_lock(
     error = first_refusal(w)
     good = error == meta.NO_ERROR
     cuts = good & (tl.load(w.number + meta.CUTS, volatile=True) > 0)
+    if good:
+        _renew(s, w, handles, batch, program, programs)
     if cuts:
         clock = tl.load(s.meta + meta.CLOCK)
         cut_locked(s, w, handles, batch, rows, clock, program, programs, PAGE, BIGRAM, 0)
