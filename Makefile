@@ -23,8 +23,10 @@ $(VENV)/setup: pyproject.toml constraints.txt
 	$(PIP) -e '.[plot]'
 	touch $@
 
-$(VENV)/setup-test: $(VENV)/setup requirements/peers.txt
+$(VENV)/setup-test: $(VENV)/setup requirements/peers.txt requirements/triton.txt
 	$(PIP) -e '.[plot,test,dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) -r requirements/triton.txt || \
+	  echo 'Triton could not be installed: the tests of the GPU kernels will be skipped'
 	@# The tree to compare with, and the package that ours must live beside. Without them, their tests are skipped.
 	$(PIP) -r requirements/peers.txt && \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .peers sglang==0.5.23 kernels==0.17.2 || \
@@ -37,8 +39,10 @@ replay: setup
 	mkdir -p out
 	$(BIN)/flatradix replay $(TRACE) --json out/replay.json --plot out/replay.png $(ARGS)
 
+# The second run is of the GPU's tests, in Triton's interpreter; 5 is what pytest returns where ARGS leaves none of them.
 test: $(VENV)/setup-test lint
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=interpreted $(BIN)/python -m pytest -m gpu $(ARGS) || test $$? -eq 5
 
 lint: $(VENV)/setup-test
 	$(BIN)/ruff check .

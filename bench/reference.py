@@ -1,6 +1,6 @@
 """Every row of a trace's reference figures, replayed and compared to the token; exits with 1 if one differs.
 
-    python3 bench/reference.py [FOLDER]
+    python3 bench/reference.py [FOLDER] [--device cuda]
 
 FOLDER holds conversation_trace.jsonl and conversation_reference.json (default: ../shared/traces beside the checkout).
 About a minute, most of it for making 145M tokens out of the trace's hash ids nine times.
@@ -8,6 +8,7 @@ About a minute, most of it for making 145M tokens out of the trace's hash ids ni
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,15 @@ from flatradix.replay import replay  # noqa: E402
 FIGURES = ("input_tokens", "hit_tokens", "hits_sha256", "evicted_tokens", "rejected", "final_tokens")
 
 
-def main(folder: Path = ROOT.parent / "shared" / "traces") -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT.parent / "shared" / "traces")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    compare(options.folder, options.device)
+
+
+def compare(folder: Path, device: str) -> None:
     trace, reference = folder / "conversation_trace.jsonl", folder / "conversation_reference.json"
     if not (trace.is_file() and reference.is_file()):
         sys.exit(f"{folder}: there is no {trace.name} and {reference.name}; name their folder")
@@ -29,7 +38,7 @@ def main(folder: Path = ROOT.parent / "shared" / "traces") -> None:
     wrong = 0
     print(f"{'page':>5} {'capacity':>9} {'hold':>4} {'hit tokens':>11} {'in the tree':>12}  as the reference")
     for row in json.loads(reference.read_text()):
-        report = replay(traces.prompts(requests), row["page"], row["capacity"], row["hold"])
+        report = replay(traces.prompts(requests), row["page"], row["capacity"], row["hold"], device=device)
         found = report.to_json()
         differing = [name for name in FIGURES if found[name] != row[name]]
         wrong += bool(differing)
@@ -41,4 +50,4 @@ def main(folder: Path = ROOT.parent / "shared" / "traces") -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    main()
