@@ -34,6 +34,17 @@ class Values(NamedTuple):
     counts: np.ndarray | None
     owner: Any
 
+    def read_counts(self) -> np.ndarray:
+        """The counts; synchronises where only the device knows them. Of offsets that are wrong, whatever they say."""
+        if self.counts is not None:
+            return self.counts
+        return np.diff(self.owner[1].cpu().numpy())
+
+    def as_batch(self, device: torch.device) -> Values:
+        """A single sequence as a batch of one, with offsets on the device."""
+        offsets = torch.arange(2, device=device) * self.total
+        return self._replace(offsets=offsets.data_ptr(), owner=(self.owner, offsets))
+
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on the device, without waiting; torch uses pinned memory again only when the copy is done."""

@@ -102,7 +102,12 @@ class DeviceTree(RadixTree):
         self._bound = self._kernels.bind(self._state, self._workspace)
 
     def _is_capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.device.type != "cuda":
+            return False
+        if torch.cuda.current_device() == self.device.index:
+            return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def _next_call(self) -> int:
         """A number for a call that is about to be enqueued."""
@@ -246,14 +251,17 @@ class DeviceTree(RadixTree):
                 return self._match_one(key, namespace, bool(touch), bool(lock))
         keys = read_values(nothing_behind(start, q), self.device, "tokens")
         batch = keys.batch
+        if namespace is not None and self._is_capturing():
+            raise RuntimeError("a CUDA graph cannot hold a namespace: what it is called inside changes as others go")
         names, name, _names_owner = self._read_names(namespace, batch)
         handles, lengths, _start_owner = self._read_starts(start, batch)
         if batch == 0:
             return MatchResult(*self._outputs(0))
         self._room_for(batch)
         call = self._next_call()
-        # What a graph holds is told each time that it is replayed, so nobody can wait for its answer.
-        if keys.offsets == 0 and not self._is_capturing():
+        if keys.offsets == 0 and self._is_capturing():
+            keys = keys.as_batch(self.device)  # a single key answers, and each replay would answer again
+        if keys.offsets == 0:
             chunk, place = self._singles.take()
             single = AwaitedMatch(self, call, chunk, place)
             handle_out, length_out = single.addresses()
@@ -416,15 +424,26 @@ class DeviceTree(RadixTree):
             length_out, handle_out = (tensor.data_ptr() for tensor in out)
             prefix_out = prefixes.data_ptr()
             result = InsertResult(prefixes, *out)
-        self._kernels.insert(
-            self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name, handles, lengths,
-            source.address, source.wide, source.offsets if keys.offsets else 0, source.total, self._limit,
-            self._pool.data_ptr(), self._wide, priorities, one_priority, inserteds, inserted,
-            prefix_out, length_out, handle_out, call, self.page_size, self.bigram, may_compact,
-        )  # fmt: skip
+        try:
+            self._kernels.insert(
+                self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name, handles, lengths,
+                source.address, source.wide, source.offsets if keys.offsets else 0, source.total, self._limit,
+                self._pool.data_ptr(), self._wide, priorities, one_priority, inserteds, inserted,
+                prefix_out, length_out, handle_out, call, self.page_size, self.bigram, may_compact,
+            )  # fmt: skip
+        except BaseException:
+            self._clean_scratch()
+            raise
         self._enqueued(call)
         self._unbooked.append((call, keys.total))
         return result
+
+    def _clean_scratch(self) -> None:
+        """After an insert whose launches were interrupted: what the first of them left must not reach the next call."""
+        self._workspace.number.zero_()
+        self._workspace.number[meta.ERROR] = meta.NO_ERROR
+        self._workspace.claims.fill_(-1)
+        self._unsure = True
 
     def _read_slots(self, slots: Any, keys: Values) -> Values:
         """The slots of a batch; a batch of one may come as one sequence, and a single sequence as a batch of one."""
@@ -444,14 +463,18 @@ class DeviceTree(RadixTree):
         names = namespaces.spread(namespace, keys.batch) if many else [namespaces.only(namespace)]
         if len(self._namespaces) + len(names) > len(self._state.namespace_hash):
             self._wait()  # inserts that were refused may have been given names for nothing
-        least = self.page_size + self.bigram
-        counts = keys.counts if many or keys.counts is None else [max(keys.counts)]
+        counts = keys.counts
+        if counts is None and len(self._namespaces) + len(names) > len(self._state.namespace_hash):
+            counts = keys.read_counts()  # more names than pages: only keys that store something may have one
+        if counts is not None and not many:
+            counts = counts.max(keepdims=True)
         codes = []
         for query, name in enumerate(names):
             code = self._namespaces.find(name)
-            if code < 0 and (counts is None or counts[query] >= least):
+            if code < 0 and (counts is None or counts[query] >= self.page_size + self.bigram):
                 code = self._namespaces.give(name)
                 self._fresh.add(code)
+                self._unsure |= counts is None
             codes.append(code)
         return codes if many else None
 

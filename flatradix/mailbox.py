@@ -37,11 +37,14 @@ class Mailbox:
         self.last_change = 0  # the last call that may have changed a size, and tells them all
         self._told = 0
 
-    def _word(self, place: int, call: int) -> int:
-        """A word, once `call` or a later one has written it. Raises what the device raises if it has failed."""
+    def _word(self, place: int, call: int, exact: bool = False) -> int:
+        """A word, once `call`, or unless `exact` a later one, has written it. Raises what the device raises.
+
+        A word that was never written carries 0, which is no call.
+        """
         view = self._view
         spins = 0
-        while (word := view[place]) >> 32 != call and not is_later(word >> 32, call):
+        while (word := view[place]) >> 32 != call and (exact or word < 1 << 32 or not is_later(word >> 32, call)):
             spins += 1
             if spins % _SPINS == 0 and self._is_done() and view[place] == word:
                 raise RuntimeError(f"call {call} has not told its numbers: its launch failed or was interrupted")
@@ -56,8 +59,8 @@ class Mailbox:
         return True
 
     def wait(self, place: int, call: int) -> int:
-        """The value of a word, once `call` has written it."""
-        return self._word(place, call) & _LOW
+        """The value of a word that nobody else writes after `call`, once that has."""
+        return self._word(place, call, exact=True) & _LOW
 
     def counter(self, place: int) -> int:
         """One of the tree's numbers after all calls so far."""
@@ -82,7 +85,7 @@ class Mailbox:
 
     def refusals(self) -> int:
         """How many calls were refused since they were last asked for. Waits for all calls so far."""
-        return self.wait(meta.MAIL_ERRORS, self.last) - self._told & _LOW
+        return self._word(meta.MAIL_ERRORS, self.last) - self._told & _LOW
 
     def take_refusals(self) -> tuple[Refusal | None, int]:
         """The first refusal that was not told yet, and how many came after it; they count as told."""

@@ -53,6 +53,8 @@ def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
         raise ValueError(f"{where}the table has no row {value}")
     if reason == TOO_LONG:
         raise ValueError(f"{where}its {value} slots are more than a row of the table holds")
+    if reason == NO_ROOM:
+        raise AssertionError(f"{operation}: the pools have no room for {value} units, and were not to be compacted")
     raise AssertionError(f"{operation}: unknown reason {reason}")
 
 

@@ -139,12 +139,13 @@ class Round:
         stem = random.choice(self.stems)
         key = (stem if random.random() < 0.4 else stem[: random.randint(0, len(stem))]) + self.tail()
         if random.random() < 0.1:
-            self.stems = [*self.stems[-100:], key]
+            self.stems = [*self.stems[-100:], list(key)]
         return key
 
     def keys(self) -> list[list[int]]:
         if self.random.random() < 0.1:
-            return [self.key()] * min(self.count(), 50)
+            key = self.key()
+            return [list(key) for _ in range(min(self.count(), 50))]
         return [self.key() for _ in range(self.count())]
 
     def slots_for(self, keys: list[list[int]]) -> list[list[int]]:
@@ -388,9 +389,7 @@ class Round:
             return
         held = self.random.choice(self.held)
         part = held.take(self.random.choices(range(len(held.keys)), k=min(self.count(), len(held.keys))))
-        done = self.call(
-            len(part.keys), lambda: self.host.lock(part.host), lambda: self.tree.lock(part.tree) or part.tree
-        )
+        done = self.call(len(part.keys), lambda: self.host.lock(part.host), lambda: self.tree.lock(part.tree))
         if done:
             self.locks.append(part)
 

@@ -74,9 +74,10 @@ def test_auto_takes_the_gpu_and_the_variable_speaks_for_it(cuda: str, monkeypatc
     from flatradix.device_tree import DeviceTree
     from flatradix.host_tree import HostTree
 
+    auto = HostTree if interpreted() else DeviceTree  # an interpreter is for those who ask for it
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
-    assert type(RadixTree(8)) is DeviceTree
-    for name, kind in (("cpu", HostTree), ("cuda", DeviceTree), ("cuda:0", DeviceTree), ("auto", DeviceTree)):
+    assert type(RadixTree(8)) is auto
+    for name, kind in (("cpu", HostTree), ("cuda", DeviceTree), ("cuda:0", DeviceTree), ("auto", auto)):
         monkeypatch.setenv("FLATRADIX_DEVICE", name)
         assert type(RadixTree(8)) is kind
         assert type(RadixTree(8, device="cpu")) is HostTree
@@ -150,22 +151,40 @@ def no_memory(*arguments: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_out_of_memory(cuda: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("allocate_device", no_memory, torch.OutOfMemoryError, "CUDA out of memory"),
+        ("MAX_UNITS", 100, ValueError, "max_tokens 64 is too large for a tree on a GPU"),
+    ],
+)
+def test_auto_takes_the_cpu_where_a_gpu_has_no_room(
+    name: str,
+    value: Any,
+    error: type[Exception],
+    message: str,
+    cuda: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     from flatradix import device_tree
 
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(device_tree, "allocate_device", no_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            RadixTree(64, device="cuda")
-        with caplog.at_level(logging.WARNING, logger="flatradix"):
-            tree = RadixTree(64, page_size=2, device="auto", policy="lfu", slot_dtype=torch.int64)
-    assert "memory" in caplog.records[-1].getMessage()
+    monkeypatch.setattr(backend, "_why_not_auto", lambda: "")
+    monkeypatch.setattr(device_tree, name, value)
+    with pytest.raises(error, match=message):
+        RadixTree(64, device="cuda")
+    with caplog.at_level(logging.WARNING, logger="flatradix"):
+        tree = RadixTree(64, page_size=2, device="auto", policy="lfu", slot_dtype=torch.int64)
+    assert f"device auto takes the CPU: {message}" in caplog.records[-1].getMessage()
     assert caplog.records[-1].levelno == logging.WARNING
     assert (tree.device.type, tree.page_size, tree.policy, tree.slot_dtype) == ("cpu", 2, "lfu", torch.int64)
     tree.insert([[1, 2], [3, 4]], [[2**40, 1], [3, 4]])
     assert tree.evict(1).slots.tolist() == [2**40, 1]
     tree.check()
+    monkeypatch.setenv("FLATRADIX_DEVICE", "cuda")
+    with pytest.raises(error, match=message):
+        RadixTree(64)
 
 
 def test_out_of_the_memory_of_a_gpu(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,6 +705,7 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
     table = torch.zeros((4, 8), dtype=torch.int32, device=tree.device)
     rows = torch.arange(3, device=tree.device)
     priority = torch.arange(3, device=tree.device)
+    first, first_slots = q.values[:4], slots.values[:4]
     kept: dict[str, Any] = {}
 
     def keep(name: str, value: Any) -> None:
@@ -694,7 +714,7 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
     return [
         lambda: keep("inserted", tree.insert(q, slots, priority=priority)),
         lambda: keep("matched", tree.match(q)),
-        lambda: keep("locked", tree.match(q, namespace="a", lock=True)),
+        lambda: keep("locked", tree.match(q, lock=True)),
         lambda: tree.unlock(kept["locked"]),
         lambda: tree.lock(kept["matched"]),
         lambda: tree.write_slots(kept["matched"], table, rows),
@@ -703,9 +723,9 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
         lambda: keep("single", tree.match([1, 2, 3, 9])),
         lambda: tree.lock(kept["single"]),
         lambda: tree.unlock(kept["single"]),
-        lambda: keep("one", tree.match(q[0], lock=True)),
+        lambda: keep("one", tree.match(first, lock=True)),
         lambda: tree.unlock(kept["one"]),
-        lambda: tree.insert(q.values[:3], slots.values[:3], start=kept["one"]),
+        lambda: tree.insert(first, first_slots, start=kept["one"]),
     ]
 
 
@@ -763,6 +783,33 @@ def test_no_call_waits_for_the_device(gpu: str) -> None:
     assert busy.query()
 
 
+def test_a_tree_may_go_while_its_calls_are_under_way(gpu: str) -> None:
+    """What its kernels still write to does not belong to anybody else by then."""
+    tree = RadixTree(64, device=gpu)
+    for _ in range(3):
+        tree.insert([[1, 2]], [[1, 2]])
+        tree.match([1, 2])
+    tree.raise_pending()
+    torch.cuda._sleep(1_000_000_000)
+    tree.insert([[1, 2, 3]], [[1, 2, 3]])
+    tree.match([1, 2])
+    del tree
+    others = [torch.full((meta.MAIL,), 7, pin_memory=True) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert all((other == 7).all() for other in others)
+
+
+def test_pinned_batches_are_read_where_they_are(gpu: str) -> None:
+    tree = RadixTree(64, device=gpu)
+    q = Ragged(torch.tensor([1, 2, 3, 1, 2]).pin_memory(), torch.tensor([0, 3, 5]).pin_memory())
+    single = torch.tensor([1, 2, 3, 4]).pin_memory()
+    for _ in range(3):
+        assert tree.insert(q, q).lengths.tolist() == [3, 2]
+        assert tree.match(q).lengths.tolist() == [3, 2]
+        assert tree.match(single).length == 3
+    tree.check()
+
+
 # Streams and graphs
 
 
@@ -782,13 +829,13 @@ def test_two_streams(gpu: str) -> None:
         with torch.cuda.stream(one):
             if turn % 2:
                 pair.tree.unlock(locked)
-            freed = pair.tree.evict(30)
+            freed = pair.tree.evict(30).slots.tolist()
         host = pair.host.insert(keys, numbered(keys))
         host_locked = pair.host.match(keys, lock=True)
         assert single.length == pair.host.match(keys[0]).length
         if turn % 2:
             pair.host.unlock(host_locked)
-        assert freed.slots.tolist() == pair.host.evict(30).slots.tolist()
+        assert freed == pair.host.evict(30).slots.tolist()
         assert inserted.lengths.tolist() == host.lengths.tolist()
         assert locked.lengths.tolist() == host_locked.lengths.tolist()
         assert pair.tree.protected_tokens == pair.host.protected_tokens
@@ -818,21 +865,20 @@ def test_graphs(gpu: str, at_once: bool) -> None:
         pair.insert(fixed_shape(seed), numbered(fixed_shape(seed)))
     q = ragged(fixed_shape(0), pair.tree)
 
-    def enter() -> Any:
-        found = pair.tree.match(q, lock=at_once)
+    def enter(tree: RadixTree, keys: Any) -> Any:
+        found = tree.match(keys, lock=at_once)
         if not at_once:
-            pair.tree.lock(found)
+            tree.lock(found)
         return found
 
-    pair.tree.unlock(enter())  # compiles
-    host = pair.host.match(fixed_shape(0), lock=True)
-    pair.host.unlock(host)
-    entering, found = captured(enter)
+    pair.tree.unlock(enter(pair.tree, q))  # compiles
+    pair.host.unlock(enter(pair.host, fixed_shape(0)))
+    entering, found = captured(lambda: enter(pair.tree, q))
     leaving, _ = captured(lambda: pair.tree.unlock(found))
     for seed in (3, 1, 11, 4, 12):
         keys = fixed_shape(seed)
         q.values.copy_(torch.tensor([token for key in keys for token in key]))
-        host = pair.host.match(keys, lock=True)
+        host = enter(pair.host, keys)
         entering.replay()
         assert pair.tree.protected_tokens == pair.host.protected_tokens > 0
         assert found.lengths.tolist() == host.lengths.tolist()
@@ -844,9 +890,9 @@ def test_graphs(gpu: str, at_once: bool) -> None:
         pair.compare()
         pair.insert([[*keys[0], seed]], [[0] * 7])
         pair.evict(3)
-    q.values[7] = -1
+    q.values[6] = -1
     entering.replay()
-    with pytest.raises(ValueError, match="query 1: the token at position 1"):
+    with pytest.raises(ValueError, match="match: query 1: the token at position 0"):
         pair.tree.raise_pending()
     pair.compare()
 
@@ -868,14 +914,22 @@ def test_a_graph_needs_scratch_for_its_batch(gpu: str) -> None:
 # Launching
 
 
-def test_the_public_way_to_launch_does_the_same(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["_launcher", "_direct_launch"])
+def test_the_public_ways_to_launch_do_the_same(gpu: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from flatradix.kernels.gpu import launch
 
     keys = shared_prefixes(200)
-    use(Pair(gpu, 4000), keys)
-    assert any(kernel._compiled for kernel in launch.Kernel.made), "no launcher was kept: Triton has changed"
-    monkeypatch.setattr(launch, "_launcher", lambda compiled: None)
     for kernel in launch.Kernel.made:
         monkeypatch.setattr(kernel, "_compiled", {})
-    use(Pair(gpu, 4000), keys)
-    assert not any(kernel._compiled for kernel in launch.Kernel.made)
+    pair = Pair(gpu, 4000)
+    for _ in range(2):
+        use(pair, keys)
+    assert pair.tree._bound.direct, "nothing is launched directly: Triton or the driver has changed"
+    monkeypatch.setattr(launch, missing, lambda *arguments: None)
+    for kernel in launch.Kernel.made:
+        monkeypatch.setattr(kernel, "_compiled", {})
+    pair = Pair(gpu, 4000)
+    for _ in range(2):
+        use(pair, keys)
+    assert not pair.tree._bound.direct
+    assert any(kernel._compiled for kernel in launch.Kernel.made) == (missing != "_launcher")

@@ -20,6 +20,13 @@ from tests.devices import interpreted
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
 
 
+@pytest.fixture(autouse=True)
+def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is compiled it only costs seconds."""
+    if interpreted():
+        monkeypatch.setattr(replaying, "warm_up", lambda *arguments: None)
+
+
 def sha(hits: list[int]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(hits)}I", *hits)).hexdigest()
 
@@ -171,8 +178,8 @@ class Brute:
 @pytest.mark.parametrize("page", [1, 2, 3])
 @pytest.mark.parametrize("hold", [0, 1, 4])
 def test_as_brute_force(page: int, hold: int, device: str) -> None:
-    if interpreted(device) and hold != 4:
-        pytest.skip("too slow with kernels in Python: a hold of 4 has all that the others have")
+    if interpreted(device) and (page, hold) != (2, 4):
+        pytest.skip("too slow with kernels in Python: one case must do")
     rng = np.random.default_rng([page, hold])
     count = 30 if interpreted(device) else 400
     prompts = [rng.integers(0, 2, rng.integers(0, 25)).astype(np.int32) for _ in range(count)]

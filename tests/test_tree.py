@@ -399,6 +399,31 @@ def test_nothing_behind_a_start(device: str) -> None:
         _ = tree.match([]).length
 
 
+def test_inference_mode_makes_no_difference(device: str) -> None:
+    """A tree that was made or used in it can be used outside, as what PyTorch makes in it mostly cannot."""
+    with torch.inference_mode():
+        tree = RadixTree(16, device=device, policy="lfu")
+        m = tree.insert([[1, 2, 3], [1, 4]], [[1, 2, 3], [1, 4]], namespace="a")
+        single = tree.match([1, 2], namespace="a")
+        tree.lock(m)
+    tree.lock(single)
+    tree.unlock(m)
+    assert tree.evict(9).slots.tolist() == [4, 3]
+    tree.unlock(single)
+    tree._compact()
+    with torch.inference_mode():
+        tree.insert([[5], [6]], [[5], [6]])
+        before = tree.digest()
+    assert tree.digest() == tree.to("cpu").digest() == before
+    assert tree.evict(9).num_tokens == 4
+    tree.check()
+
+
+def test_a_tree_is_not_subclassed() -> None:
+    with pytest.raises(TypeError, match="not made to be subclassed"):
+        type("Mine", (RadixTree,), {})
+
+
 def test_a_tree_is_neither_pickled_nor_copied(device: str) -> None:
     import copy
     import pickle

@@ -58,7 +58,7 @@ def is_last(w, programs, bad=False):
     before = tl.atomic_add(w.number + meta.ARRIVED, mine, sem="release")
     last = (before & (BAD - 1)) == programs - 1
     if last:
-        tl.atomic_add(w.number + meta.DUMMY, 0, sem="acquire")
+        tl.atomic_add(w.number + meta.ARRIVED, 0, sem="acquire")
         tl.debug_barrier()
     return last, before + mine >= BAD
 

@@ -30,13 +30,14 @@ from flatradix.kernels.gpu.walk import (
     walk,
     whole_pages,
 )
-from flatradix.refusals import BAD_SLOT, BAD_TOKEN, FREE_BITS, NO_CAPACITY
+from flatradix.refusals import BAD_SLOT, BAD_TOKEN, FREE_BITS, NO_CAPACITY, NO_ROOM
 from flatradix.refusals import UNEQUAL as UNEQUAL_COUNTS
 
 WRONG_TOKEN_VALUE = tl.constexpr(BAD_TOKEN)
 WRONG_SLOT = tl.constexpr(BAD_SLOT)
 UNEQUAL = tl.constexpr(UNEQUAL_COUNTS)
 TOO_MUCH = tl.constexpr(NO_CAPACITY)
+NO_POOL = tl.constexpr(NO_ROOM)
 ROOM_BITS = tl.constexpr(FREE_BITS)
 LANES = tl.constexpr(32)
 QUERIES = tl.constexpr(128)
@@ -229,21 +230,25 @@ def _number_leaves(s, w, batch, made):
 
 
 @triton.jit
-def _reserve(s, w, made, units):
+def _reserve(s, w, made, units, may_compact):
     """See whether all of it fits, and whether the pools have to be compacted first."""
     total = tl.load(s.meta + meta.EVICTABLE) + tl.load(s.meta + meta.PROTECTED) + units
     if total > tl.load(s.meta + meta.MAX_TOKENS):
         free = tl.load(s.meta + meta.MAX_TOKENS) - (total - units)
         refuse(w, units * 0, TOO_MUCH, (units << ROOM_BITS) | free)
     elif tl.load(s.meta + meta.POOL_CURSOR) + units > tl.load(s.meta + meta.POOL_END):
-        tl.store(w.number + meta.COMPACT, 1)
+        if may_compact > 0:
+            tl.store(w.number + meta.COMPACT, 1)
+        else:
+            refuse(w, units * 0, NO_POOL, units)
     tl.store(w.number + meta.NEEDED, units)
     tl.store(w.number + meta.TOTAL, made)
 
 
-@triton.jit(do_not_specialize=["values", "offsets", "names", "name", "batch", "rows", "mask"])
+@triton.jit(do_not_specialize=["values", "offsets", "names", "name", "batch", "rows", "mask", "may_compact"])
 def settle_kernel(
     s, w, values, offsets, names, name: tl.int64, batch: tl.int32, rows: tl.int32, mask: tl.int32,
+    may_compact: tl.int32,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
     """Settle who owns what is new, which edges are cut, and what everything is called and where it goes."""
@@ -304,7 +309,7 @@ def settle_kernel(
         if program == 0:
             made = number_cuts(s, w, batch, count)
             made, units = _number_leaves(s, w, batch, made)
-            _reserve(s, w, made, units)
+            _reserve(s, w, made, units, may_compact)
     last, _bad = is_last(w, programs)
     if last:
         tl.store(w.number + meta.ARRIVED, 0)
@@ -562,7 +567,7 @@ _plan = Kernel(
     plan_kernel,
     ["*w", "*i64", "*i64", "*i64", "*i32", "*w", "*i64", "i64", "i64", "i64", "i64", "i32"],
 )
-_settle = Kernel(settle_kernel, ["*w", "*i64", "*i64", "i64", "i32", "i32", "i32"], cooperative=True)
+_settle = Kernel(settle_kernel, ["*w", "*i64", "*i64", "i64", "i32", "i32", "i32", "i32"], cooperative=True)
 _build = Kernel(
     build_kernel,
     [
@@ -599,7 +604,7 @@ def insert(
     )  # fmt: skip
     mask = bound.workspace.claims.shape[1] - 1
     _settle(
-        bound, resident(bound, batch), (values, offsets, names, name, batch, rows, mask),
+        bound, resident(bound, batch), (values, offsets, names, name, batch, rows, mask, int(may_compact)),
         (*sizes[:3], single, many_names), (wide,),
     )  # fmt: skip
     if may_compact:

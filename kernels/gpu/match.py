@@ -171,6 +171,7 @@ def match_kernel(
     tl.store(lengths + query, length)
     tl.store(handles + query, handle)
     if SINGLE:
+        tl.debug_barrier()  # one thread refuses and stores, all look
         _finish(s, w, lengths, handles, batch, rows, call, clock, errors, bad, PAGE, BIGRAM, TOUCH, LOCK)
         if LOCK:
             tl.debug_barrier()
