@@ -911,7 +911,67 @@ def test_a_graph_needs_scratch_for_its_batch(gpu: str) -> None:
     assert found.lengths.tolist() == [1] * 2000
 
 
+def test_a_single_key_in_a_graph(gpu: str) -> None:
+    tree = RadixTree(64, device=gpu)
+    tree.insert([1, 2, 3, 4], [1, 2, 3, 4])
+    key = torch.tensor([1, 2, 9], device=tree.device)
+    settled(tree, lambda: tree.match([[1]]))
+    settled(tree, lambda: tree.match(ragged([[1]], tree)))
+    graph, found = captured(lambda: tree.match(key))
+    for tokens, length in (([1, 2, 9], 2), ([7, 7, 7], 0), ([1, 2, 3], 3)):
+        key.copy_(torch.tensor(tokens))
+        graph.replay()
+        tree.raise_pending()
+        assert found.lengths.tolist() == [length]
+
+
+def test_what_a_graph_cannot_hold(gpu: str) -> None:
+    tree = RadixTree(64, device=gpu)
+    q = ragged([[1], [2]], tree)
+    for call, message in (
+        (lambda: tree.match([1, 2]), "cannot hold inputs in host memory"),
+        (lambda: tree.match([[1], [2]]), "cannot hold inputs in host memory"),
+        (lambda: tree.match(q, namespace="a"), "cannot hold a namespace"),
+        (lambda: tree.insert(q, q), "insert cannot be part of a CUDA graph"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            captured(call)
+    assert tree.insert(q, q).lengths.tolist() == [1, 1]
+    tree.check()
+
+
 # Launching
+
+
+@pytest.mark.parametrize("launch", ["_plan", "_settle", "_build"])
+def test_an_interrupted_insert_leaves_nothing_behind(cuda: str, launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    pair = Pair(cuda, 64)
+    keys = [[1, 2, 3], [1, 2, 4], [1, 5]]
+    pair.insert([[1, 2, 3, 6]], [[1, 2, 3, 6]])
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("flatradix.kernels.gpu.insert"), launch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pair.tree.insert([*keys, [-1]], numbered([*keys, [-1]]), namespace=["new", None, None, None])
+    pair.compare()
+    assert len(pair.tree._namespaces.items()) == 1
+    use(pair, keys)
+
+
+def test_a_launch_that_never_was(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for its numbers is told, and does not wait for ever."""
+    tree = RadixTree(64, device=cuda)
+    tree.insert([[1, 2]], [[1, 2]])
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("flatradix.kernels.gpu.match"), "_match", lambda *arguments: None)
+        result = tree.match([1, 2])
+        for wait in (tree.raise_pending, lambda: result.length):
+            with pytest.raises(RuntimeError, match="has not told its numbers: its launch failed or was interrupted"):
+                wait()
+    assert tree.match([1, 2]).length == 2
+    tree.check()
 
 
 @pytest.mark.parametrize("missing", ["_launcher", "_direct_launch"])
