@@ -68,6 +68,8 @@ class TimedKernels:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.kernels, name)
+        if not callable(function):
+            return function
 
         def launch(*arguments: Any) -> Any:
             returned = []
