@@ -272,7 +272,7 @@ class DeviceTree(RadixTree):
             result = MatchResult(*out)
         self._kernels.match(
             self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name,
-            handles, lengths, length_out, handle_out, 0, call,
+            handles, lengths, length_out, handle_out, call,
             self.page_size, self.bigram, bool(touch), bool(lock),
         )  # fmt: skip
         self._enqueued(call, bool(lock))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -356,7 +356,7 @@ class HostTree(RadixTree):
     def total_tokens(self) -> int:
         return self._meta[_EVICTABLE] + self._meta[_PROTECTED]
 
-    def _refuse(self, operation: str, reason: int) -> None:
+    def _refuse(self, operation: str, reason: int) -> NoReturn:
         if reason == NO_CAPACITY:
             free = self.max_tokens - self.total_tokens
             refuse_capacity(self._meta[_ERROR_VALUE], free, self.evictable_tokens, self.max_tokens)

@@ -74,7 +74,6 @@ QUERY_COLUMNS = 19
 # Places in `Workspace.mail`. Each word carries the number of its call (or of its refusal) in the upper half, so that
 # the host knows without any fence whether it has arrived.
 MAIL_EVICTABLE, MAIL_PROTECTED, MAIL_NODES, MAIL_ERRORS, MAIL_TOKENS, MAIL_VICTIMS, MAIL_RELEASED, MAIL_ROOM = range(8)
-MAIL_COUNTERS = 8
 MAIL_REFUSALS = 16
 REFUSALS = 64
 REFUSAL_WORDS = 8

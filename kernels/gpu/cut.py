@@ -34,6 +34,18 @@ def column(w, batch, C: tl.constexpr):
 
 
 @triton.jit
+def put(w, batch, query, value, C: tl.constexpr):
+    """Set one query's number in a column; scalar."""
+    tl.store(column(w, batch, C) + query, value.to(tl.int32))
+
+
+@triton.jit
+def get(w, batch, query, C: tl.constexpr):
+    """One query's number in a column, int64."""
+    return tl.load(column(w, batch, C) + query).to(tl.int64)
+
+
+@triton.jit
 def list_cuts(w, batch):
     """Fill Q_LIST, and Q_PLACE with where each query stands in it; returns how many. By one program."""
     count = tl.zeros([], tl.int32)

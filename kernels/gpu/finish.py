@@ -81,7 +81,7 @@ def first_refusal(w):
 
 
 @triton.jit
-def _tell_refusal(s, w, call, error, OPERATION: tl.constexpr):
+def _tell_refusal(s, w, error, OPERATION: tl.constexpr):
     count = tl.load(s.meta + meta.ERRORS) + 1
     value = tl.load(w.value + error // 64)
     tag = (count & meta.CALL_MASK) << 32
@@ -90,7 +90,6 @@ def _tell_refusal(s, w, call, error, OPERATION: tl.constexpr):
     tl.store(place + 1, tag | (error // 64))
     tl.store(place + 2, tag | (value & 0xFFFFFFFF))
     tl.store(place + 3, tag | ((value >> 32) & 0xFFFFFFFF))
-    tl.store(place + 4, tag | (call & meta.CALL_MASK))
     tl.debug_barrier()
     tl.store(s.meta + meta.ERRORS, count)
     tl.store(w.number + meta.ERROR, meta.NO_ERROR)
@@ -108,7 +107,7 @@ def publish(s, w, call, error, OPERATION: tl.constexpr):
     """By the last program, after all else: the refusal, if any, and the sizes, for the host to read."""
     tl.debug_barrier()
     if error != meta.NO_ERROR:
-        _tell_refusal(s, w, call, error, OPERATION)
+        _tell_refusal(s, w, error, OPERATION)
         tl.debug_barrier()
     tag = (call.to(tl.int64) & meta.CALL_MASK) << 32
     tl.store(w.mail + meta.MAIL_EVICTABLE, tag | tl.load(s.meta + meta.EVICTABLE))
@@ -117,6 +116,17 @@ def publish(s, w, call, error, OPERATION: tl.constexpr):
     tl.store(w.mail + meta.MAIL_ROOM, tag | (tl.load(s.meta + meta.POOL_END) - tl.load(s.meta + meta.POOL_CURSOR)))
     tl.store(w.number + meta.WAITING, 0)
     publish_done(w, call, tl.load(s.meta + meta.ERRORS))
+
+
+@triton.jit
+def answer(w, call, length, handle, prefix_length):
+    """Leave the result of a single key where the host looks for it."""
+    tag = (call.to(tl.int64) & meta.CALL_MASK) << 32
+    place = w.mail + meta.MAIL_ANSWERS + (call % meta.ANSWERS) * meta.ANSWER_WORDS
+    tl.store(place, tag | (length.to(tl.int64) & 0xFFFFFFFF))
+    tl.store(place + 1, tag | (handle & 0xFFFFFFFF))
+    tl.store(place + 2, tag | ((handle >> 32) & 0xFFFFFFFF))
+    tl.store(place + 3, tag | (prefix_length.to(tl.int64) & 0xFFFFFFFF))
 
 
 @triton.jit
@@ -133,7 +143,7 @@ def move_protected(s, w, sign):
 
 
 @triton.jit(do_not_specialize=["call"])
-def tell_kernel(s, w, call: tl.int64, PAGE: tl.constexpr):
+def tell_kernel(s, w, call: tl.int64):
     publish(s, w, call.to(tl.int64), tl.zeros([], tl.int64) + meta.NO_ERROR, meta.MATCH)
 
 
@@ -142,4 +152,4 @@ _tell = Kernel(tell_kernel, ["i64"], warps=1)
 
 def tell(bound: Bound, call: int) -> None:
     """Only tell the host the tree's numbers."""
-    _tell(bound, 1, (call,), (1,))
+    _tell(bound, 1, (call,))

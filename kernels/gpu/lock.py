@@ -253,7 +253,7 @@ def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE:
 
 
 @triton.jit(do_not_specialize=["batch", "call"])
-def finish_unlock_kernel(s, w, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr):
+def finish_unlock_kernel(s, w, batch: tl.int32, call: tl.int64):
     _finish_unlock(s, w, batch, call)
 
 
@@ -283,4 +283,4 @@ def unlock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page
     programs = _programs(batch)
     _unlock(bound, programs, (handles, lengths, batch, call), (page, programs == 1))
     if programs > 1:
-        _finish_unlocks(bound, 1, (batch, call), (page,))
+        _finish_unlocks(bound, 1, (batch, call))

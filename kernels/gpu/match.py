@@ -9,7 +9,7 @@ import triton.language as tl
 
 from flatradix import meta
 from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
-from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, publish_done, refuse
+from flatradix.kernels.gpu.finish import answer, first_refusal, is_last, move_protected, publish, publish_done, refuse
 from flatradix.kernels.gpu.launch import Bound, Kernel
 from flatradix.kernels.gpu.lock import unlock_up
 from flatradix.kernels.gpu.rows import handle_of
@@ -44,17 +44,6 @@ def _stage(source, target, count):
         tl.store(target + j, tl.load(source + j, mask=j < count), mask=j < count)
         at += PIECE
     tl.debug_barrier()
-
-
-@triton.jit
-def _answer(w, call, length, handle):
-    """Leave the result of a single key where the host looks for it."""
-    tag = (call.to(tl.int64) & meta.CALL_MASK) << 32
-    place = w.mail + meta.MAIL_ANSWERS + (call % meta.ANSWERS) * meta.ANSWER_WORDS
-    tl.store(place, tag | length)
-    tl.store(place + 1, tag | (handle & 0xFFFFFFFF))
-    tl.store(place + 2, tag | ((handle >> 32) & 0xFFFFFFFF))
-    tl.store(place + 3, tag)
 
 
 @triton.jit
@@ -176,7 +165,7 @@ def match_kernel(
         if LOCK:
             tl.debug_barrier()
             handle = tl.load(handles)
-        _answer(w, call, tl.where(bad, -1, length).to(tl.int64) & 0xFFFFFFFF, handle)
+        answer(w, call, tl.where(bad, -1, length), handle, length * 0)
     else:
         last, any_bad = is_last(w, tl.num_programs(0), bad)
         if last:
@@ -207,13 +196,13 @@ def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
 
 def match(
     bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, names: int, name: int,
-    start_handles: int, start_lengths: int, lengths: int, handles: int, stage: int, call: int,
+    start_handles: int, start_lengths: int, lengths: int, handles: int, call: int,
     page: int, bigram: bool, touch: bool, lock: bool,
 ) -> None:  # fmt: skip
     """Match a batch in one launch.
 
     values, offsets: addresses of tokens (int64 if `wide`) and int64 [B + 1]; offsets 0 for a single key of `total`
-        tokens. stage: where a single key in pinned memory is brought first, 0 for one on the device.
+        tokens.
     names: address of int64 [B], code * 2 + (1 if the caller gave a name), or 0 and the same number in `name` for all.
     start_handles, start_lengths: int64 and int32 [B], or 0.
     Fills lengths int32 [B] and handles int64 [B], with -1 where the call is refused.
@@ -222,11 +211,11 @@ def match(
     _match(
         bound, batch,
         (
-            values, offsets, names, start_handles, start_lengths, lengths, handles, stage, total, name, batch,
+            values, offsets, names, start_handles, start_lengths, lengths, handles, 0, total, name, batch,
             bound.rows, call,
         ),
         (
-            *page_constants(page, bigram, block), touch, lock, offsets == 0, stage != 0, names != 0,
+            *page_constants(page, bigram, block), touch, lock, offsets == 0, False, names != 0,
             start_handles != 0,
         ),
         (wide, wide),
@@ -244,7 +233,10 @@ def match_one(
     bound: Bound, values: int, wide: bool, count: int, name: int, length: int, handle: int, stage: int, call: int,
     page: int, bigram: bool, touch: bool, lock: bool,
 ) -> None:  # fmt: skip
-    """Match one key of `count` tokens in pinned memory from the root; arguments as for `match`."""
+    """Match one key of `count` tokens in pinned memory from the root; arguments as for `match`.
+
+    stage: device memory to which the key is brought first.
+    """
     _match(
         bound, 1, (values, 0, 0, 0, 0, length, handle, stage, count, name, 1, bound.rows, call),
         _single_constants(page, bigram, touch, lock), (wide, wide),

@@ -1,0 +1,278 @@
+"""The third launch of an insert: new leaves, cut edges, ticks and hits, once all is known to be good and to fit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels.gpu.children import enter, tags_of_lanes
+from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
+from flatradix.kernels.gpu.finish import answer, first_refusal, is_last, publish, wait_for_all
+from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.rows import book_rows, handle_of
+
+LANES = tl.constexpr(32)
+QUERIES = tl.constexpr(128)
+COPIED = tl.constexpr(1024)
+
+
+@triton.jit
+def _query_of(w, batch, unit, active, steps):
+    """The query that owns each new unit: the last whose offset is not beyond it. Lanes; a search by halves."""
+    query = tl.zeros_like(unit)
+    step = tl.zeros([], tl.int64) + (1 << steps)
+    while step > 0:
+        offset = tl.load(column(w, batch, meta.Q_OFFSET) + query + step, mask=active & (query + step < batch), other=0)
+        query = tl.where((query + step < batch) & (offset <= unit), query + step, query)
+        step = step // 2
+    return query
+
+
+@triton.jit
+def _copy_new(
+    s, w, values, offsets, slots, slot_offsets, pool, batch, units, steps, program, programs,
+    BIGRAM: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """Bring all that is new to the pools, where it lies without a gap, in batch order."""
+    cursor = tl.load(s.meta + meta.POOL_CURSOR)
+    at = program.to(tl.int64) * COPIED
+    while at < units:
+        unit = at + tl.arange(0, COPIED)
+        active = unit < units
+        query = _query_of(w, batch, unit, active, steps)
+        known = tl.load(column(w, batch, meta.Q_AT) + query, mask=active, other=0).to(tl.int64)
+        known -= tl.load(column(w, batch, meta.Q_BEGIN) + query, mask=active, other=0)
+        known += unit - tl.load(column(w, batch, meta.Q_OFFSET) + query, mask=active, other=0)
+        token = known
+        slot = known
+        if not SINGLE:
+            token = known + tl.load(offsets + query, mask=active, other=0)
+            slot = known + tl.load(slot_offsets + query, mask=active, other=0)
+        tl.store(s.tokens + cursor + unit, tl.load(values + token, mask=active, other=0).to(tl.int32), mask=active)
+        if BIGRAM:
+            second = tl.load(values + token + 1, mask=active, other=0)
+            tl.store(s.seconds + cursor + unit, second.to(tl.int32), mask=active)
+        tl.store(
+            pool + cursor + unit, tl.load(slots + slot, mask=active, other=0).to(pool.dtype.element_ty), mask=active
+        )
+        at += programs * COPIED
+
+
+@triton.jit
+def _end_of(w, batch, query, rows, active):
+    """The row on which each key's known part ends, once all is cut: (row, 0 for the root)."""
+    edge = tl.load(column(w, batch, meta.Q_EDGE) + query, mask=active, other=0)
+    owner = tl.load(column(w, batch, meta.Q_LEAF) + (edge - rows), mask=active & (edge >= rows), other=0)
+    row = tl.where(edge >= rows, owner, edge)
+    cut = active & (tl.load(column(w, batch, meta.Q_CUT) + query, mask=active, other=0) > 0)
+    place = tl.load(column(w, batch, meta.Q_PLACE) + query, mask=cut, other=0)
+    first = tl.load(column(w, batch, meta.Q_FIRST) + place, mask=cut, other=0)
+    piece = tl.load(column(w, batch, meta.Q_NEW) + first, mask=cut, other=0)
+    return tl.where(cut, piece, row).to(tl.int64)
+
+
+@triton.jit
+def _codes(names, name, query, active, NAMES: tl.constexpr):
+    packed = tl.zeros_like(query).to(tl.int64) + name
+    if NAMES:
+        packed = tl.load(names + query, mask=active, other=0)
+    return packed >> 1
+
+
+@triton.jit
+def _add_leaves(
+    s, w, names, name, priorities, priority, batch, rows, clock, program, programs,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
+):  # fmt: skip
+    """Make the new leaves, on edges that are not cut yet."""
+    cursor = tl.load(s.meta + meta.POOL_CURSOR)
+    first = program * LANES
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row = tl.load(column(w, batch, meta.Q_LEAF) + query, mask=query < batch, other=-1).to(tl.int64)
+        active = row >= 0
+        row = tl.where(active, row, 0)
+        above = _end_of(w, batch, query, rows, active)
+        parent = tl.where(above > 0, above, ~_codes(names, name, query, active, NAMES))
+        at = tl.load(column(w, batch, meta.Q_AT) + query, mask=active, other=0).to(tl.int64)
+        end = tl.load(column(w, batch, meta.Q_END) + query, mask=active, other=0).to(tl.int64)
+        start = cursor + tl.load(column(w, batch, meta.Q_OFFSET) + query, mask=active, other=0)
+        time = clock + 2 * (query.to(tl.int64) + 1)
+        zero = tl.zeros([LANES], tl.int32)
+        tl.store(s.parent + row, parent.to(tl.int32), mask=active)
+        tl.store(s.start + row, start.to(tl.int32), mask=active)
+        tl.store(s.length + row, (end - at).to(tl.int32), mask=active)
+        tl.store(s.end + row, end.to(tl.int32), mask=active)
+        tl.store(s.children + row, zero, mask=active)
+        tl.store(s.lock_ref + row, zero, mask=active)
+        tl.store(s.own_locks + row, zero, mask=active)
+        tl.store(s.hit_count + row, zero, mask=active)
+        tl.store(s.tick + row, time, mask=active)
+        tl.store(s.created + row, time, mask=active)
+        tl.store(s.priority + row, _numbers(priorities, priority, query, active, PRIORITIES), mask=active)
+        tag = tags_of_lanes(s, start, parent, active, PAGE, BIGRAM)
+        enter(s, w, row, tag, start, end - at, active)
+        first += programs * LANES
+
+
+@triton.jit
+def _numbers(many, one, query, active, MANY: tl.constexpr):
+    """A number for each lane: its own, or one for all."""
+    number = tl.zeros_like(query).to(tl.int64) + one
+    if MANY:
+        number = tl.load(many + query, mask=active, other=0)
+    return number
+
+
+@triton.jit
+def _use_path(s, row, time, priority, inserted):
+    """What an insert does to each node of its path, lanes.
+
+    A hit is counted on a node that ends beyond `inserted`, as it was when the query's turn came: where a later query
+    has cut it since, which its time of creation tells, it then ended where the next node below does that was there.
+    """
+    end = tl.zeros_like(row)
+    while tl.max(row) > 0:
+        on = row > 0
+        created = tl.load(s.created + row, mask=on, other=0)
+        end = tl.where(on & (created <= time), tl.load(s.end + row, mask=on, other=0).to(tl.int64), end)
+        parent = tl.load(s.parent + row, mask=on, other=0).to(tl.int64)
+        tl.atomic_max(s.tick + row, time, mask=on, sem="relaxed")
+        tl.atomic_max(s.priority + row, priority, mask=on, sem="relaxed")
+        tl.atomic_add(s.hit_count + row, 1, mask=on & (end > inserted), sem="relaxed")
+        row = tl.where(on, tl.maximum(parent, 0), 0)
+
+
+@triton.jit
+def _use(
+    s, w, names, name, priorities, priority, inserteds, inserted, prefix_lengths, lengths, handles, batch, rows, clock,
+    program, programs, NAMES: tl.constexpr, PRIORITIES: tl.constexpr, INSERTEDS: tl.constexpr,
+):  # fmt: skip
+    """Give the paths of all keys their ticks, priorities and hits, and the caller the results."""
+    first = program * LANES
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        active = query < batch
+        leaf = tl.load(column(w, batch, meta.Q_LEAF) + query, mask=active, other=-1).to(tl.int64)
+        above = _end_of(w, batch, query, rows, active)
+        code = _codes(names, name, query, active, NAMES)
+        one = tl.zeros([LANES], tl.int32) + 1
+        tl.atomic_add(s.children + above, one, mask=(leaf >= 0) & (above > 0), sem="relaxed")
+        tl.atomic_add(s.namespace_children + code, one, mask=(leaf >= 0) & (above == 0), sem="relaxed")
+        row = tl.where(active, tl.where(leaf >= 0, leaf, above), 0)
+        _use_path(
+            s, row, clock + 2 * (query.to(tl.int64) + 1),
+            _numbers(priorities, priority, query, active, PRIORITIES),
+            _numbers(inserteds, inserted, query, active, INSERTEDS),
+        )  # fmt: skip
+        at = tl.load(column(w, batch, meta.Q_AT) + query, mask=active, other=0)
+        end = tl.load(column(w, batch, meta.Q_END) + query, mask=active, other=0)
+        tl.store(prefix_lengths + query, at, mask=active)
+        tl.store(lengths + query, end, mask=active)
+        tl.store(handles + query, handle_of(s, row), mask=active)
+        first += programs * LANES
+
+
+@triton.jit
+def _refused(prefix_lengths, lengths, handles, batch, program, programs):
+    first = program * QUERIES
+    while first < batch:
+        query = first + tl.arange(0, QUERIES)
+        tl.store(prefix_lengths + query, -1, mask=query < batch)
+        tl.store(lengths + query, -1, mask=query < batch)
+        tl.store(handles + query, -1, mask=query < batch)
+        first += programs * QUERIES
+
+
+@triton.jit
+def _book(s, w, batch, clock):
+    """The tree's numbers, by the program that is done last."""
+    units = tl.load(w.number + meta.NEEDED)
+    evictable = tl.load(s.meta + meta.EVICTABLE)
+    cursor = tl.load(s.meta + meta.POOL_CURSOR)
+    book_rows(s, tl.load(w.number + meta.TOTAL))
+    tl.debug_barrier()
+    tl.store(s.meta + meta.EVICTABLE, evictable + units)
+    tl.store(s.meta + meta.POOL_CURSOR, cursor + units)
+    tl.store(s.meta + meta.CLOCK, clock + 2 * batch)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "values", "offsets", "names", "slots", "slot_offsets", "priorities", "inserteds", "pool", "prefix_lengths",
+        "lengths", "handles", "name", "priority", "inserted", "batch", "rows", "steps", "call",
+    ]
+)  # fmt: skip
+def build_kernel(
+    s, w, values, offsets, names, slots, slot_offsets, priorities, inserteds, pool, prefix_lengths, lengths, handles,
+    name: tl.int64, priority: tl.int64, inserted: tl.int64, batch: tl.int32, rows: tl.int32, steps: tl.int32,
+    call: tl.int64,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
+    INSERTEDS: tl.constexpr,
+):  # fmt: skip
+    """Write what `settle_kernel` found to the tree."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    error = first_refusal(w)
+    good = error == meta.NO_ERROR
+    clock = tl.load(s.meta + meta.CLOCK)
+    if good:
+        units = tl.load(w.number + meta.NEEDED)
+        cuts = tl.load(w.number + meta.CUTS).to(tl.int32)
+        _copy_new(
+            s, w, values, offsets, slots, slot_offsets, pool, batch, units, steps, program, programs, BIGRAM, SINGLE
+        )
+        wait_for_all(w, programs)
+        _add_leaves(
+            s, w, names, name, priorities, priority, batch, rows, clock, program, programs,
+            PAGE, BIGRAM, NAMES, PRIORITIES,
+        )  # fmt: skip
+        if cuts > 0:
+            wait_for_all(w, programs)
+            make_pieces(s, w, batch, cuts, rows, clock, program, programs, PAGE, BIGRAM, True, 2)
+            wait_for_all(w, programs)
+            shorten_edges(s, w, batch, cuts, rows, clock, program, programs, PAGE, BIGRAM, True, 2)
+        wait_for_all(w, programs)
+        _use(
+            s, w, names, name, priorities, priority, inserteds, inserted, prefix_lengths, lengths, handles, batch,
+            rows, clock, program, programs, NAMES, PRIORITIES, INSERTEDS,
+        )  # fmt: skip
+    else:
+        _refused(prefix_lengths, lengths, handles, batch, program, programs)
+    last, _bad = is_last(w, programs)
+    if last:
+        if good:
+            _book(s, w, batch, clock)
+        tl.store(w.number + meta.CUTS, 0)
+        publish(s, w, call.to(tl.int64), error, meta.INSERT)
+        if SINGLE:
+            length = tl.load(lengths).to(tl.int64)
+            answer(w, call.to(tl.int64), length, tl.load(handles), tl.load(prefix_lengths))
+
+
+_build = Kernel(
+    build_kernel,
+    [
+        "*w", "*i64", "*i64", "*w", "*i64", "*i64", "*i64", "*w", "*i32", "*i32", "*i64",
+        "i64", "i64", "i64", "i32", "i32", "i32", "i64",
+    ],
+    cooperative=True,
+)  # fmt: skip
+
+
+def build(
+    bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, names: int, name: int, slots: int,
+    slots_wide: bool, slot_offsets: int, pool: int, pool_wide: bool, priorities: int, priority: int, inserteds: int,
+    inserted: int, prefix_lengths: int, lengths: int, handles: int, call: int, page: int, bigram: bool,
+) -> None:  # fmt: skip
+    """Write to the tree what `settle` found; arguments as for `insert`."""
+    programs = resident(bound, max(-(-batch // LANES.value), -(-total // COPIED.value)))
+    _build(
+        bound, programs,
+        (
+            values, offsets, names, slots, slot_offsets, priorities, inserteds, pool, prefix_lengths, lengths, handles,
+            name, priority, inserted, batch, bound.rows, batch.bit_length(), call,
+        ),
+        (page, bigram, offsets == 0, names != 0, priorities != 0, inserteds != 0), (wide, slots_wide, pool_wide),
+    )  # fmt: skip
