@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from bench.gpu_harness import (
     wall_seconds,
 )
 from flatradix import RadixTree
+from flatradix.plot import GRID, INK, MUTED, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,6 @@ WAYS = {
     "host": "GPU, queries in pinned memory",
     "cpu": "CPU, one thread",
 }
-_INK, _MUTED, _GRID = "#1f2430", "#667085", "#e4e7ec"
 _LINES = {"resident": ("#2563eb", "-"), "host": ("#60a5fa", (0, (4, 2))), "cpu": ("#ea580c", "-")}
 
 
@@ -158,17 +158,7 @@ def draw(points: list[Point], setup: Setup, device: str, path: Path) -> None:
 
     tokens = setup.shape(1, DRAWN, 8).tokens
     drawn = [point for point in points if point.tokens == tokens]
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "text.color": _INK,
-        "axes.labelcolor": _MUTED,
-        "axes.edgecolor": _GRID,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         fig = Figure(figsize=(7.6, 4.8), dpi=150, layout="constrained")
         FigureCanvasAgg(fig)
         axes = fig.add_subplot()
@@ -176,7 +166,7 @@ def draw(points: list[Point], setup: Setup, device: str, path: Path) -> None:
         axes.set_title(title, loc="left", weight="bold", fontsize=10, pad=18)
         axes.annotate(
             f"from Python to lengths on the host; {device}", (0, 1), (0, 6), "axes fraction", "offset points",
-            color=_MUTED, fontsize=8,
+            color=MUTED, fontsize=8,
         )  # fmt: skip
         _draw_lines(axes, drawn)
         fig.savefig(path, facecolor="white")
@@ -188,15 +178,13 @@ def _draw_lines(axes: Axes, points: list[Point]) -> None:
         times = [getattr(point, way) * 1e6 for point in points]
         axes.plot(batches, times, color=colour, ls=dashes, lw=2, marker="o", ms=4, label=WAYS[way])
     floors = [point.floor * 1e6 for point in points]
-    axes.plot(
-        batches, floors, color=_MUTED, lw=1.2, ls=":", label="floor: shortest kernel, 8 bytes a token at 4.3 TB/s"
-    )
+    axes.plot(batches, floors, color=MUTED, lw=1.2, ls=":", label="floor: shortest kernel, 8 bytes a token at 4.3 TB/s")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("queries in the batch")
     axes.set_ylabel("time (µs)")
     axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axes.yaxis.set_major_formatter("{x:,g}")
-    axes.grid(color=_GRID, lw=0.8)
+    axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper left")

@@ -15,10 +15,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_INK, _MUTED, _GRID = "#1f2430", "#667085", "#e4e7ec"
+INK, MUTED, GRID = "#1f2430", "#667085", "#e4e7ec"
 _BLUE, _ORANGE, _PALE = "#2563eb", "#ea580c", "#bfdbfe"
 _POINTS = 2000
 _BINS_PER_DECADE = 24
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 class PlotUnavailableError(RuntimeError):
@@ -45,17 +55,7 @@ def figure(report: Report, title: str = "") -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "text.color": _INK,
-        "axes.labelcolor": _MUTED,
-        "axes.edgecolor": _GRID,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         fig = Figure(figsize=(11, 6.4), dpi=150, layout="constrained")
         FigureCanvasAgg(fig)
         grid = fig.add_gridspec(2, 2, width_ratios=(1.25, 1), wspace=0.06, hspace=0.08)
@@ -70,7 +70,7 @@ def figure(report: Report, title: str = "") -> Figure:
             x=0.008,
             ha="left",
             fontsize=9.5,
-            color=_MUTED,
+            color=MUTED,
         )
         return fig
 
@@ -115,7 +115,7 @@ def _latencies(axes: Axes, report: Report) -> None:
     """A row for each operation: how its calls are spread over time (log), with p50 and p99."""
     _head(axes, "Latency of each call", "height: share of the calls; line: p50, dot: p99, tick: the slowest")
     operations = [(name, times / 1e3) for name, times in report.latencies.items() if len(times)]
-    axes.set_yticks(range(len(operations)), [name for name, _ in operations], color=_INK, fontsize=10)
+    axes.set_yticks(range(len(operations)), [name for name, _ in operations], color=INK, fontsize=10)
     axes.tick_params(axis="y", length=0)
     axes.set_xscale("log")
     axes.spines["left"].set_visible(False)
@@ -129,7 +129,7 @@ def _latencies(axes: Axes, report: Report) -> None:
     axes.set_xlim(10**low, 10**high)
     axes.set_ylim(len(operations) - 0.75, -0.95)
     axes.xaxis.set_major_formatter(lambda value, _: _duration(value))
-    axes.grid(axis="x", color=_GRID, lw=0.8)
+    axes.grid(axis="x", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
 
 
@@ -140,25 +140,25 @@ def _ridge(axes: Axes, row: int, times: np.ndarray, edges: np.ndarray) -> None:
     heights = row - 0.62 * np.repeat(counts / counts.max(), 2)
     axes.fill_between(10 ** np.repeat(edges, 2)[1:-1], heights, row, color=_PALE, ec=_BLUE, lw=0.8)
     p50, p99 = np.percentile(times, [50, 99])
-    axes.plot([p50, p50], [row, row - 0.62], color=_INK, lw=1.6)
+    axes.plot([p50, p50], [row, row - 0.62], color=INK, lw=1.6)
     axes.plot([p99], [row], marker="o", ms=5, color=_ORANGE, clip_on=False, zorder=3)
     axes.plot([times.max()], [row], marker="|", ms=9, mew=1.4, color=_ORANGE, clip_on=False, zorder=3)
     calls = f"{len(times):,} call" + ("" if len(times) == 1 else "s")
     note = f"{calls}, p50 {_duration(p50)}, p99 {_duration(p99)}, total {_duration(times.sum())}"
     transform = axes.get_yaxis_transform() + ScaledTranslation(0, -5 / 72, axes.figure.dpi_scale_trans)
-    axes.text(0, row, note, transform=transform, va="top", fontsize=7.5, color=_MUTED)
+    axes.text(0, row, note, transform=transform, va="top", fontsize=7.5, color=MUTED)
 
 
 def _head(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_title(title, loc="left", weight="bold", fontsize=10, pad=16)
-    axes.annotate(subtitle, (0, 1), (0, 5), "axes fraction", "offset points", color=_MUTED, fontsize=8)
-    axes.grid(axis="y", color=_GRID, lw=0.8)
+    axes.annotate(subtitle, (0, 1), (0, 5), "axes fraction", "offset points", color=MUTED, fontsize=8)
+    axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
 
 
 def _legend(axes: Axes) -> None:
     """A legend above the axes, at the right of the title."""
-    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.01, 0.985), labelcolor=_INK, fontsize=8)
+    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.01, 0.985), labelcolor=INK, fontsize=8)
 
 
 def _thinned(*series: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
