@@ -222,9 +222,10 @@ def shorten_edges(
         time = clock + STEP * (query.to(tl.int64) + 1)
         if INSERT:
             time = time - 1
+        tick = tl.load(s.tick + row, mask=active, other=0)
+        tl.debug_barrier()  # each warp has read for itself what one of them is about to write
         if STEP > 0:
-            tick = tl.maximum(tl.load(s.tick + row, mask=active, other=0), time)
-            tl.store(s.tick + row, tick, mask=active)
+            tl.store(s.tick + row, tl.maximum(tick, time), mask=active)
         tl.store(s.parent + row, piece, mask=active)
         tl.store(s.start + row, start.to(tl.int32), mask=active)
         tl.store(s.length + row, length.to(tl.int32), mask=active)
