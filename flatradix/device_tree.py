@@ -17,7 +17,7 @@ from flatradix.device_input import HOST_IN_GRAPH, STAGED_BYTES, Stages, Values, 
 from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
-from flatradix.mailbox import Mailbox, is_later
+from flatradix.mailbox import Mailbox, abandon, is_later
 from flatradix.namespaces import Namespaces, name_hash
 from flatradix.ragged import Ragged
 from flatradix.refusals import BAD_SLOT, FREE_BITS, NO_CAPACITY, refuse, refuse_bad_slot, refuse_capacity
@@ -61,6 +61,10 @@ class DeviceTree(RadixTree):
         self._retired: list[Workspace] = []
         self._workspace = self._make_workspace(_SMALLEST_BATCH)
         self._bound = self._kernels.bind(state, self._workspace)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stages"):  # else there was no memory for it
+            abandon(self._mail, self._stages)
 
     def _make_workspace(self, batch: int, old: Workspace | None = None) -> Workspace:
         """Scratch for batches of up to so many queries; what does not depend on that is taken over from `old`."""

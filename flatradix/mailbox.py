@@ -7,7 +7,7 @@ seen by a host that looks for it (H200).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,20 @@ class Refusal(NamedTuple):
     reason: int
     query: int
     value: int
+
+
+# Pinned memory of trees that are gone, with calls that were still under way when they went.
+_abandoned: list[tuple[Mailbox, Any]] = []
+
+
+def abandon(mail: Mailbox, owner: Any) -> None:
+    """Keep a mailbox, and what else kernels may still use, until the last call is done.
+
+    Torch would give the memory to the next who wants pinned memory, and a kernel would write into it.
+    """
+    _abandoned[:] = [entry for entry in _abandoned if not entry[0].is_done()]
+    if not mail.is_done():
+        _abandoned.append((mail, owner))
 
 
 class Mailbox:
@@ -46,11 +60,15 @@ class Mailbox:
         spins = 0
         while (word := view[place]) >> 32 != call and (exact or word < 1 << 32 or not is_later(word >> 32, call)):
             spins += 1
-            if spins % _SPINS == 0 and self._is_done() and view[place] == word:
+            if spins % _SPINS == 0 and self._is_idle() and view[place] == word:
                 raise RuntimeError(f"call {call} has not told its numbers: its launch failed or was interrupted")
         return word
 
-    def _is_done(self) -> bool:
+    def is_done(self) -> bool:
+        """Whether all calls so far have told their numbers; looks once."""
+        return self._view[meta.MAIL_ERRORS] >> 32 == self.last
+
+    def _is_idle(self) -> bool:
         """Whether the device has done all that was enqueued. Raises if it has failed: then no word will come."""
         if self._device.type == "cuda":
             if not torch.cuda.current_stream(self._device).query():
@@ -92,7 +110,7 @@ class Mailbox:
         count = self.refusals()
         if count == 0:
             return None, 0
-        number = self._told + 1 + max(0, count - meta.REFUSALS + 1)
+        number = self._told + 1 + max(0, count - meta.REFUSALS)
         self._told += count
         place = meta.MAIL_REFUSALS + number % meta.REFUSALS * meta.REFUSAL_WORDS
         kind, query, low, high = (self.wait(place + i, number & meta.CALL_MASK) for i in range(4))
