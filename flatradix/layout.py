@@ -86,6 +86,20 @@ def committed(count: int, dtype: type[np.generic]) -> torch.Tensor:
     return _untouched(count, dtype).zero_()
 
 
+def _write_numbers(
+    numbers: torch.Tensor, max_tokens: int, page_size: int, bigram: bool, generation: int, table: int
+) -> None:
+    """What `TreeState.meta` holds of an empty tree whose child table has so many places, on either device."""
+    numbers[meta.PAGE] = page_size
+    numbers[meta.BIGRAM] = bigram
+    numbers[meta.MAX_TOKENS] = max_tokens
+    numbers[meta.ROW_CAPACITY] = row_capacity(max_tokens, page_size)
+    numbers[meta.POOL_PAGES] = pool_units(max_tokens, page_size) // page_size
+    numbers[meta.GENERATION] = generation
+    numbers[meta.ROWS] = 1
+    numbers[meta.TABLE_MASK] = table - 1
+
+
 def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> TreeState:
     """An empty tree's arrays in host memory. Rows that no node has used cost address space, not memory."""
     rows = row_capacity(max_tokens, page_size)
@@ -127,15 +141,7 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
     for name in COLUMNS:
         getattr(state, name)[0] = 0
     state.table[:SMALLEST_TABLE] = 0
-    numbers = state.meta
-    numbers[meta.PAGE] = page_size
-    numbers[meta.BIGRAM] = bigram
-    numbers[meta.MAX_TOKENS] = max_tokens
-    numbers[meta.ROW_CAPACITY] = rows
-    numbers[meta.POOL_PAGES] = units // page_size
-    numbers[meta.GENERATION] = generation
-    numbers[meta.ROWS] = 1
-    numbers[meta.TABLE_MASK] = SMALLEST_TABLE - 1
+    _write_numbers(state.meta, max_tokens, page_size, bigram, generation, SMALLEST_TABLE)
     return state
 
 
@@ -205,14 +211,7 @@ def allocate_device(max_tokens: int, page_size: int, bigram: bool, generation: i
     )
     state.parent[0] = 0
     numbers = torch.zeros(meta.SIZE, dtype=i64)
-    numbers[meta.PAGE] = page_size
-    numbers[meta.BIGRAM] = bigram
-    numbers[meta.MAX_TOKENS] = max_tokens
-    numbers[meta.ROW_CAPACITY] = rows
-    numbers[meta.POOL_PAGES] = units // page_size
-    numbers[meta.GENERATION] = generation
-    numbers[meta.ROWS] = 1
-    numbers[meta.TABLE_MASK] = table - 1
+    _write_numbers(numbers, max_tokens, page_size, bigram, generation, table)
     numbers[meta.POOL_END] = units
     state.meta.copy_(numbers)
     return state

@@ -56,7 +56,6 @@ CUTS = 32  # edges to cut
 OPEN = 40  # queries of an insert whose new part is not settled; one place for each parity of the round
 NEEDED = 56  # units that an insert stores
 COMPACT = 64  # whether the pools must be compacted
-DUMMY = 72  # always 0: where idle lanes point
 COUNT = 80
 TOTAL = 88
 HINT = 96  # three words that an eviction leaves for the next: a guess
