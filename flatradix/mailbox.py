@@ -14,7 +14,7 @@ import torch
 from flatradix import meta
 
 _LOW = 0xFFFFFFFF
-_SPINS = 4096  # between two looks at whether the device still works; a spin takes some 60 ns
+_SPINS = 4096  # between two looks at whether the device still works
 
 
 class Refusal(NamedTuple):
