@@ -13,21 +13,20 @@ from flatradix import backend, meta, namespaces
 from flatradix import policy as policies
 from flatradix.arguments import check_counts, check_table, nothing_behind, per_query, token_count
 from flatradix.buffers import Buffer, is_single, read_one
+from flatradix.device_calls import DeviceCalls
 from flatradix.device_input import HOST_IN_GRAPH, STAGED_BYTES, Stages, Values, read_values, upload_numbers
 from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
-from flatradix.mailbox import Mailbox, abandon, is_later
+from flatradix.mailbox import abandon, is_later
 from flatradix.namespaces import Namespaces, name_hash
 from flatradix.ragged import Ragged
-from flatradix.refusals import BAD_SLOT, FREE_BITS, NO_CAPACITY, refuse, refuse_bad_slot, refuse_capacity
 from flatradix.results import EvictResult, InsertResult, MatchResult, places_of
-from flatradix.tree import RadixTree
 
 _SMALLEST_BATCH = 1024
 
 
-class DeviceTree(RadixTree):
+class DeviceTree(DeviceCalls):
     """A RadixTree on a GPU; Triton kernels do the work."""
 
     def _allocate(self, generation: int) -> None:
@@ -44,7 +43,7 @@ class DeviceTree(RadixTree):
         self._pool = torch.zeros(2 * units, dtype=self.slot_dtype, device=device)
         self._wide = self.slot_dtype == torch.int64
         self._limit = int(torch.iinfo(self.slot_dtype).max)
-        self._mail = Mailbox(device)
+        self._begin_calls()
         self._mail.words[meta.MAIL_ROOM] = units
         self._stages = Stages(device, self._mail)
         self._singles = Singles(device)
@@ -52,12 +51,7 @@ class DeviceTree(RadixTree):
         self._staging = self._staged.data_ptr()
         # Names are compared on the host; only the digest wants their hashes on the device.
         self._namespaces = Namespaces(np.zeros(len(state.namespace_hash), np.int64))
-        # Codes given out since the last time that the host looked, and whether one went to a key that may be empty.
-        self._fresh: set[int] = set()
-        self._unsure = False
         self._unbooked: deque[tuple[int, int]] = deque()
-        self._calls = 0
-        self._captured = False
         self._retired: list[Workspace] = []
         self._workspace = self._make_workspace(_SMALLEST_BATCH)
         self._bound = self._kernels.bind(state, self._workspace)
@@ -77,6 +71,7 @@ class DeviceTree(RadixTree):
             old = Workspace(
                 place=zeros(rows, kind=torch.int32),
                 undo=zeros(rows),
+                above=zeros(8 * rows, kind=torch.int32),
                 key=zeros(rows),
                 number=zeros(meta.NUMBERS),
                 partial=zeros(meta.PARTIALS),
@@ -104,99 +99,6 @@ class DeviceTree(RadixTree):
         self._retired.append(self._workspace)
         self._workspace = self._make_workspace(1 << (batch - 1).bit_length(), self._workspace)
         self._bound = self._kernels.bind(self._state, self._workspace)
-
-    def _is_capturing(self) -> bool:
-        if self.device.type != "cuda":
-            return False
-        if torch.cuda.current_device() == self.device.index:
-            return torch.cuda.is_current_stream_capturing()
-        with torch.cuda.device(self.device):
-            return torch.cuda.is_current_stream_capturing()
-
-    def _next_call(self) -> int:
-        """A number for a call that is about to be enqueued."""
-        self._calls = self._calls % meta.CALL_MASK + 1
-        return self._calls
-
-    def _enqueued(self, call: int, changes: bool = True) -> None:
-        """Wait for this call from now on; `changes`: whether it may change a size. Not before it is really enqueued."""
-        if self._is_capturing():
-            # It will tell its numbers whenever the graph is replayed, so from now on the host asks for them.
-            self._captured = True
-        else:
-            self._mail.last = call
-            if changes:
-                self._mail.last_change = call
-
-    def _tell(self) -> None:
-        """Have the device tell its numbers."""
-        call = self._next_call()
-        self._kernels.tell(self._bound, call)
-        self._enqueued(call)
-
-    # Waiting
-
-    def _settle(self) -> None:
-        """Wait for all calls so far, and raise the error of the first that was refused."""
-        if self._wait():
-            self._raise_refusal()
-
-    def _wait(self) -> bool:
-        """Wait for all calls so far; whether one was refused. Names given out for nothing are forgotten."""
-        if self._captured:
-            self._tell()
-        refused = bool(self._mail.refusals())
-        if self._fresh:
-            self._take_back_names(refused)
-        return refused
-
-    def _take_back_names(self, refused: bool) -> None:
-        """Forget the namespaces that were given out to inserts which stored nothing in them."""
-        if (refused or self._unsure) and self._fresh:
-            codes = sorted(self._fresh)
-            children = self._state.namespace_children
-            # A batch that does not fit may have been given codes beyond the array.
-            places = torch.tensor(codes).clamp(max=len(children) - 1).to(self.device)
-            for code, count in zip(codes, children[places].tolist(), strict=True):
-                if count == 0 or code >= len(children):
-                    self._namespaces.take_back(code)
-        self._fresh.clear()
-        self._unsure = False
-
-    def _raise_refusal(self) -> None:
-        refusal, others = self._mail.take_refusals()
-        if refusal is None:
-            return
-        try:
-            if refusal.reason == NO_CAPACITY:
-                needed, free = divmod(refusal.value, 1 << FREE_BITS)
-                refuse_capacity(needed, free, self._mail.counter(meta.MAIL_EVICTABLE), self.max_tokens)
-            if refusal.reason == BAD_SLOT:
-                refuse_bad_slot(refusal.value, refusal.query, self.slot_dtype, self._limit)
-            refuse(refusal.operation, refusal.reason, refusal.query, refusal.value)
-        except (ValueError, RuntimeError) as error:
-            if others:
-                error.args = (f"{error.args[0]} ({others} later calls were refused too)", *error.args[1:])
-            raise
-
-    def raise_pending(self) -> None:
-        self._settle()
-
-    def _counter(self, place: int) -> int:
-        self._settle()
-        return self._mail.counter(place)
-
-    @property
-    def evictable_tokens(self) -> int:
-        return self._counter(meta.MAIL_EVICTABLE)
-
-    @property
-    def protected_tokens(self) -> int:
-        return self._counter(meta.MAIL_PROTECTED)
-
-    @property
-    def num_nodes(self) -> int:
-        return self._counter(meta.MAIL_NODES)
 
     @property
     def nbytes(self) -> int:

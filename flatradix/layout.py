@@ -146,13 +146,14 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
 
 
 class Workspace(NamedTuple):
-    """What the kernels of a GPU keep beside a state: only `place`, zeros and a hint for evict outlive a call.
+    """What the kernels of a GPU keep beside a state: only `place`, zeros and hints outlive a call.
 
     R rows, B queries of the largest batch so far, C places of a table of claims.
     """
 
     place: torch.Tensor  # int32 [R]: where the row's entry stands in the child table
     undo: torch.Tensor  # int64 [R]: the tick from before the call, of the rows that the call touched
+    above: torch.Tensor  # int32 [8 R]: hints at the eight rows above each row, 0 where none is
     key: torch.Tensor  # int64 [R]: what eviction orders by; scratch of compactions
     number: torch.Tensor  # int64 [NUMBERS]: counters that are shared by the programs of a launch
     partial: torch.Tensor  # int64 [PARTIALS]: sums of single programs

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from flatradix import meta
+from flatradix.kernels.gpu.climb import LEVELS, PATHS, add_locks, parent_of, take_back_locks
 from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
 from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse_lanes
 from flatradix.kernels.gpu.launch import Bound, Kernel, resident
@@ -22,68 +23,29 @@ NO_LOCK = tl.constexpr(NOT_LOCKED)
 
 
 @triton.jit
-def _step(s, row, weight):
-    on = row > 0
-    parent = tl.load(s.parent + row, mask=on, other=0)
-    length = tl.load(s.length + row, mask=on, other=0)
-    before = tl.atomic_add(s.lock_ref + row, weight, mask=on, sem="relaxed")
-    return tl.maximum(parent, 0), length, before
+def row_or_above(s, row, cut):
+    """The row whose lock each lane's query took: where it cut its edge, the row above, 0 for the root."""
+    return tl.where(cut > 0, parent_of(s, row, cut > 0), row)
 
 
 @triton.jit
-def _four_steps(s, row, weight):
-    row, size_0, before_0 = _step(s, row, weight)
-    row, size_1, before_1 = _step(s, row, weight)
-    row, size_2, before_2 = _step(s, row, weight)
-    row, size_3, before_3 = _step(s, row, weight)
-    return row, size_0, size_1, size_2, size_3, before_0, before_1, before_2, before_3
+def _paths(row, first):
+    """Where the lanes from `first` on climb from, and for how many: ([PATHS, 1] rows, [PATHS, 1] counts).
 
-
-@triton.jit
-def _changed(low, size_0, size_1, size_2, size_3, before_0, before_1, before_2, before_3):
-    """Tokens that four additions made protected (the count was 0) or evictable (it is 0 now)."""
-    changed = tl.where(before_0 + low == 0, size_0, 0) + tl.where(before_1 + low == 0, size_1, 0)
-    return changed + tl.where(before_2 + low == 0, size_2, 0) + tl.where(before_3 + low == 0, size_3, 0)
-
-
-@triton.jit
-def add_locks(s, row, weight):
-    """Add `weight` to the counts of each lane's row and all above; returns each lane's tokens that changed sides.
-
-    Lanes of int32. A count's old value takes about 1 us to arrive, as long as eight steps, so it is looked at eight
-    steps later: the climb waits for nothing but the parents.
+    Of the lanes with the same row the first climbs for all of them, the others for none.
     """
-    low = tl.minimum(weight, 0)
-    zero = tl.zeros_like(row)
-    changed = zero
-    a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
-    c0, c1, c2, c3, d0, d1, d2, d3 = zero, zero, zero, zero, zero, zero, zero, zero
-    while tl.max(row) > 0:
-        row, e0, e1, e2, e3, f0, f1, f2, f3 = _four_steps(s, row, weight)
-        changed += _changed(low, a0, a1, a2, a3, b0, b1, b2, b3)
-        row, g0, g1, g2, g3, h0, h1, h2, h3 = _four_steps(s, row, weight)
-        changed += _changed(low, c0, c1, c2, c3, d0, d1, d2, d3)
-        a0, a1, a2, a3, b0, b1, b2, b3 = e0, e1, e2, e3, f0, f1, f2, f3
-        c0, c1, c2, c3, d0, d1, d2, d3 = g0, g1, g2, g3, h0, h1, h2, h3
-    changed += _changed(low, a0, a1, a2, a3, b0, b1, b2, b3)
-    return changed + _changed(low, c0, c1, c2, c3, d0, d1, d2, d3)
+    lane = tl.arange(0, LANES)[None, :]
+    own = (first + tl.arange(0, PATHS))[:, None]
+    own_row = tl.sum(tl.where(lane == own, row[None, :], 0), axis=1)[:, None]
+    equal = own_row == row[None, :]
+    count = tl.sum(equal.to(tl.int32), axis=1)[:, None]
+    leads = tl.min(tl.where(equal, lane, LANES), axis=1)[:, None] == own
+    return tl.where(leads, own_row, 0), count
 
 
 @triton.jit
-def unlock_up(s, row, from_above):
-    """Take back one lock on each lane's path, from its row (0: none), or its parent where `from_above`."""
-    parent = tl.load(s.parent + row, mask=row > 0, other=0)
-    add_locks(s, tl.where(from_above, tl.maximum(parent, 0), row), tl.zeros_like(row) - 1)
-
-
-@triton.jit
-def _together(row):
-    """(how many lanes have this row, whether this lane is the first of them)."""
-    lane = tl.arange(0, LANES)
-    equal = row[:, None] == row[None, :]
-    count = tl.sum(equal.to(tl.int32), axis=1)
-    first = tl.min(tl.where(equal, lane[None, :], LANES), axis=1)
-    return count, first == lane
+def _each_level(value):
+    return tl.broadcast_to(value, [PATHS, LEVELS])
 
 
 @triton.jit
@@ -101,8 +63,7 @@ def _take_back(s, w, batch, SIGN: tl.constexpr):
         row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
         cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
         tl.atomic_add(s.own_locks + row, -SIGN, mask=(row > 0) & (cut == 0), sem="relaxed")
-        above = tl.load(s.parent + row, mask=row > 0, other=0)
-        add_locks(s, tl.where(cut > 0, tl.maximum(above, 0), row), tl.zeros([LANES], tl.int32) - SIGN)
+        take_back_locks(s, row_or_above(s, row, cut), tl.zeros_like(row) + SIGN)
         first += LANES
     tl.store(w.number + meta.NEWLY, 0)
 
@@ -150,12 +111,20 @@ def _finish_lock(
         publish(s, w, call, error, meta.LOCK)
 
 
+@triton.jit
+def _part(ALONE: tl.constexpr):
+    """(which of the paths of LANES queries this program climbs, among how many programs)."""
+    parts: tl.constexpr = 1 if ALONE else LANES // PATHS
+    return tl.program_id(0) % parts, parts
+
+
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "rows", "call"])
 def lock_kernel(
     s, w, handles, lengths, batch: tl.int32, rows: tl.int32, call: tl.int64,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    query = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    part, parts = _part(ALONE)
+    query = tl.program_id(0) // parts * LANES + tl.arange(0, LANES)
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
     length = tl.load(lengths + query, mask=active, other=0)
@@ -165,15 +134,19 @@ def lock_kernel(
     end = tl.load(s.end + row, mask=row > 0, other=0)
     cut = tl.where((row > 0) & (length < end), length, 0)
     _remember(w, batch, query, row, cut, active)
-    tl.atomic_add(s.own_locks + row, 1, mask=(row > 0) & (cut == 0), sem="relaxed")
-    above = tl.load(s.parent + row, mask=cut > 0, other=0)
-    from_row = tl.where(cut > 0, tl.maximum(above, 0), row)
-    count, is_first = _together(from_row)
-    newly = tl.sum(add_locks(s, tl.where(is_first, from_row, 0), count).to(tl.int64))
+    if part == 0:
+        tl.atomic_add(s.own_locks + row, 1, mask=(row > 0) & (cut == 0), sem="relaxed")
+        if tl.max(cut) > 0:
+            tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
+    from_row = row_or_above(s, row, cut)
+    newly = tl.zeros([], tl.int64)
+    first = part * PATHS
+    while first < tl.minimum(batch - tl.program_id(0) // parts * LANES, LANES):
+        path, count = _paths(from_row, first)
+        newly += add_locks(s, w, _each_level(path), _each_level(count))
+        first += parts * PATHS
     if newly > 0:
         tl.atomic_add(w.number + meta.NEWLY, newly, sem="relaxed")
-    if tl.max(cut) > 0:
-        tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
     if ALONE:
         tl.debug_barrier()
         _finish_lock(s, w, handles, batch, rows, call, 0, 1, PAGE, BIGRAM, True)
@@ -228,7 +201,8 @@ def _finish_unlock(s, w, batch, call):
 
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "call"])
 def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, ALONE: tl.constexpr):
-    query = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    part, parts = _part(ALONE)
+    query = tl.program_id(0) // parts * LANES + tl.arange(0, LANES)
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
     length = tl.load(lengths + query, mask=active, other=0)
@@ -239,14 +213,19 @@ def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE:
     refuse_lanes(w, query, tl.where(active, reason, 0), length.to(tl.int64))
     row = tl.where(reason < 0, 0, row)
     _remember(w, batch, query, row, tl.zeros_like(row), active)
-    count, is_first = _together(row)
-    leads = is_first & (row > 0)
-    locks = tl.atomic_add(s.own_locks + row, -count, mask=leads, sem="relaxed")
-    freed = tl.sum(add_locks(s, tl.where(leads, row, 0), -count).to(tl.int64))
+    freed = tl.zeros([], tl.int64)
+    first = part * PATHS
+    while first < tl.minimum(batch - tl.program_id(0) // parts * LANES, LANES):
+        path, count = _paths(row, first)
+        path, count = _each_level(path), _each_level(count)
+        once = (path > 0) & (tl.arange(0, LEVELS)[None, :] == 0)
+        locks = tl.atomic_add(s.own_locks + path, -count, mask=once, sem="relaxed")
+        freed += add_locks(s, w, path, -count)
+        if tl.max((once & (locks < count)).to(tl.int32)) > 0:
+            tl.atomic_add(w.number + meta.COUNT, 1, sem="relaxed")
+        first += parts * PATHS
     if freed > 0:
         tl.atomic_add(w.number + meta.NEWLY, freed, sem="relaxed")
-    if tl.max(tl.where(leads & (locks < count), 1, 0)) > 0:
-        tl.atomic_add(w.number + meta.COUNT, 1, sem="relaxed")
     if ALONE:
         tl.debug_barrier()
         _finish_unlock(s, w, batch, call)
@@ -263,24 +242,27 @@ _unlock = Kernel(unlock_kernel, ["*i64", "*i32", "i32", "i64"], warps=1)
 _finish_unlocks = Kernel(finish_unlock_kernel, ["i32", "i64"], warps=1)
 
 
-def _programs(batch: int) -> int:
-    return -(-batch // LANES.value)
+def _programs(batch: int) -> tuple[int, bool]:
+    """(how many programs climb, whether one does it all: a second launch costs 2 us, two climbs in a row about 2)."""
+    alone = batch <= 2 * PATHS.value
+    return 1 if alone else -(-batch // LANES.value) * (LANES.value // PATHS.value), alone
 
 
 def lock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int, bigram: bool) -> None:
     """Lock a batch of places; `handles` int64 [B] and `lengths` int32 [B] are addresses, handles of cut edges renewed.
 
-    One launch for up to 32 places, else two.
+    One launch for a few places, else two.
     """
-    programs = _programs(batch)
-    _lock(bound, programs, (handles, lengths, batch, bound.rows, call), (page, bigram, programs == 1))
-    if programs > 1:
-        _finish_locks(bound, resident(bound, programs, 1), (handles, batch, bound.rows, call), (page, bigram))
+    programs, alone = _programs(batch)
+    _lock(bound, programs, (handles, lengths, batch, bound.rows, call), (page, bigram, alone))
+    if not alone:
+        finishing = resident(bound, -(-batch // LANES.value), 1)
+        _finish_locks(bound, finishing, (handles, batch, bound.rows, call), (page, bigram))
 
 
 def unlock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int) -> None:
     """Unlock a batch of places, all or nothing; launches as for `lock`."""
-    programs = _programs(batch)
-    _unlock(bound, programs, (handles, lengths, batch, call), (page, programs == 1))
-    if programs > 1:
+    programs, alone = _programs(batch)
+    _unlock(bound, programs, (handles, lengths, batch, call), (page, alone))
+    if not alone:
         _finish_unlocks(bound, 1, (batch, call))

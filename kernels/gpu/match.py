@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from flatradix import meta
+from flatradix.kernels.gpu.climb import take_back_locks
 from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
 from flatradix.kernels.gpu.finish import answer, first_refusal, is_last, move_protected, publish, publish_done, refuse
 from flatradix.kernels.gpu.launch import Bound, Kernel
-from flatradix.kernels.gpu.lock import unlock_up
+from flatradix.kernels.gpu.lock import row_or_above
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
@@ -57,7 +58,7 @@ def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.co
             if LOCK:
                 cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
                 tl.atomic_add(s.own_locks + row, -1, mask=(row > 0) & (cut == 0), sem="relaxed")
-                unlock_up(s, row, cut > 0)
+                take_back_locks(s, row_or_above(s, row, cut), tl.zeros_like(row) + 1)
             if TOUCH:
                 undo_touches(s, w, row, clock, row > 0)
         tl.store(lengths + query, -1, mask=query < batch)
