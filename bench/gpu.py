@@ -1,7 +1,8 @@
 """The tree on a GPU: the GPU's own time for each operation, the wall clock from Python, and where the CPU is faster.
 
 The GPU's time leaves out the launches (they are queued behind a sleep) and goes over several input sets by turns, so
-that large inputs come from memory and not from L2. Floors and targets are those of an H200.
+that large inputs come from memory and not from L2. Floors are those of this GPU (how fast it copies), targets
+those of an H200.
 
   python3 bench/gpu.py                          everything: less than four minutes, compiling included
   python3 bench/gpu.py --quick                  fewer repetitions, none of the largest inputs: about 90 s
@@ -31,7 +32,7 @@ sys.path[0] = str(ROOT)
 
 import flatradix  # noqa: E402
 from bench import gpu_crossover, rows_gpu, rows_gpu_evict, rows_gpu_wall  # noqa: E402
-from bench.gpu_harness import Measured, Row, Setup, number, start_afresh  # noqa: E402
+from bench.gpu_harness import H200_SPEED, Measured, Row, Setup, copying_speed, number, start_afresh  # noqa: E402
 from flatradix import backend, plot  # noqa: E402
 
 ROWS = [*rows_gpu.ROWS, *rows_gpu_wall.ROWS, *rows_gpu_evict.ROWS]
@@ -149,7 +150,9 @@ def _setup(options: argparse.Namespace) -> Setup:
         raise SystemExit("interpreted kernels are slow: add --tiny")
     # One thread for the CPU's tree, and nothing of torch that would compete with it.
     torch.set_num_threads(1)
-    return Setup(options.quick, options.tiny, options.page, torch.device("cpu" if backend.interpreted() else "cuda:0"))
+    device = torch.device("cpu" if backend.interpreted() else "cuda:0")
+    speed = H200_SPEED if backend.interpreted() else copying_speed(device)
+    return Setup(options.quick, options.tiny, options.page, device, speed)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -162,9 +165,16 @@ def main(arguments: list[str] | None = None) -> None:
     setup = _setup(options)
     machine = _machine()
     told = ", ".join(f"{key} {value}" for key, value in machine.items())
+    told += f"; copies at {setup.speed / 1e12:.2f} TB/s"
     print(f"{told}; page size {setup.page}", flush=True)
     begun = time.perf_counter()
-    report: dict[str, Any] = {"machine": machine, "page_size": setup.page, "quick": setup.quick, "tiny": setup.tiny}
+    report: dict[str, Any] = {
+        "machine": machine,
+        "copy_bytes_a_second": setup.speed,
+        "page_size": setup.page,
+        "quick": setup.quick,
+        "tiny": setup.tiny,
+    }
     chosen = [row for row in ROWS if _is_chosen(row.name, options.only) and not (row.slow and setup.quick)]
     found = [_measured(row, setup) for row in chosen]
     results = report["rows"] = [result for result in found if result is not None]

@@ -92,7 +92,7 @@ def _points(setup: Setup, length: int) -> Iterator[Point]:
         firsts = range(0, shape.batch - size + 1, size)[:SETS]
         on_device, on_host = ([part[first : first + size] for first in firsts] for part in (keys, host))
         times = (_seconds(setup, *side) for side in ((gpu, on_device), (gpu, on_host), (cpu, on_host)))
-        yield Point(size, shape.tokens, shape.edges, *times, floor_of(8 * size * shape.tokens))
+        yield Point(size, shape.tokens, shape.edges, *times, floor_of(setup, 8 * size * shape.tokens))
 
 
 def measure(setup: Setup) -> list[Point]:
@@ -168,17 +168,24 @@ def draw(points: list[Point], setup: Setup, device: str, path: Path) -> None:
             f"from Python to lengths on the host; {device}", (0, 1), (0, 6), "axes fraction", "offset points",
             color=MUTED, fontsize=8,
         )  # fmt: skip
-        _draw_lines(axes, drawn)
+        _draw_lines(axes, drawn, setup.speed)
         fig.savefig(path, facecolor="white")
 
 
-def _draw_lines(axes: Axes, points: list[Point]) -> None:
+def _draw_lines(axes: Axes, points: list[Point], speed: float) -> None:
     batches = [point.batch for point in points]
     for way, (colour, dashes) in _LINES.items():
         times = [getattr(point, way) * 1e6 for point in points]
         axes.plot(batches, times, color=colour, ls=dashes, lw=2, marker="o", ms=4, label=WAYS[way])
     floors = [point.floor * 1e6 for point in points]
-    axes.plot(batches, floors, color=MUTED, lw=1.2, ls=":", label="floor: shortest kernel, 8 bytes a token at 4.3 TB/s")
+    axes.plot(
+        batches,
+        floors,
+        color=MUTED,
+        lw=1.2,
+        ls=":",
+        label=f"floor: shortest kernel, a token's 8 bytes at {speed / 1e12:.1f} TB/s",
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("queries in the batch")

@@ -15,8 +15,9 @@ import torch
 from flatradix import RadixTree, Ragged
 from flatradix.traces import VOCABULARY
 
-BYTES_A_SECOND = 4.3e12  # copying on an H200
-SHORTEST = 4.5e-6  # seconds that any kernel takes on it
+H200_SPEED = 4.3e12  # bytes a second, read and written, of a copy
+COPIED = 1 << 30
+SHORTEST = 4.5e-6  # seconds that any kernel takes, on an H200 as on an H100
 L2_BYTES = 60e6
 SETS = 8
 FEWEST_SETS = 4
@@ -38,12 +39,17 @@ class Shape(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What the rows of a run share. device: where the GPU tree's tensors are; the CPU where kernels are interpreted."""
+    """What the rows of a run share.
+
+    device: where the GPU tree's tensors are; the CPU where kernels are interpreted.
+    speed: of its memory, bytes a second.
+    """
 
     quick: bool
     tiny: bool
     page: int
     device: torch.device
+    speed: float
 
     def shape(self, batch: int, tokens: int, edges: int) -> Shape:
         """What is asked for, or a tiny stand-in."""
@@ -92,9 +98,24 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
-def floor_of(read_and_written: float) -> float:
+def floor_of(setup: Setup, read_and_written: float) -> float:
     """Seconds for so many bytes."""
-    return max(SHORTEST, read_and_written / BYTES_A_SECOND)
+    return max(SHORTEST, read_and_written / setup.speed)
+
+
+def copying_speed(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes on a GPU: the most that its memory does."""
+    source = torch.ones(COPIED, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    samples = []
+    for _ in range(6):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        target.copy_(source)
+        last.record()
+        last.synchronize()
+        samples.append(first.elapsed_time(last) * 1e-3)
+    return 2 * COPIED / statistics.median(samples[1:])
 
 
 # Keys and trees
@@ -245,7 +266,7 @@ def measure(
     alone = gpu_seconds(setup, calls[:1], restore)
     tree.raise_pending()
     note = f"{number(alone * 1e6)} us again and again on one input" if abs(alone / taken - 1) > 0.1 else ""
-    return Measured(taken, floor_of(moved), note)
+    return Measured(taken, floor_of(setup, moved), note)
 
 
 # The wall clock

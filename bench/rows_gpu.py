@@ -143,7 +143,7 @@ def _insert(group: int, setup: Setup) -> Measured:
     inserts.restore()
     calls = [partial(inserts.tree.insert, *batch) for batch in inserts.batches]
     taken = gpu_seconds(setup, calls, inserts.restore, once=True)
-    return Measured(taken, floor_of(inserts.moved))
+    return Measured(taken, floor_of(setup, inserts.moved))
 
 
 def _match_row(batch: int, tokens: int, edges: int, target: float) -> Row:

@@ -107,7 +107,7 @@ def _evict(hundredths: int, setup: Setup) -> Measured:
     total = median.pop("total")
     parts = ", ".join(f"{name} {number(seconds * 1e6)}" for name, seconds in median.items())
     moved = CANDIDATE * leaves.count + 3 * 4 * some * TOKENS
-    return Measured(total, floor_of(moved), parts)
+    return Measured(total, floor_of(setup, moved), parts)
 
 
 def _evict_wall(hundredths: int, setup: Setup) -> Measured:

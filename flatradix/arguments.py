@@ -58,7 +58,7 @@ def check_counts(tokens: np.ndarray, slots: np.ndarray) -> None:
     if len(unequal):
         query = int(unequal[0])
         raise ValueError(
-            f"insert: query {query} has {tokens[query]} tokens, but {slots[query]} slots; give one slot a token"
+            f"insert: query {query}: it has {tokens[query]} tokens, but {slots[query]} slots; give one slot a token"
         )
 
 

@@ -177,7 +177,7 @@ class HostTree(RadixTree):
             slots = slots[0]
         source = self._slots.read_one(slots)
         if source[1] != count:
-            raise ValueError(f"insert: query 0 has {count} tokens, but {source[1]} slots; give one slot a token")
+            raise ValueError(f"insert: query 0: it has {count} tokens, but {source[1]} slots; give one slot a token")
         if namespace is not None:
             namespace = namespaces.only(namespace)
         code = 0 if namespace is None else self._namespaces.find(namespace)

@@ -83,9 +83,9 @@ def _some_slots(q: Any) -> Any:
 
 # Which number was wrong is only known to the device where that is a GPU.
 BAD_SLOTS = [
-    ([[7, 8], [7, 8]], [[10, 11], [12]], "query 1 has 2 tokens, but 1 slots"),
+    ([[7, 8], [7, 8]], [[10, 11], [12]], "query 1: it has 2 tokens, but 1 slots"),
     ([[7, 8], [7, 8]], [[10, 11]], "2 queries, but slots for 1"),
-    ([7, 8], [10, 11, 12], "query 0 has 2 tokens, but 3 slots"),
+    ([7, 8], [10, 11, 12], "query 0: it has 2 tokens, but 3 slots"),
     ([[7, 8], [7, 8]], [[10, 11], [12, -1]], "slots of query 1: (-1|the slot) at position 1 is negative"),
     ([7, 8], [10, -3], "slots of query 0: (-3|the slot) at position 1 is negative"),
     (

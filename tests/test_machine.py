@@ -604,6 +604,7 @@ class Machine(RuleBasedStateMachine):
         moved = self.move(digest)
         if go_on:
             self.sides[0].tree = moved if slot_device is None else loaded
+            self.slot_device = slot_device or self.slot_device
         else:
             self.spoil_digest(loaded)
 
