@@ -1,0 +1,329 @@
+"""Calls that wait for nothing, streams, graphs, and the ways to launch a kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flatradix import RadixTree, Ragged, meta
+from tests.devices import settled
+from tests.pairs import Pair, numbered, ragged, shared_prefixes, use
+
+# Without waiting
+
+
+Calls = list[Callable[[], Any]]
+
+
+def calls_that_do_not_wait(tree: RadixTree) -> Calls:
+    """Each operation that only enqueues, on input that is on the device, and short single keys."""
+    keys = [[1, 2, 3, 4], [1, 2, 5], [6, 7, 8]]
+    q, slots = ragged(keys, tree), ragged(numbered(keys), tree)
+    table = torch.zeros((4, 8), dtype=torch.int32, device=tree.device)
+    rows = torch.arange(3, device=tree.device)
+    priority = torch.arange(3, device=tree.device)
+    first, first_slots = q.values[:4], slots.values[:4]
+    kept: dict[str, Any] = {}
+
+    def keep(name: str, value: Any) -> None:
+        kept[name] = value
+
+    return [
+        lambda: keep("inserted", tree.insert(q, slots, priority=priority)),
+        lambda: keep("matched", tree.match(q)),
+        lambda: keep("locked", tree.match(q, lock=True)),
+        lambda: tree.unlock(kept["locked"]),
+        lambda: tree.lock(kept["matched"]),
+        lambda: tree.write_slots(kept["matched"], table, rows),
+        lambda: tree.unlock(kept["matched"]),
+        lambda: keep("more", tree.match(q, start=kept["inserted"], touch=False)),
+        lambda: keep("single", tree.match([1, 2, 3, 9])),
+        lambda: tree.lock(kept["single"]),
+        lambda: tree.unlock(kept["single"]),
+        lambda: keep("one", tree.match(first, lock=True)),
+        lambda: tree.unlock(kept["one"]),
+        lambda: tree.insert(first, first_slots, start=kept["one"]),
+    ]
+
+
+def calls_with_host_input(tree: RadixTree) -> Calls:
+    """Batches in host memory go through pinned memory."""
+    keys = [[1, 2, 3, 4], [1, 2, 5], [6, 7, 8]]
+    long = list(range(40_000))
+    table = torch.zeros((4, 8), dtype=torch.int32, device=tree.device)
+    return [
+        lambda: tree.insert(keys, numbered(keys), namespace=["a", None, "b"], priority=[1, 2, 3]),
+        lambda: tree.insert([1, 2, 3], torch.tensor([7, 8, 9]), inserted_lengths=2),
+        lambda: tree.insert(long, long),
+        lambda: tree.match(keys, namespace=["a", "b", "c"]),
+        lambda: tree.match(long),
+        lambda: tree.match(Ragged.from_sequences(keys)),
+        lambda: tree.write_slots(tree.match(keys), table, [2, 0, 1]),
+    ]
+
+
+def quiet(call: Callable[[], Any]) -> None:
+    """Run a call in which torch raises an error for whatever waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("make", [calls_that_do_not_wait, calls_with_host_input])
+def test_no_call_synchronises(gpu: str, make: Callable[[RadixTree], Calls]) -> None:
+    tree = RadixTree(100_000, device=gpu)
+    for call in make(tree):  # compiles, and fills the caches of memory
+        call()
+    tree.raise_pending()
+    for call in make(tree):
+        quiet(call)
+    tree.check()
+
+
+def test_no_call_waits_for_the_device(gpu: str) -> None:
+    """Also not for its own mail, which torch knows nothing of: the device is kept busy meanwhile."""
+    tree = RadixTree(1000, device=gpu)
+    for _ in range(2):
+        for call in calls_that_do_not_wait(tree):
+            call()
+    calls = calls_that_do_not_wait(tree)
+    torch.cuda.synchronize()
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)
+    busy.record()
+    for number, call in enumerate(calls):
+        call()
+        assert not busy.query(), f"call {number} waited for the device"
+    tree.check()
+    assert busy.query()
+
+
+def test_a_tree_may_go_while_its_calls_are_under_way(gpu: str) -> None:
+    """What its kernels still write to does not belong to anybody else by then."""
+    tree = RadixTree(64, device=gpu)
+    for _ in range(3):
+        tree.insert([[1, 2]], [[1, 2]])
+        tree.match([1, 2])
+    tree.raise_pending()
+    torch.cuda._sleep(1_000_000_000)
+    tree.insert([[1, 2, 3]], [[1, 2, 3]])
+    tree.match([1, 2])
+    del tree
+    others = [torch.full((meta.MAIL,), 7, pin_memory=True) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert all((other == 7).all() for other in others)
+
+
+def test_pinned_batches_are_read_where_they_are(gpu: str) -> None:
+    tree = RadixTree(64, device=gpu)
+    q = Ragged(torch.tensor([1, 2, 3, 1, 2]).pin_memory(), torch.tensor([0, 3, 5]).pin_memory())
+    single = torch.tensor([1, 2, 3, 4]).pin_memory()
+    for _ in range(3):
+        assert tree.insert(q, q).lengths.tolist() == [3, 2]
+        assert tree.match(q).lengths.tolist() == [3, 2]
+        assert tree.match(single).length == 3
+    tree.check()
+
+
+# Streams and graphs
+
+
+def test_two_streams(gpu: str) -> None:
+    pair = Pair(gpu, 4000)
+    one, other = torch.cuda.Stream(), torch.cuda.Stream()
+    one.wait_stream(torch.cuda.current_stream())
+    for turn in range(50):
+        keys = shared_prefixes(20, turn)
+        with torch.cuda.stream(one):
+            inserted = pair.tree.insert(keys, numbered(keys))
+        other.wait_event(one.record_event())
+        with torch.cuda.stream(other):
+            locked = pair.tree.match(keys, lock=True)
+            single = pair.tree.match(keys[0] or [7])
+        one.wait_event(other.record_event())
+        with torch.cuda.stream(one):
+            if turn % 2:
+                pair.tree.unlock(locked)
+            freed = pair.tree.evict(30).slots.tolist()
+        host = pair.host.insert(keys, numbered(keys))
+        host_locked = pair.host.match(keys, lock=True)
+        assert single.length == pair.host.match(keys[0] or [7]).length
+        if turn % 2:
+            pair.host.unlock(host_locked)
+        assert freed == pair.host.evict(30).slots.tolist()
+        assert inserted.lengths.tolist() == host.lengths.tolist()
+        assert locked.lengths.tolist() == host_locked.lengths.tolist()
+        assert pair.tree.protected_tokens == pair.host.protected_tokens
+    torch.cuda.current_stream().wait_stream(one)
+    torch.cuda.current_stream().wait_stream(other)
+    pair.compare()
+
+
+def fixed_shape(seed: int) -> list[list[int]]:
+    """Four keys of 6 tokens."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3) for _ in range(6)] for _ in range(4)]
+
+
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_graphs(gpu: str, at_once: bool) -> None:
+    """Match, lock and unlock are captured once and replayed on other contents of the same tensors."""
+    pair = Pair(gpu, 1000)
+    for seed in range(5):
+        pair.insert(fixed_shape(seed), numbered(fixed_shape(seed)))
+    q = ragged(fixed_shape(0), pair.tree)
+
+    def enter(tree: RadixTree, keys: Any) -> Any:
+        found = tree.match(keys, lock=at_once)
+        if not at_once:
+            tree.lock(found)
+        return found
+
+    pair.tree.unlock(enter(pair.tree, q))  # compiles
+    pair.host.unlock(enter(pair.host, fixed_shape(0)))
+    entering, found = captured(lambda: enter(pair.tree, q))
+    leaving, _ = captured(lambda: pair.tree.unlock(found))
+    for seed in (3, 1, 11, 4, 12):
+        keys = fixed_shape(seed)
+        q.values.copy_(torch.tensor([token for key in keys for token in key]))
+        host = enter(pair.host, keys)
+        entering.replay()
+        assert pair.tree.protected_tokens == pair.host.protected_tokens > 0
+        assert found.lengths.tolist() == host.lengths.tolist()
+        pair.compare()
+        assert pair.tree.slots(found).to_list() == pair.host.slots(host).to_list()
+        pair.host.unlock(host)
+        leaving.replay()
+        assert pair.tree.protected_tokens == 0
+        pair.compare()
+        pair.insert([[*keys[0], seed]], [[0] * 7])
+        pair.evict(3)
+    q.values[6] = -1
+    entering.replay()
+    with pytest.raises(ValueError, match="match: query 1: the token at position 0"):
+        pair.tree.raise_pending()
+    pair.compare()
+
+
+def test_a_graph_needs_scratch_for_its_batch(gpu: str) -> None:
+    tree = RadixTree(10_000, device=gpu)
+    q = ragged([[1]] * 2000, tree)
+    settled(tree, lambda: tree.match(ragged([[1]] * 10, tree)))
+    with pytest.raises(RuntimeError, match="run a batch of 2000 once before a CUDA graph is captured with it"):
+        captured(lambda: tree.match(q))
+    settled(tree, lambda: tree.match(q))
+    graph, found = captured(lambda: tree.match(q))
+    tree.insert([1], [1])
+    graph.replay()
+    assert tree.total_tokens == 1
+    assert found.lengths.tolist() == [1] * 2000
+
+
+def test_a_single_key_in_a_graph(gpu: str) -> None:
+    tree = RadixTree(64, device=gpu)
+    tree.insert([1, 2, 3, 4], [1, 2, 3, 4])
+    key = torch.tensor([1, 2, 9], device=tree.device)
+    settled(tree, lambda: tree.match([[1]]))
+    settled(tree, lambda: tree.match(ragged([[1]], tree)))
+    graph, found = captured(lambda: tree.match(key))
+    for tokens, length in (([1, 2, 9], 2), ([7, 7, 7], 0), ([1, 2, 3], 3)):
+        key.copy_(torch.tensor(tokens))
+        graph.replay()
+        tree.raise_pending()
+        assert found.lengths.tolist() == [length]
+
+
+def test_what_a_graph_cannot_hold(gpu: str) -> None:
+    tree = RadixTree(64, device=gpu)
+    q = ragged([[1], [2]], tree)
+    for call, message in (
+        (lambda: tree.match([1, 2]), "cannot hold inputs in host memory"),
+        (lambda: tree.match([[1], [2]]), "cannot hold inputs in host memory"),
+        (lambda: tree.match(q, namespace="a"), "cannot hold a namespace"),
+        (lambda: tree.insert(q, q), "insert cannot be part of a CUDA graph"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            captured(call)
+    assert tree.insert(q, q).lengths.tolist() == [1, 1]
+    tree.check()
+
+
+# Launching
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_an_interrupted_insert_leaves_nothing_behind(cuda: str, done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of its launches is the one that does not come about."""
+    from flatradix.kernels.gpu.launch import Kernel
+
+    launch, launches = Kernel.__call__, []
+
+    def interrupt(*arguments: Any) -> None:
+        launches.append(arguments[0])
+        if len(launches) > done:
+            raise KeyboardInterrupt
+        launch(*arguments)
+
+    pair = Pair(cuda, 64)
+    keys = [[1, 2, 3], [1, 2, 4], [1, 5]]
+    pair.insert([[1, 2, 3, 6]], [[1, 2, 3, 6]])
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "__call__", interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            pair.tree.insert([*keys, [-1]], numbered([*keys, [-1]]), namespace=["new", None, None, None])
+    if len(launches) <= done:
+        pytest.skip(f"an insert has {len(launches)} launches")
+    pair.compare()
+    assert len(pair.tree._namespaces.items()) == 1
+    use(pair, keys)
+
+
+def test_a_launch_that_never_was(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for its numbers is told, and does not wait for ever."""
+    from flatradix.kernels.gpu.launch import Kernel
+
+    tree = RadixTree(64, device=cuda)
+    tree.insert([[1, 2]], [[1, 2]])
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "__call__", lambda *arguments: None)
+        result = tree.match([1, 2])
+        for wait in (tree.raise_pending, lambda: result.length):
+            with pytest.raises(RuntimeError, match="has not told its numbers: its launch failed or was interrupted"):
+                wait()
+    assert tree.match([1, 2]).length == 2
+    tree.check()
+
+
+@pytest.mark.parametrize("missing", ["_launcher", "_direct_launch"])
+def test_the_public_ways_to_launch_do_the_same(gpu: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatradix.kernels.gpu import launch
+
+    keys = shared_prefixes(200)
+    for kernel in launch.Kernel.made:
+        monkeypatch.setattr(kernel, "_compiled", {})
+    pair = Pair(gpu, 4000)
+    for _ in range(2):
+        use(pair, keys)
+    assert pair.tree._bound.direct, "nothing is launched directly: Triton or the driver has changed"
+    monkeypatch.setattr(launch, missing, lambda *arguments: None)
+    for kernel in launch.Kernel.made:
+        monkeypatch.setattr(kernel, "_compiled", {})
+    pair = Pair(gpu, 4000)
+    for _ in range(2):
+        use(pair, keys)
+    assert not pair.tree._bound.direct
+    assert any(kernel._compiled for kernel in launch.Kernel.made) == (missing != "_launcher")
