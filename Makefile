@@ -24,7 +24,7 @@ $(VENV)/setup: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/setup-test: $(VENV)/setup requirements/peers.txt requirements/triton.txt
-	$(PIP) -e '.[plot,test,dev]'
+	$(PIP) -e '.[plot,prometheus,test,dev]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) -r requirements/triton.txt || \
 	  echo 'Triton could not be installed: the tests of the GPU kernels will be skipped'
 	@# The tree to compare with, and the package that ours must live beside. Without them, their tests are skipped.

@@ -2,7 +2,9 @@
 
 from flatradix.errors import CapacityError, DeviceUnavailableError, StaleHandleError
 from flatradix.policy import Nodes
+from flatradix.prefix_cache import PrefixCache
 from flatradix.ragged import Ragged
+from flatradix.request import Request
 from flatradix.results import EvictResult, InsertResult, MatchResult
 from flatradix.tree import RadixTree
 from flatradix.version import VERSION as __version__
@@ -15,8 +17,10 @@ __all__ = [
     "InsertResult",
     "MatchResult",
     "Nodes",
+    "PrefixCache",
     "RadixTree",
     "Ragged",
+    "Request",
     "StaleHandleError",
     "__version__",
     "warm_up",

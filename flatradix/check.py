@@ -11,6 +11,7 @@ from flatradix.layout import COLUMNS, FREE_ROW
 from flatradix.namespaces import Namespace
 
 if TYPE_CHECKING:
+    from flatradix.prefix_cache import PrefixCache
     from flatradix.tree import RadixTree
 
 _UINT32 = 0xFFFFFFFF
@@ -118,6 +119,30 @@ def check(tree: RadixTree) -> None:
     _check_rows(tree, a)
     if _on_host(tree):
         _check_queue(tree, a)
+
+
+def check_cache(cache: PrefixCache) -> None:
+    """Raise AssertionError unless every slot of a PrefixCache is in one place, and each row of its table is right."""
+    counts = cache.counts()
+    check(cache.tree)
+    a = _Arrays(cache.tree)
+    edges = zip(a.start[a.live].tolist(), a.length[a.live].tolist(), strict=True)
+    pool = cache.tree._pool.cpu().numpy().astype(np.int64)
+    table = cache.table.cpu().numpy().astype(np.int64)
+    running = list(cache._running.values())
+    ends = [cache._in_pages(request.length) for request in running]
+    held = [table[request.row, request.committed : end] for request, end in zip(running, ends, strict=True)]
+    cached = [pool[begin : begin + length] for begin, length in edges]
+    free = cache._allocator.free_list().cpu().numpy()
+    where = np.concatenate([free, *cached, *held])
+    _equal(counts.free + counts.evictable + counts.protected + counts.held, counts.slots, "slots in all")
+    _equal(np.sort(where).tolist(), list(range(counts.slots)), "slots that are free, cached or held")
+    places = cache._held(running)
+    _equal(places.lengths.tolist(), [request.committed for request in running], "places that requests hold")
+    for request, slots in zip(running, cache.tree.slots(places).to_list(), strict=True):
+        _equal(table[request.row, : request.committed].tolist(), slots, f"row {request.row} of the table")
+    rows = sorted([*cache._free_rows, *cache._running])
+    _equal(rows, list(range(len(cache.table))), "rows that are free or in use")
 
 
 def _all(holds: np.ndarray, rows: np.ndarray, what: str) -> None:

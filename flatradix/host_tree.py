@@ -19,6 +19,7 @@ from flatradix.arguments import (
     token_count,
 )
 from flatradix.buffers import Batch, is_single, read_batch, read_one
+from flatradix.device_input import upload_numbers
 from flatradix.layout import FREE_ROW, TreeState, allocate, pool_units
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
@@ -99,7 +100,7 @@ class HostTree(RadixTree):
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         values = self._slots.gather(Ranges(starts, counts, int(offsets[-1])))
-        return Ragged.trusted(values, torch.from_numpy(offsets).to(values.device))
+        return Ragged.trusted(values, upload_numbers(offsets, values.device))
 
     def _slots_one(self, handle: int, length: int) -> Ragged:
         nodes = self._kernels.path_ranges_one(self._table, handle, length, self._ranges[0], self._ranges[1])
@@ -109,8 +110,7 @@ class HostTree(RadixTree):
             self._room_for_ranges(nodes)
             return self._slots_one(handle, length)
         values = self._slots.gather(Ranges(self._ranges[0, :nodes], self._ranges[1, :nodes], length))
-        offsets = torch.from_numpy(np.array([0, length]))
-        return Ragged.trusted(values, offsets if values.is_cpu else offsets.to(values.device))
+        return Ragged.trusted(values, upload_numbers(np.array([0, length]), values.device))
 
     def _room_for_ranges(self, nodes: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and lengths of that many ranges, int32, to be filled; the arrays are used again by the next call."""
@@ -175,7 +175,7 @@ class HostTree(RadixTree):
             if len(slots) != 1:
                 raise ValueError(f"insert: 1 queries, but slots for {len(slots)}")
             slots = slots[0]
-        source = self._slots.read_one(slots)
+        source = self._slots.read_one(slots, self.check_slots)
         if source[1] != count:
             raise ValueError(f"insert: query 0: it has {count} tokens, but {source[1]} slots; give one slot a token")
         if namespace is not None:
@@ -209,7 +209,7 @@ class HostTree(RadixTree):
     def _insert_batch(
         self, keys: Batch, slots: Any, namespace: Any, priorities: np.ndarray, start: Any, inserted: np.ndarray
     ) -> InsertResult:
-        source: Any = self._slots.read(slots)
+        source: Any = self._slots.read(slots, self.check_slots)
         check_counts(keys.counts, source.counts)
         names = namespaces.spread(namespace, len(keys))
         start_lengths, start_handles = starts(start, len(keys))
@@ -345,9 +345,9 @@ class HostTree(RadixTree):
         if reason < 0:
             self._refuse("write_slots", reason)
         if not here:
-            found = self.slots(places)
-            for query, row in enumerate(numbers.tolist()):
-                table[row, : int(lengths[query])] = found[query].to(table.dtype)
+            parts = self.slots(places).values.split(lengths.tolist())
+            for row, part in zip(numbers.tolist(), parts, strict=True):
+                table[row, : len(part)] = part
 
     def raise_pending(self) -> None:
         return

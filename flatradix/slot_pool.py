@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flatradix.buffers import Batch, Buffer, is_single, read_batch, read_one
+from flatradix.device_input import upload_numbers
 from flatradix.layout import committed
 from flatradix.outputs import Outputs
 from flatradix.ragged import Ragged
@@ -53,12 +54,12 @@ class HostSlots:
         self._outputs = Outputs()
         self.arguments = (self._pool, self._wide, _limit(dtype))
 
-    def read_one(self, slots: Any) -> Buffer:
-        """One query's slots, unchecked."""
+    def read_one(self, slots: Any, check: bool = True) -> Buffer:
+        """One query's slots; the kernel checks them."""
         return read_one(slots, "slots")
 
-    def read(self, slots: Any) -> Batch:
-        """The slots of a batch, unchecked."""
+    def read(self, slots: Any, check: bool = True) -> Batch:
+        """The slots of a batch; the kernel checks them."""
         return read_batch(slots, "slots")
 
     def gather(self, ranges: Ranges) -> torch.Tensor:
@@ -88,11 +89,11 @@ class DeviceSlots:
         self.device = self.values.device  # with its index: torch.device("cuda") is not torch.device("cuda:0")
         self._limit = _limit(dtype)
 
-    def _checked(self, values: torch.Tensor, counts: np.ndarray) -> DeviceBatch:
-        """Raise ValueError if a slot is out of range. Synchronises with the slot device."""
+    def _batch(self, values: torch.Tensor, counts: np.ndarray, check: bool) -> DeviceBatch:
+        """With `check`, raise ValueError if a slot is out of range, which synchronises with the slot device."""
         offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
-        if len(values):
+        if check and len(values):
             low, high = values.aminmax()
             if int(low) < 0 or int(high) > self._limit:
                 bad = int(((values < 0) | (values > self._limit)).nonzero()[0])
@@ -106,25 +107,25 @@ class DeviceSlots:
             return False
         return slots.device == self.device and slots.dtype in (torch.int32, torch.int64) and slots.dim() == 1
 
-    def read_one(self, slots: Any) -> Buffer:
-        """One query's slots, checked."""
-        source = self.read([slots])
+    def read_one(self, slots: Any, check: bool = True) -> Buffer:
+        """One query's slots."""
+        source = self.read([slots], check)
         return 0, len(source.values), True, source
 
-    def read(self, slots: Any) -> DeviceBatch:
-        """The slots of a batch, checked."""
+    def read(self, slots: Any, check: bool = True) -> DeviceBatch:
+        """The slots of a batch. Waits for the slot device with `check`, and where they come as a Ragged there."""
         if isinstance(slots, Ragged) and self._is_here(slots.values):
             slots.validate()
-            return self._checked(slots.values.to(torch.int64), np.diff(slots.offsets.cpu().numpy()))
+            return self._batch(slots.values.to(torch.int64), np.diff(slots.offsets.cpu().numpy()), check)
         if isinstance(slots, list | tuple) and slots and all(self._is_here(part) for part in slots):
             counts = np.array([len(part) for part in slots], dtype=np.int64)
-            return self._checked(torch.cat(tuple(slots)).to(torch.int64), counts)
+            return self._batch(torch.cat(tuple(slots)).to(torch.int64), counts, check)
         ragged = (
             slots
             if isinstance(slots, Ragged)
             else Ragged.from_sequences([slots] if is_single(slots) else slots, "slots")
         )
-        return self._checked(ragged.values.to(self.device, torch.int64), np.diff(ragged.offsets.cpu().numpy()))
+        return self._batch(ragged.values.to(self.device, torch.int64), np.diff(ragged.offsets.cpu().numpy()), check)
 
     def write_one(self, place: int, source: Buffer, skip: int, count: int) -> None:
         self.values[place : place + count].copy_(source[3].values[skip : skip + count])
@@ -136,9 +137,9 @@ class DeviceSlots:
 
     def _indices(self, starts: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """int64: every unit of the ranges, in order."""
-        counts = torch.from_numpy(np.asarray(lengths, np.int64)).to(self.device)
+        counts = upload_numbers(lengths, self.device)
         total = int(np.sum(lengths, dtype=np.int64))
-        first = torch.from_numpy(np.asarray(starts, np.int64)).to(self.device) - counts.cumsum(0) + counts
+        first = upload_numbers(starts, self.device) - counts.cumsum(0) + counts
         shift = torch.repeat_interleave(first, counts, output_size=total)
         return torch.arange(total, device=self.device) + shift
 

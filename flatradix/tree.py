@@ -55,6 +55,10 @@ class RadixTree:
     Raises ValueError for arguments out of range, DeviceUnavailableError for a device that cannot be used.
     """
 
+    check_slots = True
+    """Whether an insert looks at slots that lie on a slot device, for which it waits for that device. Set it to False
+    where they are known to be good; an index on the CPU then never waits for a GPU. Other slots are always checked."""
+
     def __init_subclass__(cls) -> None:
         if not cls.__module__.startswith("flatradix."):
             raise TypeError("RadixTree is not made to be subclassed: which class a tree has depends on its device")

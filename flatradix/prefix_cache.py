@@ -1,0 +1,481 @@
+"""PrefixCache: KV slots and the life of requests over a RadixTree, for an engine without an allocator of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flatradix import backend
+from flatradix import namespaces as names_of
+from flatradix.arguments import per_query
+from flatradix.buffers import is_single, read_one
+from flatradix.device_input import upload_numbers
+from flatradix.policy import Policy
+from flatradix.request import ENDED, RUNNING, Request
+from flatradix.results import InsertResult, Places
+from flatradix.slot_allocator import SlotAllocator
+from flatradix.tree import RadixTree
+
+LARGEST = 2**31 - 1  # token, and slot
+
+
+class Counts(NamedTuple):
+    """What a PrefixCache did so far, and where its slots are. See `PrefixCache.counts`."""
+
+    requests: int  # begun, refused ones left out
+    refused: int
+    running: int
+    prompt_tokens: int
+    cached_tokens: int  # of those, found in the cache
+    evicted_tokens: int
+    duplicate_tokens: int  # computed though another request had committed the same meanwhile
+    slots: int
+    free: int
+    evictable: int
+    protected: int
+    held: int  # by running requests, not in the tree
+
+    @property
+    def hit_rate(self) -> float:
+        """The part of all prompt tokens that was cached."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """The part of all slots that is in use."""
+        return 1 - self.free / self.slots
+
+
+class _Unsettled(NamedTuple):
+    """A commit of which the device has not yet told how much was there before."""
+
+    result: InsertResult
+    begins: list[int]
+    slots: list[torch.Tensor]  # what each request brought from there on
+
+
+class PrefixCache:
+    """The KV slots of an engine, and which of them hold what: `begin`, `extend`, `commit`, `finish` or `abort`.
+
+    Every operation takes a list of requests and serves them in order. The engine owns the KV memory, with
+    `num_slots` places for a token's keys and values in each layer; this says which place each token has.
+
+    num_slots: KV slots, cut down to whole pages. page_size: slots a page; requests share whole pages only.
+    max_requests: that run at once. max_length: tokens of the longest request, prompt and output.
+    kv_device: where the KV cache is, and so the free list and the table.
+    device: where the index is; "cpu", the default, works beside a KV cache on a GPU without waiting for it.
+    policy: what is evicted first, as for RadixTree.
+
+    table: int32 [max_requests, max_length in whole pages] on kv_device: the slots of each running request in its row,
+        as paged attention takes them.
+
+    Not thread-safe. Raises ValueError for arguments out of range, DeviceUnavailableError.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        page_size: int = 1,
+        max_requests: int = 256,
+        max_length: int = 8192,
+        kv_device: str | torch.device = "cpu",
+        device: str | torch.device = "cpu",
+        policy: str | Policy = "lru",
+    ) -> None:
+        for name, value in (("max_requests", max_requests), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not page_size <= num_slots <= LARGEST:
+            raise ValueError(f"num_slots must be from one page ({page_size}) to {LARGEST}, not {num_slots}")
+        self.page_size = page_size
+        self.max_length = max_length
+        kv = torch.empty(0, device=kv_device).device  # with its number
+        index = backend.resolve(device)
+        slots = num_slots // page_size * page_size
+        self.tree = RadixTree(slots, page_size, index, policy, _slot_device(index, kv))
+        self.tree.check_slots = False  # they are its own
+        self.table = torch.zeros(max_requests, self._in_pages(max_length), dtype=torch.int32, device=kv)
+        self._allocator = SlotAllocator(slots, page_size, kv)
+        # The place that each row's request holds in the tree.
+        self._handles = torch.zeros(max_requests, dtype=torch.int64, device=self.tree.device)
+        self._lengths = torch.zeros(max_requests, dtype=torch.int32, device=self.tree.device)
+        self._waits = self.tree.device.type != "cpu"
+        self._begin_afresh()
+
+    def _begin_afresh(self) -> None:
+        self._running: dict[int, Request] = {}
+        self._free_rows = list(range(len(self.table) - 1, -1, -1))
+        self._unsettled: deque[_Unsettled] = deque()
+        self._begun = self._refused = self._prompt = self._cached = self._evicted = self._duplicate = 0
+
+    def _in_pages(self, tokens: int) -> int:
+        """So many tokens, rounded up to whole pages."""
+        return -(-tokens // self.page_size) * self.page_size
+
+    @property
+    def kv_device(self) -> torch.device:
+        return self.table.device
+
+    # Begin
+
+    def begin(self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0) -> list[Request]:
+        """Start requests: find what is cached of each prompt, protect it, and give slots to the rest.
+
+        prompts: a list of token sequences (lists, `array`, numpy, tensors), none of them empty.
+        namespaces, priority: one for all, or a list with one for each.
+
+        Of each prompt at least the last token is left to compute, as its logits are wanted.
+
+        Returns a Request for each prompt. `cached_length` tokens need not be computed, `slots` says where the KV of all
+        of them is or goes. A request that does not fit, even if all that is evictable goes, is `refused` and holds
+        nothing: `refusal` says why, `missing` how many slots were lacking. It may begin again when others have ended.
+        The requests are served in order, and one that is refused does not keep a smaller one behind it from starting.
+
+        Evicts what is needed. O(prompt tokens); with an index on a GPU it waits for the answer. Raises ValueError, with
+        nothing changed.
+        """
+        self._settle()
+        requests = self._read_prompts(prompts, namespaces, priority)
+        if not requests:
+            return []
+        names = [request.namespace for request in requests]
+        match = self.tree.match([request.tokens[:-1] for request in requests], names, lock=True)
+        self.tree.raise_pending()
+        accepted = self._admit(requests, match.lengths.tolist())
+        self._unlock_refused(match, accepted)
+        self._place(requests, accepted, match)
+        return requests
+
+    def _read_prompts(self, prompts: Any, namespaces: Any, priority: Any) -> list[Request]:
+        if not isinstance(prompts, list | tuple) or is_single(prompts):
+            raise ValueError("begin takes a list of prompts; wrap a single one: [prompt]")
+        names = names_of.spread(namespaces, len(prompts))
+        priorities = per_query(priority, len(prompts), "priority").tolist()
+        requests = []
+        for query, prompt in enumerate(prompts):
+            tokens = _token_ids(prompt, query)
+            if len(tokens) == 0:
+                raise ValueError(f"tokens of query {query}: the prompt is empty; there must be a token to compute")
+            if len(tokens) > self.max_length:
+                raise ValueError(
+                    f"tokens of query {query}: {len(tokens)} are more than max_length {self.max_length}; cut the prompt"
+                )
+            requests.append(Request(self, tokens, names[query], priorities[query]))
+        return requests
+
+    def _admit(self, requests: list[Request], cached: list[int]) -> list[int]:
+        """Which of the requests fit, in order; the others are told why not."""
+        left = self._allocator.free_slots + self.tree.evictable_tokens
+        rows = len(self._free_rows)
+        accepted = []
+        for query, (request, length) in enumerate(zip(requests, cached, strict=True)):
+            needed = self._in_pages(request.num_tokens) - length
+            if rows and needed <= left:
+                request.cached_length = request.committed = length
+                left -= needed
+                rows -= 1
+                accepted.append(query)
+            elif needed > left:
+                request.missing = needed - left
+                request.refusal = f"{needed} slots are needed and {left} can be had: {request.missing} too few"
+            else:
+                request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
+        self._refused += len(requests) - len(accepted)
+        return accepted
+
+    def _unlock_refused(self, match: Places, accepted: list[int]) -> None:
+        refused = sorted(set(range(len(match))) - set(accepted))
+        if refused:
+            self.tree.unlock(_some(match, refused))
+
+    def _place(self, requests: list[Request], accepted: list[int], match: Places) -> None:
+        """Give the accepted requests rows and slots."""
+        if not accepted:
+            return
+        chosen = [requests[query] for query in accepted]
+        places = _some(match, accepted)
+        rows = [self._free_rows.pop() for _ in chosen]
+        for request, row in zip(chosen, rows, strict=True):
+            request.row, request.state = row, RUNNING
+            self._running[row] = request
+            self._prompt += request.num_tokens
+            self._cached += request.cached_length
+        self._begun += len(chosen)
+        self._hold(rows, places)
+        self.tree.write_slots(places, self.table, rows)
+        self._grow(chosen, [request.num_tokens for request in chosen])
+
+    def _hold(self, rows: list[int], places: Any) -> None:
+        """Remember the places that the requests of these rows hold."""
+        index = _index(rows, self.tree.device)
+        self._handles[index] = places.handles
+        self._lengths[index] = places.lengths
+
+    def _held(self, requests: Sequence[Request]) -> Places:
+        index = _index([request.row for request in requests], self.tree.device)
+        return Places(self._lengths[index], self._handles[index])
+
+    def _grow(self, requests: Sequence[Request], lengths: list[int]) -> None:
+        """Give requests slots up to new lengths, for which there is room once enough is evicted."""
+        begins = [self._in_pages(request.length) or request.committed for request in requests]
+        ends = [self._in_pages(length) for length in lengths]
+        counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        self._evict(sum(counts) - self._allocator.free_slots)
+        slots = self._allocator.take(sum(counts) // self.page_size)
+        at = 0
+        for request, begin, count, length in zip(requests, begins, counts, lengths, strict=True):
+            if count:
+                self.table[request.row, begin : begin + count] = slots[at : at + count]
+            at += count
+            request.length = length
+
+    def _evict(self, num_tokens: int) -> None:
+        if num_tokens > 0:
+            evicted = self.tree.evict(num_tokens)
+            self._evicted += evicted.num_tokens
+            self._allocator.give(evicted.slots)
+
+    # Extend
+
+    def extend(self, requests: Sequence[Request], n: int | Sequence[int] = 1) -> list[Request]:
+        """Give running requests slots for `n` more tokens each (or a list with one number for each), as for decoding.
+
+        Returns those that did not fit, in order; `missing` of each says how many slots were lacking, and nothing has
+        changed for it: abort or finish some request, and try again. The others have grown, `length` and `slots` too.
+
+        Evicts what is needed. O(requests), and no waiting for a device unless something must be evicted from an index
+        on a GPU. Raises ValueError (a request that is not running, or would be longer than max_length), with nothing
+        changed.
+        """
+        self._check_running("extend", requests)
+        more = per_query(n, len(requests), "n").tolist()
+        for query, (request, count) in enumerate(zip(requests, more, strict=True)):
+            if count < 0 or request.length + count > self.max_length:
+                raise ValueError(
+                    f"extend: request {query} has {request.length} tokens, and {count} more are asked for; "
+                    f"give 0 or more, up to max_length {self.max_length}"
+                )
+        counts = [
+            self._in_pages(request.length + count) - self._in_pages(request.length)
+            for request, count in zip(requests, more, strict=True)
+        ]
+        left = self._allocator.free_slots
+        if sum(counts) > left:
+            self._settle()
+            left = self._allocator.free_slots + self.tree.evictable_tokens
+        fitting, short = [], []
+        for request, needed, count in zip(requests, counts, more, strict=True):
+            request.missing = max(needed - left, 0)
+            if request.missing:
+                short.append(request)
+            else:
+                left -= needed
+                fitting.append((request, request.length + count))
+        self._grow([request for request, _ in fitting], [length for _, length in fitting])
+        return short
+
+    # Commit
+
+    def commit(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
+        """Tell that the KV of requests is there, so that others can reuse it: after a chunk of a prefill, or at will.
+
+        up_to: how many tokens of each are computed: one number, or a list; None: all that are known and have slots.
+        tokens: a list with what each request has generated since, if anything, to be known from now on.
+
+        Whole pages only go to the tree. Where another request committed the same meanwhile, its slots take the place of
+        this one's, which become free: read `slots` anew. O(new tokens): it goes on from the place that the request
+        holds. With an index on a GPU, nothing waits. Raises ValueError, with nothing changed.
+        """
+        self._check_running("commit", requests)
+        added = self._read_tokens("commit", requests, tokens)
+        self._commit(requests, added, self._ends("commit", requests, added, up_to))
+
+    def _check_running(self, operation: str, requests: Sequence[Request]) -> None:
+        seen: set[int] = set()
+        for query, request in enumerate(requests):
+            if request._cache is not self:
+                raise ValueError(f"{operation}: request {query} is of another PrefixCache")
+            if request.state != RUNNING:
+                raise ValueError(f"{operation}: request {query} {request.why_not_running()}")
+            if request.row in seen:
+                raise ValueError(f"{operation}: request {query} is there twice")
+            seen.add(request.row)
+
+    def _read_tokens(self, operation: str, requests: Sequence[Request], tokens: Any) -> list[np.ndarray]:
+        """What each request is told to know more, int64 [K] each, checked."""
+        if tokens is None:
+            return [np.empty(0, np.int64)] * len(requests)
+        if len(tokens) != len(requests):
+            raise ValueError(f"{operation}: {len(requests)} requests, but tokens for {len(tokens)}")
+        return [_token_ids(sequence, query) for query, sequence in enumerate(tokens)]
+
+    def _ends(self, operation: str, requests: Sequence[Request], added: list[np.ndarray], up_to: Any) -> list[int]:
+        """How many tokens of each request to commit, in whole pages."""
+        most = [
+            min(request.num_tokens + len(new), request.length) for request, new in zip(requests, added, strict=True)
+        ]
+        ends = most if up_to is None else per_query(up_to, len(requests), "up_to").tolist()
+        for query, (request, end, limit) in enumerate(zip(requests, ends, most, strict=True)):
+            if not 0 <= end <= limit:
+                known = request.num_tokens + len(added[query])
+                raise ValueError(
+                    f"{operation}: request {query} cannot have {end} tokens computed: it has {request.length} slots, "
+                    f"and {known} tokens are known"
+                )
+        return [max(end // self.page_size * self.page_size, r.committed) for r, end in zip(requests, ends, strict=True)]
+
+    def _commit(self, requests: Sequence[Request], added: list[np.ndarray], ends: list[int]) -> None:
+        for request, tokens in zip(requests, added, strict=True):
+            request.append(tokens)
+        growing = [(request, end) for request, end in zip(requests, ends, strict=True) if end > request.committed]
+        if not growing:
+            return
+        chosen = [request for request, _ in growing]
+        begins = [request.committed for request in chosen]
+        brought = [self.table[request.row, request.committed : end].clone() for request, end in growing]
+        before = self._held(chosen)
+        result = self.tree.insert(
+            [request.tokens[request.committed : end] for request, end in growing],
+            brought,
+            [request.namespace for request in chosen],
+            [request.priority for request in chosen],
+            before,
+            [request._counted for request in chosen],
+        )
+        self.tree.lock(result)
+        self.tree.unlock(before)
+        rows = [request.row for request in chosen]
+        self._hold(rows, result)
+        for request, end in growing:
+            request.committed = request._counted = end
+        self._unsettled.append(_Unsettled(result, begins, brought))
+        if self._waits:
+            self.tree.write_slots(result, self.table, rows)
+        else:
+            self._take_over(result, begins, rows)
+            self._settle()
+
+    def _take_over(self, result: InsertResult, begins: list[int], rows: list[int]) -> None:
+        """Write the tree's slots to the rows of requests that found some of their own there."""
+        prefixes = result.prefix_lengths.tolist()
+        queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
+        if queries:
+            self.tree.write_slots(_some(result, queries), self.table, [rows[query] for query in queries])
+
+    def _settle(self) -> None:
+        """Free the slots that commits brought for what was there already."""
+        while self._unsettled:
+            result, begins, brought = self._unsettled[0]
+            for prefix, begin, slots in zip(result.prefix_lengths.tolist(), begins, brought, strict=True):
+                if prefix > begin:
+                    self._allocator.give(slots[: prefix - begin].to(torch.int64))
+                    self._duplicate += min(prefix - begin, len(slots))
+            self._unsettled.popleft()
+
+    # End
+
+    def finish(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
+        """Commit what is computed (as `commit`) and end the requests: what they cached becomes evictable.
+
+        Slots behind the last whole page become free. Raises ValueError, with nothing changed.
+        """
+        self._check_running("finish", requests)
+        added = self._read_tokens("finish", requests, tokens)
+        self._commit(requests, added, self._ends("finish", requests, added, up_to))
+        self._release(requests)
+
+    def abort(self, requests: Sequence[Request]) -> None:
+        """End requests and forget what was not committed. Raises ValueError, with nothing changed."""
+        self._check_running("abort", requests)
+        self._release(requests)
+
+    def _release(self, requests: Sequence[Request]) -> None:
+        if not requests:
+            return
+        self.tree.unlock(self._held(requests))
+        held = [self.table[request.row, request.committed : self._in_pages(request.length)] for request in requests]
+        self._allocator.give(torch.cat(held).to(torch.int64))
+        for request in requests:
+            del self._running[request.row]
+            self._free_rows.append(request.row)
+            request.row, request.state, request.length = -1, ENDED, request.committed
+
+    # The whole cache
+
+    def counts(self) -> Counts:
+        """Counters since the beginning, and where all slots are: free + evictable + protected + held = slots.
+
+        With an index on a GPU it waits for it.
+        """
+        self._settle()
+        running = self._running.values()
+        return Counts(
+            requests=self._begun,
+            refused=self._refused,
+            running=len(running),
+            prompt_tokens=self._prompt,
+            cached_tokens=self._cached,
+            evicted_tokens=self._evicted,
+            duplicate_tokens=self._duplicate,
+            slots=self._allocator.num_pages * self.page_size,
+            free=self._allocator.free_slots,
+            evictable=self.tree.evictable_tokens,
+            protected=self.tree.protected_tokens,
+            held=sum(self._in_pages(request.length) - request.committed for request in running),
+        )
+
+    def check(self) -> None:
+        """Verify that each slot is in exactly one place and each table row what the tree says. Slow.
+
+        Raises AssertionError with the first that does not hold.
+        """
+        from flatradix.check import check_cache
+
+        check_cache(self)
+
+    def reset(self) -> None:
+        """Abort all requests and forget everything that is cached; counters begin anew."""
+        for request in self._running.values():
+            request.row, request.state, request.length = -1, ENDED, 0
+        self.tree.reset()
+        self._allocator.reset()
+        self._begin_afresh()
+
+    def __repr__(self) -> str:
+        return (
+            f"PrefixCache({self._allocator.free_slots} of {self._allocator.num_pages * self.page_size} slots free, "
+            f"{len(self._running)} requests running, page_size={self.page_size}, index on {self.tree.device}, "
+            f"KV on {self.kv_device})"
+        )
+
+
+def _slot_device(index: torch.device, kv: torch.device) -> torch.device | None:
+    """Where the tree keeps slots: None where that is beside the index."""
+    if index.type == "cpu":
+        return None if kv.type == "cpu" else kv
+    if index != kv and not backend.interpreted():
+        raise ValueError(f"with its index on {index} a PrefixCache needs the KV cache there, not on {kv}")
+    return None
+
+
+def _index(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """int64, on a device without waiting for it."""
+    return upload_numbers(np.array(numbers, np.int64), device)
+
+
+def _token_ids(sequence: Any, query: int) -> np.ndarray:
+    """A copy, int64."""
+    values = np.array(read_one(sequence, "tokens", query)[3], np.int64)
+    bad = np.flatnonzero((values < 0) | (values > LARGEST))
+    if len(bad):
+        raise ValueError(f"tokens of query {query}: {values[bad[0]]} at position {bad[0]} is outside [0, 2**31 - 1]")
+    return values
+
+
+def _some(places: Places, queries: list[int]) -> Places:
+    index = _index(queries, places.handles.device)
+    return Places(places.lengths[index], places.handles[index])

@@ -1,0 +1,75 @@
+"""The counters of a PrefixCache for Prometheus: needs prometheus_client (pip install 'flatradix[prometheus]')."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+try:
+    from prometheus_client.core import REGISTRY, CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise ImportError("flatradix.prometheus needs prometheus_client: pip install 'flatradix[prometheus]'") from error
+
+from flatradix.prefix_cache import Counts, PrefixCache
+
+COUNTERS = {
+    "requests": "Requests that were begun, refused ones left out",
+    "refused": "Requests that did not fit",
+    "prompt_tokens": "Tokens of the prompts of all requests",
+    "cached_tokens": "Tokens of those prompts that were cached",
+    "evicted_tokens": "Tokens that were evicted",
+    "duplicate_tokens": "Tokens computed that another request had committed meanwhile",
+}
+SLOTS = ("free", "evictable", "protected", "held")
+
+
+class CacheCollector(Collector):
+    """Tells what the counters of caches were at the last `update`.
+
+    Prometheus asks from a thread of its own, and a cache is for one thread: so that one calls `update`, as often as
+    the counters should be fresh.
+    """
+
+    def __init__(self, caches: Mapping[str, PrefixCache]) -> None:
+        self._caches = dict(caches)
+        self.update()
+
+    def update(self) -> None:
+        """Read the counters; with an index on a GPU that waits for the device."""
+        self._counts = {name: cache.counts() for name, cache in self._caches.items()}
+
+    def describe(self) -> list[Metric]:
+        """The metrics without values, from which a registry sees that it has them already."""
+        return _metrics({})
+
+    def collect(self) -> list[Metric]:
+        return _metrics(self._counts)
+
+
+def _metrics(counts: Mapping[str, Counts]) -> list[Metric]:
+    running = GaugeMetricFamily("flatradix_running_requests", "Requests that hold slots", labels=["cache"])
+    slots = GaugeMetricFamily("flatradix_slots", "KV slots, by where they are", labels=["cache", "where"])
+    counters = {
+        name: CounterMetricFamily(f"flatradix_{name}", text, labels=["cache"]) for name, text in COUNTERS.items()
+    }
+    for cache, found in counts.items():
+        running.add_metric([cache], found.running)
+        for where in SLOTS:
+            slots.add_metric([cache, where], getattr(found, where))
+        for name, counter in counters.items():
+            counter.add_metric([cache], getattr(found, name))
+    return [running, slots, *counters.values()]
+
+
+def export(registry: CollectorRegistry = REGISTRY, **caches: PrefixCache) -> CacheCollector:
+    """Have a registry export the counters of caches: `export(main=cache)` has them under the label cache="main".
+
+    Call `update` of what is returned now and then, from the thread that uses the caches.
+
+    Metrics: flatradix_{requests,refused,prompt_tokens,cached_tokens,evicted_tokens,duplicate_tokens}_total,
+    flatradix_running_requests, flatradix_slots{where="free" | "evictable" | "protected" | "held"}. To export others,
+    `registry.unregister` it first. Raises ValueError where the registry has these metrics.
+    """
+    collector = CacheCollector(caches)
+    registry.register(collector)
+    return collector

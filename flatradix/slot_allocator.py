@@ -1,0 +1,55 @@
+"""SlotAllocator: which KV slots are free, page by page."""
+
+from __future__ import annotations
+
+import torch
+
+
+class SlotAllocator:
+    """A stack of the free pages among `num_slots // page_size`, on the device of the KV cache.
+
+    Page i is made of the slots i * page_size to (i + 1) * page_size - 1. How many are free is known on the host, so
+    nothing here waits for the device.
+    """
+
+    def __init__(self, num_slots: int, page_size: int, device: torch.device) -> None:
+        self.page_size = page_size
+        self.num_pages = num_slots // page_size
+        self._stack = torch.empty(self.num_pages, dtype=torch.int64, device=device)
+        self._within = torch.arange(page_size, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """All pages are free; the lowest are given out first."""
+        self.free_pages = self.num_pages
+        torch.arange(self.num_pages - 1, -1, -1, out=self._stack)
+
+    @property
+    def free_slots(self) -> int:
+        return self.free_pages * self.page_size
+
+    def take(self, pages: int) -> torch.Tensor:
+        """The slots of so many pages, int64 [pages * page_size]. RuntimeError if there are fewer."""
+        if pages > self.free_pages:
+            raise RuntimeError(f"slots were lost: {pages} pages should be free, but {self.free_pages} are")
+        self.free_pages -= pages
+        taken = self._stack[self.free_pages : self.free_pages + pages].flip(0)
+        if self.page_size == 1:
+            return taken
+        return (taken[:, None] * self.page_size + self._within).view(-1)
+
+    def give(self, slots: torch.Tensor) -> None:
+        """Take back the slots of whole pages, [K * page_size], each page in one piece.
+
+        RuntimeError if there would be more than there were.
+        """
+        pages = slots if self.page_size == 1 else slots[:: self.page_size] // self.page_size
+        if self.free_pages + len(pages) > self.num_pages:
+            raise RuntimeError(f"{len(pages)} pages came back, but only {self.num_pages - self.free_pages} were out")
+        self._stack[self.free_pages : self.free_pages + len(pages)] = pages
+        self.free_pages += len(pages)
+
+    def free_list(self) -> torch.Tensor:
+        """The free slots, int64 [free_slots], in no order."""
+        pages = self._stack[: self.free_pages]
+        return (pages[:, None] * self.page_size + self._within).view(-1)
