@@ -165,12 +165,13 @@ def main(arguments: list[str] | None = None) -> None:
     setup = _setup(options)
     machine = _machine()
     told = ", ".join(f"{key} {value}" for key, value in machine.items())
-    told += f"; copies at {setup.speed / 1e12:.2f} TB/s"
+    if setup.on_gpu:
+        told += f"; copies at {setup.speed / 1e12:.2f} TB/s"
     print(f"{told}; page size {setup.page}", flush=True)
     begun = time.perf_counter()
     report: dict[str, Any] = {
         "machine": machine,
-        "copy_bytes_a_second": setup.speed,
+        "copy_bytes_a_second": setup.speed if setup.on_gpu else None,
         "page_size": setup.page,
         "quick": setup.quick,
         "tiny": setup.tiny,

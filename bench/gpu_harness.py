@@ -104,7 +104,7 @@ def floor_of(setup: Setup, read_and_written: float) -> float:
 
 
 def copying_speed(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes on a GPU: the most that its memory does."""
+    """Bytes a second that a large copy reads and writes on a GPU."""
     source = torch.ones(COPIED, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     samples = []

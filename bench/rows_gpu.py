@@ -81,7 +81,8 @@ def _write_slots(setup: Setup) -> Measured:
     return measure(setup, tree, calls, 2 * TOKEN * shape.batch * shape.tokens)
 
 
-def _lock(same: bool, setup: Setup) -> Measured:
+def _lock(same: bool, setup: Setup, first: bool = False) -> Measured:
+    """first: the tree knows nothing of what is above its rows, as after it was loaded."""
     shape = setup.shape(1024, LOCK_DEPTH * max(LOCK_EDGE, setup.page), LOCK_DEPTH)
     keys = random_keys(setup.device, FEWEST_SETS * (1 if same else shape.batch), shape.tokens)
     tree = setup.tree(keys.numel())
@@ -95,7 +96,17 @@ def _lock(same: bool, setup: Setup) -> Measured:
     assert tree.protected_tokens == shape.tokens * (1 if same else shape.batch)
     locked.release()
     nodes = shape.edges * (1 if same else shape.batch)
-    found = measure(setup, tree, [partial(locked.lock, p) for p in places], NODE * nodes, locked.release)
+    calls = [partial(locked.lock, p) for p in places]
+    if first:
+        hints = tree._workspace.above
+
+        def forget() -> None:
+            locked.release()
+            hints.zero_()
+
+        forget()
+        return Measured(gpu_seconds(setup, calls, forget, once=True), floor_of(setup, NODE * nodes))
+    found = measure(setup, tree, calls, NODE * nodes, locked.release)
     assert tree.protected_tokens == 0
     return found
 
@@ -165,6 +176,7 @@ ROWS = [
     Row("match-and-lock", "match and lock 1024 x 4096, 8 edges", 20, _match_and_lock),
     Row("write-slots", "write the slots of 1024 x 4096, 8 edges", 16, _write_slots),
     Row("lock-paths", "lock 1024 paths of depth 64", 14, partial(_lock, False)),
+    Row("lock-paths-first", "the same, none of them locked before", None, partial(_lock, False, first=True)),
     Row("lock-path", "lock 1024 times the same path of depth 64", 14, partial(_lock, True)),
     Row("insert-distinct", "insert 1024 x 4096, half known, new halves distinct", 100, partial(_insert, 1)),
     Row("insert-groups", "insert 1024 x 4096, half known, each key 8 times", 150, partial(_insert, 8)),

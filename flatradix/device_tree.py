@@ -71,7 +71,7 @@ class DeviceTree(DeviceCalls):
             old = Workspace(
                 place=zeros(rows, kind=torch.int32),
                 undo=zeros(rows),
-                above=zeros(8 * rows, kind=torch.int32),
+                above=zeros(meta.HINTS * rows, kind=torch.int32),
                 key=zeros(rows),
                 number=zeros(meta.NUMBERS),
                 partial=zeros(meta.PARTIALS),

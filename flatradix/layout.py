@@ -153,7 +153,7 @@ class Workspace(NamedTuple):
 
     place: torch.Tensor  # int32 [R]: where the row's entry stands in the child table
     undo: torch.Tensor  # int64 [R]: the tick from before the call, of the rows that the call touched
-    above: torch.Tensor  # int32 [8 R]: hints at the eight rows above each row, 0 where none is
+    above: torch.Tensor  # int32 [HINTS * R]: the rows above each row as last seen, 0 where none is
     key: torch.Tensor  # int64 [R]: what eviction orders by; scratch of compactions
     number: torch.Tensor  # int64 [NUMBERS]: counters that are shared by the programs of a launch
     partial: torch.Tensor  # int64 [PARTIALS]: sums of single programs

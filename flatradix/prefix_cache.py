@@ -10,17 +10,15 @@ import numpy as np
 import torch
 
 from flatradix import backend
-from flatradix import namespaces as names_of
-from flatradix.arguments import per_query
-from flatradix.buffers import is_single, read_one
-from flatradix.device_input import upload_numbers
+from flatradix.held_places import DevicePlaces, HostPlaces, some_of
 from flatradix.policy import Policy
 from flatradix.request import ENDED, RUNNING, Request
+from flatradix.request_input import check_running, computed_ends, read_counts, read_prompts, read_tokens
 from flatradix.results import InsertResult, Places
 from flatradix.slot_allocator import SlotAllocator
 from flatradix.tree import RadixTree
 
-LARGEST = 2**31 - 1  # token, and slot
+_MOST_SLOTS = 2**31 - 1
 
 
 class Counts(NamedTuple):
@@ -89,8 +87,8 @@ class PrefixCache:
         for name, value in (("max_requests", max_requests), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if not page_size <= num_slots <= LARGEST:
-            raise ValueError(f"num_slots must be from one page ({page_size}) to {LARGEST}, not {num_slots}")
+        if not page_size <= num_slots <= _MOST_SLOTS:
+            raise ValueError(f"num_slots must be from one page ({page_size}) to {_MOST_SLOTS}, not {num_slots}")
         self.page_size = page_size
         self.max_length = max_length
         kv = torch.empty(0, device=kv_device).device  # with its number
@@ -100,10 +98,9 @@ class PrefixCache:
         self.tree.check_slots = False  # they are its own
         self.table = torch.zeros(max_requests, self._in_pages(max_length), dtype=torch.int32, device=kv)
         self._allocator = SlotAllocator(slots, page_size, kv)
-        # The place that each row's request holds in the tree.
-        self._handles = torch.zeros(max_requests, dtype=torch.int64, device=self.tree.device)
-        self._lengths = torch.zeros(max_requests, dtype=torch.int32, device=self.tree.device)
-        self._waits = self.tree.device.type != "cpu"
+        # Whether what the tree finds is known only when its device is waited for.
+        self._waits = index.type != "cpu"
+        self._places = DevicePlaces(max_requests, self.tree.device) if self._waits else HostPlaces(max_requests)
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
@@ -139,32 +136,18 @@ class PrefixCache:
         nothing changed.
         """
         self._settle()
-        requests = self._read_prompts(prompts, namespaces, priority)
+        requests = read_prompts(self, prompts, namespaces, priority)
         if not requests:
             return []
         names = [request.namespace for request in requests]
-        match = self.tree.match([request.tokens[:-1] for request in requests], names, lock=True)
+        keys: Any = [request.tokens[:-1] for request in requests]
+        if len(keys) == 1:  # a single key is cheaper than a batch of one
+            keys = keys[0]
+        match = self.tree.match(keys, names, lock=True)
         self.tree.raise_pending()
-        accepted = self._admit(requests, match.lengths.tolist())
+        accepted = self._admit(requests, [match.length] if len(requests) == 1 else match.lengths.tolist())
         self._unlock_refused(match, accepted)
         self._place(requests, accepted, match)
-        return requests
-
-    def _read_prompts(self, prompts: Any, namespaces: Any, priority: Any) -> list[Request]:
-        if not isinstance(prompts, list | tuple) or is_single(prompts):
-            raise ValueError("begin takes a list of prompts; wrap a single one: [prompt]")
-        names = names_of.spread(namespaces, len(prompts))
-        priorities = per_query(priority, len(prompts), "priority").tolist()
-        requests = []
-        for query, prompt in enumerate(prompts):
-            tokens = _token_ids(prompt, query)
-            if len(tokens) == 0:
-                raise ValueError(f"tokens of query {query}: the prompt is empty; there must be a token to compute")
-            if len(tokens) > self.max_length:
-                raise ValueError(
-                    f"tokens of query {query}: {len(tokens)} are more than max_length {self.max_length}; cut the prompt"
-                )
-            requests.append(Request(self, tokens, names[query], priorities[query]))
         return requests
 
     def _admit(self, requests: list[Request], cached: list[int]) -> list[int]:
@@ -190,14 +173,14 @@ class PrefixCache:
     def _unlock_refused(self, match: Places, accepted: list[int]) -> None:
         refused = sorted(set(range(len(match))) - set(accepted))
         if refused:
-            self.tree.unlock(_some(match, refused))
+            self.tree.unlock(some_of(match, refused))
 
     def _place(self, requests: list[Request], accepted: list[int], match: Places) -> None:
         """Give the accepted requests rows and slots."""
         if not accepted:
             return
         chosen = [requests[query] for query in accepted]
-        places = _some(match, accepted)
+        places = some_of(match, accepted)
         rows = [self._free_rows.pop() for _ in chosen]
         for request, row in zip(chosen, rows, strict=True):
             request.row, request.state = row, RUNNING
@@ -205,32 +188,28 @@ class PrefixCache:
             self._prompt += request.num_tokens
             self._cached += request.cached_length
         self._begun += len(chosen)
-        self._hold(rows, places)
-        self.tree.write_slots(places, self.table, rows)
+        self._places.set(rows, places)
+        if any(request.cached_length for request in chosen):
+            self.tree.write_slots(places, self.table, rows)
         self._grow(chosen, [request.num_tokens for request in chosen])
 
-    def _hold(self, rows: list[int], places: Any) -> None:
-        """Remember the places that the requests of these rows hold."""
-        index = _index(rows, self.tree.device)
-        self._handles[index] = places.handles
-        self._lengths[index] = places.lengths
-
     def _held(self, requests: Sequence[Request]) -> Places:
-        index = _index([request.row for request in requests], self.tree.device)
-        return Places(self._lengths[index], self._handles[index])
+        return self._places.get([request.row for request in requests])
 
     def _grow(self, requests: Sequence[Request], lengths: list[int]) -> None:
         """Give requests slots up to new lengths, for which there is room once enough is evicted."""
         begins = [self._in_pages(request.length) or request.committed for request in requests]
         ends = [self._in_pages(length) for length in lengths]
-        counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        self._evict(sum(counts) - self._allocator.free_slots)
-        slots = self._allocator.take(sum(counts) // self.page_size)
-        at = 0
-        for request, begin, count, length in zip(requests, begins, counts, lengths, strict=True):
-            if count:
-                self.table[request.row, begin : begin + count] = slots[at : at + count]
-            at += count
+        needed = sum(ends) - sum(begins)
+        if needed:
+            self._evict(needed - self._allocator.free_slots)
+            slots = self._allocator.take(needed // self.page_size)
+            at = 0
+            for request, begin, end in zip(requests, begins, ends, strict=True):
+                if end > begin:
+                    self.table[request.row, begin:end] = slots[at : at + end - begin]
+                    at += end - begin
+        for request, length in zip(requests, lengths, strict=True):
             request.length = length
 
     def _evict(self, num_tokens: int) -> None:
@@ -251,14 +230,8 @@ class PrefixCache:
         on a GPU. Raises ValueError (a request that is not running, or would be longer than max_length), with nothing
         changed.
         """
-        self._check_running("extend", requests)
-        more = per_query(n, len(requests), "n").tolist()
-        for query, (request, count) in enumerate(zip(requests, more, strict=True)):
-            if count < 0 or request.length + count > self.max_length:
-                raise ValueError(
-                    f"extend: request {query} has {request.length} tokens, and {count} more are asked for; "
-                    f"give 0 or more, up to max_length {self.max_length}"
-                )
+        check_running(self, "extend", requests)
+        more = read_counts(requests, n, self.max_length)
         counts = [
             self._in_pages(request.length + count) - self._in_pages(request.length)
             for request, count in zip(requests, more, strict=True)
@@ -290,90 +263,68 @@ class PrefixCache:
         this one's, which become free: read `slots` anew. O(new tokens): it goes on from the place that the request
         holds. With an index on a GPU, nothing waits. Raises ValueError, with nothing changed.
         """
-        self._check_running("commit", requests)
-        added = self._read_tokens("commit", requests, tokens)
-        self._commit(requests, added, self._ends("commit", requests, added, up_to))
-
-    def _check_running(self, operation: str, requests: Sequence[Request]) -> None:
-        seen: set[int] = set()
-        for query, request in enumerate(requests):
-            if request._cache is not self:
-                raise ValueError(f"{operation}: request {query} is of another PrefixCache")
-            if request.state != RUNNING:
-                raise ValueError(f"{operation}: request {query} {request.why_not_running()}")
-            if request.row in seen:
-                raise ValueError(f"{operation}: request {query} is there twice")
-            seen.add(request.row)
-
-    def _read_tokens(self, operation: str, requests: Sequence[Request], tokens: Any) -> list[np.ndarray]:
-        """What each request is told to know more, int64 [K] each, checked."""
-        if tokens is None:
-            return [np.empty(0, np.int64)] * len(requests)
-        if len(tokens) != len(requests):
-            raise ValueError(f"{operation}: {len(requests)} requests, but tokens for {len(tokens)}")
-        return [_token_ids(sequence, query) for query, sequence in enumerate(tokens)]
-
-    def _ends(self, operation: str, requests: Sequence[Request], added: list[np.ndarray], up_to: Any) -> list[int]:
-        """How many tokens of each request to commit, in whole pages."""
-        most = [
-            min(request.num_tokens + len(new), request.length) for request, new in zip(requests, added, strict=True)
-        ]
-        ends = most if up_to is None else per_query(up_to, len(requests), "up_to").tolist()
-        for query, (request, end, limit) in enumerate(zip(requests, ends, most, strict=True)):
-            if not 0 <= end <= limit:
-                known = request.num_tokens + len(added[query])
-                raise ValueError(
-                    f"{operation}: request {query} cannot have {end} tokens computed: it has {request.length} slots, "
-                    f"and {known} tokens are known"
-                )
-        return [max(end // self.page_size * self.page_size, r.committed) for r, end in zip(requests, ends, strict=True)]
+        check_running(self, "commit", requests)
+        added = read_tokens("commit", requests, tokens)
+        self._commit(requests, added, computed_ends("commit", requests, added, up_to))
 
     def _commit(self, requests: Sequence[Request], added: list[np.ndarray], ends: list[int]) -> None:
         for request, tokens in zip(requests, added, strict=True):
             request.append(tokens)
-        growing = [(request, end) for request, end in zip(requests, ends, strict=True) if end > request.committed]
+        whole = [end // self.page_size * self.page_size for end in ends]
+        growing = [(request, end) for request, end in zip(requests, whole, strict=True) if end > request.committed]
         if not growing:
             return
         chosen = [request for request, _ in growing]
-        begins = [request.committed for request in chosen]
-        brought = [self.table[request.row, request.committed : end].clone() for request, end in growing]
-        before = self._held(chosen)
-        result = self.tree.insert(
-            [request.tokens[request.committed : end] for request, end in growing],
-            brought,
-            [request.namespace for request in chosen],
-            [request.priority for request in chosen],
-            before,
-            [request._counted for request in chosen],
-        )
+        rows, begins = [request.row for request in chosen], [request.committed for request in chosen]
+        brought = [self.table[request.row, request.committed : end] for request, end in growing]
+        if self._waits:  # until it is known what of them was there already, rows have changed
+            brought = [slots.clone() for slots in brought]
+        before = self._places.get(rows)
+        result = self._insert(growing, brought, before)
         self.tree.lock(result)
         self.tree.unlock(before)
-        rows = [request.row for request in chosen]
-        self._hold(rows, result)
+        self._places.set(rows, result)
         for request, end in growing:
             request.committed = request._counted = end
-        self._unsettled.append(_Unsettled(result, begins, brought))
         if self._waits:
             self.tree.write_slots(result, self.table, rows)
+            self._unsettled.append(_Unsettled(result, begins, brought))
         else:
-            self._take_over(result, begins, rows)
-            self._settle()
+            self._take_over(result, rows, begins, brought)
 
-    def _take_over(self, result: InsertResult, begins: list[int], rows: list[int]) -> None:
-        """Write the tree's slots to the rows of requests that found some of their own there."""
-        prefixes = result.prefix_lengths.tolist()
+    def _insert(self, growing: list[tuple[Request, int]], slots: list[torch.Tensor], before: Places) -> InsertResult:
+        if len(growing) == 1:  # a single key is cheaper than a batch of one
+            ((request, end),) = growing
+            key = request.tokens[request.committed : end]
+            return self.tree.insert(key, slots[0], request.namespace, request.priority, before, request._counted)
+        return self.tree.insert(
+            [request.tokens[request.committed : end] for request, end in growing],
+            slots,
+            [request.namespace for request, _ in growing],
+            [request.priority for request, _ in growing],
+            before,
+            [request._counted for request, _ in growing],
+        )
+
+    def _take_over(self, result: InsertResult, rows: list[int], begins: list[int], brought: list[torch.Tensor]) -> None:
+        """Free the slots that requests brought for what was there, and write the tree's to their rows."""
+        prefixes = [result.prefix_length] if len(rows) == 1 else result.prefix_lengths.tolist()
+        self._give_duplicates(prefixes, begins, brought)
         queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
         if queries:
-            self.tree.write_slots(_some(result, queries), self.table, [rows[query] for query in queries])
+            self.tree.write_slots(some_of(result, queries), self.table, [rows[query] for query in queries])
+
+    def _give_duplicates(self, prefixes: list[int], begins: list[int], brought: list[torch.Tensor]) -> None:
+        for prefix, begin, slots in zip(prefixes, begins, brought, strict=True):
+            if prefix > begin:
+                self._allocator.give(slots[: prefix - begin].to(torch.int64))
+                self._duplicate += prefix - begin
 
     def _settle(self) -> None:
-        """Free the slots that commits brought for what was there already."""
+        """Free the slots that commits brought for what was there already; waits for an index on a GPU."""
         while self._unsettled:
             result, begins, brought = self._unsettled[0]
-            for prefix, begin, slots in zip(result.prefix_lengths.tolist(), begins, brought, strict=True):
-                if prefix > begin:
-                    self._allocator.give(slots[: prefix - begin].to(torch.int64))
-                    self._duplicate += min(prefix - begin, len(slots))
+            self._give_duplicates(result.prefix_lengths.tolist(), begins, brought)
             self._unsettled.popleft()
 
     # End
@@ -383,14 +334,14 @@ class PrefixCache:
 
         Slots behind the last whole page become free. Raises ValueError, with nothing changed.
         """
-        self._check_running("finish", requests)
-        added = self._read_tokens("finish", requests, tokens)
-        self._commit(requests, added, self._ends("finish", requests, added, up_to))
+        check_running(self, "finish", requests)
+        added = read_tokens("finish", requests, tokens)
+        self._commit(requests, added, computed_ends("finish", requests, added, up_to))
         self._release(requests)
 
     def abort(self, requests: Sequence[Request]) -> None:
         """End requests and forget what was not committed. Raises ValueError, with nothing changed."""
-        self._check_running("abort", requests)
+        check_running(self, "abort", requests)
         self._release(requests)
 
     def _release(self, requests: Sequence[Request]) -> None:
@@ -460,22 +411,3 @@ def _slot_device(index: torch.device, kv: torch.device) -> torch.device | None:
     if index != kv and not backend.interpreted():
         raise ValueError(f"with its index on {index} a PrefixCache needs the KV cache there, not on {kv}")
     return None
-
-
-def _index(numbers: list[int], device: torch.device) -> torch.Tensor:
-    """int64, on a device without waiting for it."""
-    return upload_numbers(np.array(numbers, np.int64), device)
-
-
-def _token_ids(sequence: Any, query: int) -> np.ndarray:
-    """A copy, int64."""
-    values = np.array(read_one(sequence, "tokens", query)[3], np.int64)
-    bad = np.flatnonzero((values < 0) | (values > LARGEST))
-    if len(bad):
-        raise ValueError(f"tokens of query {query}: {values[bad[0]]} at position {bad[0]} is outside [0, 2**31 - 1]")
-    return values
-
-
-def _some(places: Places, queries: list[int]) -> Places:
-    index = _index(queries, places.handles.device)
-    return Places(places.lengths[index], places.handles[index])

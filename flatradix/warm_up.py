@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
@@ -78,4 +80,7 @@ def _use_batches(tree: RadixTree, kind: torch.dtype, tokens: int) -> None:
     tree.write_slots(found, table, torch.arange(2, device=tree.device))
     tree.unlock(inserted)
     tree.unlock(tree.match(batch, lock=True))
+    many = SimpleNamespace(handles=inserted.handles.repeat(9), lengths=inserted.lengths.repeat(9))
+    tree.lock(many)  # larger batches take two launches
+    tree.unlock(many)
     tree.raise_pending()

@@ -13,7 +13,7 @@ import torch
 import flatradix
 from flatradix import CapacityError, RadixTree, meta
 from tests.devices import interpreted, settled
-from tests.pairs import Pair, numbered, shared_prefixes, use
+from tests.pairs import Pair, numbered, ragged, shared_prefixes, use
 
 
 @pytest.mark.parametrize(("page", "bigram"), [(1, False), (2, False), (1, True), (16, False)])
@@ -215,6 +215,26 @@ def drive(tree: RadixTree, rng: random.Random, rounds: int) -> list[list[int]]:
     return [result.lengths.tolist() for result in results]
 
 
-def test_warm_up(cuda: str) -> None:
-    flatradix.warm_up(cuda)
+def test_warm_up(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of a batch, nothing is left to compile."""
+    from flatradix.kernels.gpu.launch import Kernel
+
     flatradix.warm_up(cuda, page_size=2, bigram=True)
+    launch, launched = Kernel.__call__, set()
+
+    def note(kernel: Any, bound: Any, programs: int, arguments: Any, constants: Any = (), wide: Any = (), *rest: Any):
+        launched.add((kernel, constants, wide))
+        launch(kernel, bound, programs, arguments, constants, wide, *rest)
+
+    monkeypatch.setattr(Kernel, "__call__", note)
+    flatradix.warm_up(cuda)
+    warm = set(launched)
+    tree = RadixTree(512, device=cuda)
+    for count in (1, 8, 9, 33):
+        keys = ragged([[key, 1, key] for key in range(count)], tree)
+        places = tree.insert(keys, keys)
+        tree.lock(places)
+        tree.unlock(places)
+        tree.unlock(tree.match(keys, lock=True))
+        tree.raise_pending()
+    assert launched == warm

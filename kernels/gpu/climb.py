@@ -10,10 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flatradix import meta
+
 # Paths that climb together, and how many rows of each at once: a lane of a warp for each row. A row's hints are 32
 # bytes, what the memory of a GPU brings at a time.
 PATHS = tl.constexpr(4)
-LEVELS = tl.constexpr(8)
+LEVELS = tl.constexpr(meta.HINTS)
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def add_locks(s, w, row, weight):
     row, weight: int32 [PATHS, LEVELS], the same on all levels; row 0 for no path. A count's old value takes about 1 us
     to arrive, and is looked at when three more groups of rows are on their way.
     """
-    low = tl.minimum(weight, 0)
+    low = tl.minimum(weight, 0)  # of an unlock: what the old count of a row is that becomes evictable, negated
     zero = tl.zeros_like(row)
     moved = zero
     a, b, c, d = zero, zero, zero, zero

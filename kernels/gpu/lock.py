@@ -1,8 +1,9 @@
 """Lock and unlock: reference counts on every node from a place to the root.
 
-Eight programs resolve the same 32 queries, and each climbs for four of them. Those of the 32 that end at the same node
-climb as one: 1,024 locks of one path of 64 nodes would otherwise be 65,536 additions on 64 addresses, which take 49 us
-on an H200. A bad query is found while the others climb; the program that is done last then takes everything back.
+Eight programs resolve the same 32 queries, and each climbs for four of them; for up to 8 queries one program does it all.
+Those of the 32 that end at the same node climb as one: 1,024 locks of one path of 64 nodes would otherwise be 65,536
+additions on 64 addresses, which take 49 us on an H200. A bad query is found while the others climb; the program that is
+done last then takes everything back.
 """
 
 from __future__ import annotations
@@ -251,7 +252,7 @@ def _programs(batch: int) -> tuple[int, bool]:
 def lock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int, bigram: bool) -> None:
     """Lock a batch of places; `handles` int64 [B] and `lengths` int32 [B] are addresses, handles of cut edges renewed.
 
-    One launch for a few places, else two.
+    One launch for up to 8 places, else two.
     """
     programs, alone = _programs(batch)
     _lock(bound, programs, (handles, lengths, batch, bound.rows, call), (page, bigram, alone))
