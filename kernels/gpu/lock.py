@@ -1,9 +1,9 @@
 """Lock and unlock: reference counts on every node from a place to the root.
 
-Eight programs resolve the same 32 queries, and each climbs for four of them; for up to 8 queries one program does it all.
+Eight programs resolve the same 32 queries, and each climbs for four of them; for up to 8 queries one program does all.
 Those of the 32 that end at the same node climb as one: 1,024 locks of one path of 64 nodes would otherwise be 65,536
-additions on 64 addresses, which take 49 us on an H200. A bad query is found while the others climb; the program that is
-done last then takes everything back.
+additions on 64 addresses, which take 49 us on an H200. A bad query is found while the others climb; the program that
+is done last then takes everything back.
 """
 
 from __future__ import annotations
