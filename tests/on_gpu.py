@@ -1,0 +1,118 @@
+"""Everything that only a machine with a GPU can show, in one command from a checkout: python3 tests/on_gpu.py OUT
+
+Checks first, then times; each step has a log in the folder OUT. Installs nothing, and says what it could not do.
+
+  soak        a process for each configuration, side by side: 100,000 operations, and all kernels compiled on the way
+  pytest      python3 -m pytest -m gpu, side by side where pytest-xdist is there
+  reference   all reference rows of a trace (--traces FOLDER)
+  memcheck, racecheck   compute-sanitizer over a short soak, where it is there
+  bench       python3 bench/gpu.py, to OUT/bench.json, .log and .png
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.soak_gpu import CONFIGURATIONS  # noqa: E402
+
+STEPS = ("soak", "pytest", "reference", "memcheck", "racecheck", "bench")
+OPERATIONS = 100_000
+Command = tuple[str, list[str]]  # the name of its log, and what to run
+
+
+def soaks(options: argparse.Namespace) -> Iterator[Command]:
+    each = -(-OPERATIONS // len(CONFIGURATIONS))
+    for number in range(len(CONFIGURATIONS)):
+        arguments = ["--seed", str(options.seed), "--round", str(number), "--operations", str(each)]
+        yield f"soak{number}", ["tests/soak_gpu.py", *arguments, "--seconds", str(options.seconds)]
+
+
+def tests(options: argparse.Namespace) -> Iterator[Command]:
+    side_by_side = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    yield "pytest", ["-m", "pytest", "-m", "gpu", "-v", "--durations=15", *side_by_side]
+
+
+def references(options: argparse.Namespace) -> Iterator[Command]:
+    if options.traces:
+        yield "reference", ["bench/reference.py", str(options.traces), "--device", "cuda"]
+
+
+def sanitized(tool: str, options: argparse.Namespace) -> Iterator[Command]:
+    if shutil.which("compute-sanitizer"):
+        soak = ["tests/soak_gpu.py", "--seed", str(options.seed), "--round", "10", "--operations", "300"]
+        yield tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *soak]
+
+
+def benchmarks(options: argparse.Namespace) -> Iterator[Command]:
+    arguments = ["--json", str(options.out / "bench.json")]
+    if importlib.util.find_spec("matplotlib"):
+        arguments += ["--figure", str(options.out / "bench.png")]
+    yield "bench", ["bench/gpu.py", *arguments]
+
+
+def commands(step: str, options: argparse.Namespace) -> list[Command]:
+    if step in ("memcheck", "racecheck"):
+        return list(sanitized(step, options))
+    makers = {"soak": soaks, "pytest": tests, "reference": references, "bench": benchmarks}
+    return list(makers[step](options))
+
+
+def last_lines(log: Path, count: int) -> str:
+    return "\n".join(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-count:])
+
+
+def run(step: str, options: argparse.Namespace) -> str:
+    """Run what belongs to a step side by side; how it went."""
+    found = commands(step, options)
+    if not found:
+        return "not here"
+    begun = time.monotonic()
+    running = []
+    for name, command in found:
+        log = options.out / f"{name}.log"
+        program = command if command[0] == "compute-sanitizer" else [sys.executable, *command]
+        with log.open("w") as out:
+            running.append((log, subprocess.Popen(program, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)))
+    good = True
+    for log, process in running:
+        try:
+            code: int | str = process.wait(max(1, options.limit - (time.monotonic() - begun)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = f"stopped after {options.limit} s"
+        good &= code == 0
+        print(f"{log.stem}: {code}\n{last_lines(log, 1 if len(found) > 1 else 12)}", flush=True)
+    print(f"{step}: {time.monotonic() - begun:.0f} s\n", flush=True)
+    return "passed" if good else "FAILED"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for the logs")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="these steps, in this order")
+    parser.add_argument("--traces", type=Path, help="folder of the trace and its reference figures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=int, default=150, help="the longest that the soak goes on")
+    parser.add_argument("--limit", type=int, default=400, help="seconds after which a step is stopped")
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    results = {step: run(step, options) for step in options.only}
+    print(", ".join(f"{step} {result}" for step, result in results.items()))
+    return 1 if "FAILED" in results.values() else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
