@@ -115,7 +115,7 @@ def check_table(table: Any, rows: Any, queries: int, device: torch.device, slot_
     if table.dtype == torch.int32 and slot_dtype == torch.int64:
         raise ValueError("write_slots: the slots are torch.int64, which a table of torch.int32 does not hold")
     try:
-        numbers = torch.as_tensor(rows)
+        numbers = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(rows, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"write_slots: rows must be {queries} integers, one a query, not {rows!r}") from None
     if numbers.shape != (queries,) or (queries and numbers.dtype not in (torch.int32, torch.int64)):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flatradix import meta
+from flatradix.kernels.scalar import ROW_MASK
 from flatradix.layout import COLUMNS, FREE_ROW
 from flatradix.namespaces import Namespace
 
@@ -139,6 +140,9 @@ def check_cache(cache: PrefixCache) -> None:
     _equal(np.sort(where).tolist(), list(range(counts.slots)), "slots that are free, cached or held")
     places = cache._held(running)
     _equal(places.lengths.tolist(), [request.committed for request in running], "places that requests hold")
+    holders = np.bincount(places.handles.cpu().numpy() & ROW_MASK, minlength=len(a.parent))
+    holders[0] = 0  # nothing is locked at the root
+    _equal(holders[a.live].tolist(), a.own_locks[a.live].tolist(), "requests that hold each node")
     for request, slots in zip(running, cache.tree.slots(places).to_list(), strict=True):
         _equal(table[request.row, : request.committed].tolist(), slots, f"row {request.row} of the table")
     rows = sorted([*cache._free_rows, *cache._running])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,8 @@ class DeviceTree(DeviceCalls):
         self._workspace = self._make_workspace(_SMALLEST_BATCH)
         self._bound = self._kernels.bind(state, self._workspace)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_stages"):  # else there was no memory for it
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "_stages") and not is_finalizing():  # else there was no memory for it, or all is going
             abandon(self._mail, self._stages)
 
     def _make_workspace(self, batch: int, old: Workspace | None = None) -> Workspace:

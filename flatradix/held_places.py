@@ -26,8 +26,9 @@ class HostPlaces:
     def get(self, rows: list[int]) -> Places:
         if len(rows) == 1:
             return Places.single(self._lengths[rows[0]], self._handles[rows[0]])
-        lengths = torch.tensor([self._lengths[row] for row in rows], dtype=torch.int32)
-        return Places(lengths, torch.tensor([self._handles[row] for row in rows], dtype=torch.int64))
+        lengths = torch.tensor([self._lengths[row] for row in rows], dtype=torch.int32, device="cpu")
+        handles = torch.tensor([self._handles[row] for row in rows], dtype=torch.int64, device="cpu")
+        return Places(lengths, handles)
 
 
 class DevicePlaces:

@@ -10,27 +10,31 @@ import numpy as np
 import torch
 
 from flatradix import backend
+from flatradix.device_input import upload_numbers
 from flatradix.held_places import DevicePlaces, HostPlaces, some_of
 from flatradix.policy import Policy
-from flatradix.request import ENDED, RUNNING, Request
+from flatradix.request import ENDED, REFUSED, RUNNING, Request
 from flatradix.request_input import check_running, computed_ends, read_counts, read_prompts, read_tokens
 from flatradix.results import InsertResult, Places
 from flatradix.slot_allocator import SlotAllocator
 from flatradix.tree import RadixTree
 
 _MOST_SLOTS = 2**31 - 1
+# Up to so many slots a request, one operation with an index for all requests is faster than one for each of them.
+_FEW_SLOTS = 64
+_MOST_UNSETTLED = 64
 
 
 class Counts(NamedTuple):
     """What a PrefixCache did so far, and where its slots are. See `PrefixCache.counts`."""
 
     requests: int  # begun, refused ones left out
-    refused: int
+    refused: int  # answers of `begin`: a prompt that is passed again counts again
     running: int
     prompt_tokens: int
     cached_tokens: int  # of those, found in the cache
     evicted_tokens: int
-    duplicate_tokens: int  # computed though another request had committed the same meanwhile
+    duplicate_tokens: int  # computed though cached: by another meanwhile, or the last page for its logits
     slots: int
     free: int
     evictable: int
@@ -71,6 +75,9 @@ class PrefixCache:
     table: int32 [max_requests, max_length in whole pages] on kv_device: the slots of each running request in its row,
         as paged attention takes them.
 
+    Everything on a GPU goes to torch's current stream: a forward that runs on another must be waited for before a
+    `commit`, `finish` or `abort` of a request that it reads.
+
     Not thread-safe. Raises ValueError for arguments out of range, DeviceUnavailableError.
     """
 
@@ -84,7 +91,7 @@ class PrefixCache:
         device: str | torch.device = "cpu",
         policy: str | Policy = "lru",
     ) -> None:
-        for name, value in (("max_requests", max_requests), ("max_length", max_length)):
+        for name, value in (("page_size", page_size), ("max_requests", max_requests), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not page_size <= num_slots <= _MOST_SLOTS:
@@ -96,11 +103,12 @@ class PrefixCache:
         slots = num_slots // page_size * page_size
         self.tree = RadixTree(slots, page_size, index, policy, _slot_device(index, kv))
         self.tree.check_slots = False  # they are its own
-        self.table = torch.zeros(max_requests, self._in_pages(max_length), dtype=torch.int32, device=kv)
-        self._allocator = SlotAllocator(slots, page_size, kv)
         # Whether what the tree finds is known only when its device is waited for.
         self._waits = index.type != "cpu"
-        self._places = DevicePlaces(max_requests, self.tree.device) if self._waits else HostPlaces(max_requests)
+        with torch.inference_mode(False):  # its tensors would belong to that mode for ever
+            self.table = torch.zeros(max_requests, self._in_pages(max_length), dtype=torch.int32, device=kv)
+            self._allocator = SlotAllocator(slots, page_size, kv)
+            self._places = DevicePlaces(max_requests, self.tree.device) if self._waits else HostPlaces(max_requests)
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
@@ -129,94 +137,108 @@ class PrefixCache:
 
         Returns a Request for each prompt. `cached_length` tokens need not be computed, `slots` says where the KV of all
         of them is or goes. A request that does not fit, even if all that is evictable goes, is `refused` and holds
-        nothing: `refusal` says why, `missing` how many slots were lacking. It may begin again when others have ended.
-        The requests are served in order, and one that is refused does not keep a smaller one behind it from starting.
+        nothing: `refusal` says why, `missing` how many slots were lacking. Pass its prompt again when others
+        have ended. Requests are served in order, and one that is refused keeps no smaller one behind it from starting.
 
         Evicts what is needed. O(prompt tokens); with an index on a GPU it waits for the answer. Raises ValueError, with
         nothing changed.
         """
         self._settle()
-        requests = read_prompts(self, prompts, namespaces, priority)
-        if not requests:
-            return []
-        names = [request.namespace for request in requests]
-        keys: Any = [request.tokens[:-1] for request in requests]
-        if len(keys) == 1:  # a single key is cheaper than a batch of one
-            keys = keys[0]
-        match = self.tree.match(keys, names, lock=True)
         self.tree.raise_pending()
-        accepted = self._admit(requests, [match.length] if len(requests) == 1 else match.lengths.tolist())
-        self._unlock_refused(match, accepted)
-        self._place(requests, accepted, match)
+        requests = read_prompts(self, prompts, namespaces, priority)
+        # What is cached for one that does not fit must not be kept from the others, so then each comes in its turn.
+        if requests and not self._start(requests) and len(requests) > 1:
+            for request in requests:
+                self._start([request])
+        self._refused += sum(request.state == REFUSED for request in requests)
         return requests
 
-    def _admit(self, requests: list[Request], cached: list[int]) -> list[int]:
-        """Which of the requests fit, in order; the others are told why not."""
+    def _start(self, requests: list[Request]) -> bool:
+        """Begin requests if all of them fit; else nothing is held, and a single one is told why."""
+        names = [request.namespace for request in requests]
+        keys: Any = [request.tokens[:-1] for request in requests]
+        # A single key is cheaper than a batch of one. What is found counts as used when it is committed: prompts that
+        # are refused again and again would keep it from being evicted.
+        match = self.tree.match(keys if len(keys) > 1 else keys[0], names, touch=False, lock=True)
+        cached = [match.length] if len(keys) == 1 else match.lengths.tolist()
+        needed = [self._in_pages(request.num_tokens) - length for request, length in zip(requests, cached, strict=True)]
         left = self._allocator.free_slots + self.tree.evictable_tokens
-        rows = len(self._free_rows)
-        accepted = []
-        for query, (request, length) in enumerate(zip(requests, cached, strict=True)):
-            needed = self._in_pages(request.num_tokens) - length
-            if rows and needed <= left:
-                request.cached_length = request.committed = length
-                left -= needed
-                rows -= 1
-                accepted.append(query)
-            elif needed > left:
-                request.missing = needed - left
-                request.refusal = f"{needed} slots are needed and {left} can be had: {request.missing} too few"
-            else:
-                request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
-        self._refused += len(requests) - len(accepted)
-        return accepted
+        if sum(needed) <= left and len(requests) <= len(self._free_rows):
+            self._place(requests, match, cached, needed)
+            return True
+        self.tree.unlock(match)
+        if len(requests) == 1:
+            self._refuse(requests[0], needed[0], left)
+        return False
 
-    def _unlock_refused(self, match: Places, accepted: list[int]) -> None:
-        refused = sorted(set(range(len(match))) - set(accepted))
-        if refused:
-            self.tree.unlock(some_of(match, refused))
+    def _refuse(self, request: Request, needed: int, left: int) -> None:
+        request.missing = max(needed - left, 0)
+        if request.missing:
+            request.refusal = f"{needed} slots are needed and {left} can be had: {request.missing} too few"
+        else:
+            request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
 
-    def _place(self, requests: list[Request], accepted: list[int], match: Places) -> None:
-        """Give the accepted requests rows and slots."""
-        if not accepted:
-            return
-        chosen = [requests[query] for query in accepted]
-        places = some_of(match, accepted)
-        rows = [self._free_rows.pop() for _ in chosen]
-        for request, row in zip(chosen, rows, strict=True):
-            request.row, request.state = row, RUNNING
+    def _place(self, requests: list[Request], match: Places, cached: list[int], needed: list[int]) -> None:
+        """Give requests that fit rows and slots. If that is interrupted, nothing is held."""
+        rows = self._free_rows[len(self._free_rows) - len(requests) :]
+        try:
+            slots = self._take(sum(needed))
+            try:
+                if any(cached):
+                    self.tree.write_slots(match, self.table, rows)
+                self._write(rows, cached, needed, slots)
+            except BaseException:
+                self._allocator.give(slots)
+                raise
+        except BaseException:
+            self.tree.unlock(match)
+            raise
+        self._places.set(rows, match)
+        del self._free_rows[len(self._free_rows) - len(requests) :]
+        for request, row, length in zip(requests, rows, cached, strict=True):
+            request.row, request.state, request.length = row, RUNNING, request.num_tokens
+            request.cached_length = request.committed = length
             self._running[row] = request
-            self._prompt += request.num_tokens
-            self._cached += request.cached_length
-        self._begun += len(chosen)
-        self._places.set(rows, places)
-        if any(request.cached_length for request in chosen):
-            self.tree.write_slots(places, self.table, rows)
-        self._grow(chosen, [request.num_tokens for request in chosen])
+        self._begun += len(requests)
+        self._prompt += sum(request.num_tokens for request in requests)
+        self._cached += sum(cached)
 
     def _held(self, requests: Sequence[Request]) -> Places:
         return self._places.get([request.row for request in requests])
 
     def _grow(self, requests: Sequence[Request], lengths: list[int]) -> None:
-        """Give requests slots up to new lengths, for which there is room once enough is evicted."""
-        begins = [self._in_pages(request.length) or request.committed for request in requests]
-        ends = [self._in_pages(length) for length in lengths]
-        needed = sum(ends) - sum(begins)
-        if needed:
-            self._evict(needed - self._allocator.free_slots)
-            slots = self._allocator.take(needed // self.page_size)
-            at = 0
-            for request, begin, end in zip(requests, begins, ends, strict=True):
-                if end > begin:
-                    self.table[request.row, begin:end] = slots[at : at + end - begin]
-                    at += end - begin
+        """Give running requests slots up to new lengths, for which there is room once enough is evicted."""
+        begins = [self._in_pages(request.length) for request in requests]
+        counts = [self._in_pages(length) - begin for length, begin in zip(lengths, begins, strict=True)]
+        if any(counts):
+            slots = self._take(sum(counts))
+            try:
+                self._write([request.row for request in requests], begins, counts, slots)
+            except BaseException:
+                self._allocator.give(slots)
+                raise
         for request, length in zip(requests, lengths, strict=True):
             request.length = length
 
-    def _evict(self, num_tokens: int) -> None:
-        if num_tokens > 0:
-            evicted = self.tree.evict(num_tokens)
-            self._evicted += evicted.num_tokens
+    def _take(self, num_slots: int) -> torch.Tensor:
+        """Free slots, whole pages, int64; what is lacking is evicted."""
+        short = num_slots - self._allocator.free_slots
+        if short > 0:
+            evicted = self.tree.evict(short)
             self._allocator.give(evicted.slots)
+            self._evicted += evicted.num_tokens
+        return self._allocator.take(num_slots // self.page_size)
+
+    def _write(self, rows: list[int], begins: list[int], counts: list[int], slots: torch.Tensor) -> None:
+        """Write slots to rows of the table, `counts[i]` from `begins[i]` on."""
+        if sum(counts) > _FEW_SLOTS * len(rows):
+            for row, begin, part in zip(rows, begins, slots.split(counts), strict=True):
+                self.table[row, begin : begin + len(part)] = part
+            return
+        many = np.array(counts)
+        shifts = np.array(rows) * self.table.shape[1] + begins - (np.cumsum(many) - many)
+        places = upload_numbers(np.repeat(shifts, many) + np.arange(len(slots)), self.kv_device)
+        self.table.view(-1)[places] = slots.to(torch.int32)
 
     # Extend
 
@@ -256,12 +278,13 @@ class PrefixCache:
     def commit(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
         """Tell that the KV of requests is there, so that others can reuse it: after a chunk of a prefill, or at will.
 
-        up_to: how many tokens of each are computed: one number, or a list; None: all that are known and have slots.
+        up_to: how many tokens of each are computed: one number, or a list. None: all that are known and have slots; so
+            say it where that is not so, as in the middle of a prefill, or with slots for tokens only proposed.
         tokens: a list with what each request has generated since, if anything, to be known from now on.
 
         Whole pages only go to the tree. Where another request committed the same meanwhile, its slots take the place of
-        this one's, which become free: read `slots` anew. O(new tokens): it goes on from the place that the request
-        holds. With an index on a GPU, nothing waits. Raises ValueError, with nothing changed.
+        this one's, which become free: read `slots` anew. It goes on from the place that the request holds, in O(new
+        tokens + nodes on the path). With an index on a GPU nothing waits. Raises ValueError, with nothing changed.
         """
         check_running(self, "commit", requests)
         added = read_tokens("commit", requests, tokens)
@@ -271,7 +294,12 @@ class PrefixCache:
         for request, tokens in zip(requests, added, strict=True):
             request.append(tokens)
         whole = [end // self.page_size * self.page_size for end in ends]
-        growing = [(request, end) for request, end in zip(requests, whole, strict=True) if end > request.committed]
+        # The first commit of a request counts its hits, also where it adds nothing.
+        growing = [
+            (request, max(end, request.committed))
+            for request, end in zip(requests, whole, strict=True)
+            if end > request.committed or (request.committed and not request._counted)
+        ]
         if not growing:
             return
         chosen = [request for request, _ in growing]
@@ -282,13 +310,15 @@ class PrefixCache:
         before = self._places.get(rows)
         result = self._insert(growing, brought, before)
         self.tree.lock(result)
-        self.tree.unlock(before)
         self._places.set(rows, result)
         for request, end in growing:
             request.committed = request._counted = end
+        self.tree.unlock(before)
         if self._waits:
             self.tree.write_slots(result, self.table, rows)
             self._unsettled.append(_Unsettled(result, begins, brought))
+            if len(self._unsettled) > _MOST_UNSETTLED:
+                self._settle()
         else:
             self._take_over(result, rows, begins, brought)
 
@@ -324,13 +354,16 @@ class PrefixCache:
         """Free the slots that commits brought for what was there already; waits for an index on a GPU."""
         while self._unsettled:
             result, begins, brought = self._unsettled[0]
-            self._give_duplicates(result.prefix_lengths.tolist(), begins, brought)
+            prefixes = result.prefix_lengths.tolist()
             self._unsettled.popleft()
+            self._give_duplicates(prefixes, begins, brought)
 
     # End
 
     def finish(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
-        """Commit what is computed (as `commit`) and end the requests: what they cached becomes evictable.
+        """Commit (as `commit`, `up_to` included) and end the requests: what they cached becomes evictable.
+
+        Give `up_to`, or `abort`, where a prefill was cut short: what is committed is served to others.
 
         Slots behind the last whole page become free. Raises ValueError, with nothing changed.
         """
@@ -347,13 +380,14 @@ class PrefixCache:
     def _release(self, requests: Sequence[Request]) -> None:
         if not requests:
             return
-        self.tree.unlock(self._held(requests))
         held = [self.table[request.row, request.committed : self._in_pages(request.length)] for request in requests]
-        self._allocator.give(torch.cat(held).to(torch.int64))
+        slots = torch.cat(held).to(torch.int64)
+        self.tree.unlock(self._held(requests))
         for request in requests:
             del self._running[request.row]
             self._free_rows.append(request.row)
             request.row, request.state, request.length = -1, ENDED, request.committed
+        self._allocator.give(slots)
 
     # The whole cache
 
@@ -391,7 +425,7 @@ class PrefixCache:
     def reset(self) -> None:
         """Abort all requests and forget everything that is cached; counters begin anew."""
         for request in self._running.values():
-            request.row, request.state, request.length = -1, ENDED, 0
+            request.row, request.state, request.length = -1, ENDED, request.committed
         self.tree.reset()
         self._allocator.reset()
         self._begin_afresh()

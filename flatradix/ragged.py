@@ -23,8 +23,11 @@ class Ragged:
     __slots__ = ("offsets", "values")
 
     def __init__(self, values: torch.Tensor | np.ndarray, offsets: torch.Tensor | np.ndarray) -> None:
-        self.values = torch.as_tensor(values)
-        self.offsets = torch.as_tensor(offsets)
+        # A tensor stays where it is, and numpy in host memory, whatever torch's default device is.
+        self.values, self.offsets = (
+            part if isinstance(part, torch.Tensor) else torch.as_tensor(part, device="cpu")
+            for part in (values, offsets)
+        )
         if self.values.dim() != 1:
             raise ValueError(f"values must be 1-D, not of shape {tuple(self.values.shape)}")
         if self.offsets.dim() != 1 or self.offsets.dtype != torch.int64 or len(self.offsets) == 0:

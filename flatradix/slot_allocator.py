@@ -22,7 +22,7 @@ class SlotAllocator:
     def reset(self) -> None:
         """All pages are free; the lowest are given out first."""
         self.free_pages = self.num_pages
-        torch.arange(self.num_pages - 1, -1, -1, out=self._stack)
+        self._stack.copy_(torch.arange(self.num_pages - 1, -1, -1, device=self._stack.device))
 
     @property
     def free_slots(self) -> int:
@@ -32,11 +32,12 @@ class SlotAllocator:
         """The slots of so many pages, int64 [pages * page_size]. RuntimeError if there are fewer."""
         if pages > self.free_pages:
             raise RuntimeError(f"slots were lost: {pages} pages should be free, but {self.free_pages} are")
-        self.free_pages -= pages
-        taken = self._stack[self.free_pages : self.free_pages + pages].flip(0)
-        if self.page_size == 1:
-            return taken
-        return (taken[:, None] * self.page_size + self._within).view(-1)
+        left = self.free_pages - pages
+        taken = self._stack[left : self.free_pages].flip(0)
+        if self.page_size > 1:
+            taken = (taken[:, None] * self.page_size + self._within).view(-1)
+        self.free_pages = left  # last: the others may run out of memory
+        return taken
 
     def give(self, slots: torch.Tensor) -> None:
         """Take back the slots of whole pages, [K * page_size], each page in one piece.

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from flatradix import PrefixCache, Request, prefix_cache
+from flatradix.check import nodes_of
 from tests.conftest import GPU, usable
 from tests.devices import interpreted
 
@@ -54,8 +55,8 @@ class Engine:
         self.kv = np.zeros(cache.counts().slots, dtype=np.int64)
         self.computed: dict[Request, int] = {}
 
-    def begin(self, prompts: list[list[int]], namespaces: Any = None) -> list[Request]:
-        requests = self.cache.begin(prompts, namespaces)
+    def begin(self, prompts: list[list[int]], namespaces: Any = None, priority: Any = 0) -> list[Request]:
+        requests = self.cache.begin(prompts, namespaces, priority)
         for request in requests:
             if request.state == "running":
                 self.computed[request] = request.cached_length
@@ -218,6 +219,16 @@ def test_a_refused_request_does_not_keep_its_prefix_locked(where: dict[str, str]
     this.cache.check()
 
 
+def test_a_refused_prompt_keeps_nothing_young(where: dict[str, str]) -> None:
+    this = engine(where, 32)
+    for first in (0, 100):
+        this.run(list(range(first, first + 8)))
+    (refused,) = this.begin([[*range(8), *range(50, 90)]])
+    assert refused.state == "refused"
+    assert this.begin([list(range(200, 220))])[0].state == "running"
+    assert this.cache.tree.match([range(8), range(100, 108)], touch=False).lengths.tolist() == [0, 8]
+
+
 def test_more_requests_than_may_run(where: dict[str, str]) -> None:
     this = engine(where, max_requests=2)
     found = this.begin([[1], [2], [3]])
@@ -252,6 +263,60 @@ def test_what_is_cached_goes_before_a_request_is_refused(where: dict[str, str]) 
     assert this.cache.counts().evicted_tokens == 16  # 12 are too few, and nodes of 8 go as a whole
     assert this.cache.extend([request], 12) == []
     assert this.cache.counts().free == 0
+    this.cache.check()
+
+
+def test_whoever_is_alone_and_fits_starts(where: dict[str, str]) -> None:
+    """What is cached for one prompt of a batch must not stand in the way of another."""
+    this = engine(where, 16)
+    for first in (0, 100):
+        this.run(list(range(first, first + 8)))
+    a, b = this.begin([list(range(13)), list(range(100, 113))])
+    assert (a.state, a.cached_length, b.state, b.missing) == ("running", 8, "refused", 16)
+    this.cache.abort([a])
+    large, small = this.begin([list(range(30)), list(range(200, 216))])
+    assert (large.state, small.state) == ("refused", "running")
+    assert (large.missing, large.refusal) == (16, "24 slots are needed and 8 can be had: 16 too few")
+    this.cache.check()
+
+
+def test_an_eviction_that_fails_leaves_nothing_behind(where: dict[str, str]) -> None:
+    def broken(nodes: Any) -> torch.Tensor:
+        raise RuntimeError("no score today")
+
+    this = engine(where, 16, policy=broken)
+    this.run(list(range(9)))
+    (kept,) = this.begin([list(range(50, 54))])
+    for call in (lambda: this.begin([[7] * 9]), lambda: this.cache.extend([kept], 9)):
+        with pytest.raises(RuntimeError, match="no score today"):
+            call()
+        this.cache.check()
+        counts = this.cache.counts()
+        assert (counts.running, counts.free, counts.evictable, counts.held) == (1, 4, 8, 4)
+
+
+# What the tree is told
+
+
+def test_each_request_counts_one_hit_on_what_it_found(where: dict[str, str]) -> None:
+    """Also one that adds no page of its own, in however many chunks it came."""
+    this = engine(where, policy="lfu")
+    prompt = list(range(9))
+    for _ in range(4):
+        this.run(prompt)
+    (request,) = this.cache.begin([list(range(20))], priority=7)
+    for up_to in (8, 12, 16, 20):
+        this.cache.commit([request], up_to)
+    together = this.cache.begin([prompt, [*prompt, 3]])
+    this.cache.commit(together)
+    this.cache.finish([request, *together])
+    nodes = {node.path: (node.hit_count, node.priority) for node in nodes_of(this.cache.tree)}
+    assert nodes == {
+        tuple(range(8)): (7, 7),
+        tuple(range(12)): (1, 7),
+        tuple(range(16)): (1, 7),
+        tuple(range(20)): (1, 7),
+    }
     this.cache.check()
 
 
@@ -298,6 +363,7 @@ def test_mistakes_change_nothing(where: dict[str, str]) -> None:
     [
         ({"num_slots": 3, "page_size": 4}, r"num_slots must be from one page \(4\)"),
         ({"num_slots": 2**31}, "num_slots must be from one page"),
+        ({"num_slots": 8, "page_size": 0}, "page_size must be at least 1"),
         ({"num_slots": 8, "max_requests": 0}, "max_requests must be at least 1"),
         ({"num_slots": 8, "max_length": 0}, "max_length must be at least 1"),
         ({"num_slots": 8, "policy": "best"}, "best"),
@@ -329,6 +395,35 @@ def test_reset(where: dict[str, str]) -> None:
     assert this.run(list(range(9))).cached_length == 0
 
 
+def test_torch_defaults_do_not_matter(where: dict[str, str]) -> None:
+    with torch.device("meta"), torch.inference_mode():
+        this = engine(where)
+    with torch.device("meta"):
+        requests = this.begin([list(range(9)), list(range(5)), [3]])
+        for request in requests:
+            this.compute(request, request.length)
+        this.cache.commit(requests)
+        assert this.cache.extend(requests, [1, 0, 4]) == []
+        this.cache.finish(requests[:2])
+        this.cache.check()
+        this.cache.abort(requests[2:])
+        this.cache.reset()
+        assert this.begin([[1, 2]])[0].slots.tolist() == [0, 1]
+
+
+def test_long_and_short_rows(where: dict[str, str]) -> None:
+    """Slots are written row by row where they are many, all at once where they are few."""
+    this = engine(where, 2000, page_size=1, max_length=700)
+    long = this.begin([list(range(600)), list(range(1000, 1500)), [5]])
+    for request in long:
+        this.compute(request, request.length)
+    assert this.cache.extend(long, [3, 0, 70]) == []
+    assert len({slot for request in long for slot in request.slots.tolist()}) == 603 + 500 + 71
+    this.cache.check()
+    for request in long:
+        this.compare(request)
+
+
 def test_check_finds_a_slot_in_two_places(where: dict[str, str]) -> None:
     this = engine(where)
     a, b = this.begin([[1, 2], [3]])
@@ -343,6 +438,9 @@ def test_check_finds_a_slot_in_two_places(where: dict[str, str]) -> None:
 # Random programs
 
 
+POLICIES = ("lru", "lfu", "priority", "slru")
+
+
 class Machine(RuleBasedStateMachine):
     """Requests that share prefixes, in a pool that is too small for them."""
 
@@ -350,7 +448,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.where = where
 
-    @initialize(page=st.sampled_from([1, 4]), pages=st.integers(6, 20), policy=st.sampled_from(["lru", "lfu", "fifo"]))
+    @initialize(page=st.sampled_from([1, 4]), pages=st.integers(6, 20), policy=st.sampled_from(POLICIES))
     def start(self, page: int, pages: int, policy: str) -> None:
         self.engine = Engine(PrefixCache(page * pages, page, 5, 40, policy=policy, **self.where))
         self.cache = self.engine.cache
@@ -367,6 +465,9 @@ class Machine(RuleBasedStateMachine):
         self.known = [*self.known[-12:], prompt]
         return prompt
 
+    def pages(self, prompt: list[int]) -> int:
+        return -(-len(prompt) // self.cache.page_size) * self.cache.page_size
+
     def some(self, random: Random) -> list[Request]:
         running = self.running
         return random.sample(running, random.randint(min(1, len(running)), len(running)))
@@ -377,12 +478,17 @@ class Machine(RuleBasedStateMachine):
         names = random.choices([None, None, "a"], k=count)
         keys = [prompt[:-1] for prompt in prompts]
         cached = self.cache.tree.match(keys, names, touch=False).lengths.tolist()
-        for request, length in zip(self.engine.begin(prompts, names), cached, strict=True):
+        idle = not self.running
+        requests = self.engine.begin(prompts, names, random.randint(0, 2))
+        for request, length in zip(requests, cached, strict=True):
             if request.state == "running":
-                assert request.cached_length == length
+                assert request.cached_length <= length
                 assert request.length == request.num_tokens
             else:
                 assert request.missing > 0 or len(self.running) == 5
+        if idle and self.pages(prompts[0]) <= self.cache.counts().slots:
+            assert requests[0].state == "running"
+            assert requests[0].cached_length == cached[0]
 
     @rule(random=st.integers(0, 2**32 - 1).map(Random))
     def compute_and_commit(self, random: Random) -> None:
@@ -417,12 +523,24 @@ class Machine(RuleBasedStateMachine):
         for request in requests:
             self.engine.compute(request, min(request.num_tokens, request.length))
             self.engine.computed.pop(request)
+            self.known = [*self.known[-12:], request.tokens[:36].tolist()]
         self.cache.finish(requests)
         assert all(request.state == "ended" for request in requests)
 
-    @invariant()
-    def slots_are_where_they_should_be(self) -> None:
+    @rule()
+    def check(self) -> None:
+        """Not after each step: it waits for what an index on a GPU has not told yet."""
         self.cache.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.check()
+            self.cache.abort(self.running)
+            self.cache.check()
+            assert self.cache.counts().protected == self.cache.counts().held == 0
+
+    @invariant()
+    def kv_is_that_of_the_prefix(self) -> None:
         for request in self.running:
             self.engine.compare(request)
 
