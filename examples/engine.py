@@ -1,0 +1,197 @@
+"""A small engine: a transformers model, KV in pages, and a PrefixCache that says which slot holds what."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+
+from examples.paged_kv import PagedForward, PagedKV
+from flatradix.prefix_cache import PrefixCache
+from flatradix.request import Request
+
+
+@dataclass
+class Job:
+    """A prompt to continue, and what came of it."""
+
+    prompt: list[int]
+    new_tokens: int
+    namespace: str | None
+    output: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)  # float32 [vocabulary] for each token of the output
+    cached: int = 0  # tokens of the prompt that needed no prefill
+    first_token: float = 0.0  # seconds from its begin
+    request: Request | None = None
+
+    @property
+    def done(self) -> bool:
+        return len(self.output) == self.new_tokens
+
+
+class Engine:
+    """Greedy generation for many prompts at once. Prefill goes first, one prompt at a time; decoding is batched.
+
+    num_slots: KV slots, in pages of `page_size`. chunk: tokens that a forward of a prefill takes at most.
+    index: the device of the PrefixCache's index. reuse: False computes all of every prompt, to compare with.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        num_slots: int,
+        page_size: int = 16,
+        max_requests: int = 8,
+        max_length: int = 4096,
+        chunk: int = 512,
+        index: str = "cpu",
+        reuse: bool = True,
+    ) -> None:
+        self.model = model
+        self.chunk = chunk
+        self.reuse = reuse
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.cache = PrefixCache(num_slots, page_size, max_requests, max_length, kv_device=self.device, device=index)
+        self.kv = PagedKV(model.config, num_slots, self.dtype, self.device)
+        # transformers renamed the argument.
+        known = inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if "cache" in known else "past_key_values"
+        self._waiting: deque[Job] = deque()
+        self._may_fit = True  # the first that waits; false from its refusal until another has ended
+        self._running: list[Job] = []
+        self._unshared = count()
+        self.preempted = 0
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        new_tokens: int,
+        namespaces: Sequence[str | None] | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Job]:
+        """Continue each prompt by `new_tokens` tokens; `progress` hears how many prompts are done, after each step.
+
+        Raises RuntimeError if a prompt and its output do not fit in the pool even alone, and ValueError if they are
+        longer than max_length; nothing is running after either.
+        """
+        if new_tokens < 1:
+            raise ValueError(f"new_tokens must be at least 1, not {new_tokens}")
+        for prompt in prompts:
+            if len(prompt) + new_tokens > self.cache.max_length:
+                raise ValueError(f"{len(prompt)} and {new_tokens} tokens exceed max_length {self.cache.max_length}")
+        names = namespaces or [None] * len(prompts)
+        jobs = [Job(prompt, new_tokens, name) for prompt, name in zip(prompts, names, strict=True)]
+        self._waiting.extend(jobs)
+        try:
+            while self._waiting or self._running:
+                # Begin one only when the one before has committed: they may share a prefix.
+                if not (self._waiting and self._may_fit and self._begin()):
+                    self._decode()
+                progress(sum(job.done for job in jobs))
+        except BaseException:
+            self.cache.abort([job.request for job in self._running])
+            self._running.clear()
+            self._waiting.clear()
+            self._may_fit = True
+            raise
+        return jobs
+
+    def _begin(self) -> bool:
+        """Start the first that waits, if it fits by now."""
+        job = self._waiting[0]
+        started = time.perf_counter()
+        namespace = job.namespace if self.reuse else f"unshared {next(self._unshared)}"
+        (job.request,) = self.cache.begin([job.prompt + job.output], namespace)
+        if job.request.state == "refused":
+            if not self._running:  # there is nothing to wait for
+                raise RuntimeError(f"a prompt of {job.request.num_tokens} tokens does not fit: {job.request.refusal}")
+            self._may_fit = False
+            return False
+        self._waiting.popleft()
+        self._running.append(job)
+        self._take([job], self._prefill(job.request))
+        if len(job.output) == 1:
+            job.cached = job.request.cached_length
+            job.first_token = time.perf_counter() - started
+        self._finish_done()
+        return True
+
+    def _prefill(self, request: Request) -> torch.Tensor:
+        """Compute what is not cached, in chunks. Returns the logits of the last token."""
+        for begin in range(request.cached_length, request.num_tokens, self.chunk):
+            end = min(begin + self.chunk, request.num_tokens)
+            logits = self._forward([request], [request.tokens[begin:end].tolist()], [begin])
+            self.cache.commit([request], up_to=end)
+        return logits
+
+    def _decode(self) -> None:
+        """One more token for each that is running."""
+        self._make_room([job.request for job in self._running])
+        requests = [job.request for job in self._running]
+        # The KV of the newest token is what this forward computes.
+        begins = [request.length - 1 for request in requests]
+        logits = self._forward(requests, [job.output[-1:] for job in self._running], begins)
+        self._take(self._running, logits)
+        self._finish_done()
+
+    def _make_room(self, requests: list[Request]) -> None:
+        """A slot more for each, at the cost of the youngest of those that get none."""
+        while requests := self.cache.extend(requests):
+            if len(self._running) == 1:
+                raise RuntimeError(
+                    f"{requests[0].length + 1} tokens of a prompt and its output do not fit in the KV pool"
+                )
+            self._preempt(requests.pop())
+
+    def _preempt(self, request: Request) -> None:
+        """End a request and let it wait. It was not extended, so all that has a slot is computed; that stays cached
+        as long as there is room, and beginning again is cheap.
+        """
+        (job,) = [job for job in self._running if job.request is request]
+        self._running.remove(job)
+        self.cache.finish([request], tokens=[self._unknown(job)])
+        self._waiting.appendleft(job)
+        self._may_fit = False
+        self.preempted += 1
+
+    def _finish_done(self) -> None:
+        done = [job for job in self._running if job.done]
+        self.cache.finish([job.request for job in done], tokens=[self._unknown(job) for job in done])
+        self._running = [job for job in self._running if not job.done]
+        self._may_fit = self._may_fit or bool(done)
+
+    @staticmethod
+    def _unknown(job: Job) -> list[int]:
+        """The output that the cache has not been told. The last token has no KV yet, and is not committed."""
+        return job.output[job.request.num_tokens - len(job.prompt) :]
+
+    @staticmethod
+    def _take(jobs: list[Job], logits: torch.Tensor) -> None:
+        """The likeliest token of each. With a model on a GPU this is where the engine waits for it."""
+        for job, row, token in zip(jobs, logits, logits.argmax(-1).tolist(), strict=True):
+            job.logits.append(row)
+            job.output.append(token)
+
+    @torch.inference_mode()
+    def _forward(self, requests: list[Request], tokens: list[list[int]], begins: list[int]) -> torch.Tensor:
+        """Run the model on as many new tokens for each request. Returns the logits of the last ones, float32 [B, V]."""
+        rows = torch.tensor([request.row for request in requests], device=self.device)
+        new = len(tokens[0])
+        view = PagedForward(
+            self.kv, self.cache.table[rows], torch.tensor(begins, device=self.device), new, max(begins) + new
+        )
+        answer = self.model(
+            input_ids=torch.tensor(tokens, device=self.device),
+            position_ids=view.positions,
+            attention_mask=view.mask(self.dtype),
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_argument: view},
+        )
+        return answer.logits[:, -1].float()
