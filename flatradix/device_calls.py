@@ -80,7 +80,7 @@ class DeviceCalls(RadixTree):
             codes = sorted(self._fresh)
             children = self._state.namespace_children
             # A batch that does not fit may have been given codes beyond the array.
-            places = torch.tensor(codes).clamp(max=len(children) - 1).to(self.device)
+            places = torch.tensor(codes, device="cpu").clamp(max=len(children) - 1).to(self.device)
             for code, count in zip(codes, children[places].tolist(), strict=True):
                 if count == 0 or code >= len(children):
                     self._namespaces.take_back(code)

@@ -211,7 +211,7 @@ def allocate_device(max_tokens: int, page_size: int, bigram: bool, generation: i
         meta=zeros(meta.SIZE, i64),
     )
     state.parent[0] = 0
-    numbers = torch.zeros(meta.SIZE, dtype=i64)
+    numbers = torch.zeros(meta.SIZE, dtype=i64, device="cpu")
     _write_numbers(numbers, max_tokens, page_size, bigram, generation, table)
     numbers[meta.POOL_END] = units
     state.meta.copy_(numbers)

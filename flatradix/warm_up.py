@@ -38,7 +38,7 @@ def warm_up(device: str | torch.device = "auto", page_size: int = 1, bigram: boo
     several = tree.insert([[1, 2], [7, 8]], [[0, 1], [6, 7]])
     tree.lock(several)
     tree.slots(tree.match([[1, 2], [7, 8]]))
-    tree.write_slots(several, torch.zeros((2, 2), dtype=torch.int32), [0, 1])
+    tree.write_slots(several, torch.zeros((2, 2), dtype=torch.int32, device="cpu"), [0, 1])
     tree.unlock(several)
     tree.evict(2)
     tree._compact()

@@ -133,7 +133,7 @@ def _typed(address: int, kind: str) -> Any:
     if not INTERPRETED:
         return Pointer(address, kind)
     if address == 0:
-        return torch.empty(1, dtype=_DTYPES[kind])
+        return torch.empty(1, dtype=_DTYPES[kind], device="cpu")
     view = (_CTYPES[kind] * 1).from_address(address)
     return torch.frombuffer(view, dtype=_DTYPES[kind])
 
