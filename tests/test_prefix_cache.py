@@ -566,3 +566,28 @@ def test_decoding_does_not_synchronise(gpu: str, index: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
     cache.finish(requests)
     cache.check()
+
+
+def test_an_index_on_the_cpu_never_waits_for_the_kv(gpu: str) -> None:
+    """Hits, duplicates, refusals and evictions included."""
+    cache = PrefixCache(512, 16, 8, 300, "cuda")
+
+    def live(base: int) -> None:
+        prompts = [[*range(40), *range(base, base + 60)], [*range(40), *range(base, base + 50)], [7] * 300]
+        requests = cache.begin(prompts)
+        running = [request for request in requests if request.state == "running"]
+        cache.commit(running)
+        cache.extend(running, 20)
+        cache.finish(running[:1], tokens=[[1] * 20])
+        cache.abort(running[1:])
+
+    live(1000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for turn in range(8):
+            live(2000 + 100 * turn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    counts = cache.counts()
+    assert min(counts.evicted_tokens, counts.duplicate_tokens, counts.cached_tokens) > 0
+    cache.check()
