@@ -1,0 +1,74 @@
+"""SGLang's scheduler without its server and without a GPU: the real requests, pools, allocators, policies and caches.
+
+For that SGLang is imported as it is, with the packages of requirements/peers.txt; only what draws and shows pictures
+has stand-ins. `bench/peers/sglang.py` imports less and has stand-ins for more. In one process whoever comes first
+decides, so load this first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from typing import Any
+
+from bench.peers.sglang import HINT, PeerMissing, _StandIns, find
+
+_PICTURES = ("IPython", "torchvision")
+_MODULES = {
+    "allocator": "sglang.srt.mem_cache.allocator",
+    "base": "sglang.srt.mem_cache.base_prefix_cache",
+    "common": "sglang.srt.mem_cache.common",
+    "component_type": "sglang.srt.mem_cache.unified_cache.component_type",
+    "context": "sglang.srt.runtime_context",
+    "events": "sglang.srt.disaggregation.kv_events",
+    "page_interleave": "sglang.srt.mem_cache.allocator.page_interleave",
+    "paged": "sglang.srt.mem_cache.allocator.paged",
+    "params": "sglang.srt.mem_cache.cache_init_params",
+    "plugins": "sglang.srt.plugins",
+    "policy": "sglang.srt.managers.schedule_policy",
+    "pools": "sglang.srt.mem_cache.memory_pool",
+    "radix": "sglang.srt.mem_cache.radix_cache",
+    "registry": "sglang.srt.mem_cache.registry",
+    "requests": "sglang.srt.managers.schedule_batch",
+    "sampling": "sglang.srt.sampling.sampling_params",
+    "speculative": "sglang.srt.speculative.spec_info",
+    "token": "sglang.srt.mem_cache.allocator.token",
+    "unified": "sglang.srt.mem_cache.unified_radix_cache",
+}
+
+
+class _Pictures(_StandIns):
+    def __init__(self) -> None:
+        self._roots = {name for name in _PICTURES if importlib.util.find_spec(name) is None}
+
+
+@functools.cache
+def load() -> Any:
+    """SGLang's modules under short names, a default configuration published. Raises PeerMissing with the reason."""
+    if "sglang" in sys.modules and "sglang.srt.mem_cache.memory_pool" not in sys.modules:
+        raise PeerMissing("SGLang was imported with stand-ins before: import bench.peers.sglang_server first")
+    folder = find()
+    if "sglang" not in sys.modules:
+        package = types.ModuleType("sglang")
+        package.__path__ = [str(folder)]
+        sys.modules["sglang"] = package
+        sys.path.append(str(folder.parent))  # for `kernels`, which SGLang wants too
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # It must look before the stand-in for torchvision is there, and remembers what it saw.
+            importlib.import_module("transformers.utils").is_torchvision_available()
+            with _Pictures():
+                modules = {name: importlib.import_module(path) for name, path in _MODULES.items()}
+            modules["context"].get_context().override_server_args().install()
+    except ImportError as error:
+        for name in [name for name in sys.modules if name == "sglang" or name.startswith("sglang.")]:
+            del sys.modules[name]
+        raise PeerMissing(f"SGLang in {folder} does not import: {error} ({HINT})") from error
+    return types.SimpleNamespace(**modules)

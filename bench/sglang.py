@@ -1,0 +1,55 @@
+"""The SGLang backend against SGLang's default cache (`UnifiedRadixCache` with its Rust core), on one CPU core.
+
+Both are driven through what SGLang's scheduler calls, alternately in one process, with pages of 64 and chunks of 4096
+tokens, and the medians are compared. Prints a Markdown table. Where SGLang is missing it says so and stops; see
+bench/peers/sglang_server.py.
+
+  python3 bench/sglang.py                       everything: two minutes
+  python3 bench/sglang.py --quick               less exact: half a minute
+  python3 bench/sglang.py --only match life-1k  the rows whose names begin so
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from bench import cpu  # noqa: E402
+from bench.harness import Setup, start_afresh  # noqa: E402
+from bench.peers import sglang_server  # noqa: E402
+from bench.peers.sglang import PeerMissing  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="the rows whose names begin with one of these")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--core", type=int, help="the core to run on (default: the last that is allowed)")
+    options = parser.parse_args(arguments)
+    machine = cpu._machine(cpu._pin(options.core))
+    try:
+        sglang_server.load()
+    except PeerMissing as reason:
+        raise SystemExit(str(reason)) from None
+    from bench.rows_sglang import ROWS
+
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
+    print("| work | flatradix | SGLang | ratio | target | met |\n|---|---|---|---|---|---|")
+    chosen = [row for row in ROWS if options.only is None or row.name.startswith(tuple(options.only))]
+    met = []
+    for row in chosen:
+        start_afresh()
+        result = cpu._result(row, row.measure(Setup(options.quick, None, True)))
+        met.append(result["met"])
+        times = " | ".join(f"{cpu._number(result[side])} {row.unit}" for side in ("ours", "theirs"))
+        verdict = "yes" if result["met"] else "NO"
+        print(f"| {row.work} | {times} | {result['ratio']:.3f} | {row.target} | {verdict} |", flush=True)
+    print(f"\n{sum(met)} of {len(met)} targets met")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""FlatRadixCache: SGLang's prefix cache over a RadixTree. What its scheduler calls, and nothing below it."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import (
+    BasePrefixCache,
+    DecLockRefParams,
+    DecLockRefResult,
+    EvictParams,
+    EvictResult,
+    IncLockRefResult,
+    InsertParams,
+    InsertResult,
+    MatchPrefixParams,
+    MatchResult,
+    TreeLock,
+)
+
+from flatradix.draw import draw
+from flatradix.integrations.sglang_events import KvEvents
+from flatradix.integrations.sglang_index import make_index, up_to
+from flatradix.integrations.sglang_order import depth_first_by_weight
+from flatradix.results import Places
+
+_RECEIPT = DecLockRefParams()  # an unlock needs the place alone
+_GREATEST = torch.iinfo(torch.int64).max
+_NO_TOKENS = array("q")
+
+
+class FlatRadixCache(BasePrefixCache):
+    """SGLang's prefix cache for models with one KV slot a token, with flatradix as its tree.
+
+    Nodes are places of the tree (`flatradix.results.Places`): a request holds the one that it locked, and each
+    checkpoint goes on from there, so that a chunk costs the chunk and one step for each node above it. All sizes are
+    Python integers that the tree keeps, so asking for them waits for nothing. One thread at a time, as the scheduler.
+    """
+
+    def __init__(self, params: Any, device: str | None = None) -> None:
+        """params: SGLang's CacheInitParams. device: of the index, else FLATRADIX_DEVICE says it, else it is the CPU.
+
+        Raises ValueError for a policy that flatradix does not know, DeviceUnavailableError.
+        """
+        self.disable = False
+        self.req_to_token_pool = params.req_to_token_pool
+        self.token_to_kv_pool_allocator = params.token_to_kv_pool_allocator
+        self.page_size = params.page_size
+        self.is_eagle = params.is_eagle
+        self.eviction_policy = params.eviction_policy.lower()
+        self.sliding_window_size = None
+        self.device = torch.device(params.token_to_kv_pool_allocator.device)
+        self._index = make_index(params, device)
+        self.tree = self._index.tree
+        self.root_node = self._index.match(_NO_TOKENS, None, None)
+        _ = self.root_node.length  # a GPU keeps what it has to tell of a call for a while only
+        self.kv_events = KvEvents(params)
+        self.kv_events.cleared()
+        if params.enable_metrics:
+            self.init_metrics_collector()
+
+    def reset(self) -> None:
+        """Forget everything, locked nodes too."""
+        with self._index.aside():
+            self.tree.reset()
+        self.kv_events.cleared()
+
+    # Look-ups
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """The longest cached prefix of a key; it becomes the most recently used. O(length of the match)."""
+        key = params.key
+        place = self._index.match(key.token_ids, key.limit, namespace_of(key))
+        return MatchResult(place.length, place, place, place)
+
+    def touch_prefix(self, key: Any) -> None:
+        self._index.match(key.token_ids, key.limit, namespace_of(key))
+
+    def path_device_indices(self, node: Places) -> torch.Tensor:
+        """int64 [length], contiguous, on the KV pool's device."""
+        return self._index.slots(node)
+
+    def dfs_weight_order(self, node_handles: Sequence[Places]) -> list[int]:
+        """Where subtrees weigh the same, that of the first request in the queue comes first."""
+        with self._index.aside():
+            return depth_first_by_weight(self.tree, node_handles)
+
+    # Locks
+
+    def lock(self, node: Places) -> TreeLock:
+        self._index.lock(node)
+        return TreeLock(node, _RECEIPT)
+
+    def unlock(self, lock: TreeLock | None) -> None:
+        if lock is not None:
+            self._index.unlock(lock.node)
+
+    def inc_lock_ref(self, node: Places) -> IncLockRefResult:
+        before = self.tree.evictable_tokens
+        self._index.lock(node)
+        return IncLockRefResult(delta=self.tree.evictable_tokens - before)
+
+    def dec_lock_ref(self, node: Places, params: DecLockRefParams | None = None) -> DecLockRefResult:
+        before = self.tree.evictable_tokens
+        self._index.unlock(node)
+        return DecLockRefResult(delta=self.tree.evictable_tokens - before)
+
+    # Changes
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        """Cache a key with its slots (`value`, one a token or unit). Slots for what was there stay the caller's."""
+        tokens, slots = up_to(params.key.token_ids, params.key.limit), params.value
+        if len(slots) < len(tokens):  # SGLang gives one a unit: none for the last token of bigrams, or of a part page
+            slots = torch.cat((slots, slots.new_zeros(len(tokens) - len(slots))))
+        result = self._index.insert(
+            tokens,
+            slots[: len(tokens)],
+            namespace=namespace_of(params.key),
+            priority=params.priority or 0,
+            inserted_lengths=params.inserted_len,
+        )
+        return InsertResult(prefix_len=result.prefix_length, last_device_node=result)
+
+    def checkpoint(self, req: Any, *, up_to: int, **_: Any) -> None:
+        """Cache the first `up_to` tokens of a request, give it the tree's slots for them, and move its lock there.
+
+        O(tokens behind the request's lock + nodes above it); if another request has cached some of these tokens
+        meanwhile, their slots are read as well, O(up_to). The last, incomplete page stays the request's.
+        """
+        kv, row = req.kv, self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        start = self._held(req, up_to)
+        known = 0 if start is None else start.length
+        tokens = req.full_untruncated_fill_ids[known:up_to]
+        place = self._index.insert(
+            tokens,
+            row[known : known + len(tokens)],
+            namespace=namespace_of(req) if start is None else None,
+            priority=req.priority or 0,
+            start=start,
+            inserted_lengths=kv.cache_inserted_len,
+        )
+        cached, length = place.prefix_length, place.length
+        if self.kv_events.enabled:
+            self.kv_events.stored(req, start, place, cached, row)
+        kv.cache_inserted_len = max(kv.cache_inserted_len, length)
+        self._split_at_prompt(req, place, length)
+        if cached > kv.cache_protected_len:
+            self._take_over(kv, row, place, cached)
+        self._index.lock(place)
+        self.unlock(req.lock)
+        req.lock = TreeLock(place, _RECEIPT)
+        req.last_node = place
+        kv.cache_protected_len = length
+
+    def _held(self, req: Any, up_to: int) -> Places | None:
+        """The place under the request's lock, if the key goes on from it. The root knows no namespace: None."""
+        if req.lock is None:
+            return None
+        place: Places = req.lock.node
+        return place if 0 < place.length <= up_to - self.is_eagle else None
+
+    def _split_at_prompt(self, req: Any, place: Places, length: int) -> None:
+        """As SGLang does: the output can go without the prompt, and before it, by priority too."""
+        prompt = len(req.origin_input_ids) - self.is_eagle
+        prompt -= prompt % self.page_size
+        if 0 < prompt < length:
+            self._index.insert(
+                _NO_TOKENS,
+                _NO_SLOTS,
+                start=self._index.above(place, prompt),
+                priority=min((req.priority or 0) + 1, _GREATEST),
+                inserted_lengths=prompt,
+            )
+
+    def _take_over(self, kv: Any, row: torch.Tensor, place: Places, cached: int) -> None:
+        """Free the request's slots of what the tree had already, and use the tree's in their place."""
+        first = kv.cache_protected_len
+        self.token_to_kv_pool_allocator.free_segment(row[first:cached], start_pos=first)
+        self.req_to_token_pool.write((kv.req_pool_idx, slice(first, cached)), self._index.slots(place)[first:cached])
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Free unlocked nodes in the order of the policy until `num_tokens` are free; the slots go to the allocator."""
+        if params.num_tokens <= 0:
+            return EvictResult()
+        began = time.perf_counter()
+        freed = self._index.evict(params.num_tokens)
+        if freed.num_tokens:
+            self.token_to_kv_pool_allocator.free_segment(freed.slots, start_pos=0)
+            if self.kv_events.enabled:
+                self.kv_events.removed(freed.slots)
+            self.update_eviction_metrics(freed.num_tokens, began)
+        return EvictResult(num_tokens_evicted=freed.num_tokens)
+
+    # Sizes
+
+    def evictable_size(self) -> int:
+        return self.tree.evictable_tokens
+
+    def protected_size(self) -> int:
+        return self.tree.protected_tokens
+
+    def full_evictable_size(self) -> int:
+        return self.tree.evictable_tokens
+
+    def full_protected_size(self) -> int:
+        return self.tree.protected_tokens
+
+    def total_size(self) -> int:
+        return self.tree.total_tokens
+
+    def pretty_print(self) -> None:
+        with self._index.aside():
+            print(draw(self.tree))
+
+
+_NO_SLOTS = torch.empty(0, dtype=torch.int64)
+
+
+def namespace_of(key: Any) -> str | bytes | None:
+    """One name for `extra_key` and `cache_salt` of a RadixKey or request: different pairs have different names."""
+    salt = key.cache_salt
+    if not salt:
+        return key.extra_key
+    if key.extra_key is None:
+        return b"\0" + salt.encode("utf-8", "surrogatepass")
+    extra = key.extra_key.encode("utf-8", "surrogatepass")
+    return b"%d:%b%b" % (len(extra), extra, salt.encode("utf-8", "surrogatepass"))

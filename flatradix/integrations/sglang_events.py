@@ -1,0 +1,171 @@
+"""KV events of the cache, with SGLang's hashes: what routers such as Dynamo's and llm-d's follow.
+
+An eviction tells which slots it freed, not which tokens, so the hash of each block is kept by the page that holds it.
+Where slots are on a GPU their numbers come to the host behind the work that is under way, and nobody waits: what they
+belong to stays in line until they are there, and the events of one `take` may come with the next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, StorageMedium
+from sglang.srt.mem_cache.events import KVCacheEventRecorder
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.utils import compute_node_event_hash_values, compute_node_hash_values
+
+from flatradix.results import Places
+
+_MOST_ENDS = 1 << 16
+
+
+class _Block:
+    """As much of a tree node as SGLang's hashes look at."""
+
+    __slots__ = ("event_hash_value", "hash_value", "key", "parent")
+
+    def __init__(self, key: RadixKey, parent: _Block | None, chain: str | None = None) -> None:
+        """chain: the hash of the last page, where that is all that is wanted."""
+        self.key = key
+        self.parent = parent
+        # One of the two is used: with a namespace the hashes of events are other ones than those of storage.
+        self.hash_value = None if chain is None else [chain]
+        self.event_hash_value = None if chain is None else [chain]
+
+    @property
+    def is_named(self) -> bool:
+        return self.key.extra_key is not None or self.key.cache_salt is not None
+
+    def hashes(self, page_size: int) -> list[str]:
+        """Of each page, hex."""
+        return (compute_node_event_hash_values if self.is_named else compute_node_hash_values)(self, page_size)
+
+
+class _Step(NamedTuple):
+    """Something that happened. pages: int64 [K], on the host once `is_there`. events: None for what was removed."""
+
+    pages: torch.Tensor | None
+    is_there: Callable[[], bool]
+    events: list[Any] | None
+
+
+def _at_once() -> bool:
+    return True
+
+
+class KvEvents(KVCacheEventRecorder):
+    """The recorder of one cache. Where it is not enabled, the cache does not call it at all."""
+
+    def __init__(self, params: Any) -> None:
+        """params: SGLang's CacheInitParams."""
+        super().__init__(
+            enabled=params.enable_kv_cache_events,
+            page_size=params.page_size,
+            dynamo_format=params.dynamo_kv_event_format,
+            lora_names=params.kv_event_lora_names,
+        )
+        self._is_bigram = params.is_eagle
+        self._steps: deque[_Step] = deque()
+        self._made: list[Any] | None = None
+        self._ends: dict[int, tuple[int, str]] = {}  # handle of a node: (its end, the hash of its last page)
+        pages = params.token_to_kv_pool_allocator.size // params.page_size + 2 if self.enabled else 0
+        self._hash_of_page = np.zeros(pages, np.int64)
+
+    # What the cache tells
+
+    def stored(self, req: Any, start: Places | None, end: Places, first: int, row: torch.Tensor) -> None:
+        """The request's tokens from `first` to the place `end` were cached with the slots in its row of the table.
+
+        start: the place that the insert went on from, of which the hash may be known.
+        """
+        size, last = self.page_size, end.length
+        known, chain = self._known(start)
+        if first > known:
+            chain = self._extend(req, known, chain, first)[-1]
+        if last > first:
+            block = self._block(req, first, last, chain)
+            chains = block.hashes(size)
+            if block.is_named:
+                block.event_hash_value, block.hash_value = chains, []
+            else:
+                block.hash_value = chains
+            made: list[Any] = []
+            self._made = made
+            self.record_store(block)
+            self._made = None
+            self._queue_step(row[first:last:size] // size, made)
+            chain = chains[-1]
+        if len(self._ends) >= _MOST_ENDS:
+            self._ends.clear()
+        if chain is not None:
+            self._ends[end.handle] = (last, chain)
+
+    def removed(self, slots: torch.Tensor) -> None:
+        """slots: int64 [K], whole pages, in the order in which they were evicted."""
+        self._queue_step(slots[:: self.page_size] // self.page_size, None)
+
+    def cleared(self) -> None:
+        self._ends.clear()
+        if self.enabled:
+            self._steps.append(_Step(None, _at_once, [AllBlocksCleared()]))
+
+    # What the scheduler asks
+
+    def take(self) -> list[Any]:
+        """All events so far whose slots are known, in order."""
+        while self._steps and self._steps[0].is_there():
+            self._settle(self._steps.popleft())
+        return super().take()
+
+    def enqueue(self, event: Any) -> None:
+        if self._made is None:
+            super().enqueue(event)
+        else:
+            self._made.append(event)
+
+    def _queue_step(self, pages: torch.Tensor, events: list[Any] | None) -> None:
+        if pages.is_cpu:
+            self._steps.append(_Step(pages.to(torch.int64), _at_once, events))
+            return
+        here = pages.to(torch.int64).to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._steps.append(_Step(here, copied.query, events))
+
+    def _settle(self, step: _Step) -> None:
+        if step.pages is None:
+            super().enqueue(AllBlocksCleared())
+        elif step.events is None:
+            hashes = self._hash_of_page[step.pages.numpy()].tolist()
+            super().enqueue(BlockRemoved(block_hashes=hashes, medium=StorageMedium.GPU))
+        else:
+            self._hash_of_page[step.pages.numpy()] = [event.block_hashes[0] for event in step.events]
+            for event in step.events:
+                super().enqueue(event)
+
+    # Hashes
+
+    def _known(self, start: Places | None) -> tuple[int, str | None]:
+        """How far, and with which hash, the chain of a request is known."""
+        if start is None:
+            return 0, None
+        length, chain = self._ends.get(start.handle, (0, None))
+        return (length, chain) if length == start.length else (0, None)
+
+    def _block(self, req: Any, first: int, last: int, chain: str | None) -> _Block:
+        """The pages of a request's tokens from `first` to `last` (units), behind a page with the hash `chain`."""
+        key = self._key(req, req.full_untruncated_fill_ids[first : last + self._is_bigram], self._is_bigram)
+        root = _Block(self._key(req, key.token_ids[:0], False), None)
+        if chain is None:
+            return _Block(key, root)
+        return _Block(key, _Block(self._key(req, key.token_ids[:1], False), root, chain))
+
+    def _key(self, req: Any, tokens: Any, is_bigram: bool) -> RadixKey:
+        return RadixKey(tokens, req.extra_key, is_bigram=is_bigram, cache_salt=req.cache_salt)
+
+    def _extend(self, req: Any, known: int, chain: str | None, end: int) -> list[str]:
+        return self._block(req, known, end, chain).hashes(self.page_size)

@@ -1,0 +1,163 @@
+"""KV events: those of SGLang's caches, block for block, and what a router makes of them."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.sglang_engine import Plan, load_or_skip
+from tests.sglang_pair import Pair, default_cache, ever_later, python_cache
+
+SGLANG = load_or_skip()
+
+
+@pytest.fixture(autouse=True)
+def _clock() -> Iterator[None]:
+    with ever_later(SGLANG):
+        yield
+
+
+class Router:
+    """An index of blocks by their hashes, as routers keep it, and how often each is there.
+
+    Outside Dynamo's format SGLang leaves the extra key out of the hashes: two of them share the hashes of a prompt.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: Counter[int] = Counter()
+        self.cleared = 0
+
+    def follow(self, events: list[Any]) -> None:
+        for event in events:
+            kind = type(event).__name__
+            if kind == "AllBlocksCleared":
+                self.blocks.clear()
+                self.cleared += 1
+            elif kind == "BlockRemoved":
+                assert all(self.blocks[block] > 0 for block in event.block_hashes)
+                self.blocks -= Counter(event.block_hashes)
+            else:
+                assert event.parent_block_hash is None or self.blocks[event.parent_block_hash] > 0
+                self.blocks += Counter(event.block_hashes)
+
+
+def blocks(events: list[Any]) -> list[Any]:
+    """Events without the way in which neighbours were put together, which differs between SGLang's own trees."""
+    found: list[Any] = []
+    for event in events:
+        kind = type(event).__name__
+        if kind == "BlockRemoved":
+            found.extend((kind, block, event.medium) for block in event.block_hashes)
+        elif kind == "BlockStored":
+            size, parent = event.block_size, event.parent_block_hash
+            for number, block in enumerate(event.block_hashes):
+                tokens = event.token_ids[number * size : (number + 1) * size]
+                found.append((kind, block, parent, tokens, size, event.medium, event.cache_salt, event.lora_name))
+                parent = block
+        else:
+            found.append(kind)
+    return found
+
+
+class Followers:
+    """A router behind each side; after every step both were told the same."""
+
+    def __init__(self, exact: bool) -> None:
+        self.ours, self.theirs = Router(), Router()
+        self._exact = exact
+        self.count = 0
+
+    def __call__(self, pair: Pair) -> None:
+        ours, theirs = pair.ours.cache.take_events(), pair.theirs.cache.take_events()
+        assert (ours == theirs) if self._exact else (blocks(ours) == blocks(theirs))
+        self.ours.follow(ours)
+        self.theirs.follow(theirs)
+        self.count += len(ours)
+        assert self.ours.blocks == self.theirs.blocks
+        assert self.ours.blocks.total() * pair.plan.page_size == pair.ours.cache.total_size()
+
+
+@pytest.mark.parametrize(
+    ("plan", "theirs"),
+    [
+        (Plan(events=True, seed=1), python_cache),
+        (Plan(events=True, seed=2, page_size=16, dynamo=True), python_cache),
+        (Plan(events=True, seed=3, page_size=4, is_eagle=True), python_cache),
+        (Plan(events=True, seed=4, page_size=16, eviction="priority"), default_cache),
+    ],
+    ids=["python", "python-dynamo-16", "python-eagle-4", "default-priority-16"],
+)
+def test_the_events_are_those_of_sglang(plan: Plan, theirs: Any) -> None:
+    followers = Followers(exact=theirs is python_cache)
+    pair = Pair(SGLANG, plan, theirs, followers).run()
+    assert followers.count > 50
+    assert followers.ours.cleared == 1
+    pair.ours.cache.reset()
+    followers.ours.follow(pair.ours.cache.take_events())
+    assert (followers.ours.cleared, followers.ours.blocks.total()) == (2, 0)
+
+
+def test_hashes_that_were_forgotten_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatradix.integrations import sglang_events
+
+    monkeypatch.setattr(sglang_events, "_MOST_ENDS", 1)
+    Pair(SGLANG, Plan(events=True, seed=5, page_size=4), python_cache, Followers(exact=True)).run()
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_adapters_have_their_names(dynamo: bool) -> None:
+    plan = Plan(events=True, seed=6, page_size=16, dynamo=dynamo)
+    pair = Pair(SGLANG, plan, python_cache, Followers(exact=True))
+    for engine in (pair.ours, pair.theirs):
+        table = engine.cache.kv_events.lora_names
+        table.register(SimpleNamespace(extra_key="adapter", lora_id="1"), "a lora")
+    stored: list[Any] = []
+    take = pair.ours.cache.take_events
+    pair.ours.cache.take_events = lambda: stored.extend(events := take()) or events
+    pair.run()
+    assert {event.lora_name for event in stored if hasattr(event, "lora_name")} == {None, "a lora"}
+
+
+def test_events_wait_for_their_slots() -> None:
+    """Slots of a GPU come to the host later: what was told stays in order, and nothing waits."""
+    from flatradix.integrations.sglang_events import KvEvents
+
+    allocator = SimpleNamespace(size=64, device="cpu")
+    params = SGLANG.params.CacheInitParams(
+        disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=allocator, page_size=1,
+        enable_kv_cache_events=True,
+    )  # fmt: skip
+    events = KvEvents(params)
+    arrived: set[str] = set()
+    req = SimpleNamespace(full_untruncated_fill_ids=array("q", [1, 2, 3]), extra_key=None, cache_salt=None)
+    row = torch.arange(10, 20)
+    events.stored(req, None, SimpleNamespace(length=3, handle=5), 0, row)
+    events.removed(row[:3])
+    events.cleared()
+    first, second, third = events._steps
+    events._steps.clear()
+    events._steps.append(first._replace(is_there=lambda: "first" in arrived))
+    events._steps.append(second._replace(is_there=lambda: "second" in arrived))
+    events._steps.append(third)
+    assert events.take() == []
+    arrived.add("second")
+    assert events.take() == []
+    arrived.add("first")
+    stored, removed, cleared = events.take()
+    assert stored.block_hashes == removed.block_hashes
+    assert stored.token_ids == [1, 2, 3]
+    assert type(cleared).__name__ == "AllBlocksCleared"
+    assert events.take() == []
+
+
+def test_without_events_nothing_is_kept() -> None:
+    pair = Pair(SGLANG, Plan(seed=7), python_cache).run()
+    assert pair.ours.cache.take_events() == []
+    assert not pair.ours.cache.kv_events._steps
+    assert not pair.ours.cache.kv_events._ends
