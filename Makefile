@@ -8,12 +8,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TRACE ?= $(wildcard ../shared/traces/conversation_trace.jsonl)
 ARGS ?=
 
-.PHONY: help setup replay test lint bench reference clean
+.PHONY: help setup replay test lint bench bench-sglang reference clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo 'make lint     ruff and mypy'
 	@echo 'make bench    ours against SGLang, on the CPU (ARGS="--quick")'
+	@echo 'make bench-sglang  the same inside SGLang, as its scheduler calls both'
 	@echo 'make reference  every reference row of the conversation trace (ARGS=FOLDER)'
 	@echo 'make clean    removes what make made'
 
@@ -51,6 +52,9 @@ lint: $(VENV)/setup-test
 
 bench: $(VENV)/setup-test
 	$(BIN)/python bench/cpu.py $(ARGS)
+
+bench-sglang: $(VENV)/setup-test
+	$(BIN)/python bench/sglang.py $(ARGS)
 
 reference: setup
 	$(BIN)/python bench/reference.py $(ARGS)
