@@ -13,6 +13,7 @@ from tests.sglang_engine import Plan, load_or_skip
 from tests.sglang_home import Home
 
 SGLANG = load_or_skip()
+SGLANG_IMAGE = 916876685625995598  # a number of 62 bits, as SGLang makes them of an image's hash
 
 
 @pytest.fixture
@@ -164,6 +165,45 @@ def test_a_checkpoint_without_a_lock_starts_at_the_root(home: Home) -> None:
     home.cache.checkpoint(req, up_to=30)
     assert home.sizes() == (0, 30)
     assert home.match(range(30), extra_key="adapter").device_prefix_len == 30
+
+
+@pytest.mark.parametrize("is_eagle", [False, True])
+def test_a_checkpoint_of_less_than_is_locked(is_eagle: bool, device: str) -> None:
+    """As when an output was thrown away: the lock moves up, and what is below may go."""
+    home = Home(Plan(is_eagle=is_eagle), device)
+    req = home.request(range(60))
+    home.cache.checkpoint(req, up_to=50)
+    home.cache.checkpoint(req, up_to=25)
+    assert home.sizes() == (25, 25 - is_eagle)
+    assert req.kv.cache_protected_len == 25 - is_eagle
+    home.cache.checkpoint(req, up_to=25)  # just as much as is locked, which for bigrams is a token less
+    assert home.sizes() == (25, 25 - is_eagle)
+    home.cache.tree.check()
+
+
+def test_what_stands_for_an_image_is_not_cached(home_of_each: Home) -> None:
+    """Nor what follows; the request keeps its slots for it, whatever its chunks."""
+    home = home_of_each
+    image = SGLANG_IMAGE
+    prompt = [*range(10), image, image, *range(20, 30)]
+    req = home.request(prompt, [7, 8])
+    free = home.allocator.available_size()
+    for up_to in (11, 12, 20, 24):
+        home.cache.checkpoint(req, up_to=up_to)
+        assert req.kv.cache_protected_len == 10
+        assert home.sizes() == (0, 10)
+    assert home.allocator.available_size() == free
+    home.cache.unlock(req.lock)
+    again = home.match(prompt)
+    assert again.device_prefix_len == 10
+    home.cache.tree.check()
+
+
+def test_the_greatest_priority(home: Home) -> None:
+    """That of the prompt is one more, as far as 64 bits go."""
+    req = home.request(range(20), range(50, 60), priority=2**63 - 1)
+    home.cache.checkpoint(req, up_to=30)
+    assert home.sizes() == (0, 30)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])

@@ -45,10 +45,23 @@ def test_a_match_takes_what_a_tree_takes(kind: Any, device: str) -> None:
     assert index.match(kind([1, 2, 3, 4]), None, None).length == 0
 
 
-def test_a_bad_token_is_refused() -> None:
-    index = index_for("cpu")
-    with pytest.raises(ValueError, match="match: query 0: the token at position 0 is outside"):
-        index.match(array("q", [-1, 1]), None, None)
+@pytest.mark.parametrize("kind", [lambda tokens: array("q", tokens), list, torch.tensor])
+@pytest.mark.parametrize("foreign", [-1, 2**31, 2**62 - 1])
+def test_a_token_of_no_vocabulary_ends_what_is_cached(kind: Any, foreign: int, device: str) -> None:
+    index = index_for(device)
+    result = index.insert(kind([1, 2, foreign, 3]), torch.arange(4))
+    assert (result.length, index.tree.total_tokens) == (2, 2)
+    index.insert(kind([5, foreign]), torch.arange(10, 12), start=result)
+    assert index.match(kind([1, 2, 5, foreign, 3]), None, None).length == 3
+    assert index.match(kind([1, 2, 5, foreign, 3]), 2, None).length == 2
+    assert index.match(kind([foreign, 1, 2]), None, None).length == 0
+    index.tree.raise_pending()
+    index.tree.check()
+
+
+def test_other_mistakes_are_told() -> None:
+    with pytest.raises(ValueError, match="it has 2 tokens, but 1 slots"):
+        index_for("cpu").insert(array("q", [1, 2]), torch.arange(1))
 
 
 def test_a_limit_copies_nothing() -> None:

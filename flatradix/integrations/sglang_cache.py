@@ -64,7 +64,7 @@ class FlatRadixCache(BasePrefixCache):
             self.init_metrics_collector()
 
     def reset(self) -> None:
-        """Forget everything, locked nodes too."""
+        """Forget everything, locked nodes too: no lock from before may be given back. SGLang calls it when idle."""
         with self._index.aside():
             self.tree.reset()
         self.kv_events.cleared()
@@ -112,7 +112,10 @@ class FlatRadixCache(BasePrefixCache):
     # Changes
 
     def insert(self, params: InsertParams) -> InsertResult:
-        """Cache a key with its slots (`value`, one a token or unit). Slots for what was there stay the caller's."""
+        """Cache a key with its slots (`value`, one a token or unit). Slots for what was there stay the caller's.
+
+        No KV events come of it: SGLang's scheduler caches by `checkpoint` alone.
+        """
         tokens, slots = up_to(params.key.token_ids, params.key.limit), params.value
         if len(slots) < len(tokens):  # SGLang gives one a unit: none for the last token of bigrams, or of a part page
             slots = torch.cat((slots, slots.new_zeros(len(tokens) - len(slots))))
@@ -129,7 +132,8 @@ class FlatRadixCache(BasePrefixCache):
         """Cache the first `up_to` tokens of a request, give it the tree's slots for them, and move its lock there.
 
         O(tokens behind the request's lock + nodes above it); if another request has cached some of these tokens
-        meanwhile, their slots are read as well, O(up_to). The last, incomplete page stays the request's.
+        meanwhile, their slots are read as well, O(up_to). The last, incomplete page stays the request's; so does what
+        comes from the first token on that is none of a vocabulary, as in the place of an image.
         """
         kv, row = req.kv, self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         start = self._held(req, up_to)

@@ -86,6 +86,8 @@ class KvEvents(KVCacheEventRecorder):
         known, chain = self._known(start)
         if first > known:
             chain = self._extend(req, known, chain, first)[-1]
+            if start is not None and start.length == first:
+                self._ends[start.handle] = (first, chain)
         if last > first:
             block = self._block(req, first, last, chain)
             chains = block.hashes(size)

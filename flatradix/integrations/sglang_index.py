@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from flatradix import backend, meta
 from flatradix.kernels.scalar import ROW_MASK
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places
 from flatradix.tree import RadixTree
+
+LARGEST = 2**31 - 1
 
 
 class HostIndex:
@@ -35,7 +38,7 @@ class HostIndex:
         request costs half of what it does through the tree's own method, which takes all kinds of sequences.
         """
         if type(tokens) is not array or tokens.typecode != "q":
-            place = self.tree.match(up_to(tokens, limit), namespace)
+            place = self.tree.match(before_foreign(up_to(tokens, limit)), namespace)
         else:
             tree = self.tree
             address, count = tokens.buffer_info()
@@ -44,7 +47,7 @@ class HostIndex:
             code = 0 if namespace is None else tree._namespaces.find(namespace)
             length, handle = tree._kernels.match_one(tree._table, address, True, count, code, True, False)
             if length < 0:
-                tree._refuse("match", length)
+                return self.match(before_foreign(up_to(tokens, limit)), None, namespace)
             place = MatchResult.single(length, handle)
         if self._ends[place.handle & ROW_MASK] != place.length:
             self.tree.lock(place)
@@ -52,7 +55,14 @@ class HostIndex:
         return place
 
     def insert(self, tokens: Any, slots: torch.Tensor, **options: Any) -> InsertResult:
-        return self.tree.insert(tokens, slots, **options)
+        """`RadixTree.insert`, of the tokens before the first that is none of a vocabulary."""
+        try:
+            return self.tree.insert(tokens, slots, **options)
+        except ValueError:
+            known = before_foreign(tokens)
+            if len(known) == len(tokens):
+                raise
+            return self.tree.insert(known, slots[: len(known)], **options)
 
     def slots(self, place: Places) -> torch.Tensor:
         """int64 [length of the place] on the slot device."""
@@ -114,13 +124,14 @@ class DeviceIndex(HostIndex):
 
     def match(self, tokens: Any, limit: int | None, namespace: str | bytes | None) -> MatchResult:
         with self.aside():
-            place = self.tree.match(up_to(tokens, limit), namespace, lock=True)
+            place = self.tree.match(before_foreign(up_to(tokens, limit)), namespace, lock=True)
             self.tree.unlock(place)
             return place
 
     def insert(self, tokens: Any, slots: torch.Tensor, **options: Any) -> InsertResult:
+        known = before_foreign(tokens)  # now: the device would tell of the others too late
         with self.aside(after_current=True):
-            result = super().insert(tokens, slots, **options)
+            result = super().insert(known, slots[: len(known)], **options)
             _ = result.length  # done: the row that the slots were read from may change
             return result
 
@@ -147,6 +158,17 @@ def up_to(tokens: Any, limit: int | None) -> Any:
     if limit is None or limit >= len(tokens):
         return tokens
     return memoryview(tokens)[:limit] if isinstance(tokens, array) else tokens[:limit]
+
+
+def before_foreign(tokens: Any) -> Any:
+    """The tokens before the first that is outside [0, 2**31 - 1], not copied.
+
+    SGLang puts numbers of 62 bits in the place of images, and takes whatever ids a client sends. None of them is cached
+    here, nor what comes behind it.
+    """
+    values = np.asarray(tokens)
+    foreign = np.flatnonzero((values < 0) | (values > LARGEST))
+    return up_to(tokens, int(foreign[0])) if len(foreign) else tokens
 
 
 def make_index(params: Any, device: str | None = None) -> HostIndex:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from sglang.srt.mem_cache.allocator.page_interleave import page_interleave_shard_size
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.runtime_context import get_disagg, get_memory, get_serving
@@ -34,6 +35,9 @@ def _refuse_models(context: Any) -> None:
         _refuse("DeepSeek-V4 with its sidecar pages (NPU)", "take another model")
     if page_interleave_shard_size(params.token_to_kv_pool_allocator) > 1:
         _refuse("a KV pool that is sharded by pages", "switch the sharding of the KV cache off")
+    pool = torch.device(params.token_to_kv_pool_allocator.device).type
+    if pool not in ("cpu", "cuda"):
+        _refuse(f"a KV pool on {pool}", "run on an NVIDIA or AMD GPU, or a CPU")
 
 
 def _refuse_options(context: Any) -> None:
@@ -52,7 +56,7 @@ def _refuse_options(context: Any) -> None:
             _refuse(option, "remove that option")
     if disaggregation.disaggregation_decode_retraction_backup == "host_pool":
         _refuse(
-            "retraction into a host pool (the default of a decode server)",
+            "retraction into a host pool",
             "set --disaggregation-decode-retraction-backup cpu_tensor",
         )
 
