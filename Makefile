@@ -42,8 +42,8 @@ replay: setup
 
 # The second run is of the GPU's tests, in Triton's interpreter; 5 is what pytest returns where ARGS leaves none of them.
 test: $(VENV)/setup-test lint
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=interpreted $(BIN)/python -m pytest -m gpu $(ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -n auto $(ARGS)
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=interpreted $(BIN)/python -m pytest -n auto -m gpu $(ARGS) || test $$? -eq 5
 
 lint: $(VENV)/setup-test
 	$(BIN)/ruff check .
