@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
     print("| work | flatradix | SGLang | ratio | target | met |\n|---|---|---|---|---|---|")
+    for name in options.only or ():
+        if not any(row.name.startswith(name) for row in ROWS):
+            raise SystemExit(f"no row is called {name!r}: {', '.join(row.name for row in ROWS)}")
     chosen = [row for row in ROWS if options.only is None or row.name.startswith(tuple(options.only))]
     met = []
     for row in chosen:

@@ -70,6 +70,8 @@ MOST_PROGRAMS = PARTIALS // 2
  Q_END, Q_OPEN, Q_GROUP, Q_LEAF, Q_OFFSET) = range(19)  # fmt: skip
 QUERY_COLUMNS = 19
 
+MAX_TOKEN = 2**31 - 1
+
 HINTS = 8  # rows above each row that `Workspace.above` knows, 32 bytes
 
 # Places in `Workspace.mail`. Each word carries the number of its call (or of its refusal) in the upper half, so that

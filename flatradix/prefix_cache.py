@@ -12,6 +12,7 @@ import torch
 from flatradix import backend
 from flatradix.device_input import upload_numbers
 from flatradix.held_places import DevicePlaces, HostPlaces, some_of
+from flatradix.layout import MAX_UNITS
 from flatradix.policy import Policy
 from flatradix.request import ENDED, REFUSED, RUNNING, Request
 from flatradix.request_input import check_running, computed_ends, read_counts, read_prompts, read_tokens
@@ -19,8 +20,7 @@ from flatradix.results import InsertResult, Places
 from flatradix.slot_allocator import SlotAllocator
 from flatradix.tree import RadixTree
 
-_MOST_SLOTS = 2**31 - 1
-# Up to so many slots a request, one operation with an index for all requests is faster than one for each of them.
+# Up to so many slots a request, one operation with an index for all of them; beyond, one for each: a guess, not tuned.
 _FEW_SLOTS = 64
 _MOST_UNSETTLED = 64
 
@@ -94,8 +94,8 @@ class PrefixCache:
         for name, value in (("page_size", page_size), ("max_requests", max_requests), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if not page_size <= num_slots <= _MOST_SLOTS:
-            raise ValueError(f"num_slots must be from one page ({page_size}) to {_MOST_SLOTS}, not {num_slots}")
+        if not page_size <= num_slots <= MAX_UNITS:
+            raise ValueError(f"num_slots must be from one page ({page_size}) to {MAX_UNITS}, not {num_slots}")
         self.page_size = page_size
         self.max_length = max_length
         kv = torch.empty(0, device=kv_device).device  # with its number

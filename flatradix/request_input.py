@@ -10,19 +10,18 @@ import numpy as np
 from flatradix import namespaces as names_of
 from flatradix.arguments import per_query
 from flatradix.buffers import is_single, read_one
+from flatradix.meta import MAX_TOKEN
 from flatradix.request import RUNNING, Request
 
 if TYPE_CHECKING:
     from flatradix.prefix_cache import PrefixCache
 
-_LARGEST = 2**31 - 1
-
 
 def _token_ids(sequence: Any, query: int) -> np.ndarray:
     """A copy, int64."""
     values = np.array(read_one(sequence, "tokens", query)[3], np.int64)
-    if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= _LARGEST:
-        bad = np.flatnonzero((values < 0) | (values > _LARGEST))
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= MAX_TOKEN:
+        bad = np.flatnonzero((values < 0) | (values > MAX_TOKEN))
         raise ValueError(f"tokens of query {query}: {values[bad[0]]} at position {bad[0]} is outside [0, 2**31 - 1]")
     return values
 

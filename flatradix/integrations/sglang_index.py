@@ -19,8 +19,6 @@ from flatradix.kernels.scalar import ROW_MASK
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places
 from flatradix.tree import RadixTree
 
-LARGEST = 2**31 - 1
-
 
 class HostIndex:
     """An index on the CPU. Places are what the tree returns; a lock or a split keeps them good."""
@@ -167,7 +165,7 @@ def before_foreign(tokens: Any) -> Any:
     here, nor what comes behind it.
     """
     values = np.asarray(tokens)
-    foreign = np.flatnonzero((values < 0) | (values > LARGEST))
+    foreign = np.flatnonzero((values < 0) | (values > meta.MAX_TOKEN))
     return up_to(tokens, int(foreign[0])) if len(foreign) else tokens
 
 

@@ -1,8 +1,9 @@
 """Climbing from rows to the root, with a count to change on each row of the way.
 
-A climb that asks row after row for its parent waits 0.2 us for each: 13 us for 64 rows. So each row has hints, the
-eight rows above it as they were when somebody last looked. A climb asks for the parents of eight rows at once; where
-they are not what the hints say, as edges were cut or rows given out anew, it looks row after row and corrects them.
+A climb that asks row after row for its parent waits for each: over 64 rows, 8 us more (H100, bench/RESULTS.md). So each
+row has hints, the eight rows above it as they were when somebody last looked. A climb asks for the parents of eight
+rows at once; where they are not what the hints say, as edges were cut or rows given out anew, it looks row after row
+and corrects them.
 """
 
 from __future__ import annotations

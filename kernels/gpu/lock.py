@@ -244,7 +244,7 @@ _finish_unlocks = Kernel(finish_unlock_kernel, ["i32", "i64"], warps=1)
 
 
 def _programs(batch: int) -> tuple[int, bool]:
-    """(how many programs climb, whether one does it all: a second launch costs 2 us, two climbs in a row about 2)."""
+    """(how many programs climb, whether one does it all: up to two climbs in a row instead of a second launch)."""
     alone = batch <= 2 * PATHS.value
     return 1 if alone else -(-batch // LANES.value) * (LANES.value // PATHS.value), alone
 
