@@ -32,7 +32,7 @@ class DeviceCalls(RadixTree):
     def _is_capturing(self) -> bool:
         if self.device.type != "cuda":
             return False
-        if torch.cuda.current_device() == self.device.index:
+        if torch._C._cuda_getDevice() == self.device.index:
             return torch.cuda.is_current_stream_capturing()
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()

@@ -105,8 +105,8 @@ class DeviceIndex(HostIndex):
             yield
 
     def _handed_over(self, values: torch.Tensor) -> torch.Tensor:
-        """For use on the current stream."""
-        if self._stream is not None:
+        """For use on the current stream; those on the CPU were waited for."""
+        if self._stream is not None and values.is_cuda:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)
             values.record_stream(current)

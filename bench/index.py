@@ -1,0 +1,116 @@
+"""Where the SGLang backend's index is faster, on the CPU or on the GPU, when the KV slots are on the GPU.
+
+Single calls as a scheduler makes them, wall clock from Python: until the answer is in Python, or until the slots are
+on their way on the device. Needs no SGLang. Prints a Markdown table.
+
+  python3 bench/index.py                        half a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from bench.gpu_harness import Setup, number, start_afresh, wall_seconds  # noqa: E402
+from bench.workloads import random_key  # noqa: E402
+from flatradix.integrations.sglang_index import HostIndex, make_index  # noqa: E402
+
+PAGE = 64
+CHUNK = 4096
+CONTEXTS = (1024, 8192, 32768, 131072)
+CHECKPOINTS = 64
+
+Timed = tuple[str, Callable[[], Any]]
+
+
+class Desk:
+    """An index with one request's context cached in chunks, and the row that its slots are read from."""
+
+    def __init__(self, where: str, context: int, gpu: torch.device) -> None:
+        tokens = context + 2 * CHECKPOINTS * CHUNK
+        params = SimpleNamespace(
+            token_to_kv_pool_allocator=SimpleNamespace(size=tokens, device=gpu),
+            page_size=PAGE,
+            eviction_policy="lru",
+            eviction_policy_config=None,
+            is_eagle=False,
+        )
+        self.index: HostIndex = make_index(params, where)
+        self.key = random_key(context)
+        self.row = torch.arange(tokens, dtype=torch.int32, device=gpu)
+        self.end = None
+        for at in range(0, context, CHUNK):
+            part = self.key[at : at + CHUNK]
+            self.end = self.index.insert(part, self.row[at : at + len(part)], start=self.end)
+        assert self.index.match(self.key, None, None).length == context
+
+    def look_up(self) -> int:
+        return self.index.match(self.key, None, None).length
+
+    def lock_and_unlock(self) -> None:
+        self.index.lock(self.end)
+        self.index.unlock(self.end)
+
+    def slots(self) -> torch.Tensor:
+        return self.index.slots(self.end)
+
+    def checkpoints(self) -> list[Callable[[], int]]:
+        """Each stores a chunk of its own behind the context."""
+        self.index.lock(self.end)
+        tails = [random_key(CHUNK, seed=2 + number) for number in range(CHECKPOINTS)]
+        first = len(self.key)
+        slots = [self.row[first + n * CHUNK : first + (n + 1) * CHUNK] for n in range(CHECKPOINTS)]
+        return [partial(self._store, *pair) for pair in zip(tails, slots, strict=True)]
+
+    def _store(self, tail: array[int], slots: torch.Tensor) -> int:
+        return self.index.insert(tail, slots, start=self.end).length
+
+    def evict(self) -> int:
+        freed = self.index.evict(1)
+        assert freed.num_tokens == CHUNK
+        return freed.num_tokens
+
+
+def measure(where: str, context: int, gpu: torch.device) -> Iterator[tuple[str, float]]:
+    """(work, seconds) in the order of the table."""
+    desk = Desk(where, context, gpu)
+    setup = Setup(quick=False, tiny=False, page=PAGE, device=gpu, speed=1.0)
+    settled = torch.cuda.synchronize
+    yield "look-up", wall_seconds(setup, [desk.look_up], settled)
+    yield "lock and unlock", wall_seconds(setup, [desk.lock_and_unlock], settled)
+    yield "slots", wall_seconds(setup, [desk.slots], settled)
+    first, *others = desk.checkpoints()
+    first()  # compiles what it needs
+    yield f"checkpoint of {CHUNK}", wall_seconds(setup, others, settled, once=True)
+    yield f"evict {CHUNK}", wall_seconds(setup, [desk.evict] * (CHECKPOINTS // 8), settled, once=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here: there are no two places to compare")
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    print(f"{torch.cuda.get_device_name(gpu)}, torch {torch.__version__}, pages of {PAGE}\n")
+    print("| context | work | index on the CPU, us | on the GPU, us | faster |\n|---|---|---|---|---|")
+    for context in CONTEXTS:
+        start_afresh(Setup(quick=False, tiny=False, page=PAGE, device=gpu, speed=1.0))
+        for (work, host), (_, device) in zip(measure("cpu", context, gpu), measure("cuda", context, gpu), strict=True):
+            ratio = device / host
+            faster = f"CPU, {ratio:.1f} x" if ratio > 1 else f"GPU, {1 / ratio:.1f} x"
+            print(f"| {context} | {work} | {number(host * 1e6)} | {number(device * 1e6)} | {faster} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
