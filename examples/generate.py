@@ -108,7 +108,7 @@ def engines_for(chosen: argparse.Namespace, model: torch.nn.Module) -> tuple[Eng
     with_reuse, without = Engine(model, *sizes), Engine(model, *sizes, reuse=False)
     longest = random_tokens(1, length - chosen.new, model.config.vocab_size, chosen.seed)
     show_progress("warming up")
-    flatradix.warm_up(chosen.index, chosen.page_size)
+    flatradix.warm_up(chosen.index, chosen.page_size, slot_device=chosen.device)
     for engine in (with_reuse, without):  # the first calls compile kernels, and allocate
         engine.generate(longest, min(chosen.new, 2))
         engine.cache.reset()

@@ -90,27 +90,34 @@ class HostTree(RadixTree):
 
     def slots(self, places: Any) -> Ragged:
         if isinstance(places, Places) and places._handles is None:
-            return self._slots_one(places._handle, places._length)
-        lengths, handles = (tensor.contiguous().numpy() for tensor in places_of(places))
-        nodes = self._kernels.count_path_nodes(self._table, handles, lengths)
+            values = self._path_slots(places)
+            return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
+        ranges, offsets = self._paths(*places_of(places))
+        values = self._slots.gather(ranges)
+        return Ragged.trusted(values, upload_numbers(offsets, values.device))
+
+    def _paths(self, lengths: torch.Tensor, handles: torch.Tensor) -> tuple[Ranges, np.ndarray]:
+        """The ranges of the paths to places, and where among them those of each begin: int64 [B + 1]."""
+        ends, rows = lengths.contiguous().numpy(), handles.contiguous().numpy()
+        nodes = self._kernels.count_path_nodes(self._table, rows, ends)
         if nodes < 0:
             self._refuse("slots", nodes)
         starts, counts = self._room_for_ranges(nodes)
-        self._kernels.path_ranges(self._table, handles, lengths, starts, counts)
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        values = self._slots.gather(Ranges(starts, counts, int(offsets[-1])))
-        return Ragged.trusted(values, upload_numbers(offsets, values.device))
+        self._kernels.path_ranges(self._table, rows, ends, starts, counts)
+        offsets = np.zeros(len(ends) + 1, np.int64)
+        np.cumsum(ends, out=offsets[1:])
+        return Ranges(starts, counts, int(offsets[-1])), offsets
 
-    def _slots_one(self, handle: int, length: int) -> Ragged:
+    def _path_slots(self, place: Places) -> torch.Tensor:
+        """The slots of a single place, int64 [length]."""
+        handle, length = place._handle, place._length
         nodes = self._kernels.path_ranges_one(self._table, handle, length, self._ranges[0], self._ranges[1])
         if nodes < 0:
             self._refuse("slots", nodes)
         if nodes > self._ranges.shape[1]:
             self._room_for_ranges(nodes)
-            return self._slots_one(handle, length)
-        values = self._slots.gather(Ranges(self._ranges[0, :nodes], self._ranges[1, :nodes], length))
-        return Ragged.trusted(values, upload_numbers(np.array([0, length]), values.device))
+            return self._path_slots(place)
+        return self._slots.gather(Ranges(self._ranges[0, :nodes], self._ranges[1, :nodes], length))
 
     def _room_for_ranges(self, nodes: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and lengths of that many ranges, int32, to be filled; the arrays are used again by the next call."""
@@ -336,18 +343,15 @@ class HostTree(RadixTree):
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
         lengths, handles = (tensor.contiguous() for tensor in places_of(places))
         numbers = check_table(table, rows, len(handles), self._slots.device, self.slot_dtype).cpu().numpy()
-        here = isinstance(self._slots, HostSlots)
-        pool = self._slots.arguments[:2] if here else (0, False)
+        pool = self._slots.arguments[:2]
         reason = self._kernels.write_slots(
             self._table, handles.numpy(), lengths.numpy(), numbers, *pool,
             table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape,
         )  # fmt: skip
         if reason < 0:
             self._refuse("write_slots", reason)
-        if not here:
-            parts = self.slots(places).values.split(lengths.tolist())
-            for row, part in zip(numbers.tolist(), parts, strict=True):
-                table[row, : len(part)] = part
+        if isinstance(self._slots, DeviceSlots):
+            self._slots.write_rows(*self._paths(lengths, handles), table, numbers)
 
     def raise_pending(self) -> None:
         return

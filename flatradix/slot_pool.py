@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
+from flatradix import backend
 from flatradix.buffers import Batch, Buffer, is_single, read_batch, read_one
 from flatradix.device_input import upload_numbers
 from flatradix.layout import committed
@@ -69,18 +70,29 @@ class HostSlots:
         return torch.from_numpy(out)
 
 
+Table = tuple[torch.Tensor, torch.Tensor]  # int64 [3, N], of what a kernel is told of N ranges: pinned, and uploaded
+
+
 class DeviceBatch(NamedTuple):
-    """Slots of a batch, one after another on the slot device; host counts and offsets. In the place of a `Batch`."""
+    """Slots of a batch, one after another on the slot device; host counts and offsets. In the place of a `Batch`.
+
+    table: for the ranges that will be written, one a query; None where torch writes them.
+    """
 
     addresses: np.ndarray
     counts: np.ndarray
     wide: bool
     values: torch.Tensor
     offsets: np.ndarray
+    table: Table | None
 
 
 class DeviceSlots:
-    """Slots on a device of their own, int32 or int64 [units], worked on by torch once the index has changed."""
+    """Slots on a device of their own, int32 or int64 [units], worked on once the index has changed.
+
+    On a GPU a kernel copies all ranges of a call at once. Torch, which does it elsewhere and where Triton is missing,
+    takes a dozen launches.
+    """
 
     arguments = (0, False, 0)
 
@@ -88,6 +100,10 @@ class DeviceSlots:
         self.values = torch.zeros(units, dtype=dtype, device=device)
         self.device = self.values.device  # with its index: torch.device("cuda") is not torch.device("cuda:0")
         self._limit = _limit(dtype)
+        self._kernels: Any = None
+        if backend.interpreted() or (self.device.type == "cuda" and not backend.why_not_cuda()):
+            self._kernels = backend.kernels_for(torch.device("cuda"))
+            self._bound = self._kernels.bind_no_tree(self.device)
 
     def _batch(self, values: torch.Tensor, counts: np.ndarray, check: bool) -> DeviceBatch:
         """With `check`, raise ValueError if a slot is out of range, which synchronises with the slot device."""
@@ -99,7 +115,8 @@ class DeviceSlots:
                 bad = int(((values < 0) | (values > self._limit)).nonzero()[0])
                 query = int(np.searchsorted(offsets, bad, side="right")) - 1
                 refuse_slot(int(values[bad]), query, bad - int(offsets[query]), self.values.dtype)
-        return DeviceBatch(np.zeros(len(counts), np.int64), counts, True, values, offsets)
+        table = None if self._kernels is None or len(counts) == 1 else self._table(len(counts))
+        return DeviceBatch(np.zeros(len(counts), np.int64), counts, True, values.contiguous(), offsets, table)
 
     def _is_here(self, slots: Any) -> bool:
         """Whether these slots are on the slot device already, and must not visit the host."""
@@ -108,18 +125,21 @@ class DeviceSlots:
         return slots.device == self.device and slots.dtype in (torch.int32, torch.int64) and slots.dim() == 1
 
     def read_one(self, slots: Any, check: bool = True) -> Buffer:
-        """One query's slots."""
-        source = self.read([slots], check)
+        """One query's slots; waits for the slot device with `check`."""
+        if self._is_here(slots):
+            source = self._batch(slots, np.array([len(slots)]), check)
+        else:
+            source = self.read([slots], check)
         return 0, len(source.values), True, source
 
     def read(self, slots: Any, check: bool = True) -> DeviceBatch:
         """The slots of a batch. Waits for the slot device with `check`, and where they come as a Ragged there."""
         if isinstance(slots, Ragged) and self._is_here(slots.values):
             slots.validate()
-            return self._batch(slots.values.to(torch.int64), np.diff(slots.offsets.cpu().numpy()), check)
+            return self._batch(slots.values, np.diff(slots.offsets.cpu().numpy()), check)
         if isinstance(slots, list | tuple) and slots and all(self._is_here(part) for part in slots):
             counts = np.array([len(part) for part in slots], dtype=np.int64)
-            return self._batch(torch.cat(tuple(slots)).to(torch.int64), counts, check)
+            return self._batch(torch.cat(tuple(slots)), counts, check)
         ragged = (
             slots
             if isinstance(slots, Ragged)
@@ -131,9 +151,16 @@ class DeviceSlots:
         self.values[place : place + count].copy_(source[3].values[skip : skip + count])
 
     def write(self, places: np.ndarray, source: DeviceBatch, skips: np.ndarray, counts: np.ndarray) -> None:
-        # Range by range: nothing is allocated that could fail, now that the index has changed.
-        for place, offset, count in zip(places.tolist(), (source.offsets[:-1] + skips).tolist(), counts, strict=True):
-            self.values[place : place + count].copy_(source.values[offset : offset + count])
+        # Nothing is allocated that could fail, now that the index has changed.
+        starts = source.offsets[:-1] + skips
+        if source.table is None:
+            for place, start, count in zip(places.tolist(), starts.tolist(), counts.tolist(), strict=True):
+                self.values[place : place + count].copy_(source.values[start : start + count])
+            return
+        new = counts > 0
+        before = np.cumsum(counts[new], dtype=np.int64) - counts[new]
+        ranges = Ranges(starts[new], counts[new], int(np.sum(counts, dtype=np.int64)))
+        self._copy(source.values, ranges, self.values, places[new] - before, source.table)
 
     def _indices(self, starts: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """int64: every unit of the ranges, in order."""
@@ -143,10 +170,52 @@ class DeviceSlots:
         shift = torch.repeat_interleave(first, counts, output_size=total)
         return torch.arange(total, device=self.device) + shift
 
+    def _table(self, ranges: int) -> Table:
+        pinned = torch.empty((3, ranges), dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
+        return pinned, torch.empty((3, ranges), dtype=torch.int64, device=self.device)
+
+    def _copy(
+        self, source: torch.Tensor, ranges: Ranges, target: torch.Tensor, shifts: np.ndarray | int, table: Table
+    ) -> None:
+        """Ranges of `source`, one after another into the memory of `target`, each `shifts` [N] further on than that."""
+        count = len(ranges.starts)
+        if count == 0:
+            return
+        pinned, uploaded = (part.view(-1)[: 3 * count].view(3, count) for part in table)
+        ends, starts, places = pinned.numpy()
+        np.cumsum(ranges.lengths, out=ends)
+        np.subtract(ranges.starts, ends - ranges.lengths, out=starts)
+        places[:] = shifts
+        uploaded.copy_(pinned, non_blocking=True)
+        self._kernels.copy_ranges(
+            self._bound, uploaded.data_ptr(), count, ranges.total, source.data_ptr(), source.dtype == torch.int64,
+            target.data_ptr(), target.dtype == torch.int64,
+        )  # fmt: skip
+
     def gather(self, ranges: Ranges) -> torch.Tensor:
-        return self.values[self._indices(ranges.starts, ranges.lengths)].to(torch.int64)
+        """The slots of the ranges one after another, int64 [total]."""
+        if len(ranges.starts) == 1:
+            start = int(ranges.starts[0])
+            return self.values[start : start + ranges.total].to(torch.int64, copy=True)
+        if self._kernels is None:
+            return self.values[self._indices(ranges.starts, ranges.lengths)].to(torch.int64)
+        out = torch.empty(ranges.total, dtype=torch.int64, device=self.device)
+        self._copy(self.values, ranges, out, 0, self._table(len(ranges.starts)))
+        return out
+
+    def write_rows(self, ranges: Ranges, offsets: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> None:
+        """Write slots into rows of a table: those of query i, `offsets[i]` to `offsets[i + 1]`, from the left on."""
+        if self._kernels is None:
+            parts = self.gather(ranges).split(np.diff(offsets).tolist())
+            for row, part in zip(rows.tolist(), parts, strict=True):
+                table[row, : len(part)] = part
+        else:
+            begins = np.cumsum(ranges.lengths, dtype=np.int64) - ranges.lengths
+            query = np.searchsorted(offsets, begins, side="right") - 1
+            shifts = rows[query] * table.stride(0) - offsets[query]
+            self._copy(self.values, ranges, table, shifts, self._table(len(begins)))
 
     def move(self, sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> None:
         """Ahead of a compaction, all ranges in ascending order; they end up without gaps."""
-        moved = self.values[self._indices(sources, lengths)]
+        moved = self.gather(Ranges(sources, lengths, int(np.sum(lengths, dtype=np.int64))))
         self.values[: len(moved)] = moved

@@ -12,7 +12,12 @@ from flatradix.ragged import Ragged
 from flatradix.tree import RadixTree
 
 
-def warm_up(device: str | torch.device = "auto", page_size: int = 1, bigram: bool = False) -> None:
+def warm_up(
+    device: str | torch.device = "auto",
+    page_size: int = 1,
+    bigram: bool = False,
+    slot_device: str | torch.device | None = None,
+) -> None:
     """Run every operation once on a small tree, so that no later call of this process compiles anything.
 
     The first time on a machine it takes 20 s on one core; numba keeps the machine code on disk, and later processes
@@ -22,6 +27,8 @@ def warm_up(device: str | torch.device = "auto", page_size: int = 1, bigram: boo
     On a GPU, kernels are compiled for each page size, for bigrams, and for what calls bring (the types of tokens and
     slots, names and priorities for each query): this compiles the common ones for `page_size` and `bigram`, and each
     other one takes a second or two at its first call. Triton keeps them on disk too.
+
+    slot_device: as of RadixTree: beside a tree on the CPU, slots on a GPU have a kernel of their own.
 
     Raises as RadixTree does for a device that cannot be used.
     """
@@ -44,8 +51,17 @@ def warm_up(device: str | torch.device = "auto", page_size: int = 1, bigram: boo
     tree._compact()
     tree.digest()
     tree._rebuild()
-    RadixTree(16, page_size=2, device=device, slot_device="cpu")._compact()
     tree.reset()
+    _use_slots_apart(RadixTree(16, page_size=2, device=device, slot_device=slot_device or "cpu"))
+
+
+def _use_slots_apart(tree: RadixTree) -> None:
+    places = tree.insert([[1, 2], [3, 4]], [[0, 1], [2, 3]])
+    table = torch.zeros((2, 2), dtype=torch.int32, device=tree.slot_device)
+    for _ in range(3):  # the first launch compiles, the second finds the direct way
+        tree.slots(places)
+        tree.write_slots(places, table, [0, 1])
+    tree._compact()
 
 
 def _warm_up_device(device: str | torch.device, page_size: int, bigram: bool) -> None:

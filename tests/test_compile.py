@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,7 @@ from triton.compiler import ASTSource
 from flatradix.device_tree import DeviceTree
 from flatradix.kernels.gpu.launch import Kernel
 from flatradix.mailbox import Mailbox
+from flatradix.slot_pool import DeviceSlots, Ranges
 
 SM_80, SM_90, SM_100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)
@@ -142,12 +144,22 @@ def use_everything(tree: DeviceTree, few: bool) -> None:
     tree.write_slots(places, table.long(), numbers)
 
 
+def use_slots_apart(dtype: torch.dtype) -> None:
+    """Beside a tree on the CPU."""
+    slots = DeviceSlots(100, dtype, torch.device("cpu"))
+    ranges = Ranges(np.array([3, 50], np.int32), np.array([4, 5], np.int32), 9)
+    slots.gather(ranges)
+    slots.write_rows(ranges, np.array([0, 4, 9]), torch.zeros((2, 5), dtype=dtype), np.arange(2))
+
+
 @pytest.fixture(scope="module")
 def recorder() -> Iterator[Recorder]:
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         use_everything(recorder.tree(1), few=False)
         use_everything(recorder.tree(2, bigram=True, policy="lfu", slot_dtype=torch.int64), few=True)
+        for dtype in (torch.int32, torch.int64):
+            use_slots_apart(dtype)
     return recorder
 
 
@@ -155,7 +167,8 @@ def compile_variant(recorder: Recorder, variant: Variant, target: GPUTarget) -> 
     function = variant.kernel.function
     names = function.arg_names
     types = [*variant.kernel.types(variant.wide), *["constexpr"] * len(variant.constants)]
-    signature = dict(zip(names, [recorder.state, recorder.workspace, *types], strict=True))
+    tree = [recorder.state, recorder.workspace] if names[0] == "s" else []
+    signature = dict(zip(names, [*tree, *types], strict=True))
     first = len(names) - len(variant.constants)
     constants = {(first + i,): value for i, value in enumerate(variant.constants)}
     options: dict[str, Any] = {"num_warps": variant.warps}

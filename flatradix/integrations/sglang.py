@@ -55,7 +55,7 @@ def create(context: Any) -> BasePrefixCache:
     refuse_unserved(context)
     cache = FlatRadixCache(context.params)
     # Now, and not in the first requests.
-    warm_up(cache.tree.device, context.params.page_size, context.params.is_eagle)
+    warm_up(cache.tree.device, context.params.page_size, context.params.is_eagle, cache.tree.slot_device)
     return cache
 
 

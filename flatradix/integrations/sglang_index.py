@@ -64,7 +64,8 @@ class HostIndex:
 
     def slots(self, place: Places) -> torch.Tensor:
         """int64 [length of the place] on the slot device."""
-        return self.tree.slots(place).values
+        slots: torch.Tensor = self.tree._path_slots(place)  # without the offsets, which are an upload of their own
+        return slots
 
     def evict(self, num_tokens: int) -> EvictResult:
         return self.tree.evict(num_tokens)
@@ -135,7 +136,7 @@ class DeviceIndex(HostIndex):
 
     def slots(self, place: Places) -> torch.Tensor:
         with self.aside():
-            values = super().slots(place)
+            values = self.tree.slots(place).values
         return self._handed_over(values)
 
     def evict(self, num_tokens: int) -> EvictResult:

@@ -6,16 +6,19 @@ from flatradix.kernels.gpu.evict import UNORDERED, effective_keys, order_victims
 from flatradix.kernels.gpu.finish import tell
 from flatradix.kernels.gpu.free import free
 from flatradix.kernels.gpu.insert import insert
-from flatradix.kernels.gpu.launch import bind
+from flatradix.kernels.gpu.launch import bind, bind_no_tree
 from flatradix.kernels.gpu.lock import lock, unlock
 from flatradix.kernels.gpu.match import match, match_one
+from flatradix.kernels.gpu.ranges import copy_ranges
 from flatradix.kernels.gpu.reset import reset
 from flatradix.kernels.gpu.slots import gather_slots, write_slots
 
 __all__ = [
     "UNORDERED",
     "bind",
+    "bind_no_tree",
     "compact",
+    "copy_ranges",
     "digest",
     "effective_keys",
     "free",

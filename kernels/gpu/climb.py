@@ -94,23 +94,17 @@ def add_locks(s, w, row, weight):
     """Add `weight` to the counts of each path's row and all above; returns the tokens that changed sides, scalar.
 
     row, weight: int32 [PATHS, LEVELS], the same on all levels; row 0 for no path. A count's old value takes about 1 us
-    to arrive, and is looked at when three more groups of rows are on their way.
+    to arrive, and is looked at when another group of rows is on its way.
     """
     low = tl.minimum(weight, 0)  # of an unlock: what the old count of a row is that becomes evictable, negated
     zero = tl.zeros_like(row)
     moved = zero
-    a, b, c, d = zero, zero, zero, zero
-    old_a, old_b, old_c, old_d = zero, zero, zero, zero
+    a, b, old_a, old_b = zero, zero, zero, zero
     rows, after = _hints(w, row)
     while tl.max(row) > 0:
         moved += _moved(s, a, old_a, low)
         row, rows, after, a, old_a = _add(s, w, row, rows, after, weight)
         moved += _moved(s, b, old_b, low)
         row, rows, after, b, old_b = _add(s, w, row, rows, after, weight)
-        moved += _moved(s, c, old_c, low)
-        row, rows, after, c, old_c = _add(s, w, row, rows, after, weight)
-        moved += _moved(s, d, old_d, low)
-        row, rows, after, d, old_d = _add(s, w, row, rows, after, weight)
     moved += _moved(s, a, old_a, low) + _moved(s, b, old_b, low)
-    moved += _moved(s, c, old_c, low) + _moved(s, d, old_d, low)
     return tl.sum(moved.to(tl.int64))

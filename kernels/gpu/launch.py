@@ -80,7 +80,7 @@ def _has_parameters(function: int, count: int) -> bool:
 
 def _direct_launch(compiled: Any, bound: Bound, changing: int, warps: int, cooperative: bool) -> DirectLaunch | None:
     """The direct way to start a kernel, or None where something is not as we know it."""
-    fixed: list[Any] = [*bound.state_addresses, *bound.workspace_addresses]
+    fixed = [address for part in bound.addresses for address in part]
     try:
         plain = compiled.metadata.num_ctas == 1 and not compiled.metadata.global_scratch_size
         if torch.version.hip is not None or not plain or not isinstance(compiled.function, int):
@@ -93,29 +93,34 @@ def _direct_launch(compiled: Any, bound: Bound, changing: int, warps: int, coope
 
 
 class Bound(NamedTuple):
-    """A tree's tensors as kernels take them: addresses for launches, tensors for the compiler and the interpreter."""
+    """The first parameters of kernels: tensors for the compiler and the interpreter, addresses for launches."""
 
     device: int  # CUDA index, -1 interpreted
     rows: int  # row capacity
     state: TreeState
     workspace: Workspace
-    state_addresses: TreeState
-    workspace_addresses: Workspace
-    direct: dict[Any, DirectLaunch]  # launches with this tree's addresses filled in
+    tensors: tuple[Any, ...]  # the two of them
+    addresses: tuple[Any, ...]
+    direct: dict[Any, DirectLaunch]  # launches with these addresses filled in
+
+
+def _index(device: torch.device) -> int:
+    return int(device.index) if device.type == "cuda" else -1
 
 
 def bind(state: TreeState, workspace: Workspace) -> Bound:
     """The tensors must outlive what is returned; a tensor that is replaced needs a new one."""
-    device = state.meta.device
-    return Bound(
-        device.index if device.type == "cuda" else -1,
-        len(state.parent),
-        state,
-        workspace,
+    addresses = (
         TreeState._make(tensor.data_ptr() for tensor in state),
         Workspace._make(tensor.data_ptr() for tensor in workspace),
-        {},
     )
+    return Bound(_index(state.meta.device), len(state.parent), state, workspace, (state, workspace), addresses, {})
+
+
+def bind_no_tree(device: torch.device) -> Bound:
+    """For the kernels that have none among their parameters."""
+    nothing: Any = None
+    return Bound(_index(device), 0, nothing, nothing, (), (), {})
 
 
 class Pointer:
@@ -144,7 +149,7 @@ def current_stream(device: int) -> int:
 
 
 class Kernel:
-    """A Triton function `(state, workspace, *arguments, *constants)` and its compiled forms.
+    """A Triton function `(state, workspace, *arguments, *constants)` and its compiled forms; some know of no tree.
 
     kinds: what each argument is: "*i32" or "*i64" (an address), "*w" (int64 where the call's `wide` says so, in order,
         else int32), "i32" or "i64" (a number; the function must not specialise on it).
@@ -208,7 +213,7 @@ class Kernel:
         with torch.cuda.device(bound.device):
             run(
                 programs, 1, 1, current_stream(bound.device), function, metadata, None, None, None,
-                bound.state_addresses, bound.workspace_addresses, *arguments, *constants,
+                *bound.addresses, *arguments, *constants,
             )  # fmt: skip
             direct = _direct_launch(compiled, bound, len(arguments), warps or self.warps, self.cooperative)
         if direct is not None:
@@ -239,10 +244,10 @@ class Kernel:
             options["maxnreg"] = registers
         if INTERPRETED:
             options.pop("maxnreg", None)
-            self.function[(programs,)](bound.state, bound.workspace, *typed, *constants, **options)
+            self.function[(programs,)](*bound.tensors, *typed, *constants, **options)
             return None
         with torch.cuda.device(bound.device):
-            return self.function[(programs,)](bound.state, bound.workspace, *typed, *constants, **options)
+            return self.function[(programs,)](*bound.tensors, *typed, *constants, **options)
 
 
 def _launcher(compiled: Any) -> tuple[Callable[..., Any], Any, Any] | None:

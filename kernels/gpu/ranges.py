@@ -1,0 +1,42 @@
+"""Copying ranges of slots on a GPU whose tree is on the CPU, in one launch however many there are."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix.kernels.gpu.launch import Bound, Kernel
+
+BLOCK = tl.constexpr(1024)
+
+
+@triton.jit(do_not_specialize=["ranges", "source", "target", "count", "total"])
+def copy_ranges_kernel(ranges, source, target, count: tl.int32, total: tl.int64):
+    """ranges: int64 [3, count], where each ends among the `total` values, and what leads from there to both places."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + count - 1
+    while tl.max(high - low) > 0:  # the first range that ends beyond j
+        middle = (low + high) // 2
+        beyond = tl.load(ranges + middle) > j
+        high = tl.where(beyond, middle, high)
+        low = tl.where(beyond, low, tl.minimum(middle + 1, high))
+    inside = j < total
+    value = tl.load(source + j + tl.load(ranges + count + low), mask=inside)
+    place = j + tl.load(ranges + 2 * count + low)
+    tl.store(target + place, value.to(target.dtype.element_ty), mask=inside)
+
+
+_copy_ranges = Kernel(copy_ranges_kernel, ["*i64", "*w", "*w", "i32", "i64"])
+
+
+def copy_ranges(
+    bound: Bound, ranges: int, count: int, total: int, source: int, source_wide: bool, target: int, target_wide: bool
+) -> None:
+    """Copy `count` ranges, none of them behind a total of 0, from `source` to `target`; arguments are addresses.
+
+    ranges: int64 [3, count] on the device: the sum of the lengths up to and with each range; its place in `source`, and
+        that in `target`, both less the sum of the lengths before it.
+    """
+    arguments = (ranges, source, target, count, total)
+    _copy_ranges(bound, -(-total // BLOCK.value), arguments, wide=(source_wide, target_wide))

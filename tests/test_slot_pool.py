@@ -1,0 +1,106 @@
+"""Slots on a device of their own: what torch copies, and what a kernel copies in one launch, against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flatradix import backend
+from flatradix.slot_pool import DeviceSlots, Ranges
+
+UNITS = 5000
+
+
+def pool_on(device: str, dtype: torch.dtype) -> tuple[DeviceSlots, np.ndarray]:
+    """Slots that are all different, and the same in host memory."""
+    where = torch.device("cpu") if device == "cpu" or backend.interpreted() else torch.device(device)
+    slots = DeviceSlots(UNITS, dtype, where)
+    if device == "cpu":
+        slots._kernels = None  # what a machine without Triton has
+    assert (slots._kernels is None) == (device == "cpu")
+    values = np.random.default_rng(1).permutation(UNITS)
+    slots.values.copy_(torch.from_numpy(values))
+    return slots, values
+
+
+def some_ranges(lengths: list[int]) -> Ranges:
+    """Ranges of these lengths, anywhere in the pool."""
+    numbers = np.random.default_rng(len(lengths))
+    counts = np.array(lengths, np.int32)
+    starts = np.array([numbers.integers(0, UNITS - length + 1) for length in lengths], np.int32)
+    return Ranges(starts, counts, int(counts.sum()))
+
+
+def expected(values: np.ndarray, ranges: Ranges) -> list[np.ndarray]:
+    return [values[start : start + length] for start, length in zip(ranges.starts, ranges.lengths, strict=True)]
+
+
+LENGTHS = st.lists(st.one_of(st.integers(1, 5), st.sampled_from([1023, 1024, 1025, 2500])), max_size=9)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@given(lengths=LENGTHS)
+def test_gather(lengths: list[int], dtype: torch.dtype, device: str) -> None:
+    slots, values = pool_on(device, dtype)
+    ranges = some_ranges(lengths)
+    found = slots.gather(ranges)
+    assert (found.dtype, found.device) == (torch.int64, slots.device)
+    assert found.tolist() == [slot for part in expected(values, ranges) for slot in part]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@given(paths=st.lists(LENGTHS, min_size=1, max_size=4))
+def test_write_rows(paths: list[list[int]], dtype: torch.dtype, device: str) -> None:
+    """The last row of the table belongs to nobody; neither does what is behind a path."""
+    slots, values = pool_on(device, dtype)
+    ranges = some_ranges([length for path in paths for length in path])
+    sums = [sum(path) for path in paths]
+    offsets = np.concatenate([[0], np.cumsum(sums, dtype=np.int64)])
+    width = max(sums) + 1
+    whole = torch.full((len(paths) + 1, width + 3), -7, dtype=dtype, device=slots.device)
+    rows = np.random.default_rng(2).permutation(len(paths))
+    slots.write_rows(ranges, offsets, whole[:, 2 : 2 + width], rows)
+    joined = np.concatenate([np.empty(0, np.int64), *expected(values, ranges)])
+    wanted = np.full(tuple(whole.shape), -7)
+    for query, row in enumerate(rows):
+        wanted[row, 2 : 2 + sums[query]] = joined[offsets[query] : offsets[query + 1]]
+    assert whole.tolist() == wanted.tolist()
+
+
+@given(gaps=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 300)), max_size=8))
+def test_move(gaps: list[tuple[int, int]], device: str) -> None:
+    slots, values = pool_on(device, torch.int32)
+    lengths = np.array([length for _, length in gaps], np.int32)
+    before = np.cumsum(lengths, dtype=np.int32) - lengths
+    starts = np.cumsum([gap for gap, _ in gaps], dtype=np.int32) + before
+    slots.move(starts, before, lengths)
+    wanted = [slot for part in expected(values, Ranges(starts, lengths, 0)) for slot in part]
+    assert slots.values[: len(wanted)].tolist() == wanted
+
+
+def test_the_slots_of_one_query_on_the_device_are_not_copied(gpu: str) -> None:
+    slots, _ = pool_on(gpu, torch.int32)
+    mine = torch.arange(5, device=gpu, dtype=torch.int32)
+    assert slots.read_one(mine)[3].values is mine
+    with pytest.raises(ValueError, match="-1 at position 2 is negative"):
+        slots.read_one(torch.tensor([3, 4, -1], device=gpu))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@given(batch=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 300)), min_size=1, max_size=6))
+def test_write(batch: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
+    """Of each query the first slots are left out, as the tree knew their tokens, and the others may be none."""
+    slots, values = pool_on(device, dtype)
+    numbers = np.random.default_rng(3)
+    parts = [torch.from_numpy(numbers.integers(0, 1 << 20, skip + count)) for skip, count in batch]
+    parts = [part.to(slots.device) for part in parts]
+    source = slots.read(parts)
+    skips, counts = (np.array(column) for column in zip(*batch, strict=True))
+    places = np.cumsum(counts + 7) - counts
+    slots.write(places, source, skips, counts)
+    for place, skip, part in zip(places, skips, parts, strict=True):
+        values[place : place + len(part) - skip] = part[skip:].cpu()
+    assert slots.values.tolist() == values.tolist()
