@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-import numpy as np
 import torch
 
 from flatradix import backend
-from flatradix.ragged import Ragged
+from flatradix.device_warm_up import warm_up_device
 from flatradix.tree import RadixTree
 
 
@@ -33,7 +30,7 @@ def warm_up(
     Raises as RadixTree does for a device that cannot be used.
     """
     if backend.resolve(device).type == "cuda":
-        _warm_up_device(device, page_size, bigram)
+        warm_up_device(device, page_size, bigram)
         return
     tree = RadixTree(16, page_size=2, device=device)
     one = tree.insert([1, 2, 3, 4], [0, 1, 2, 3])
@@ -62,41 +59,3 @@ def _use_slots_apart(tree: RadixTree) -> None:
         tree.slots(places)
         tree.write_slots(places, table, [0, 1])
     tree._compact()
-
-
-def _warm_up_device(device: str | torch.device, page_size: int, bigram: bool) -> None:
-    """Single keys of host memory, and batches of int32 and int64 tokens on the device."""
-    tokens = page_size + bigram
-    tree = RadixTree(64 * page_size, page_size, device=device, bigram=bigram)
-    one = np.arange(tokens)
-    for _ in range(2):  # the first launch compiles, the second finds the direct way
-        for touch in (True, False):
-            found = tree.match(one, touch=touch)
-        inserted = tree.insert(one, one, start=found)
-        tree.insert(one, one)
-        tree.lock(inserted)
-        tree.unlock(inserted)
-        tree.unlock(tree.match(one, lock=True))
-        for kind in (torch.int32, torch.int64):
-            _use_batches(tree, kind, tokens)
-        tree.evict(1)
-        tree._compact()
-        tree.digest()
-
-
-def _use_batches(tree: RadixTree, kind: torch.dtype, tokens: int) -> None:
-    batch = Ragged(
-        torch.zeros(2 * tokens, dtype=kind, device=tree.device), torch.arange(3, device=tree.device) * tokens
-    )
-    inserted = tree.insert(batch, batch)
-    tree.lock(inserted)
-    tree.slots(tree.match(batch, touch=False))
-    found = tree.match(batch)
-    table = torch.zeros((2, tokens), dtype=torch.int32, device=tree.device)
-    tree.write_slots(found, table, torch.arange(2, device=tree.device))
-    tree.unlock(inserted)
-    tree.unlock(tree.match(batch, lock=True))
-    many = SimpleNamespace(handles=inserted.handles.repeat(9), lengths=inserted.lengths.repeat(9))
-    tree.lock(many)  # larger batches take two launches
-    tree.unlock(many)
-    tree.raise_pending()
