@@ -50,20 +50,29 @@ def _compile(small_tree: Callable[[], RadixTree], tokens: int) -> None:
 
 
 def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
-    """Each for an empty tree of its own, and most at its root, so that none waits for what another compiles."""
+    """Each for an empty tree of its own, and most at its root, so that none waits for what another compiles.
+
+    What PrefixCache calls is among them: keys of int64 with slots of int32, behind a start and not.
+    """
     one = np.arange(tokens)
     yield partial(_fill_and_empty, key=one)
     yield lambda tree: tree.insert(one, one, start=_root(tree, 1))
-    yield from (partial(_insert, kind=kind, tokens=tokens) for kind in _KINDS)
-    for how in ({}, {"touch": False}, {"lock": True}):
+    for started in (False, True):
+        yield partial(_insert_one, key=one, started=started)
+        yield partial(_insert_keys, key=one, started=started, names=[None, None])
+        yield partial(_insert_keys, key=one, started=started, names=["a", "b"])
+    yield from (partial(_insert_batch, kind=kind, tokens=tokens) for kind in _KINDS)
+    for how in ({}, {"touch": False}, {"lock": True}, {"touch": False, "lock": True}):
         yield partial(_match, how=how, key=one)
         yield from (partial(_match_batch, how=how, kind=kind, tokens=tokens) for kind in _KINDS)
+    yield partial(_match, how={"touch": False, "lock": True, "namespace": [None, "a"]}, key=[one, one])
     for count in (1, _BEYOND_ONE_LAUNCH):
         yield partial(_lock, count=count)
         yield partial(_unlock, count=count)
     yield lambda tree: tree.evict(1)
     yield lambda tree: tree.slots(_root(tree, 1))
     yield _write_slots
+    yield lambda tree: tree.reset()
 
 
 def _root(tree: RadixTree, count: int) -> SimpleNamespace:
@@ -84,12 +93,25 @@ def _fill_and_empty(tree: RadixTree, key: np.ndarray) -> None:
     tree.evict(1)
 
 
-def _insert(tree: RadixTree, kind: torch.dtype, tokens: int) -> None:
+def _slots(tree: RadixTree, key: np.ndarray) -> torch.Tensor:
+    return torch.arange(len(key), dtype=torch.int32, device=tree.device)
+
+
+def _insert_one(tree: RadixTree, key: np.ndarray, started: bool) -> None:
+    tree.insert(key, _slots(tree, key), start=_root(tree, 1) if started else None)
+
+
+def _insert_keys(tree: RadixTree, key: np.ndarray, started: bool, names: list[str | None]) -> None:
+    slots = _slots(tree, key)
+    tree.insert([key, key], [slots, slots], names, start=_root(tree, 2) if started else None)
+
+
+def _insert_batch(tree: RadixTree, kind: torch.dtype, tokens: int) -> None:
     batch = _batch(tree, kind, tokens)
     tree.insert(batch, batch)
 
 
-def _match(tree: RadixTree, how: dict[str, Any], key: np.ndarray) -> None:
+def _match(tree: RadixTree, how: dict[str, Any], key: Any) -> None:
     tree.match(key, **how)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flatradix
-from flatradix import CapacityError, RadixTree, meta
+from flatradix import CapacityError, PrefixCache, RadixTree, device_warm_up, meta
 from tests.devices import interpreted, settled
 from tests.pairs import Pair, numbered, ragged, shared_prefixes, use
 
@@ -215,20 +215,31 @@ def drive(tree: RadixTree, rng: random.Random, rounds: int) -> list[list[int]]:
     return [result.lengths.tolist() for result in results]
 
 
+class Launches:
+    """The kernels that were launched, with the constants and widths for which each is compiled."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from flatradix.kernels.gpu.launch import Kernel
+
+        launch = Kernel.__call__
+        self.seen: set[Any] = set()
+        seen = self.seen
+
+        def note(
+            kernel: Any, bound: Any, programs: int, arguments: Any, constants: Any = (), wide: Any = (), *rest: Any
+        ):
+            seen.add((kernel, constants, wide))
+            launch(kernel, bound, programs, arguments, constants, wide, *rest)
+
+        patch.setattr(Kernel, "__call__", note)
+
+
 def test_warm_up(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of a batch, nothing is left to compile."""
-    from flatradix.kernels.gpu.launch import Kernel
-
     flatradix.warm_up(cuda, page_size=2, bigram=True)
-    launch, launched = Kernel.__call__, set()
-
-    def note(kernel: Any, bound: Any, programs: int, arguments: Any, constants: Any = (), wide: Any = (), *rest: Any):
-        launched.add((kernel, constants, wide))
-        launch(kernel, bound, programs, arguments, constants, wide, *rest)
-
-    monkeypatch.setattr(Kernel, "__call__", note)
+    launches = Launches(monkeypatch)
     flatradix.warm_up(cuda)
-    warm = set(launched)
+    warm = set(launches.seen)
     tree = RadixTree(512, device=cuda)
     for count in (1, 8, 9, 33):
         keys = ragged([[key, 1, key] for key in range(count)], tree)
@@ -237,4 +248,27 @@ def test_warm_up(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
         tree.unlock(places)
         tree.unlock(tree.match(keys, lock=True))
         tree.raise_pending()
-    assert launched == warm
+    assert launches.seen == warm
+
+
+def test_what_is_compiled_side_by_side_is_all(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the rest of the warm-up and a PrefixCache launch, nothing is left."""
+    launches = Launches(monkeypatch)
+    for operation in device_warm_up._operations(tokens=2):
+        tree = RadixTree(128, page_size=2, device=cuda)
+        operation(tree)
+        tree.raise_pending()
+    compiled = set(launches.seen)
+    device_warm_up._use_everything(RadixTree(128, page_size=2, device=cuda), tokens=2)
+    cache = PrefixCache(64, page_size=2, max_requests=4, max_length=16, kv_device=tree.device, device=cuda)
+    prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 7, 8, 9]]
+    for names in (None, ["a", "b", "a"]):
+        for batch in (prompts[:1], prompts):
+            requests = cache.begin(batch, names[: len(batch)] if names else None)
+            assert all(request.state == "running" for request in requests)
+            cache.commit(requests, 2)
+            cache.extend(requests, 1)
+            cache.finish(requests)
+    cache.check()
+    cache.reset()
+    assert launches.seen == compiled
