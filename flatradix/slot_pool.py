@@ -70,7 +70,7 @@ class HostSlots:
         return torch.from_numpy(out)
 
 
-Table = tuple[torch.Tensor, torch.Tensor]  # int64 [3, N], of what a kernel is told of N ranges: pinned, and uploaded
+Table = tuple[torch.Tensor, ...]  # int64 [3, N], of what a kernel is told of N ranges: pinned, and uploaded
 
 
 class DeviceBatch(NamedTuple):
@@ -181,7 +181,9 @@ class DeviceSlots:
         count = len(ranges.starts)
         if count == 0:
             return
-        pinned, uploaded = (part.view(-1)[: 3 * count].view(3, count) for part in table)
+        if count < table[0].shape[1]:  # a table for more; a view costs a microsecond or two
+            table = tuple(part.view(-1)[: 3 * count].view(3, count) for part in table)
+        pinned, uploaded = table
         ends, starts, places = pinned.numpy()
         np.cumsum(ranges.lengths, out=ends)
         np.subtract(ranges.starts, ends - ranges.lengths, out=starts)
