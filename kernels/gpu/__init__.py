@@ -2,7 +2,9 @@
 
 from flatradix.kernels.gpu.compact import compact, rebuild
 from flatradix.kernels.gpu.digest import digest
-from flatradix.kernels.gpu.evict import UNORDERED, effective_keys, order_victims, select
+from flatradix.kernels.gpu.evict import select
+from flatradix.kernels.gpu.evict_keys import effective_keys
+from flatradix.kernels.gpu.evict_order import UNORDERED, order_victims
 from flatradix.kernels.gpu.finish import tell
 from flatradix.kernels.gpu.free import free
 from flatradix.kernels.gpu.insert import insert

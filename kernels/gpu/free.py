@@ -7,7 +7,7 @@ import triton.language as tl
 
 from flatradix import meta
 from flatradix.kernels.gpu.children import bury
-from flatradix.kernels.gpu.evict import FAN, HIGHEST
+from flatradix.kernels.gpu.evict_keys import HIGHEST
 from flatradix.kernels.gpu.finish import is_last, publish
 from flatradix.kernels.gpu.launch import Bound, Kernel, multi_processors
 from flatradix.kernels.gpu.rows import FREE
@@ -19,6 +19,8 @@ FREED = tl.constexpr(32)
 MOST_TOGETHER = 16
 GROUPS = 128
 LEAST_UNITS = 512
+# The branching of the search for the victim that a slot belongs to.
+FAN = tl.constexpr(256)
 
 
 @triton.jit

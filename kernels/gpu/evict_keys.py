@@ -1,0 +1,88 @@
+"""What decides the order of eviction: which rows can go, and the key of each, lowest first.
+
+The effective key of a node is the greatest key in its subtree, so that nothing goes before what is below it; under lru
+that is the tick as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.rows import FREE
+
+# Above every key; ticks grow by two with each query.
+HIGHEST = tl.constexpr((1 << 62) - 1)
+# Rows that a program handles at once: 8 a thread of 16 warps.
+BLOCK = tl.constexpr(4096)
+CLIMBERS = tl.constexpr(256)
+
+
+@triton.jit
+def keys_of(s, w, BY_TICK: tl.constexpr):
+    if BY_TICK:
+        return s.tick
+    else:
+        return w.key
+
+
+@triton.jit
+def is_evictable(s, row, there):
+    parent = tl.load(s.parent + row, mask=there, other=FREE)
+    locks = tl.load(s.lock_ref + row, mask=there, other=1)
+    return (parent != FREE) & (locks == 0) & (row > 0)
+
+
+@triton.jit
+def evictable_block(s, w, base, capacity, BY_TICK: tl.constexpr):
+    """(rows, their keys, which can be evicted) of the block at `base`.
+
+    Rows that were never in use are read too, as free ones: a mask would make sixteen loads of four.
+    """
+    row = base + tl.arange(0, BLOCK)
+    keys = keys_of(s, w, BY_TICK) + row
+    if base + BLOCK <= capacity:
+        parent = tl.load(s.parent + row)
+        locks = tl.load(s.lock_ref + row)
+        key = tl.load(keys)
+    else:
+        parent = tl.load(s.parent + row, mask=row < capacity, other=FREE)
+        locks = tl.load(s.lock_ref + row, mask=row < capacity, other=1)
+        key = tl.load(keys, mask=row < capacity, other=0)
+    return row, key, (parent != FREE) & (locks == 0) & (row > 0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def climb_kernel(s, w, rows: tl.int32):
+    """Raise the keys of all above each row to its own. Whoever raised a key further goes on from there."""
+    row = tl.program_id(0) * CLIMBERS + tl.arange(0, CLIMBERS)
+    climbs = is_evictable(s, row, row < rows)
+    key = tl.load(w.key + row, mask=climbs, other=0)
+    above = tl.load(s.parent + row, mask=climbs, other=-1)
+    climbs = climbs & (above >= 0)
+    while tl.max(climbs.to(tl.int32)) > 0:
+        locks = tl.load(s.lock_ref + above, mask=climbs, other=1)
+        known = tl.load(w.key + above, mask=climbs, other=0)
+        parent = tl.load(s.parent + above, mask=climbs, other=-1)
+        climbs = climbs & (locks == 0) & (known < key)
+        before = tl.atomic_max(w.key + above, key, mask=climbs, sem="relaxed")
+        climbs = climbs & (before < key) & (parent >= 0)
+        above = tl.where(climbs, parent, 0)
+
+
+_climb = Kernel(climb_kernel, ["i32"])
+
+
+def effective_keys(bound: Bound, scores: torch.Tensor) -> None:
+    """Fill `workspace.key`: by rank in the order (score, tick), the highest of each subtree.
+
+    scores: int64, one a row, those of free rows arbitrary. 0.9 ms for a million rows on an H200, nearly all of it for
+    two sorts. Nodes that are equal in both lie on one path, where their order decides nothing.
+    """
+    rows = scores.shape[0]
+    order = torch.argsort(bound.state.tick[:rows], stable=True)
+    order = order[torch.argsort(scores[order], stable=True)]
+    bound.workspace.key[:rows].scatter_(0, order, torch.arange(rows, device=scores.device))
+    _climb(bound, -(-rows // CLIMBERS.value), (rows,))

@@ -1,0 +1,125 @@
+"""Putting the victims of an eviction in order, and telling the host how many there are."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels.gpu.evict_bins import BEFORE, LOW32, bin_of, value_of
+from flatradix.kernels.gpu.evict_keys import HIGHEST, keys_of
+from flatradix.kernels.gpu.launch import Bound
+
+# In the number of victims in the mail: they are the right ones, but `order_victims` has to put them in order.
+UNORDERED = 1 << 30
+LEFT_UNORDERED = tl.constexpr(UNORDERED)
+
+# Nodes that a program ranks at once, and nodes of their bins that it compares them with at once; the other way round
+# where bins are crowded, since a step takes 1 us however many are compared.
+RANKED = tl.constexpr(128)
+OTHERS = tl.constexpr(16)
+FEW_RANKED = tl.constexpr(8)
+MANY_OTHERS = tl.constexpr(256)
+
+# A place in `Workspace.number`: the tokens evicted since the hint was left.
+SPENT = tl.constexpr(meta.HINT + 2)
+
+
+@triton.jit
+def _those_before(s, keys, order, row, key, end, first, size, AT_ONCE: tl.constexpr):
+    """(how many nodes of each lane's bin go before it, their tokens); the bin is `order[first:first + size]`."""
+    nodes = tl.zeros_like(row)
+    tokens = tl.zeros_like(first)
+    done = tl.zeros([], tl.int64)
+    most = tl.max(size)
+    while done < most:
+        j = done + tl.arange(0, AT_ONCE)[None, :]
+        inside = j < size[:, None]
+        other = tl.load(order + first[:, None] + j, mask=inside, other=0)
+        other_key = tl.load(keys + other, mask=inside, other=HIGHEST)
+        other_end = tl.load(s.end + other, mask=inside, other=0)
+        length = tl.load(s.length + other, mask=inside, other=0).to(tl.int64)
+        deeper = (other_end > end[:, None]) | ((other_end == end[:, None]) & (other < row[:, None]))
+        earlier = inside & ((other_key < key[:, None]) | ((other_key == key[:, None]) & deeper))
+        nodes += tl.sum(earlier.to(tl.int32), axis=1)
+        tokens += tl.sum(tl.where(earlier, length, 0), axis=1)
+        done += AT_ONCE
+    return nodes, tokens
+
+
+@triton.jit
+def tell_victims(w, call, tokens, victims, active):
+    tag = (call & meta.CALL_MASK) << 32
+    tl.store(w.mail + meta.MAIL_TOKENS + tl.zeros_like(tokens), tag | tokens, mask=active)
+    tl.store(w.mail + meta.MAIL_VICTIMS + tl.zeros_like(tokens), tag | victims, mask=active)
+    tl.store(w.number + SPENT + tl.zeros_like(tokens), tokens, mask=active & (tokens > 0))
+
+
+@triton.jit
+def rank_list(s, w, capacity, programs, found, wanted, call, BY_TICK: tl.constexpr):
+    """Find the place of each of the `found` nodes of the list; the last victim tells the host how many there are."""
+    keys = keys_of(s, w, BY_TICK)
+    order = w.victims + capacity
+    start = tl.program_id(0) * FEW_RANKED
+    while start < found:
+        place = start + tl.arange(0, FEW_RANKED)
+        there = place < found
+        row = tl.load(order + place, mask=there, other=0)
+        key = tl.load(keys + row, mask=there, other=0)
+        end = tl.load(s.end + row, mask=there, other=0)
+        length = tl.load(s.length + row, mask=there, other=0).to(tl.int64)
+        size = tl.where(there, found, 0)
+        rank, tokens = _those_before(s, keys, order, row, key, end, tl.zeros_like(key), size, MANY_OTHERS)
+        victim = there & (tokens < wanted)
+        tl.store(w.victims + rank, row, mask=victim)
+        tl.store(w.undo + rank, tokens, mask=victim)
+        tell_victims(w, call, tokens + length, rank + 1, victim & (tokens + length >= wanted))
+        start += programs * FEW_RANKED
+
+
+@triton.jit
+def rank_bins(
+    s, w, scratch, capacity, programs, found, wanted, call, low, shift, tie, cut, sort_from,
+    LANES: tl.constexpr, AT_ONCE: tl.constexpr, BY_TICK: tl.constexpr,
+):  # fmt: skip
+    """The same for the nodes of the bins up to the cut's, each compared with those of its bin.
+
+    The nodes of the bins before `sort_from` are victims too, and are left as they stand.
+    """
+    keys = keys_of(s, w, BY_TICK)
+    order = w.victims + capacity
+    start = tl.program_id(0).to(tl.int64) * LANES
+    while start < found:
+        place = start + tl.arange(0, LANES)
+        there = place < found
+        row = tl.load(order + place, mask=there, other=0)
+        key = tl.load(keys + row, mask=there, other=0)
+        end = tl.load(s.end + row, mask=there, other=0)
+        length = tl.load(s.length + row, mask=there, other=0).to(tl.int64)
+        bin = bin_of(value_of(s, row, key, tie, there), low, shift)
+        before = tl.load(scratch + BEFORE + bin, mask=there, other=0)
+        through = tl.load(scratch + BEFORE + 1 + bin, mask=there, other=0)
+        compared = there & (bin >= sort_from)
+        first = before >> 32
+        size = tl.where(compared, (through >> 32) - first, 0)
+        rank, tokens = _those_before(s, keys, order, row, key, end, first, size, AT_ONCE)
+        rank = tl.where(compared, first + rank, place)
+        tokens += before & LOW32
+        victim = there & ((bin < cut) | (tokens < wanted))
+        tl.store(w.victims + rank, row, mask=victim)
+        tl.store(w.undo + rank, tokens, mask=victim)
+        last = compared & victim & (tokens + length >= wanted)
+        tell_victims(w, call, tokens + length, rank + 1 + tl.where(sort_from > 0, LEFT_UNORDERED, 0), last)
+        start += programs * LANES
+
+
+def order_victims(bound: Bound, count: int, by_tick: bool) -> None:
+    """Put the `count` victims of `select` in the order of eviction, where it left them UNORDERED."""
+    state, workspace = bound.state, bound.workspace
+    rows = workspace.victims[0, :count].long()
+    rows = rows[torch.argsort(state.end[rows], descending=True, stable=True)]
+    rows = rows[torch.argsort((state.tick if by_tick else workspace.key)[rows], stable=True)]
+    lengths = state.length[rows].long()
+    workspace.victims[0, :count] = rows
+    workspace.undo[:count] = lengths.cumsum(0) - lengths
