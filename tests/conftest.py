@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from flatradix import prefix_cache
 from flatradix.backend import interpreted, why_not_cuda
 
 settings.register_profile(
@@ -65,3 +66,21 @@ def gpu(cuda: str) -> str:
     if interpreted():
         pytest.skip("needs a GPU: an interpreter has no streams, no graphs and no compiled kernels")
     return cuda
+
+
+# Where index and slots are: both beside one another on a device, or an index on the CPU with the slots elsewhere.
+WHERE = ["cpu", "apart", GPU, pytest.param("cuda apart", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=WHERE)
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Keyword arguments of a PrefixCache."""
+    name = request.param
+    if name == "apart":
+        monkeypatch.setattr(prefix_cache, "_slot_device", lambda index, kv: kv)
+    if name.startswith("cuda"):
+        usable("cuda")
+        if name == "cuda apart" and interpreted():
+            pytest.skip("an interpreter has no second device")
+    kv = "cuda" if name.startswith("cuda") and not interpreted() else "cpu"
+    return {"device": "cuda" if name == "cuda" else "cpu", "kv_device": kv}

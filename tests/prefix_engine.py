@@ -1,0 +1,62 @@
+"""An engine for the tests of PrefixCache, whose KV tells whether a slot holds what it should.
+
+The KV of a token is a fingerprint of its namespace and all tokens up to it, as that is what a real one depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flatradix import PrefixCache, Request
+
+
+def fingerprints(tokens: Sequence[int], namespace: Any) -> list[int]:
+    """The KV of each token."""
+    found, state = [], hash(("kv", namespace))
+    for token in tokens:
+        state = hash((state, int(token)))
+        found.append(state)
+    return found
+
+
+class Engine:
+    """An engine's KV memory, and which tokens of each request it has computed."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self.cache = cache
+        self.kv = np.zeros(cache.counts().slots, dtype=np.int64)
+        self.computed: dict[Request, int] = {}
+
+    def begin(self, prompts: list[list[int]], namespaces: Any = None, priority: Any = 0) -> list[Request]:
+        requests = self.cache.begin(prompts, namespaces, priority)
+        for request in requests:
+            if request.state == "running":
+                self.computed[request] = request.cached_length
+                self.compare(request)
+        return requests
+
+    def compute(self, request: Request, up_to: int) -> None:
+        """The KV of tokens that are known and have slots."""
+        begin = self.computed[request]
+        self.kv[request.slots.cpu().numpy()[begin:up_to]] = fingerprints(request.tokens, request.namespace)[begin:up_to]
+        self.computed[request] = max(begin, up_to)
+
+    def compare(self, request: Request) -> None:
+        """What a request would attend to is what it computed or would have computed."""
+        end = self.computed[request]
+        expected = fingerprints(request.tokens[:end], request.namespace)
+        assert self.kv[request.slots.cpu().numpy()[:end]].tolist() == expected
+
+    def run(self, prompt: list[int], namespace: Any = None) -> Request:
+        """A whole request."""
+        (request,) = self.begin([prompt], namespace)
+        self.compute(request, request.length)
+        self.cache.finish([request])
+        return request
+
+
+def engine(where: dict[str, str], slots: int = 64, **options: Any) -> Engine:
+    return Engine(PrefixCache(slots, **{"page_size": 4, "max_requests": 4, "max_length": 64} | options, **where))

@@ -1,0 +1,175 @@
+"""PrefixCache where there is no room, and mistakes: nothing is held for what is refused, and nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flatradix import PrefixCache
+from tests.prefix_engine import Engine, engine
+
+
+def test_what_does_not_fit_is_refused_and_holds_nothing(where: dict[str, str]) -> None:
+    this = engine(where, 32, max_requests=8)
+    first, large, small = this.begin([list(range(20)), list(range(100, 117)), list(range(200, 212))])
+    assert [request.state for request in (first, large, small)] == ["running", "refused", "running"]
+    assert large.missing == 8
+    assert large.refusal == "20 slots are needed and 12 can be had: 8 too few"
+    assert "was refused (20 slots are needed" in repr(large)
+    with pytest.raises(ValueError, match=r"a request that was refused \(20 slots"):
+        _ = large.slots
+    with pytest.raises(ValueError, match=r"finish: request 1 was refused \(20 slots are needed and 12 can be had"):
+        this.cache.finish([first, large])
+    this.cache.check()
+    this.cache.finish([first, small])
+    (large,) = this.begin([list(range(100, 117))])
+    assert (large.state, large.missing) == ("running", 0)
+    counts = this.cache.counts()
+    assert (counts.refused, counts.requests, counts.evicted_tokens) == (1, 3, 20)
+    this.cache.check()
+
+
+def test_a_refused_request_does_not_keep_its_prefix_locked(where: dict[str, str]) -> None:
+    this = engine(where, 16)
+    this.run(list(range(9)))
+    (refused,) = this.begin([[*range(9), *range(50, 70)]])
+    assert (refused.state, refused.missing) == ("refused", 24 - 8)
+    assert this.cache.counts().protected == 0
+    assert this.begin([list(range(30, 46))])[0].state == "running"
+    this.cache.check()
+
+
+def test_a_refused_prompt_keeps_nothing_young(where: dict[str, str]) -> None:
+    this = engine(where, 32)
+    for first in (0, 100):
+        this.run(list(range(first, first + 8)))
+    (refused,) = this.begin([[*range(8), *range(50, 90)]])
+    assert refused.state == "refused"
+    assert this.begin([list(range(200, 220))])[0].state == "running"
+    assert this.cache.tree.match([range(8), range(100, 108)], touch=False).lengths.tolist() == [0, 8]
+
+
+def test_more_requests_than_may_run(where: dict[str, str]) -> None:
+    this = engine(where, max_requests=2)
+    found = this.begin([[1], [2], [3]])
+    assert [request.state for request in found] == ["running", "running", "refused"]
+    assert found[2].refusal == "all 2 requests that max_requests allows are running"
+    this.cache.abort(found[:1])
+    assert this.begin([[3]])[0].state == "running"
+    this.cache.check()
+
+
+def test_decoding_without_room(where: dict[str, str]) -> None:
+    """Those that do not fit are returned; when one of them goes, the others go on."""
+    this = engine(where, 24, page_size=4)
+    requests = this.begin([[1] * 8, [2] * 8, [3] * 4])
+    short = this.cache.extend(requests)
+    assert short == requests[1:]
+    assert [request.missing for request in requests] == [0, 4, 4]
+    assert [request.length for request in requests] == [9, 8, 4]
+    this.cache.check()
+    this.cache.abort([requests[2]])
+    assert this.cache.extend([requests[1]]) == []
+    assert requests[1].missing == 0
+    this.cache.check()
+
+
+def test_what_is_cached_goes_before_a_request_is_refused(where: dict[str, str]) -> None:
+    this = engine(where, 32)
+    for first in (0, 50, 100):
+        this.run(list(range(first, first + 9)))
+    (request,) = this.begin([list(range(200, 220))])
+    assert request.state == "running"
+    assert this.cache.counts().evicted_tokens == 16  # 12 are too few, and nodes of 8 go as a whole
+    assert this.cache.extend([request], 12) == []
+    assert this.cache.counts().free == 0
+    this.cache.check()
+
+
+def test_whoever_is_alone_and_fits_starts(where: dict[str, str]) -> None:
+    """What is cached for one prompt of a batch must not stand in the way of another."""
+    this = engine(where, 16)
+    for first in (0, 100):
+        this.run(list(range(first, first + 8)))
+    a, b = this.begin([list(range(13)), list(range(100, 113))])
+    assert (a.state, a.cached_length, b.state, b.missing) == ("running", 8, "refused", 16)
+    this.cache.abort([a])
+    large, small = this.begin([list(range(30)), list(range(200, 216))])
+    assert (large.state, small.state) == ("refused", "running")
+    assert (large.missing, large.refusal) == (16, "24 slots are needed and 8 can be had: 16 too few")
+    this.cache.check()
+
+
+def test_an_eviction_that_fails_leaves_nothing_behind(where: dict[str, str]) -> None:
+    def broken(nodes: Any) -> torch.Tensor:
+        raise RuntimeError("no score today")
+
+    this = engine(where, 16, policy=broken)
+    this.run(list(range(9)))
+    (kept,) = this.begin([list(range(50, 54))])
+    for call in (lambda: this.begin([[7] * 9]), lambda: this.cache.extend([kept], 9)):
+        with pytest.raises(RuntimeError, match="no score today"):
+            call()
+        this.cache.check()
+        counts = this.cache.counts()
+        assert (counts.running, counts.free, counts.evictable, counts.held) == (1, 4, 8, 4)
+
+
+# What the tree is told
+
+
+# Mistakes
+
+
+def nothing_changed(this: Engine, call: Callable[[], Any], message: str) -> None:
+    before = this.cache.counts(), this.cache.tree.digest()
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert (this.cache.counts(), this.cache.tree.digest()) == before
+    this.cache.check()
+
+
+def test_mistakes_change_nothing(where: dict[str, str]) -> None:
+    this, other = engine(where), engine(where)
+    cache = this.cache
+    a, b = this.begin([list(range(9)), [1, 2]])
+    (ended,) = this.begin([[7]])
+    cache.abort([ended])
+    (foreign,) = other.begin([[1]])
+    for call, message in (
+        (lambda: cache.begin([1, 2, 3]), r"wrap a single one: \[prompt\]"),
+        (lambda: cache.begin([[1], []]), "tokens of query 1: the prompt is empty"),
+        (lambda: cache.begin([[1], [3, -1]]), "tokens of query 1: -1 at position 1 is outside"),
+        (lambda: cache.begin([[0] * 65]), "65 are more than max_length 64"),
+        (lambda: cache.begin([[1], [2]], ["a"]), "namespace"),
+        (lambda: cache.commit([a, a]), "request 1 is there twice"),
+        (lambda: cache.commit([foreign]), "request 0 is of another PrefixCache"),
+        (lambda: cache.abort([a, ended]), "abort: request 1 has ended"),
+        (lambda: cache.commit([a, b], [9, 3]), "request 1 cannot have 3 tokens computed: it has 2 slots, and 2 tokens"),
+        (lambda: cache.commit([a], -1), "cannot have -1 tokens"),
+        (lambda: cache.finish([a, b], tokens=[[1]]), "2 requests, but tokens for 1"),
+        (lambda: cache.commit([a, b], tokens=[[1], [2**31]]), "tokens of query 1: 2147483648 at position 0"),
+        (lambda: cache.extend([a, b], [1, 63]), "request 1 has 2 tokens, and 63 more are asked for"),
+        (lambda: cache.extend([a], -1), "give 0 or more"),
+    ):
+        nothing_changed(this, call, message)
+    assert (a.num_tokens, b.num_tokens, a.length) == (9, 2, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_slots": 3, "page_size": 4}, r"num_slots must be from one page \(4\)"),
+        ({"num_slots": 2**31}, "num_slots must be from one page"),
+        ({"num_slots": 8, "page_size": 0}, "page_size must be at least 1"),
+        ({"num_slots": 8, "max_requests": 0}, "max_requests must be at least 1"),
+        ({"num_slots": 8, "max_length": 0}, "max_length must be at least 1"),
+        ({"num_slots": 8, "policy": "best"}, "best"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrefixCache(**options)
