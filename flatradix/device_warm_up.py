@@ -21,28 +21,29 @@ _KINDS = (torch.int32, torch.int64)
 _BEYOND_ONE_LAUNCH = 9  # locks of up to 8 places take one
 
 
-def warm_up_device(device: str | torch.device, page_size: int, bigram: bool) -> None:
-    """Single keys of host memory, and batches of int32 and int64 tokens on the device."""
+def warm_up_device(device: torch.device, page_size: int, bigram: bool) -> None:
+    """Single keys of host memory, and batches of int32 and int64 tokens on the device (with its index)."""
     tokens = page_size + bigram
 
     def small_tree() -> RadixTree:
         return RadixTree(64 * page_size, page_size, device=device, bigram=bigram)
 
     if not backend.interpreted():
-        _compile(small_tree, tokens)
+        _compile(device, small_tree, tokens)
     _use_everything(small_tree(), tokens)
 
 
-def _compile(small_tree: Callable[[], RadixTree], tokens: int) -> None:
+def _compile(device: torch.device, small_tree: Callable[[], RadixTree], tokens: int) -> None:
     """Most of it, a thread for each operation: compilers do their work without the GIL.
 
     52 variants of the kernels take 42.7 s in one thread of a 2-core machine, 22.6 s in two.
     """
 
     def run(operation: Callable[[RadixTree], object]) -> None:
-        tree = small_tree()
-        operation(tree)
-        tree.raise_pending()
+        with torch.cuda.device(device):  # a thread begins with cuda:0
+            tree = small_tree()
+            operation(tree)
+            tree.raise_pending()
 
     operations = list(_operations(tokens))
     with ThreadPoolExecutor(min(len(operations), os.cpu_count() or 1)) as threads:

@@ -7,6 +7,7 @@ seen by a host that looks for it (H200).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,10 @@ def abandon(mail: Mailbox, owner: Any) -> None:
 
     Torch would give the memory to the next who wants pinned memory, and a kernel would write into it.
     """
-    _abandoned[:] = [entry for entry in _abandoned if not entry[0].is_done()]
+    for entry in tuple(_abandoned):
+        if entry[0].is_done():
+            with suppress(ValueError):  # another thread, or a tree that went meanwhile, was here first
+                _abandoned.remove(entry)
     if not mail.is_done():
         _abandoned.append((mail, owner))
 

@@ -29,8 +29,9 @@ def warm_up(
 
     Raises as RadixTree does for a device that cannot be used.
     """
-    if backend.resolve(device).type == "cuda":
-        warm_up_device(device, page_size, bigram)
+    resolved = backend.resolve(device)
+    if resolved.type == "cuda":
+        warm_up_device(resolved, page_size, bigram)
         return
     tree = RadixTree(16, page_size=2, device=device)
     one = tree.insert([1, 2, 3, 4], [0, 1, 2, 3])

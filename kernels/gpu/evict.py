@@ -10,8 +10,6 @@ small, list what is not above that key and compare all of it: one pass over the 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -67,10 +65,19 @@ PROMISE = tl.constexpr(meta.HINT + 1)
 CLEARED = tl.constexpr(256)
 
 
-@functools.cache
+_scratches: dict[tuple[int, int], torch.Tensor] = {}
+
+
 def _scratch_of(device: int, stream: int) -> torch.Tensor:
-    """Launches on one stream follow one another, so that they can share it whatever trees they are for."""
-    return torch.zeros(SCRATCH, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
+    """Launches on one stream follow one another, so that they can share it whatever trees they are for.
+
+    Threads with trees of their own may ask at once: all get the same one.
+    """
+    found = _scratches.get((device, stream))
+    if found is None:
+        made = torch.zeros(SCRATCH, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
+        found = _scratches.setdefault((device, stream), made)
+    return found
 
 
 def _scratch(bound: Bound) -> int:
