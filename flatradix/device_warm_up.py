@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from flatradix import backend, meta
+from flatradix.device_input import STAGED_BYTES
 from flatradix.kernels import scalar
 from flatradix.ragged import Ragged
 from flatradix.tree import RadixTree
@@ -53,7 +54,8 @@ def _compile(device: torch.device, small_tree: Callable[[], RadixTree], tokens: 
 def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
     """Each for an empty tree of its own, and most at its root, so that none waits for what another compiles.
 
-    What PrefixCache calls is among them: keys of int64 with slots of int32, behind a start and not.
+    Most of what PrefixCache calls is among them: keys of int64 with slots of int32, behind a start and not, with what
+    differs from query to query one at a time.
     """
     one = np.arange(tokens)
     yield partial(_fill_and_empty, key=one)
@@ -67,6 +69,11 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_match, how=how, key=one)
         yield from (partial(_match_batch, how=how, kind=kind, tokens=tokens) for kind in _KINDS)
     yield partial(_match, how={"touch": False, "lock": True, "namespace": [None, "a"]}, key=[one, one])
+    long = np.zeros(STAGED_BYTES // 8 + 1, np.int64)  # of more tokens than a kernel reads from pinned memory
+    for touch in (False, True):
+        yield partial(_match, how={"touch": touch, "lock": True}, key=long)
+    yield partial(_insert_keys, key=one, names=None, started=True, options={"inserted_lengths": [0, 1]})
+    yield partial(_insert_keys, key=one, names=None, started=True, options={"priority": [0, 1]})
     for count in (1, _BEYOND_ONE_LAUNCH):
         yield partial(_lock, count=count)
         yield partial(_unlock, count=count)
@@ -102,9 +109,11 @@ def _insert_one(tree: RadixTree, key: np.ndarray, started: bool) -> None:
     tree.insert(key, _slots(tree, key), start=_root(tree, 1) if started else None)
 
 
-def _insert_keys(tree: RadixTree, key: np.ndarray, started: bool, names: list[str | None]) -> None:
+def _insert_keys(
+    tree: RadixTree, key: np.ndarray, started: bool, names: Any, options: dict[str, Any] | None = None
+) -> None:
     slots = _slots(tree, key)
-    tree.insert([key, key], [slots, slots], names, start=_root(tree, 2) if started else None)
+    tree.insert([key, key], [slots, slots], names, start=_root(tree, 2) if started else None, **options or {})
 
 
 def _insert_batch(tree: RadixTree, kind: torch.dtype, tokens: int) -> None:

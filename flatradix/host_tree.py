@@ -110,7 +110,7 @@ class HostTree(RadixTree):
 
     def _path_slots(self, place: Places) -> torch.Tensor:
         """The slots of a single place, int64 [length]."""
-        handle, length = place._handle, place._length
+        handle, length = place.handle, place.length
         nodes = self._kernels.path_ranges_one(self._table, handle, length, self._ranges[0], self._ranges[1])
         if nodes < 0:
             self._refuse("slots", nodes)
@@ -288,6 +288,8 @@ class HostTree(RadixTree):
 
     def evict(self, num_tokens: int) -> EvictResult:
         wanted = token_count(num_tokens)
+        if isinstance(self._slots, DeviceSlots):
+            self._slots.refuse_capture()
         scores = _NO_SCORES if self._score is None else self._scores(self._score)
         tokens, nodes = self._kernels.evict(self._table, wanted, scores)
         if self._meta[_RELEASED]:

@@ -13,7 +13,7 @@ import torch
 
 from flatradix import backend
 from flatradix.buffers import Batch, Buffer, is_single, read_batch, read_one
-from flatradix.device_input import upload_numbers
+from flatradix.device_input import HOST_IN_GRAPH, upload_numbers
 from flatradix.layout import committed
 from flatradix.outputs import Outputs
 from flatradix.ragged import Ragged
@@ -90,8 +90,8 @@ class DeviceBatch(NamedTuple):
 class DeviceSlots:
     """Slots on a device of their own, int32 or int64 [units], worked on once the index has changed.
 
-    On a GPU a kernel copies all ranges of a call at once. Torch, which does it elsewhere and where Triton is missing,
-    takes a dozen launches.
+    On a GPU a kernel copies all ranges of a call at once, where there are several. Torch copies single ranges, and all
+    of them elsewhere and where Triton is missing, with a dozen launches to gather and one a query to write.
     """
 
     arguments = (0, False, 0)
@@ -101,9 +101,25 @@ class DeviceSlots:
         self.device = self.values.device  # with its index: torch.device("cuda") is not torch.device("cuda:0")
         self._limit = _limit(dtype)
         self._kernels: Any = None
-        if backend.interpreted() or (self.device.type == "cuda" and not backend.why_not_cuda()):
+        on_gpu = self.device.type == "cuda"
+        if not on_gpu if backend.interpreted() else on_gpu and not backend.why_not_cuda():
             self._kernels = backend.kernels_for(torch.device("cuda"))
             self._bound = self._kernels.bind_no_tree(self.device)
+            self._compile()
+
+    def _compile(self) -> None:
+        """Launch every variant, now: later the index has changed before it would turn out that one does not compile."""
+        one = Ranges(np.zeros(1, np.int32), np.ones(1, np.int32), 1)
+        for kind in (torch.int32, torch.int64):
+            other = torch.zeros(1, dtype=kind, device=self.device)
+            self._copy(other, one, self.values, 0, self._table(1))
+            if kind in (torch.int64, self.values.dtype):
+                self._copy(self.values, one, other, 0, self._table(1))
+
+    def refuse_capture(self) -> None:
+        """RuntimeError while a CUDA graph is captured, which would hold memory that is used for this call only."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(HOST_IN_GRAPH)
 
     def _batch(self, values: torch.Tensor, counts: np.ndarray, check: bool) -> DeviceBatch:
         """With `check`, raise ValueError if a slot is out of range, which synchronises with the slot device."""
@@ -112,6 +128,7 @@ class DeviceSlots:
         if check and len(values):
             low, high = values.aminmax()
             if int(low) < 0 or int(high) > self._limit:
+                values = values.to(torch.int64)  # int32 cannot be compared with the limit of int64
                 bad = int(((values < 0) | (values > self._limit)).nonzero()[0])
                 query = int(np.searchsorted(offsets, bad, side="right")) - 1
                 refuse_slot(int(values[bad]), query, bad - int(offsets[query]), self.values.dtype)
@@ -151,7 +168,7 @@ class DeviceSlots:
         self.values[place : place + count].copy_(source[3].values[skip : skip + count])
 
     def write(self, places: np.ndarray, source: DeviceBatch, skips: np.ndarray, counts: np.ndarray) -> None:
-        # Nothing is allocated that could fail, now that the index has changed.
+        # Nothing is allocated or compiled that could fail, now that the index has changed.
         starts = source.offsets[:-1] + skips
         if source.table is None:
             for place, start, count in zip(places.tolist(), starts.tolist(), counts.tolist(), strict=True):
@@ -171,6 +188,7 @@ class DeviceSlots:
         return torch.arange(total, device=self.device) + shift
 
     def _table(self, ranges: int) -> Table:
+        self.refuse_capture()
         pinned = torch.empty((3, ranges), dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
         return pinned, torch.empty((3, ranges), dtype=torch.int64, device=self.device)
 

@@ -235,7 +235,7 @@ class Launches:
 
 
 def test_warm_up(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the size of a batch, nothing is left to compile."""
+    """Nothing is left to compile for batches of up to 1023."""
     flatradix.warm_up(cuda, page_size=2, bigram=True)
     launches = Launches(monkeypatch)
     flatradix.warm_up(cuda)
@@ -266,7 +266,8 @@ def test_what_is_compiled_side_by_side_is_all(cuda: str, monkeypatch: pytest.Mon
         for batch in (prompts[:1], prompts):
             requests = cache.begin(batch, names[: len(batch)] if names else None)
             assert all(request.state == "running" for request in requests)
-            cache.commit(requests, 2)
+            cache.commit(requests[:1], 2)  # then some have gone further than others
+            cache.commit(requests)
             cache.extend(requests, 1)
             cache.finish(requests)
     cache.check()

@@ -109,7 +109,7 @@ def test_what_a_request_generated_can_be_told_when_it_ends(where: dict[str, str]
     assert this.cache.begin([list(range(1, 20))])[0].cached_length == 8
 
 
-# Too little room
+# What the tree is told
 
 
 def test_each_request_counts_one_hit_on_what_it_found(where: dict[str, str]) -> None:

@@ -118,9 +118,6 @@ def test_an_eviction_that_fails_leaves_nothing_behind(where: dict[str, str]) -> 
         assert (counts.running, counts.free, counts.evictable, counts.held) == (1, 4, 8, 4)
 
 
-# What the tree is told
-
-
 # Mistakes
 
 

@@ -89,6 +89,14 @@ def test_the_slots_of_one_query_on_the_device_are_not_copied(gpu: str) -> None:
         slots.read_one(torch.tensor([3, 4, -1], device=gpu))
 
 
+@pytest.mark.parametrize("mine", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_first_slot_that_is_none_is_named(dtype: torch.dtype, mine: torch.dtype, device: str) -> None:
+    slots, _ = pool_on(device, dtype)
+    with pytest.raises(ValueError, match="query 1: -1 at position 0 is negative"):
+        slots._batch(torch.tensor([3, 4, -1], dtype=mine, device=slots.device), np.array([2, 1]), True)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @given(batch=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 300)), min_size=1, max_size=6))
 def test_write(batch: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
@@ -104,3 +112,13 @@ def test_write(batch: list[tuple[int, int]], dtype: torch.dtype, device: str) ->
     for place, skip, part in zip(places, skips, parts, strict=True):
         values[place : place + len(part) - skip] = part[skip:].cpu()
     assert slots.values.tolist() == values.tolist()
+
+
+def test_many_calls_behind_a_busy_stream(gpu: str) -> None:
+    """What one call tells its kernel is not overwritten by the next, which is enqueued before that kernel runs."""
+    slots, values = pool_on(gpu, torch.int32)
+    torch.cuda._sleep(200_000_000)
+    several = [some_ranges([1 + count, 3, 40 + count]) for count in range(50)]
+    found = [slots.gather(ranges) for ranges in several]
+    for ranges, part in zip(several, found, strict=True):
+        assert part.tolist() == np.concatenate(expected(values, ranges)).tolist()
