@@ -112,6 +112,8 @@ def check_table(table: Any, rows: Any, queries: int, device: torch.device, slot_
         raise ValueError(f"write_slots: the table is on {table.device}, but the slots are on {device}")
     if table.shape[1] > 1 and table.stride(1) != 1:
         raise ValueError("write_slots: the elements of a row of the table must lie next to each other")
+    if table.shape[0] > 1 and table.stride(0) < table.shape[1]:
+        raise ValueError("write_slots: the rows of the table overlap; each needs memory of its own")
     if table.dtype == torch.int32 and slot_dtype == torch.int64:
         raise ValueError("write_slots: the slots are torch.int64, which a table of torch.int32 does not hold")
     try:

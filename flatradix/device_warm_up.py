@@ -143,7 +143,7 @@ def _write_slots(tree: RadixTree) -> None:
 
 
 def _use_everything(tree: RadixTree, tokens: int) -> None:
-    """Compiles what is left. Twice, as a kernel's first launch compiles and its second finds the direct way."""
+    """Compiles what is left. Twice, as a kernel's first launch compiles and its second goes past Triton's dispatch."""
     one = np.arange(tokens)
     for _ in range(2):
         for touch in (True, False):

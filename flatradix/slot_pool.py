@@ -13,7 +13,7 @@ import torch
 
 from flatradix import backend
 from flatradix.buffers import Batch, Buffer, is_single, read_batch, read_one
-from flatradix.device_input import HOST_IN_GRAPH, upload_numbers
+from flatradix.device_input import upload_numbers
 from flatradix.layout import committed
 from flatradix.outputs import Outputs
 from flatradix.ragged import Ragged
@@ -70,7 +70,7 @@ class HostSlots:
         return torch.from_numpy(out)
 
 
-Table = tuple[torch.Tensor, ...]  # int64 [3, N], of what a kernel is told of N ranges: pinned, and uploaded
+RangeTable = tuple[torch.Tensor, ...]  # int64 [3, N], of what a kernel is told of N ranges: pinned, and uploaded
 
 
 class DeviceBatch(NamedTuple):
@@ -84,7 +84,7 @@ class DeviceBatch(NamedTuple):
     wide: bool
     values: torch.Tensor
     offsets: np.ndarray
-    table: Table | None
+    table: RangeTable | None
 
 
 class DeviceSlots:
@@ -101,8 +101,8 @@ class DeviceSlots:
         self.device = self.values.device  # with its index: torch.device("cuda") is not torch.device("cuda:0")
         self._limit = _limit(dtype)
         self._kernels: Any = None
-        on_gpu = self.device.type == "cuda"
-        if not on_gpu if backend.interpreted() else on_gpu and not backend.why_not_cuda():
+        usable = self.device.type == "cpu" if backend.interpreted() else self.device.type == "cuda"
+        if usable and (backend.interpreted() or not backend.why_not_cuda()):
             self._kernels = backend.kernels_for(torch.device("cuda"))
             self._bound = self._kernels.bind_no_tree(self.device)
             self._compile()
@@ -112,17 +112,20 @@ class DeviceSlots:
         one = Ranges(np.zeros(1, np.int32), np.ones(1, np.int32), 1)
         for kind in (torch.int32, torch.int64):
             other = torch.zeros(1, dtype=kind, device=self.device)
-            self._copy(other, one, self.values, 0, self._table(1))
+            self._copy(other, one, self.values, 0, self._range_table(1))
             if kind in (torch.int64, self.values.dtype):
-                self._copy(self.values, one, other, 0, self._table(1))
+                self._copy(self.values, one, other, 0, self._range_table(1))
 
     def refuse_capture(self) -> None:
         """RuntimeError while a CUDA graph is captured, which would hold memory that is used for this call only."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(HOST_IN_GRAPH)
+            raise RuntimeError(
+                "a CUDA graph cannot hold a call of a tree on the CPU: the tree would not change on replay"
+            )
 
     def _batch(self, values: torch.Tensor, counts: np.ndarray, check: bool) -> DeviceBatch:
         """With `check`, raise ValueError if a slot is out of range, which synchronises with the slot device."""
+        self.refuse_capture()
         offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
         if check and len(values):
@@ -132,7 +135,7 @@ class DeviceSlots:
                 bad = int(((values < 0) | (values > self._limit)).nonzero()[0])
                 query = int(np.searchsorted(offsets, bad, side="right")) - 1
                 refuse_slot(int(values[bad]), query, bad - int(offsets[query]), self.values.dtype)
-        table = None if self._kernels is None or len(counts) == 1 else self._table(len(counts))
+        table = None if self._kernels is None or len(counts) == 1 else self._range_table(len(counts))
         return DeviceBatch(np.zeros(len(counts), np.int64), counts, True, values.contiguous(), offsets, table)
 
     def _is_here(self, slots: Any) -> bool:
@@ -143,14 +146,13 @@ class DeviceSlots:
 
     def read_one(self, slots: Any, check: bool = True) -> Buffer:
         """One query's slots; waits for the slot device with `check`."""
-        if self._is_here(slots):
-            source = self._batch(slots, np.array([len(slots)]), check)
-        else:
-            source = self.read([slots], check)
+        source = self.read(slots if self._is_here(slots) else [slots], check)
         return 0, len(source.values), True, source
 
     def read(self, slots: Any, check: bool = True) -> DeviceBatch:
         """The slots of a batch. Waits for the slot device with `check`, and where they come as a Ragged there."""
+        if self._is_here(slots):
+            return self._batch(slots, np.array([len(slots)]), check)
         if isinstance(slots, Ragged) and self._is_here(slots.values):
             slots.validate()
             return self._batch(slots.values, np.diff(slots.offsets.cpu().numpy()), check)
@@ -187,13 +189,12 @@ class DeviceSlots:
         shift = torch.repeat_interleave(first, counts, output_size=total)
         return torch.arange(total, device=self.device) + shift
 
-    def _table(self, ranges: int) -> Table:
-        self.refuse_capture()
+    def _range_table(self, ranges: int) -> RangeTable:
         pinned = torch.empty((3, ranges), dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
         return pinned, torch.empty((3, ranges), dtype=torch.int64, device=self.device)
 
     def _copy(
-        self, source: torch.Tensor, ranges: Ranges, target: torch.Tensor, shifts: np.ndarray | int, table: Table
+        self, source: torch.Tensor, ranges: Ranges, target: torch.Tensor, shifts: np.ndarray | int, table: RangeTable
     ) -> None:
         """Ranges of `source`, one after another into the memory of `target`, each `shifts` [N] further on than that."""
         count = len(ranges.starts)
@@ -214,17 +215,19 @@ class DeviceSlots:
 
     def gather(self, ranges: Ranges) -> torch.Tensor:
         """The slots of the ranges one after another, int64 [total]."""
+        self.refuse_capture()
         if len(ranges.starts) == 1:
             start = int(ranges.starts[0])
             return self.values[start : start + ranges.total].to(torch.int64, copy=True)
         if self._kernels is None:
             return self.values[self._indices(ranges.starts, ranges.lengths)].to(torch.int64)
         out = torch.empty(ranges.total, dtype=torch.int64, device=self.device)
-        self._copy(self.values, ranges, out, 0, self._table(len(ranges.starts)))
+        self._copy(self.values, ranges, out, 0, self._range_table(len(ranges.starts)))
         return out
 
     def write_rows(self, ranges: Ranges, offsets: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> None:
         """Write slots into rows of a table: those of query i, `offsets[i]` to `offsets[i + 1]`, from the left on."""
+        self.refuse_capture()
         if self._kernels is None:
             parts = self.gather(ranges).split(np.diff(offsets).tolist())
             for row, part in zip(rows.tolist(), parts, strict=True):
@@ -233,7 +236,7 @@ class DeviceSlots:
             begins = np.cumsum(ranges.lengths, dtype=np.int64) - ranges.lengths
             query = np.searchsorted(offsets, begins, side="right") - 1
             shifts = rows[query] * table.stride(0) - offsets[query]
-            self._copy(self.values, ranges, table, shifts, self._table(len(begins)))
+            self._copy(self.values, ranges, table, shifts, self._range_table(len(begins)))
 
     def move(self, sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> None:
         """Ahead of a compaction, all ranges in ascending order; they end up without gaps."""

@@ -261,6 +261,7 @@ def test_write_slots(tree: RadixTree) -> None:
     refused("int32 or int64 tensor", table.tolist(), [0, 1])
     refused("int32 or int64 tensor", table[0], [0, 1])
     refused("must lie next to each other", table.t(), [0, 1])
+    refused("rows of the table overlap", table[:1].expand(3, -1), [0, 1])
     refused("the table is on meta", table.to("meta"), [0, 1])
     assert (table == -1).all()
     tree.write_slots(m, table, [0, 1])
