@@ -15,7 +15,7 @@ def warm_up(
     bigram: bool = False,
     slot_device: str | torch.device | None = None,
 ) -> None:
-    """Run every operation once on a small tree, so that no later call of this process compiles anything.
+    """Run every operation once on a small tree: on a CPU, no later call of this process compiles anything.
 
     The first time on a machine it takes 20 s on one core; numba keeps the machine code on disk, and later processes
     take half a second. Without it, each operation pays its own share at its first call. On the CPU, which options a
