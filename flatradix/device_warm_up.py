@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -23,31 +24,21 @@ _BEYOND_ONE_LAUNCH = 9  # locks of up to 8 places take one
 
 
 def warm_up_device(device: torch.device, page_size: int, bigram: bool) -> None:
-    """Single keys of host memory, and batches of int32 and int64 tokens on the device (with its index)."""
-    tokens = page_size + bigram
+    """Single keys of host memory, and batches of int32 and int64 tokens on the device (with its index).
 
-    def small_tree() -> RadixTree:
-        return RadixTree(64 * page_size, page_size, device=device, bigram=bigram)
-
-    if not backend.interpreted():
-        _compile(device, small_tree, tokens)
-    _use_everything(small_tree(), tokens)
-
-
-def _compile(device: torch.device, small_tree: Callable[[], RadixTree], tokens: int) -> None:
-    """Most of it, a thread for each operation: compilers do their work without the GIL.
-
-    52 variants of the kernels take 42.7 s in one thread of a 2-core machine, 22.6 s in two.
+    A thread for each operation: compilers do their work without the GIL. An interpreter of kernels takes one at a time.
     """
+    tokens = page_size + bigram
+    interpreted = backend.interpreted()
 
     def run(operation: Callable[[RadixTree], object]) -> None:
-        with torch.cuda.device(device):  # a thread begins with cuda:0
-            tree = small_tree()
+        with nullcontext() if interpreted else torch.cuda.device(device):  # a thread begins with cuda:0
+            tree = RadixTree(64 * page_size, page_size, device=device, bigram=bigram)
             operation(tree)
             tree.raise_pending()
 
     operations = list(_operations(tokens))
-    with ThreadPoolExecutor(min(len(operations), os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(1 if interpreted else min(len(operations), os.cpu_count() or 1)) as threads:
         list(threads.map(run, operations))
 
 
@@ -140,39 +131,3 @@ def _unlock(tree: RadixTree, count: int) -> None:
 def _write_slots(tree: RadixTree) -> None:
     table = torch.zeros((1, 1), dtype=torch.int32, device=tree.device)
     tree.write_slots(_root(tree, 1), table, torch.arange(1, device=tree.device))
-
-
-def _use_everything(tree: RadixTree, tokens: int) -> None:
-    """Compiles what is left. Twice, as a kernel's first launch compiles and its second goes past Triton's dispatch."""
-    one = np.arange(tokens)
-    for _ in range(2):
-        for touch in (True, False):
-            found = tree.match(one, touch=touch)
-        inserted = tree.insert(one, one, start=found)
-        tree.insert(one, one)
-        tree.lock(inserted)
-        tree.unlock(inserted)
-        tree.unlock(tree.match(one, lock=True))
-        for kind in _KINDS:
-            _use_batches(tree, kind, tokens)
-        tree.evict(1)
-        tree._compact()
-        tree.digest()
-
-
-def _use_batches(tree: RadixTree, kind: torch.dtype, tokens: int) -> None:
-    batch = _batch(tree, kind, tokens)
-    inserted = tree.insert(batch, batch)
-    tree.lock(inserted)
-    tree.slots(tree.match(batch, touch=False))
-    found = tree.match(batch)
-    table = torch.zeros((2, tokens), dtype=torch.int32, device=tree.device)
-    tree.write_slots(found, table, torch.arange(2, device=tree.device))
-    tree.unlock(inserted)
-    tree.unlock(tree.match(batch, lock=True))
-    many = SimpleNamespace(
-        handles=inserted.handles.repeat(_BEYOND_ONE_LAUNCH), lengths=inserted.lengths.repeat(_BEYOND_ONE_LAUNCH)
-    )
-    tree.lock(many)
-    tree.unlock(many)
-    tree.raise_pending()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flatradix
-from flatradix import CapacityError, PrefixCache, RadixTree, device_warm_up, meta
+from flatradix import CapacityError, PrefixCache, RadixTree, meta
 from tests.devices import interpreted, settled
 from tests.pairs import Pair, numbered, ragged, shared_prefixes, use
 
@@ -251,16 +251,14 @@ def test_warm_up(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launches.seen == warm
 
 
-def test_what_is_compiled_side_by_side_is_all(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what the rest of the warm-up and a PrefixCache launch, nothing is left."""
+def test_warm_up_is_enough_for_a_prefix_cache(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a PrefixCache launches, nothing is left."""
     launches = Launches(monkeypatch)
-    for operation in device_warm_up._operations(tokens=2):
-        tree = RadixTree(128, page_size=2, device=cuda)
-        operation(tree)
-        tree.raise_pending()
+    flatradix.warm_up(cuda, page_size=2)
     compiled = set(launches.seen)
-    device_warm_up._use_everything(RadixTree(128, page_size=2, device=cuda), tokens=2)
-    cache = PrefixCache(64, page_size=2, max_requests=4, max_length=16, kv_device=tree.device, device=cuda)
+    cache = PrefixCache(
+        64, page_size=2, max_requests=4, max_length=16, kv_device="cpu" if interpreted(cuda) else cuda, device=cuda
+    )
     prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 7, 8, 9]]
     for names in (None, ["a", "b", "a"]):
         for batch in (prompts[:1], prompts):
