@@ -101,8 +101,7 @@ class DeviceSlots:
         self.device = self.values.device  # with its index: torch.device("cuda") is not torch.device("cuda:0")
         self._limit = _limit(dtype)
         self._kernels: Any = None
-        usable = self.device.type == "cpu" if backend.interpreted() else self.device.type == "cuda"
-        if usable and (backend.interpreted() or not backend.why_not_cuda()):
+        if self.device.type == ("cpu" if backend.interpreted() else "cuda") and not backend.why_not_cuda():
             self._kernels = backend.kernels_for(torch.device("cuda"))
             self._bound = self._kernels.bind_no_tree(self.device)
             self._compile()

@@ -87,6 +87,7 @@ class Recorder:
 
         patch.setattr(Kernel, "__call__", launch)
         patch.setattr(backend, "interpreted", lambda: True)
+        patch.setattr(backend, "why_not_cuda", lambda: "")
         patch.setattr(backend, "resolve", lambda device: torch.device("cuda", 0))
         for name in ("wait", "counter", "refusals"):
             patch.setattr(Mailbox, name, lambda *arguments: 0 if len(arguments) == 1 else 2)
