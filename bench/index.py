@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -30,8 +29,6 @@ PAGE = 64
 CHUNK = 4096
 CONTEXTS = (1024, 8192, 32768, 131072)
 CHECKPOINTS = 64
-
-Timed = tuple[str, Callable[[], Any]]
 
 
 class Desk:
@@ -82,10 +79,9 @@ class Desk:
         return freed.num_tokens
 
 
-def measure(where: str, context: int, gpu: torch.device) -> Iterator[tuple[str, float]]:
+def measure(setup: Setup, where: str, context: int) -> Iterator[tuple[str, float]]:
     """(work, seconds) in the order of the table."""
-    desk = Desk(where, context, gpu)
-    setup = Setup(quick=False, tiny=False, page=PAGE, device=gpu, speed=1.0)
+    desk = Desk(where, context, setup.device)
     settled = torch.cuda.synchronize
     yield "look-up", wall_seconds(setup, [desk.look_up], settled)
     yield "lock and unlock", wall_seconds(setup, [desk.lock_and_unlock], settled)
@@ -104,9 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
     gpu = torch.device("cuda", torch.cuda.current_device())
     print(f"{torch.cuda.get_device_name(gpu)}, torch {torch.__version__}, pages of {PAGE}\n")
     print("| context | work | index on the CPU, us | on the GPU, us | faster |\n|---|---|---|---|---|")
+    setup = Setup(quick=False, tiny=False, page=PAGE, device=gpu, speed=1.0)
     for context in CONTEXTS:
-        start_afresh(Setup(quick=False, tiny=False, page=PAGE, device=gpu, speed=1.0))
-        for (work, host), (_, device) in zip(measure("cpu", context, gpu), measure("cuda", context, gpu), strict=True):
+        start_afresh(setup)
+        for (work, host), (_, device) in zip(
+            *(measure(setup, where, context) for where in ("cpu", "cuda")), strict=True
+        ):
             ratio = device / host
             faster = f"CPU, {ratio:.1f} x" if ratio > 1 else f"GPU, {1 / ratio:.1f} x"
             print(f"| {context} | {work} | {number(host * 1e6)} | {number(device * 1e6)} | {faster} |", flush=True)

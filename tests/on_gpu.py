@@ -2,11 +2,13 @@
 
 Checks first, then times; each step has a log in the folder OUT. Installs nothing, and says what it could not do.
 
-  soak        a process for each configuration, side by side: 100,000 operations, and all kernels compiled on the way
+  soak        a process for each configuration, side by side, 100,000 operations if there is time for them (--seconds);
+              compiles all kernels on the way
   pytest      python3 -m pytest -m gpu, side by side where pytest-xdist is there
   reference   all reference rows of a trace (--traces FOLDER)
   memcheck, racecheck   compute-sanitizer over a short soak, where it is there
   bench       python3 bench/gpu.py, to OUT/bench.json, .log and .png
+  index       python3 bench/index.py
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.soak_gpu import CONFIGURATIONS  # noqa: E402
 
-STEPS = ("soak", "pytest", "reference", "memcheck", "racecheck", "bench")
+STEPS = ("soak", "pytest", "reference", "memcheck", "racecheck", "bench", "index")
 OPERATIONS = 100_000
 Command = tuple[str, list[str]]  # the name of its log, and what to run
 
@@ -64,10 +66,14 @@ def benchmarks(options: argparse.Namespace) -> Iterator[Command]:
     yield "bench", ["bench/gpu.py", *arguments]
 
 
+def comparisons(options: argparse.Namespace) -> Iterator[Command]:
+    yield "index", ["bench/index.py"]
+
+
 def commands(step: str, options: argparse.Namespace) -> list[Command]:
     if step in ("memcheck", "racecheck"):
         return list(sanitized(step, options))
-    makers = {"soak": soaks, "pytest": tests, "reference": references, "bench": benchmarks}
+    makers = {"soak": soaks, "pytest": tests, "reference": references, "bench": benchmarks, "index": comparisons}
     return list(makers[step](options))
 
 

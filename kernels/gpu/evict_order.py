@@ -57,6 +57,15 @@ def tell_victims(w, call, tokens, victims, active):
 
 
 @triton.jit
+def _listed(s, keys, order, place, there):
+    """(rows, their keys, ends and lengths) of the nodes at these places of the list."""
+    row = tl.load(order + place, mask=there, other=0)
+    key = tl.load(keys + row, mask=there, other=0)
+    end = tl.load(s.end + row, mask=there, other=0)
+    return row, key, end, tl.load(s.length + row, mask=there, other=0).to(tl.int64)
+
+
+@triton.jit
 def rank_list(s, w, capacity, programs, found, wanted, call, BY_TICK: tl.constexpr):
     """Find the place of each of the `found` nodes of the list; the last victim tells the host how many there are."""
     keys = keys_of(s, w, BY_TICK)
@@ -65,10 +74,7 @@ def rank_list(s, w, capacity, programs, found, wanted, call, BY_TICK: tl.constex
     while start < found:
         place = start + tl.arange(0, FEW_RANKED)
         there = place < found
-        row = tl.load(order + place, mask=there, other=0)
-        key = tl.load(keys + row, mask=there, other=0)
-        end = tl.load(s.end + row, mask=there, other=0)
-        length = tl.load(s.length + row, mask=there, other=0).to(tl.int64)
+        row, key, end, length = _listed(s, keys, order, place, there)
         size = tl.where(there, found, 0)
         rank, tokens = _those_before(s, keys, order, row, key, end, tl.zeros_like(key), size, MANY_OTHERS)
         victim = there & (tokens < wanted)
@@ -93,10 +99,7 @@ def rank_bins(
     while start < found:
         place = start + tl.arange(0, LANES)
         there = place < found
-        row = tl.load(order + place, mask=there, other=0)
-        key = tl.load(keys + row, mask=there, other=0)
-        end = tl.load(s.end + row, mask=there, other=0)
-        length = tl.load(s.length + row, mask=there, other=0).to(tl.int64)
+        row, key, end, length = _listed(s, keys, order, place, there)
         bin = bin_of(value_of(s, row, key, tie, there), low, shift)
         before = tl.load(scratch + BEFORE + bin, mask=there, other=0)
         through = tl.load(scratch + BEFORE + 1 + bin, mask=there, other=0)
