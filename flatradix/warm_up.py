@@ -24,7 +24,7 @@ def warm_up(
     On a GPU, kernels are compiled for each page size, for bigrams, and for what calls bring (the types of tokens and
     slots, names and priorities for each query): this compiles the common ones for `page_size` and `bigram`, and each
     other one takes a second or two at its first call. Triton keeps them on disk too. As many threads as there are cores
-    compile: 20-23 s with 16 cores, 11 s from disk (H100, bench/RESULTS.md).
+    compile; what that took is in bench/RESULTS.md.
 
     slot_device: as of RadixTree: beside a tree on the CPU, slots on a GPU have a kernel of their own.
 
