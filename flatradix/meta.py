@@ -67,8 +67,8 @@ MOST_PROGRAMS = PARTIALS // 2
 
 # Rows of `Workspace.query`, one column a query.
 (Q_ROW, Q_CUT, Q_LIST, Q_PLACE, Q_FIRST, Q_ABOVE, Q_BELOW, Q_SAME, Q_PASS, Q_LAST, Q_NEW, Q_EDGE, Q_AT, Q_BEGIN,
- Q_END, Q_OPEN, Q_GROUP, Q_LEAF, Q_OFFSET) = range(19)  # fmt: skip
-QUERY_COLUMNS = 19
+ Q_END, Q_OPEN, Q_GROUP, Q_TURN, Q_LEAF, Q_OFFSET) = range(20)  # fmt: skip
+QUERY_COLUMNS = 20
 
 MAX_TOKEN = 2**31 - 1
 

@@ -11,6 +11,7 @@ from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
 from flatradix.kernels.gpu.finish import answer, first_refusal, is_last, publish, wait_for_all
 from flatradix.kernels.gpu.launch import Bound, Kernel, resident
 from flatradix.kernels.gpu.rows import book_rows, handle_of
+from flatradix.kernels.gpu.share import outer_owners, owners, share
 
 LANES = tl.constexpr(32)
 QUERIES = tl.constexpr(128)
@@ -18,45 +19,39 @@ COPIED = tl.constexpr(1024)
 
 
 @triton.jit
-def _query_of(w, batch, unit, active, steps):
-    """The query that owns each new unit: the last whose offset is not beyond it. Lanes; a search by halves."""
-    query = tl.zeros_like(unit)
-    step = tl.zeros([], tl.int64) + (1 << steps)
-    while step > 0:
-        offset = tl.load(column(w, batch, meta.Q_OFFSET) + query + step, mask=active & (query + step < batch), other=0)
-        query = tl.where((query + step < batch) & (offset <= unit), query + step, query)
-        step = step // 2
-    return query
-
-
-@triton.jit
 def _copy_new(
-    s, w, values, offsets, slots, slot_offsets, pool, batch, units, steps, program, programs,
+    s, w, values, offsets, slots, slot_offsets, pool, batch, units, programs,
     BIGRAM: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Bring all that is new to the pools, where it lies without a gap, in batch order."""
+    """Bring this program's part of all that is new to the pools, where it lies without a gap, in batch order."""
     cursor = tl.load(s.meta + meta.POOL_CURSOR)
-    at = program.to(tl.int64) * COPIED
-    while at < units:
-        unit = at + tl.arange(0, COPIED)
-        active = unit < units
-        query = _query_of(w, batch, unit, active, steps)
-        known = tl.load(column(w, batch, meta.Q_AT) + query, mask=active, other=0).to(tl.int64)
-        known -= tl.load(column(w, batch, meta.Q_BEGIN) + query, mask=active, other=0)
-        known += unit - tl.load(column(w, batch, meta.Q_OFFSET) + query, mask=active, other=0)
-        token = known
-        slot = known
-        if not SINGLE:
-            token = known + tl.load(offsets + query, mask=active, other=0)
-            slot = known + tl.load(slot_offsets + query, mask=active, other=0)
-        tl.store(s.tokens + cursor + unit, tl.load(values + token, mask=active, other=0).to(tl.int32), mask=active)
-        if BIGRAM:
-            second = tl.load(values + token + 1, mask=active, other=0)
-            tl.store(s.seconds + cursor + unit, second.to(tl.int32), mask=active)
-        tl.store(
-            pool + cursor + unit, tl.load(slots + slot, mask=active, other=0).to(pool.dtype.element_ty), mask=active
-        )
-        at += programs * COPIED
+    places = column(w, batch, meta.Q_OFFSET)
+    first, last = share(units, programs)
+    begin = first.to(tl.int32)
+    end = last.to(tl.int32)
+    if begin < end:
+        low, high = outer_owners(places, begin, end, batch, 0)
+        while begin < end:
+            unit = begin + tl.arange(0, COPIED)
+            active = unit < end
+            query = owners(places, tl.minimum(unit, end - 1), low, high, 0)
+            known = tl.load(column(w, batch, meta.Q_AT) + query) - tl.load(column(w, batch, meta.Q_BEGIN) + query)
+            known = (known + unit - tl.load(places + query)).to(tl.int64)
+            token = known
+            slot = known
+            if not SINGLE:
+                token = known + tl.load(offsets + query)
+                slot = known + tl.load(slot_offsets + query)
+            tokens = tl.load(values + token, mask=active, other=0).to(tl.int32)
+            found = tl.load(slots + slot, mask=active, other=0).to(pool.dtype.element_ty)
+            place = cursor + unit
+            tl.store(s.tokens + place, tokens, mask=active)
+            tl.store(pool + place, found, mask=active)
+            if BIGRAM:
+                second = tl.load(values + token + 1, mask=active, other=0)
+                tl.store(s.seconds + place, second.to(tl.int32), mask=active)
+            low = tl.max(query)
+            begin += COPIED
 
 
 @triton.jit
@@ -82,10 +77,10 @@ def _codes(names, name, query, active, NAMES: tl.constexpr):
 
 @triton.jit
 def _add_leaves(
-    s, w, names, name, priorities, priority, batch, rows, clock, program, programs,
-    PAGE: tl.constexpr, BIGRAM: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
+    s, w, values, offsets, names, name, priorities, priority, batch, rows, clock, program, programs,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
 ):  # fmt: skip
-    """Make the new leaves, on edges that are not cut yet."""
+    """Make the new leaves, on edges that are not cut yet, while others still bring their tokens to the pools."""
     cursor = tl.load(s.meta + meta.POOL_CURSOR)
     first = program * LANES
     while first < batch:
@@ -111,7 +106,10 @@ def _add_leaves(
         tl.store(s.tick + row, time, mask=active)
         tl.store(s.created + row, time, mask=active)
         tl.store(s.priority + row, _numbers(priorities, priority, query, active, PRIORITIES), mask=active)
-        tag = tags_of_lanes(s, start, parent, active, PAGE, BIGRAM)
+        key = values + at - tl.load(column(w, batch, meta.Q_BEGIN) + query, mask=active, other=0)
+        if not SINGLE:
+            key += tl.load(offsets + query, mask=active, other=0)
+        tag = tags_of_lanes(s, key, key + 1, parent, active, PAGE, BIGRAM)
         enter(s, w, row, tag, start, end - at, active)
         first += programs * LANES
 
@@ -201,13 +199,12 @@ def _book(s, w, batch, clock):
 @triton.jit(
     do_not_specialize=[
         "values", "offsets", "names", "slots", "slot_offsets", "priorities", "inserteds", "pool", "prefix_lengths",
-        "lengths", "handles", "name", "priority", "inserted", "batch", "rows", "steps", "call",
+        "lengths", "handles", "name", "priority", "inserted", "batch", "rows", "call",
     ]
 )  # fmt: skip
 def build_kernel(
     s, w, values, offsets, names, slots, slot_offsets, priorities, inserteds, pool, prefix_lengths, lengths, handles,
-    name: tl.int64, priority: tl.int64, inserted: tl.int64, batch: tl.int32, rows: tl.int32, steps: tl.int32,
-    call: tl.int64,
+    name: tl.int64, priority: tl.int64, inserted: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
     INSERTEDS: tl.constexpr,
 ):  # fmt: skip
@@ -220,14 +217,11 @@ def build_kernel(
     if good:
         units = tl.load(w.number + meta.NEEDED)
         cuts = tl.load(w.number + meta.CUTS).to(tl.int32)
-        _copy_new(
-            s, w, values, offsets, slots, slot_offsets, pool, batch, units, steps, program, programs, BIGRAM, SINGLE
-        )
-        wait_for_all(w, programs)
         _add_leaves(
-            s, w, names, name, priorities, priority, batch, rows, clock, program, programs,
-            PAGE, BIGRAM, NAMES, PRIORITIES,
+            s, w, values, offsets, names, name, priorities, priority, batch, rows, clock, program, programs,
+            PAGE, BIGRAM, SINGLE, NAMES, PRIORITIES,
         )  # fmt: skip
+        _copy_new(s, w, values, offsets, slots, slot_offsets, pool, batch, units, programs, BIGRAM, SINGLE)
         if cuts > 0:
             wait_for_all(w, programs)
             make_pieces(s, w, batch, cuts, rows, clock, program, programs, PAGE, BIGRAM, True, 2)
@@ -255,7 +249,7 @@ _build = Kernel(
     build_kernel,
     [
         "*w", "*i64", "*i64", "*w", "*i64", "*i64", "*i64", "*w", "*i32", "*i32", "*i64",
-        "i64", "i64", "i64", "i32", "i32", "i32", "i64",
+        "i64", "i64", "i64", "i32", "i32", "i64",
     ],
     cooperative=True,
 )  # fmt: skip
@@ -272,7 +266,7 @@ def build(
         bound, programs,
         (
             values, offsets, names, slots, slot_offsets, priorities, inserteds, pool, prefix_lengths, lengths, handles,
-            name, priority, inserted, batch, bound.rows, batch.bit_length(), call,
+            name, priority, inserted, batch, bound.rows, call,
         ),
         (page, bigram, offsets == 0, names != 0, priorities != 0, inserteds != 0), (wide, slots_wide, pool_wide),
     )  # fmt: skip

@@ -44,14 +44,14 @@ def tag_of(s, first, second, parent, PAGE: tl.constexpr, WIDTH: tl.constexpr, BI
 
 
 @triton.jit
-def tags_of_lanes(s, start, parent, active, PAGE: tl.constexpr, BIGRAM: tl.constexpr):
-    """The same for lanes: `start` int64, where each first page lies in the pools."""
-    total = tl.zeros_like(start)
+def tags_of_lanes(s, first, second, parent, active, PAGE: tl.constexpr, BIGRAM: tl.constexpr):
+    """The same for lanes, from pointers to the first tokens of each page and, with bigrams, to its second ones."""
+    total = tl.zeros_like(parent)
     for j in range(PAGE):
-        total += tl.load(s.tokens + start + j, mask=active, other=0).to(tl.int64) * tl.load(s.multipliers + j)
+        total += tl.load(first + j, mask=active, other=0).to(tl.int64) * tl.load(s.multipliers + j)
         if BIGRAM:
             factor = tl.load(s.multipliers + PAGE + j)
-            total += tl.load(s.seconds + start + j, mask=active, other=0).to(tl.int64) * factor
+            total += tl.load(second + j, mask=active, other=0).to(tl.int64) * factor
     return page_tag(total, parent)
 
 

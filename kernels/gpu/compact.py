@@ -15,6 +15,7 @@ from flatradix.kernels.gpu.children import enter
 from flatradix.kernels.gpu.finish import is_last, wait_for_all
 from flatradix.kernels.gpu.launch import Bound, Kernel, resident
 from flatradix.kernels.gpu.rows import FREE
+from flatradix.kernels.gpu.share import outer_owners, owners, share
 
 # Rows, or words of the table, that a program handles at once.
 BLOCK = tl.constexpr(256)
@@ -22,14 +23,6 @@ BLOCK = tl.constexpr(256)
 UNITS = tl.constexpr(1024)
 # A unit finds its edge by searching, so those of one page find it together; 16 are 64 bytes, beyond that nothing gains.
 MOST_TOGETHER = 16
-
-
-@triton.jit
-def share(count, programs):
-    """The part [begin, end) of `count` things, int64, that is this program's."""
-    each = (count + programs - 1) // programs
-    begin = tl.minimum(tl.program_id(0).to(tl.int64) * each, count)
-    return begin, tl.minimum(begin + each, count)
 
 
 @triton.jit
@@ -109,24 +102,6 @@ def _lay_out(s, w, first, end, before, target):
 
 
 @triton.jit
-def _owners(w, unit, low, high):
-    """The row of each unit (counted from the beginning of the new half), which is known to be in [low, high].
-
-    It is the last that has no more units before it: free rows have as many before them as the live one behind them.
-    """
-    span = high - low
-    lowest = tl.zeros_like(unit) + low
-    highest = tl.zeros_like(unit) + high
-    while span > 0:
-        middle = (lowest + highest + 1) >> 1
-        here = (tl.load(w.key + middle) >> 32).to(tl.int32) <= unit
-        lowest = tl.where(here, middle, lowest)
-        highest = tl.where(here, highest, middle - 1)
-        span = span >> 1
-    return lowest
-
-
-@triton.jit
 def _copy(s, pool, source, place, inside, BIGRAM: tl.constexpr):
     """Copy single units; the tokens and slots are both on their way before either is waited for."""
     tokens = tl.load(s.tokens + source, mask=inside)
@@ -144,14 +119,13 @@ def _copy_units(s, w, pool, target, total, rows, programs, TOGETHER: tl.constexp
     begin = first.to(tl.int32)
     end = last.to(tl.int32)
     if begin < end:
-        ends = _owners(w, tl.where(tl.arange(0, 2) == 0, begin, end - 1) * TOGETHER, 0, rows - 1)
-        low = tl.min(ends)
-        high = tl.max(ends)
+        # Free rows have as many units before them as the live one behind them, and so none.
+        low, high = outer_owners(w.key, begin * TOGETHER, end * TOGETHER, rows, 32)
         inner = tl.arange(0, TOGETHER)[None, :]
         while begin < end:
             group = begin + tl.arange(0, UNITS // TOGETHER)
             unit = tl.minimum(group, end - 1) * TOGETHER
-            owner = _owners(w, unit, low, high)
+            owner = owners(w.key, unit, low, high, 32)
             key = tl.load(w.key + owner)
             source = tl.multiple_of((key & 0xFFFFFFFF).to(tl.int32) + unit - (key >> 32).to(tl.int32), TOGETHER)
             place = tl.multiple_of(target + unit, TOGETHER)

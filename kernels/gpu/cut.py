@@ -46,6 +46,15 @@ def get(w, batch, query, C: tl.constexpr):
 
 
 @triton.jit
+def note_cut(w, batch, query, edge, at, cuts):
+    """For an insert: whether a query cuts the edge on which it ends. CUTS tells that some do, their list how many."""
+    put(w, batch, query, edge, meta.Q_ROW)
+    put(w, batch, query, tl.where(cuts, at, 0), meta.Q_CUT)
+    if cuts:
+        tl.store(w.number + meta.CUTS, 1)
+
+
+@triton.jit
 def list_cuts(w, batch):
     """Fill Q_LIST, and Q_PLACE with where each query stands in it; returns how many. By one program."""
     count = tl.zeros([], tl.int32)
@@ -196,7 +205,7 @@ def make_pieces(
         tl.store(s.created + piece, created, mask=active)
         tl.store(s.priority + piece, tl.load(s.priority + row, mask=active, other=0), mask=active)
         hand_over(s, w, row, piece.to(tl.int64), start, cut - begin, active & (above < 0))
-        tag = tags_of_lanes(s, start, parent.to(tl.int64), higher, PAGE, BIGRAM)
+        tag = tags_of_lanes(s, s.tokens + start, s.seconds + start, parent.to(tl.int64), higher, PAGE, BIGRAM)
         enter(s, w, piece.to(tl.int64), tag, start, cut - begin, higher)
         first += programs * LANES
     return newly
@@ -229,7 +238,7 @@ def shorten_edges(
         tl.store(s.parent + row, piece, mask=active)
         tl.store(s.start + row, start.to(tl.int32), mask=active)
         tl.store(s.length + row, length.to(tl.int32), mask=active)
-        tag = tags_of_lanes(s, start, piece.to(tl.int64), active, PAGE, BIGRAM)
+        tag = tags_of_lanes(s, s.tokens + start, s.seconds + start, piece.to(tl.int64), active, PAGE, BIGRAM)
         enter(s, w, row.to(tl.int64), tag, start, length, active)
         first += programs * LANES
 

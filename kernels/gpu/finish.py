@@ -33,7 +33,7 @@ def refuse_lanes(w, queries, reasons, values):
 
 
 @triton.jit
-def _acquire(word, least):
+def acquire(word, least):
     """From here on all is seen that was written before `word` came to `least`, which it has by now.
 
     The result must be looked at: Triton 3.6 leaves out an atomic addition of 0 that nobody looks at, and with it what
@@ -58,7 +58,7 @@ def wait_for_all(w, programs):
         seen = before + 1
         while seen < target:
             seen = tl.load(w.number + meta.WAITING, volatile=True)
-        _acquire(w.number + meta.WAITING, target)
+        acquire(w.number + meta.WAITING, target)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def is_last(w, programs, bad=False):
     before = tl.atomic_add(w.number + meta.ARRIVED, mine, sem="release")
     last = (before & (BAD - 1)) == programs - 1
     if last:
-        _acquire(w.number + meta.ARRIVED, programs)
+        acquire(w.number + meta.ARRIVED, programs)
     return last, before + mine >= BAD
 
 

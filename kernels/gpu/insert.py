@@ -1,4 +1,4 @@
-"""Insert, in three launches: plan (walk and check every key), settle (who owns what is new), build.
+"""Insert, in three launches: plan (walk and check every key, and form groups), settle (who owns what is new), build.
 
 What several keys of a batch have in common and the tree has not is owned by the first of them. That is settled in
 rounds: of the keys that leave the tree at the same place with the same next page, the lowest takes the rest of its key
@@ -14,8 +14,9 @@ import triton.language as tl
 
 from flatradix import meta
 from flatradix.kernels.gpu.build import build
+from flatradix.kernels.gpu.claim import claim
 from flatradix.kernels.gpu.compact import compact
-from flatradix.kernels.gpu.cut import put
+from flatradix.kernels.gpu.cut import note_cut, put
 from flatradix.kernels.gpu.finish import refuse
 from flatradix.kernels.gpu.launch import Bound, Kernel
 from flatradix.kernels.gpu.settle import settle
@@ -42,16 +43,16 @@ CHECKED = tl.constexpr(2048)
 @triton.jit(
     do_not_specialize=[
         "values", "offsets", "names", "start_handles", "start_lengths", "slots", "slot_offsets", "total", "slot_total",
-        "limit", "name", "batch",
+        "limit", "name", "batch", "mask",
     ]
 )  # fmt: skip
 def plan_kernel(
     s, w, values, offsets, names, start_handles, start_lengths, slots, slot_offsets, total: tl.int64,
-    slot_total: tl.int64, limit: tl.int64, name: tl.int64, batch: tl.int32,
+    slot_total: tl.int64, limit: tl.int64, name: tl.int64, batch: tl.int32, mask: tl.int32,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
     NAMES: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    """Walk and check one key: where it leaves the tree, and whether its tokens and slots are good."""
+    """Walk and check one key: where it leaves the tree, whether tokens and slots are good, and whom it goes with."""
     query = tl.program_id(0)
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
     slot_place, slot_count, slots_good = key_range(slot_offsets, query, batch, slot_total, SINGLE)
@@ -65,13 +66,14 @@ def plan_kernel(
         reason = reason * 0 + UNEQUAL
         value = (count << 32) | slot_count
     length = start
+    left = start * 0
     units = whole_pages(count, PAGE, BIGRAM)
     if reason < 0:
         refuse(w, query, reason, value)
         units = units * 0
         row = row * 0
     else:
-        row, done, _left, _newly, _old = walk(
+        row, done, left, _newly, _old = walk(
             s, w, key, units, code, row, start, value, value, PAGE, WIDTH, BIGRAM, BLOCK, False, False
         )
         length = start + done
@@ -89,13 +91,19 @@ def plan_kernel(
     put(w, batch, query, start + units, meta.Q_END)
     put(w, batch, query, opens, meta.Q_OPEN)
     put(w, batch, query, row * 0 - 1, meta.Q_LEAF)
+    put(w, batch, query, row * 0 - 1, meta.Q_TURN)
+    note_cut(w, batch, query, row, length, left > 0)
     if opens:
+        claim(
+            s, w, values, offsets, names, name, query, batch, key + (length - start), row.to(tl.int64),
+            length.to(tl.int64), code, row * 0, mask, PAGE, WIDTH, BIGRAM, SINGLE, NAMES,
+        )  # fmt: skip
         tl.atomic_add(w.number + meta.OPEN, 1, sem="relaxed")
 
 
 _plan = Kernel(
     plan_kernel,
-    ["*w", "*i64", "*i64", "*i64", "*i32", "*w", "*i64", "i64", "i64", "i64", "i64", "i32"],
+    ["*w", "*i64", "*i64", "*i64", "*i32", "*w", "*i64", "i64", "i64", "i64", "i64", "i32", "i32"],
 )
 
 
@@ -117,7 +125,7 @@ def insert(
         bound, batch,
         (
             values, offsets, names, start_handles, start_lengths, slots, slot_offsets, total, slot_total, limit, name,
-            batch,
+            batch, bound.workspace.claims.shape[1] - 1,
         ),
         (*sizes, offsets == 0, names != 0, start_handles != 0), (wide, slots_wide),
     )  # fmt: skip

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 from flatradix import meta
-from flatradix.kernels.gpu.compact import clear_table, share
+from flatradix.kernels.gpu.compact import clear_table
 from flatradix.kernels.gpu.finish import is_last, publish
 from flatradix.kernels.gpu.launch import Bound, Kernel, resident
 from flatradix.kernels.gpu.rows import FREE
+from flatradix.kernels.gpu.share import share
 
 BLOCK = tl.constexpr(256)
 

@@ -1,0 +1,88 @@
+"""Groups among the keys of an insert: those that leave the tree at the same place with the same next page.
+
+The lowest query of a group stands for it, and owns what is new.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix import meta
+from flatradix.kernels.gpu.children import page_at, tag_of
+from flatradix.kernels.gpu.cut import get, put
+from flatradix.kernels.gpu.finish import acquire
+from flatradix.kernels.gpu.walk import name_of
+
+
+@triton.jit
+def key_at(values, offsets, w, batch, query, at, SINGLE: tl.constexpr):
+    """Pointer to the token of a key at path length `at`."""
+    begin = tl.zeros([], tl.int64)
+    if not SINGLE:
+        begin = tl.load(offsets + query)
+    return values + begin + (at - get(w, batch, query, meta.Q_BEGIN))
+
+
+@triton.jit
+def equal_tokens(a, b, count, BLOCK: tl.constexpr):
+    """Equal tokens at the beginning of two runs, scalar."""
+    equal = tl.zeros([], tl.int64)
+    going = count > 0
+    while going:
+        j = tl.arange(0, BLOCK)
+        inside = equal + j < count
+        different = tl.load(a + equal + j, mask=inside, other=0) != tl.load(b + equal + j, mask=inside, other=0)
+        first = tl.min(tl.where(different, j, BLOCK)).to(tl.int64)
+        equal = tl.minimum(equal + first, count)
+        going = (first == BLOCK) & (equal < count)
+    return equal
+
+
+@triton.jit
+def claims_of(w, turn, mask):
+    """The table of a round, `mask` + 1 queries or -1; rounds take two of them by turns."""
+    return w.claims + (turn % 2) * (mask + 1)
+
+
+@triton.jit
+def claim(
+    s, w, values, offsets, names, name, query, batch, key, edge, at, code, turn, mask,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr,
+):  # fmt: skip
+    """Join one's group in the round `turn`, with the rest of one's key, which leaves at (edge, at); Q_GROUP names it.
+
+    The query's columns must have been put before: whoever comes next compares with them, maybe while the launch that
+    put them still runs.
+    """
+    claims = claims_of(w, turn, mask)
+    parent = tl.where(edge > 0, edge, ~code.to(tl.int64)) ^ (at << 32)
+    page = page_at(key, 0, PAGE, PAGE, WIDTH)
+    place = tag_of(s, page, page_at(key + 1, 0, PAGE, PAGE, WIDTH), parent, PAGE, WIDTH, BIGRAM) & mask
+    tl.debug_barrier()
+    joined = False
+    while not joined:
+        other = tl.atomic_cas(claims + place, -1, query, sem="release")
+        joined = other == -1
+        if not joined:
+            acquire(claims + place, 0)
+            their_code, _theirs = name_of(names, name, other, NAMES)
+            alike = (get(w, batch, other, meta.Q_EDGE) == edge) & (get(w, batch, other, meta.Q_AT) == at)
+            alike = alike & ((edge > 0) | (their_code == code))
+            if alike:
+                theirs = key_at(values, offsets, w, batch, other, at, SINGLE)
+                alike = equal_tokens(key, theirs, at * 0 + PAGE + BIGRAM, WIDTH) == PAGE + BIGRAM
+            if alike:
+                tl.atomic_min(claims + place, query, sem="acq_rel")
+                joined = other >= 0
+            else:
+                place = (place + 1) & mask
+    put(w, batch, query, place, meta.Q_GROUP)
+    put(w, batch, query, turn, meta.Q_TURN)
+
+
+@triton.jit
+def give_up_claim(w, batch, query, turn, mask):
+    """Leave the table of a round as it was found."""
+    if get(w, batch, query, meta.Q_TURN) == turn:
+        tl.store(claims_of(w, turn, mask) + get(w, batch, query, meta.Q_GROUP), -1)
