@@ -18,6 +18,7 @@ from flatradix.device_calls import DeviceCalls
 from flatradix.device_input import HOST_IN_GRAPH, STAGED_BYTES, Stages, Values, read_values, upload_numbers
 from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
 from flatradix.errors import TooLargeForDeviceError
+from flatradix.kept_slots import KeptSlots
 from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
 from flatradix.mailbox import abandon, is_later
 from flatradix.namespaces import Namespaces, name_hash
@@ -48,6 +49,7 @@ class DeviceTree(DeviceCalls):
         self._mail.words[meta.MAIL_ROOM] = units
         self._stages = Stages(device, self._mail)
         self._singles = Singles(device)
+        self._kept = KeptSlots()
         self._staged = torch.empty(STAGED_BYTES, dtype=torch.int8, device=device)
         self._staging = self._staged.data_ptr()
         # Names are compared on the host; only the digest wants their hashes on the device.
@@ -414,7 +416,8 @@ class DeviceTree(DeviceCalls):
         if not self._by_tick:
             self._kernels.effective_keys(self._bound, self._scores())
         call = self._next_call()
-        self._kernels.select(self._bound, min(wanted, MAX_UNITS), self._by_tick, call)
+        wanted = min(max(wanted - self._kept.tokens, 0), MAX_UNITS)
+        self._kernels.select(self._bound, wanted, self._by_tick, call)
         tokens, nodes = (self._mail.wait(place, call) for place in (meta.MAIL_TOKENS, meta.MAIL_VICTIMS))
         unordered, nodes = nodes & self._kernels.UNORDERED, nodes & ~self._kernels.UNORDERED
         slots = torch.empty(tokens, dtype=torch.int64, device=self.device)
@@ -427,7 +430,13 @@ class DeviceTree(DeviceCalls):
             self._enqueued(call)
             if len(self._namespaces) > 1:
                 self._forget_namespaces(self._mail.wait(meta.MAIL_RELEASED, call))
-        return EvictResult(slots if self.slot_device is None else slots.to(self.slot_device), tokens, nodes)
+        if self.slot_device is None:
+            return EvictResult(slots, tokens, nodes)
+        try:
+            return self._kept.join(slots.to(self.slot_device), tokens, nodes)
+        except torch.OutOfMemoryError as error:
+            self._kept.add(slots.cpu(), nodes, error)
+            raise
 
     def _forget_namespaces(self, count: int) -> None:
         for code in self._state.released[:count].tolist() if count else ():
@@ -461,3 +470,4 @@ class DeviceTree(DeviceCalls):
         self._namespaces.clear()
         self._fresh.clear()
         self._unbooked.clear()
+        self._kept.clear()

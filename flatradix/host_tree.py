@@ -20,6 +20,7 @@ from flatradix.arguments import (
 )
 from flatradix.buffers import Batch, is_single, read_batch, read_one
 from flatradix.device_input import upload_numbers
+from flatradix.kept_slots import KeptSlots
 from flatradix.layout import FREE_ROW, TreeState, allocate, pool_units
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
@@ -58,6 +59,7 @@ class HostTree(RadixTree):
         else:
             self._slots = DeviceSlots(units, self.slot_dtype, self.slot_device)
         self._pool = self._slots.values
+        self._kept = KeptSlots()
 
     def match(
         self, q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None
@@ -291,13 +293,17 @@ class HostTree(RadixTree):
         if isinstance(self._slots, DeviceSlots):
             self._slots.refuse_capture()
         scores = _NO_SCORES if self._score is None else self._scores(self._score)
-        tokens, nodes = self._kernels.evict(self._table, wanted, scores)
+        tokens, nodes = self._kernels.evict(self._table, wanted - self._kept.tokens, scores)
         if self._meta[_RELEASED]:
             self._forget_namespaces()
         starts, counts = self._room_for_ranges(nodes)
         self._kernels.victim_ranges(self._table, starts, counts)
-        slots = self._slots.gather(Ranges(starts, counts, tokens))
-        return EvictResult(slots, tokens, nodes)
+        ranges = Ranges(starts, counts, tokens)
+        try:
+            return self._kept.join(self._slots.gather(ranges), tokens, nodes)
+        except torch.OutOfMemoryError as error:
+            self._kept.add(self._slots.to_host(ranges), nodes, error)
+            raise
 
     def _scores(self, policy: Policy) -> np.ndarray:
         rows = self._meta[_ROWS]
@@ -337,6 +343,7 @@ class HostTree(RadixTree):
     def reset(self) -> None:
         self._kernels.reset(self._table)
         self._namespaces.clear()
+        self._kept.clear()
 
     def _refuse_slot(self, slots: np.ndarray) -> None:
         position = self._meta[_ERROR_VALUE]

@@ -69,6 +69,8 @@ class HostSlots:
         self._kernels.gather_slots(self._pool, self._wide, ranges.starts, ranges.lengths, out)
         return torch.from_numpy(out)
 
+    to_host = gather
+
 
 RangeTable = tuple[torch.Tensor, ...]  # int64 [3, N], of what a kernel is told of N ranges: pinned, and uploaded
 
@@ -223,6 +225,12 @@ class DeviceSlots:
         out = torch.empty(ranges.total, dtype=torch.int64, device=self.device)
         self._copy(self.values, ranges, out, 0, self._range_table(len(ranges.starts)))
         return out
+
+    def to_host(self, ranges: Ranges) -> torch.Tensor:
+        """The same in host memory, without any on the device. Waits for it."""
+        pairs = zip(ranges.starts.tolist(), ranges.lengths.tolist(), strict=True)
+        parts = [self.values[start : start + length].cpu() for start, length in pairs]
+        return torch.cat(parts).to(torch.int64) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def write_rows(self, ranges: Ranges, offsets: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> None:
         """Write slots into rows of a table: those of query i, `offsets[i]` to `offsets[i + 1]`, from the left on."""

@@ -14,6 +14,8 @@ import torch
 
 import flatradix
 from flatradix import RadixTree, Ragged, meta
+from flatradix.kept_slots import KeptSlots
+from flatradix.results import EvictResult
 from tests.devices import interpreted, settled
 
 
@@ -117,6 +119,31 @@ def test_slots_beside_the_index_are_written_where_they_are_kept(device: str) -> 
         return
     settled(tree, lambda: tree.write_slots(tree.match([1, 2, 3]), table, [0]))
     assert table.tolist() == [[7, 8, 9]]
+
+
+def test_slots_that_could_not_be_returned_come_with_the_next_eviction(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = RadixTree(64, device=device, slot_device="cpu")
+    for first in (1, 2, 3, 4):
+        tree.insert([first, 9], [10 * first, 10 * first + 1])
+    join = KeptSlots.join
+
+    def no_memory(kept: KeptSlots, slots: torch.Tensor, tokens: int, nodes: int) -> EvictResult:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(KeptSlots, "join", no_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="2 evicted slots cannot be returned"):
+        tree.evict(1)
+    with pytest.raises(torch.OutOfMemoryError, match="4 evicted slots"):
+        tree.evict(3)
+    assert tree.total_tokens == 4
+    monkeypatch.setattr(KeptSlots, "join", join)
+    freed = tree.evict(5)
+    assert (freed.slots.tolist(), freed.num_tokens, freed.num_nodes) == ([10, 11, 20, 21, 30, 31], 6, 3)
+    freed = tree.evict(1)
+    assert (freed.slots.tolist(), freed.num_tokens, freed.num_nodes) == ([40, 41], 2, 1)
+    tree.check()
 
 
 def test_results_do_not_change_with_the_tree(device: str) -> None:
