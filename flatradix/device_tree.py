@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ import torch
 
 from flatradix import backend, meta, namespaces
 from flatradix import policy as policies
-from flatradix.arguments import check_counts, check_table, nothing_behind, per_query, token_count
+from flatradix.arguments import check_table, nothing_behind, token_count
 from flatradix.buffers import Buffer, is_single, read_one
-from flatradix.device_calls import DeviceCalls
-from flatradix.device_input import HOST_IN_GRAPH, STAGED_BYTES, Stages, Values, read_values, upload_numbers
-from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
+from flatradix.device_arguments import DeviceArguments
+from flatradix.device_input import HOST_IN_GRAPH, STAGED_BYTES, Stages, read_values, upload_numbers
+from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles, ToldMatch
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.kept_slots import KeptSlots
 from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
@@ -28,7 +28,7 @@ from flatradix.results import EvictResult, InsertResult, MatchResult, places_of
 _SMALLEST_BATCH = 1024
 
 
-class DeviceTree(DeviceCalls):
+class DeviceTree(DeviceArguments):
     """A RadixTree on a GPU; Triton kernels do the work."""
 
     def _allocate(self, generation: int) -> None:
@@ -107,48 +107,6 @@ class DeviceTree(DeviceCalls):
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self._state, *self._workspace)) + self._pool.nbytes
 
-    # Reading what callers pass
-
-    def _read_names(self, namespace: Any, batch: int, codes: Sequence[int] | None = None) -> tuple[int, int, Any]:
-        """(address of one number a query or 0, the number for all, owner): code * 2 + whether a name was given."""
-        if codes is None and not isinstance(namespace, list | tuple):
-            namespaces.check(namespace)
-            code = self._namespaces.find(namespace)
-            return 0, 2 * code + (namespace is not None), None
-        names = namespaces.spread(namespace, batch)
-        found = [self._namespaces.find(name) for name in names] if codes is None else codes
-        packed = [2 * code + (name is not None) for code, name in zip(found, names, strict=True)]
-        if len(set(packed)) <= 1:
-            return 0, packed[0] if packed else 0, None
-        numbers = upload_numbers(np.array(packed, np.int64), self.device)
-        return numbers.data_ptr(), 0, numbers
-
-    def _read_starts(self, start: Any, batch: int) -> tuple[int, int, Any]:
-        """(address of the handles, of the lengths, owner); 0 without a start."""
-        if start is None:
-            return 0, 0, None
-        lengths, handles = self._places(start)
-        if len(handles) != batch:
-            raise ValueError(f"start has {len(handles)} places for {batch} queries")
-        return handles.data_ptr(), lengths.data_ptr(), (lengths, handles)
-
-    def _places(self, places: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths, handles = places_of(places, self.device)
-        return lengths, handles.contiguous()
-
-    def _read_numbers(self, value: Any, batch: int, what: str) -> tuple[int, int, Any]:
-        """(address of int64 [B] or 0, the number for all, owner) of a priority or the like."""
-        if isinstance(value, torch.Tensor) and not value.is_cpu:
-            if value.shape != (batch,) or value.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"{what} must be an integer, or {batch} integers, one a query")
-            numbers = value.to(self.device, torch.int64).contiguous()
-            return numbers.data_ptr(), 0, numbers
-        found = per_query(value, batch, what)
-        if batch == 0 or (found == found[0]).all():
-            return 0, int(found[0]) if batch else 0, None
-        numbers = upload_numbers(found, self.device)
-        return numbers.data_ptr(), 0, numbers
-
     # Match
 
     def match(
@@ -160,7 +118,8 @@ class DeviceTree(DeviceCalls):
                 return self._match_one(key, namespace, bool(touch), bool(lock))
         keys = read_values(nothing_behind(start, q), self.device, "tokens")
         batch = keys.batch
-        if namespace is not None and self._is_capturing():
+        capturing = self._is_capturing()
+        if namespace is not None and capturing:
             raise RuntimeError("a CUDA graph cannot hold a namespace: what it is called inside changes as others go")
         names, name, _names_owner = self._read_names(namespace, batch)
         handles, lengths, _start_owner = self._read_starts(start, batch)
@@ -168,8 +127,9 @@ class DeviceTree(DeviceCalls):
             return MatchResult(*self._outputs(0))
         self._room_for(batch)
         call = self._next_call()
-        if keys.offsets == 0 and self._is_capturing():
+        if keys.offsets == 0 and capturing:
             keys = keys.as_batch(self.device)  # a single key answers, and each replay would answer again
+        told = -1
         if keys.offsets == 0:
             chunk, place = self._singles.take()
             single = AwaitedMatch(self, call, chunk, place)
@@ -178,13 +138,14 @@ class DeviceTree(DeviceCalls):
         else:
             out = self._outputs(batch)
             length_out, handle_out = (tensor.data_ptr() for tensor in out)
-            result = MatchResult(*out)
+            told, turn = (-1, 0) if capturing else self._mail.place_for_lengths(batch)
+            result = MatchResult(*out) if told < 0 else ToldMatch(self, call, turn, *out)
         self._kernels.match(
             self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name,
-            handles, lengths, length_out, handle_out, call,
+            handles, lengths, length_out, handle_out, told, call,
             self.page_size, self.bigram, bool(touch), bool(lock),
         )  # fmt: skip
-        self._enqueued(call, bool(lock))
+        self._enqueued(call, bool(lock), capturing)
         return result
 
     def _match_one(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
@@ -353,39 +314,6 @@ class DeviceTree(DeviceCalls):
         self._workspace.number[meta.ERROR] = meta.NO_ERROR
         self._workspace.claims.fill_(-1)
         self._unsure = True
-
-    def _read_slots(self, slots: Any, keys: Values) -> Values:
-        """The slots of a batch; a batch of one may come as one sequence, and a single sequence as a batch of one."""
-        source = read_values(slots, self.device, "slots")
-        if source.batch != keys.batch:
-            raise ValueError(f"insert: {keys.batch} queries, but slots for {source.batch}")
-        if keys.counts is not None and source.counts is not None:
-            check_counts(keys.counts, source.counts)
-        if (keys.offsets == 0) != (source.offsets == 0):
-            bounds = upload_numbers(np.array([0, source.total]), self.device)
-            source = source._replace(offsets=bounds.data_ptr(), owner=(source.owner, bounds))
-        return source
-
-    def _codes_to_insert(self, namespace: Any, keys: Values) -> list[int] | None:
-        """The namespace code of each query, given out where a key may store something; None if all have the same."""
-        many = isinstance(namespace, list | tuple)
-        names = namespaces.spread(namespace, keys.batch) if many else [namespaces.only(namespace)]
-        if len(self._namespaces) + len(names) > len(self._state.namespace_hash):
-            self._wait()  # inserts that were refused may have been given names for nothing
-        counts = keys.counts
-        if counts is None and len(self._namespaces) + len(names) > len(self._state.namespace_hash):
-            counts = keys.read_counts()  # more names than pages: only keys that store something may have one
-        if counts is not None and not many:
-            counts = counts.max(keepdims=True)
-        codes = []
-        for query, name in enumerate(names):
-            code = self._namespaces.find(name)
-            if code < 0 and (counts is None or counts[query] >= self.page_size + self.bigram):
-                code = self._namespaces.give(name)
-                self._fresh.add(code)
-                self._unsure |= counts is None
-            codes.append(code)
-        return codes if many else None
 
     def _may_compact(self, total: int) -> bool:
         """Whether the pools may have no room for so many units, as far as the host knows by now."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flatradix import meta
@@ -50,10 +51,13 @@ class Mailbox:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.words = torch.zeros(meta.MAIL, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-        self._view = memoryview(self.words.numpy().data)
+        array = self.words.numpy()
+        self._view = memoryview(array.data)
+        self._halves = array.view(np.int32).reshape(-1, 2)  # values and calls
+        self._lengths_given = 0
         self.last = 0
         self.last_change = 0  # the last call that may have changed a size, and tells them all
-        self._told = 0
+        self.told_refusals = 0
 
     def _word(self, place: int, call: int, exact: bool = False) -> int:
         """A word, once `call`, or unless `exact` a later one, has written it. Raises what the device raises.
@@ -102,20 +106,54 @@ class Mailbox:
 
     def answers(self, call: int) -> list[int] | None:
         """The four numbers of a single key's answer; None where a later call overwrites them, even now."""
-        found = [self.await_answer(call, index) for index in range(meta.ANSWER_WORDS)]
-        return None if None in found else found  # type: ignore[return-value]
+        place = meta.MAIL_ANSWERS + call % meta.ANSWERS * meta.ANSWER_WORDS
+        self._word(place + meta.ANSWER_WORDS - 1, call)
+        tag = call << 32
+        found = [word - tag for word in self._view[place : place + meta.ANSWER_WORDS]]
+        if min(found) < 0 or max(found) > _LOW:  # not all are here yet, or another call's
+            one_by_one = [self.await_answer(call, index) for index in range(meta.ANSWER_WORDS)]
+            return None if None in one_by_one else one_by_one  # type: ignore[return-value]
+        return found
+
+    def place_for_lengths(self, count: int) -> tuple[int, int]:
+        """(place, turn) of words for the lengths of a batch; the place is -1 where it has too many."""
+        if count > meta.LENGTHS:
+            return -1, 0
+        free = meta.LENGTHS - self._lengths_given % meta.LENGTHS
+        if count > free:
+            self._lengths_given += free
+        turn = self._lengths_given
+        self._lengths_given += count
+        return meta.MAIL_LENGTHS + turn % meta.LENGTHS, turn
+
+    def lengths(self, call: int, turn: int, count: int, told_refusals: int) -> np.ndarray | None:
+        """int32 [count]: what a batch has told at its turn. Waits for its call.
+
+        None where later batches have been given these words, or where some call was refused since `told_refusals`.
+        """
+        if self._lengths_given - turn > meta.LENGTHS:
+            return None
+        errors = self._word(meta.MAIL_ERRORS, call)
+        if (errors - told_refusals) & _LOW:
+            return None
+        place = meta.MAIL_LENGTHS + turn % meta.LENGTHS
+        words = self._halves[place : place + count]
+        while (words[:, 1] != call).any():  # on their way, as the call is done
+            if self._is_idle() and (words[:, 1] != call).any():
+                raise RuntimeError(f"call {call} has not told its lengths: its launch failed or was interrupted")
+        return words[:, 0].copy()
 
     def refusals(self) -> int:
         """How many calls were refused since they were last asked for. Waits for all calls so far."""
-        return self._word(meta.MAIL_ERRORS, self.last) - self._told & _LOW
+        return self._word(meta.MAIL_ERRORS, self.last) - self.told_refusals & _LOW
 
     def take_refusals(self) -> tuple[Refusal | None, int]:
         """The first refusal that was not told yet, and how many came after it; they count as told."""
         count = self.refusals()
         if count == 0:
             return None, 0
-        number = self._told + 1 + max(0, count - meta.REFUSALS)
-        self._told += count
+        number = self.told_refusals + 1 + max(0, count - meta.REFUSALS)
+        self.told_refusals += count
         place = meta.MAIL_REFUSALS + number % meta.REFUSALS * meta.REFUSAL_WORDS
         kind, query, low, high = (self.wait(place + i, number & meta.CALL_MASK) for i in range(4))
         value = low | high << 32

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flatradix import backend
+from flatradix.counts import Counts
 from flatradix.device_input import upload_numbers
 from flatradix.held_places import DevicePlaces, HostPlaces, some_of
 from flatradix.layout import MAX_UNITS
@@ -23,33 +24,6 @@ from flatradix.tree import RadixTree
 # Up to so many slots a request, one operation with an index for all of them; beyond, one for each: a guess, not tuned.
 _FEW_SLOTS = 64
 _MOST_UNSETTLED = 64
-
-
-class Counts(NamedTuple):
-    """What a PrefixCache did so far, and where its slots are. See `PrefixCache.counts`."""
-
-    requests: int  # begun, refused ones left out
-    refused: int  # answers of `begin`: a prompt that is passed again counts again
-    running: int
-    prompt_tokens: int
-    cached_tokens: int  # of those, found in the cache
-    evicted_tokens: int
-    duplicate_tokens: int  # computed though cached: by another meanwhile, or the last page for its logits
-    slots: int
-    free: int
-    evictable: int
-    protected: int
-    held: int  # by running requests, not in the tree
-
-    @property
-    def hit_rate(self) -> float:
-        """The part of all prompt tokens that was cached."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    @property
-    def occupancy(self) -> float:
-        """The part of all slots that is in use."""
-        return 1 - self.free / self.slots
 
 
 class _Unsettled(NamedTuple):
@@ -160,7 +134,7 @@ class PrefixCache:
         # A single key is cheaper than a batch of one. What is found counts as used when it is committed: prompts that
         # are refused again and again would keep it from being evicted.
         match = self.tree.match(keys if len(keys) > 1 else keys[0], names, touch=False, lock=True)
-        cached = [match.length] if len(keys) == 1 else match.lengths.tolist()
+        cached = [match.length] if len(keys) == 1 else match.host_lengths().tolist()
         needed = [self._in_pages(request.num_tokens) - length for request, length in zip(requests, cached, strict=True)]
         left = self._allocator.free_slots + self.tree.evictable_tokens
         if sum(needed) <= left and len(requests) <= len(self._free_rows):

@@ -10,7 +10,8 @@ try:
 except ImportError as error:
     raise ImportError("flatradix.prometheus needs prometheus_client: pip install 'flatradix[prometheus]'") from error
 
-from flatradix.prefix_cache import Counts, PrefixCache
+from flatradix.counts import Counts
+from flatradix.prefix_cache import PrefixCache
 
 COUNTERS = {
     "requests": "Requests that were begun, refused ones left out",
