@@ -254,16 +254,26 @@ def test_a_single_key_in_a_graph(gpu: str) -> None:
 def test_what_a_graph_cannot_hold(gpu: str) -> None:
     tree = RadixTree(64, device=gpu)
     q = ragged([[1], [2]], tree)
+    beside = RadixTree(64, device="cpu", slot_device=gpu)
+    place = beside.insert([1, 2], [3, 4])
+    table = torch.zeros((1, 2), dtype=torch.int32, device=gpu)
+    on_the_cpu = "cannot hold a call of a tree on the CPU"
     for call, message in (
         (lambda: tree.match([1, 2]), "cannot hold inputs in host memory"),
         (lambda: tree.match([[1], [2]]), "cannot hold inputs in host memory"),
         (lambda: tree.match(q, namespace="a"), "cannot hold a namespace"),
         (lambda: tree.insert(q, q), "insert cannot be part of a CUDA graph"),
+        (lambda: beside.slots(place), on_the_cpu),
+        (lambda: beside.write_slots(place, table, [0]), on_the_cpu),
+        (lambda: beside.insert([1, 2, 3], torch.arange(3, device=gpu)), on_the_cpu),
+        (lambda: beside.evict(1), on_the_cpu),
     ):
         with pytest.raises(RuntimeError, match=message):
             captured(call)
     assert tree.insert(q, q).lengths.tolist() == [1, 1]
     tree.check()
+    assert beside.slots(beside.match([1, 2, 3])).to_list() == [[3, 4]]
+    beside.check()
 
 
 # Launching

@@ -51,16 +51,17 @@ def test_gather(lengths: list[int], dtype: torch.dtype, device: str) -> None:
     assert found.tolist() == [slot for part in expected(values, ranges) for slot in part]
 
 
+@pytest.mark.parametrize("table_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @given(paths=st.lists(LENGTHS, min_size=1, max_size=4))
-def test_write_rows(paths: list[list[int]], dtype: torch.dtype, device: str) -> None:
+def test_write_rows(paths: list[list[int]], dtype: torch.dtype, table_dtype: torch.dtype, device: str) -> None:
     """The last row of the table belongs to nobody; neither does what is behind a path."""
     slots, values = pool_on(device, dtype)
     ranges = some_ranges([length for path in paths for length in path])
     sums = [sum(path) for path in paths]
     offsets = np.concatenate([[0], np.cumsum(sums, dtype=np.int64)])
     width = max(sums) + 1
-    whole = torch.full((len(paths) + 1, width + 3), -7, dtype=dtype, device=slots.device)
+    whole = torch.full((len(paths) + 1, width + 3), -7, dtype=table_dtype, device=slots.device)
     rows = np.random.default_rng(2).permutation(len(paths))
     slots.write_rows(ranges, offsets, whole[:, 2 : 2 + width], rows)
     joined = np.concatenate([np.empty(0, np.int64), *expected(values, ranges)])
@@ -97,14 +98,15 @@ def test_the_first_slot_that_is_none_is_named(dtype: torch.dtype, mine: torch.dt
         slots._batch(torch.tensor([3, 4, -1], dtype=mine, device=slots.device), np.array([2, 1]), True)
 
 
+@pytest.mark.parametrize("mine", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @given(batch=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 300)), min_size=1, max_size=6))
-def test_write(batch: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
+def test_write(batch: list[tuple[int, int]], dtype: torch.dtype, mine: torch.dtype, device: str) -> None:
     """Of each query the first slots are left out, as the tree knew their tokens, and the others may be none."""
     slots, values = pool_on(device, dtype)
     numbers = np.random.default_rng(3)
     parts = [torch.from_numpy(numbers.integers(0, 1 << 20, skip + count)) for skip, count in batch]
-    parts = [part.to(slots.device) for part in parts]
+    parts = [part.to(slots.device, mine) for part in parts]
     source = slots.read(parts)
     skips, counts = (np.array(column) for column in zip(*batch, strict=True))
     places = np.cumsum(counts + 7) - counts
