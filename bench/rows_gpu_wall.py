@@ -44,7 +44,7 @@ def _match_one(tokens: int, edges: int, setup: Setup) -> Measured:
 
 def _match_resident(setup: Setup) -> Measured:
     tree, _, queries = cached_sets(setup, setup.shape(1024, 4096, 8))
-    return Measured(wall_seconds(setup, [lambda q=q: tree.match(q).host_lengths() for q in queries]), None)
+    return Measured(wall_seconds(setup, [lambda q=q: tree.match(q).lengths.cpu() for q in queries]), None)
 
 
 def _pinned(setup: Setup, tensor: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def _match_pinned(setup: Setup) -> Measured:
         del kept
 
     alone = wall_seconds(setup, [partial(transfer, q) for q in queries])
-    taken = wall_seconds(setup, [lambda q=q: tree.match(q).host_lengths() for q in queries])
+    taken = wall_seconds(setup, [lambda q=q: tree.match(q).lengths.cpu() for q in queries])
     return Measured(taken, alone, f"{taken / alone:.2f} x the transfer alone")
 
 

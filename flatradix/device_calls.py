@@ -42,12 +42,9 @@ class DeviceCalls(RadixTree):
         self._calls = self._calls % meta.CALL_MASK + 1
         return self._calls
 
-    def _enqueued(self, call: int, changes: bool = True, capturing: bool | None = None) -> None:
-        """Wait for this call from now on, not before it is really enqueued.
-
-        changes: whether it may change a size. capturing: whether a graph is captured, if the caller knows.
-        """
-        if self._is_capturing() if capturing is None else capturing:
+    def _enqueued(self, call: int, changes: bool = True) -> None:
+        """Wait for this call from now on; `changes`: whether it may change a size. Not before it is really enqueued."""
+        if self._is_capturing():
             # It will tell its numbers whenever the graph is replayed, so from now on the host asks for them.
             self._captured = True
         else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from flatradix.results import InsertResult, MatchResult, to_host
+from flatradix.results import InsertResult, MatchResult
 
 if TYPE_CHECKING:
     from flatradix.device_tree import DeviceTree
@@ -144,22 +144,3 @@ class AwaitedInsert(_Awaited, InsertResult):
     @property
     def prefix_length(self) -> int:
         return self._await()[2]
-
-
-class ToldMatch(MatchResult):
-    """The result of a batch whose lengths the kernel also stores in host memory."""
-
-    __slots__ = ("_call", "_told_refusals", "_tree", "_turn")
-
-    def __init__(self, tree: DeviceTree, call: int, turn: int, lengths: torch.Tensor, handles: torch.Tensor) -> None:
-        super().__init__(lengths, handles)
-        self._tree = tree
-        self._call = call
-        self._turn = turn
-        self._told_refusals = tree._mail.told_refusals
-
-    def host_lengths(self) -> torch.Tensor:
-        told = None
-        if not self._tree._captured:  # a graph that is replayed tells the numbers of old calls
-            told = self._tree._mail.lengths(self._call, self._turn, len(self), self._told_refusals)
-        return to_host(self.lengths) if told is None else torch.from_numpy(told)

@@ -16,7 +16,7 @@ from flatradix.arguments import check_table, nothing_behind, token_count
 from flatradix.buffers import Buffer, is_single, read_one
 from flatradix.device_arguments import DeviceArguments
 from flatradix.device_input import HOST_IN_GRAPH, STAGED_BYTES, Stages, read_values, upload_numbers
-from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles, ToldMatch
+from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.kept_slots import KeptSlots
 from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
@@ -118,8 +118,7 @@ class DeviceTree(DeviceArguments):
                 return self._match_one(key, namespace, bool(touch), bool(lock))
         keys = read_values(nothing_behind(start, q), self.device, "tokens")
         batch = keys.batch
-        capturing = self._is_capturing()
-        if namespace is not None and capturing:
+        if namespace is not None and self._is_capturing():
             raise RuntimeError("a CUDA graph cannot hold a namespace: what it is called inside changes as others go")
         names, name, _names_owner = self._read_names(namespace, batch)
         handles, lengths, _start_owner = self._read_starts(start, batch)
@@ -127,9 +126,8 @@ class DeviceTree(DeviceArguments):
             return MatchResult(*self._outputs(0))
         self._room_for(batch)
         call = self._next_call()
-        if keys.offsets == 0 and capturing:
+        if keys.offsets == 0 and self._is_capturing():
             keys = keys.as_batch(self.device)  # a single key answers, and each replay would answer again
-        told = -1
         if keys.offsets == 0:
             chunk, place = self._singles.take()
             single = AwaitedMatch(self, call, chunk, place)
@@ -138,14 +136,13 @@ class DeviceTree(DeviceArguments):
         else:
             out = self._outputs(batch)
             length_out, handle_out = (tensor.data_ptr() for tensor in out)
-            told, turn = (-1, 0) if capturing else self._mail.place_for_lengths(batch)
-            result = MatchResult(*out) if told < 0 else ToldMatch(self, call, turn, *out)
+            result = MatchResult(*out)
         self._kernels.match(
             self._bound, keys.address, keys.wide, keys.offsets, keys.total, batch, names, name,
-            handles, lengths, length_out, handle_out, told, call,
+            handles, lengths, length_out, handle_out, call,
             self.page_size, self.bigram, bool(touch), bool(lock),
         )  # fmt: skip
-        self._enqueued(call, bool(lock), capturing)
+        self._enqueued(call, bool(lock))
         return result
 
     def _match_one(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:

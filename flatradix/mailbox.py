@@ -10,7 +10,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from flatradix import meta
@@ -51,13 +50,10 @@ class Mailbox:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.words = torch.zeros(meta.MAIL, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-        array = self.words.numpy()
-        self._view = memoryview(array.data)
-        self._halves = array.view(np.int32).reshape(-1, 2)  # values and calls
-        self._lengths_given = 0
+        self._view = memoryview(self.words.numpy().data)
         self.last = 0
         self.last_change = 0  # the last call that may have changed a size, and tells them all
-        self.told_refusals = 0
+        self._told = 0
 
     def _word(self, place: int, call: int, exact: bool = False) -> int:
         """A word, once `call`, or unless `exact` a later one, has written it. Raises what the device raises.
@@ -115,45 +111,17 @@ class Mailbox:
             return None if None in one_by_one else one_by_one  # type: ignore[return-value]
         return found
 
-    def place_for_lengths(self, count: int) -> tuple[int, int]:
-        """(place, turn) of words for the lengths of a batch; the place is -1 where it has too many."""
-        if count > meta.LENGTHS:
-            return -1, 0
-        free = meta.LENGTHS - self._lengths_given % meta.LENGTHS
-        if count > free:
-            self._lengths_given += free
-        turn = self._lengths_given
-        self._lengths_given += count
-        return meta.MAIL_LENGTHS + turn % meta.LENGTHS, turn
-
-    def lengths(self, call: int, turn: int, count: int, told_refusals: int) -> np.ndarray | None:
-        """int32 [count]: what a batch has told at its turn. Waits for its call.
-
-        None where later batches have been given these words, or where some call was refused since `told_refusals`.
-        """
-        if self._lengths_given - turn > meta.LENGTHS:
-            return None
-        errors = self._word(meta.MAIL_ERRORS, call)
-        if (errors - told_refusals) & _LOW:
-            return None
-        place = meta.MAIL_LENGTHS + turn % meta.LENGTHS
-        words = self._halves[place : place + count]
-        while (words[:, 1] != call).any():  # on their way, as the call is done
-            if self._is_idle() and (words[:, 1] != call).any():
-                raise RuntimeError(f"call {call} has not told its lengths: its launch failed or was interrupted")
-        return words[:, 0].copy()
-
     def refusals(self) -> int:
         """How many calls were refused since they were last asked for. Waits for all calls so far."""
-        return self._word(meta.MAIL_ERRORS, self.last) - self.told_refusals & _LOW
+        return self._word(meta.MAIL_ERRORS, self.last) - self._told & _LOW
 
     def take_refusals(self) -> tuple[Refusal | None, int]:
         """The first refusal that was not told yet, and how many came after it; they count as told."""
         count = self.refusals()
         if count == 0:
             return None, 0
-        number = self.told_refusals + 1 + max(0, count - meta.REFUSALS)
-        self.told_refusals += count
+        number = self._told + 1 + max(0, count - meta.REFUSALS)
+        self._told += count
         place = meta.MAIL_REFUSALS + number % meta.REFUSALS * meta.REFUSAL_WORDS
         kind, query, low, high = (self.wait(place + i, number & meta.CALL_MASK) for i in range(4))
         value = low | high << 32

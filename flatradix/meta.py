@@ -83,9 +83,7 @@ REFUSAL_WORDS = 8
 MAIL_ANSWERS = MAIL_REFUSALS + REFUSALS * REFUSAL_WORDS
 ANSWERS = 512
 ANSWER_WORDS = 4
-MAIL_LENGTHS = MAIL_ANSWERS + ANSWERS * ANSWER_WORDS
-LENGTHS = 1 << 14  # of the last batches that were matched, by turns: 128 KB
-MAIL = MAIL_LENGTHS + LENGTHS
+MAIL = MAIL_ANSWERS + ANSWERS * ANSWER_WORDS
 CALL_MASK = 0x7FFFFFFF
 
 OPERATIONS = ("match", "lock", "unlock", "slots", "write_slots", "insert", "evict")

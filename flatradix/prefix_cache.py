@@ -134,7 +134,7 @@ class PrefixCache:
         # A single key is cheaper than a batch of one. What is found counts as used when it is committed: prompts that
         # are refused again and again would keep it from being evicted.
         match = self.tree.match(keys if len(keys) > 1 else keys[0], names, touch=False, lock=True)
-        cached = [match.length] if len(keys) == 1 else match.host_lengths().tolist()
+        cached = [match.length] if len(keys) == 1 else match.lengths.tolist()
         needed = [self._in_pages(request.num_tokens) - length for request, length in zip(requests, cached, strict=True)]
         left = self._allocator.free_slots + self.tree.evictable_tokens
         if sum(needed) <= left and len(requests) <= len(self._free_rows):

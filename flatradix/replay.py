@@ -145,7 +145,7 @@ class Replay:
         self._release(now)
         match: MatchResult = self._timed("match", self.tree.match, prompts, None, True, True)
         self._timed("slots", self.tree.slots, match)
-        hits: list[int] = match.host_lengths().tolist()
+        hits: list[int] = match.lengths.tolist()
         page = self.settings.page_size
         pairs = zip(prompts, hits, strict=True)
         rests = [prompt[hit : len(prompt) // page * page] for prompt, hit in pairs]

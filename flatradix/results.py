@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 _Result = TypeVar("_Result", bound="Places")
-_REFUSED = "the call that was to give this was refused; tree.raise_pending() tells why"
 
 
 def _only(values: torch.Tensor) -> int:
@@ -15,16 +14,8 @@ def _only(values: torch.Tensor) -> int:
         raise ValueError(f"the integers are for a batch of one, and this is one of {len(values)}; use the tensors")
     number = int(values[0])
     if number < 0:
-        raise ValueError(_REFUSED)
+        raise ValueError("the call that was to give this was refused; tree.raise_pending() tells why")
     return number
-
-
-def to_host(lengths: torch.Tensor) -> torch.Tensor:
-    """Lengths in host memory; ValueError if their call was refused. Waits for the current stream."""
-    lengths = lengths.cpu()
-    if len(lengths) and int(lengths.min()) < 0:
-        raise ValueError(_REFUSED)
-    return lengths
 
 
 class Places:
@@ -75,15 +66,6 @@ class Places:
     @property
     def handle(self) -> int:
         return self._handle if self._handles is None else _only(self._handles)
-
-    def host_lengths(self) -> torch.Tensor:
-        """The lengths in host memory, int32 [B], to be read only.
-
-        Of a batch on a GPU they may be there before the stream is done: match tells the host as it goes, up to 16,384
-        queries at a time, until as many more were matched. Raises ValueError if the call was refused.
-        """
-        lengths = self.lengths
-        return lengths if lengths.is_cpu else to_host(lengths)
 
     def __len__(self) -> int:
         return 1 if self._lengths is None else len(self._lengths)

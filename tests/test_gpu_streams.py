@@ -231,10 +231,7 @@ def test_a_graph_needs_scratch_for_its_batch(gpu: str) -> None:
     tree.insert([1], [1])
     graph.replay()
     assert tree.total_tokens == 1
-    assert found.lengths.tolist() == found.host_lengths().tolist() == [1] * 2000
-    again = tree.match(q)
-    graph.replay()  # tells the number of an old call last
-    assert again.host_lengths().tolist() == [1] * 2000
+    assert found.lengths.tolist() == [1] * 2000
 
 
 def test_a_single_key_in_a_graph(gpu: str) -> None:

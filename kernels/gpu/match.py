@@ -96,12 +96,12 @@ def _finish(
 @triton.jit(
     do_not_specialize=[
         "values", "offsets", "names", "start_handles", "start_lengths", "lengths", "handles", "stage", "total", "name",
-        "batch", "rows", "told", "call",
+        "batch", "rows", "call",
     ]
 )  # fmt: skip
 def match_kernel(
     s, w, values, offsets, names, start_handles, start_lengths, lengths, handles, stage,
-    total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32, told: tl.int32, call: tl.int64,
+    total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, TOUCH: tl.constexpr,
     LOCK: tl.constexpr, SINGLE: tl.constexpr, STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +168,6 @@ def match_kernel(
             handle = tl.load(handles)
         answer(w, call, tl.where(bad, -1, length), handle, length * 0)
     else:
-        tl.store(w.mail + told + query, ((call & meta.CALL_MASK) << 32) | length, mask=told >= 0)
         last, any_bad = is_last(w, tl.num_programs(0), bad)
         if last:
             _finish(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
@@ -176,7 +175,7 @@ def match_kernel(
 
 _match = Kernel(
     match_kernel,
-    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i32", "i64"],
+    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i64"],
 )
 
 
@@ -198,7 +197,7 @@ def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
 
 def match(
     bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, names: int, name: int,
-    start_handles: int, start_lengths: int, lengths: int, handles: int, told: int, call: int,
+    start_handles: int, start_lengths: int, lengths: int, handles: int, call: int,
     page: int, bigram: bool, touch: bool, lock: bool,
 ) -> None:  # fmt: skip
     """Match a batch in one launch.
@@ -207,7 +206,6 @@ def match(
         tokens.
     names: address of int64 [B], code * 2 + (1 if the caller gave a name), or 0 and the same number in `name` for all.
     start_handles, start_lengths: int64 and int32 [B], or 0.
-    told: the place among the mail for the lengths, also those of a call that turns out to be refused; -1 for none.
     Fills lengths int32 [B] and handles int64 [B], with -1 where the call is refused.
     """
     block, warps, registers = shape(batch, total // batch, lock)
@@ -215,7 +213,7 @@ def match(
         bound, batch,
         (
             values, offsets, names, start_handles, start_lengths, lengths, handles, 0, total, name, batch,
-            bound.rows, told, call,
+            bound.rows, call,
         ),
         (
             *page_constants(page, bigram, block), touch, lock, offsets == 0, False, names != 0,
@@ -241,6 +239,6 @@ def match_one(
     stage: device memory to which the key is brought first.
     """
     _match(
-        bound, 1, (values, 0, 0, 0, 0, length, handle, stage, count, name, 1, bound.rows, -1, call),
+        bound, 1, (values, 0, 0, 0, 0, length, handle, stage, count, name, 1, bound.rows, call),
         _single_constants(page, bigram, touch, lock), (wide, wide),
     )  # fmt: skip
