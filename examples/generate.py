@@ -4,6 +4,7 @@ Some conversations begin with the same system prompt and go on for some turns. E
 conversation so far, and is answered twice: with what earlier requests left in the cache, and computing all of it. The
 report compares outputs, logits, and time to first token: the median, from the begin of a request, so that its waiting
 for others does not count. Prompts are random tokens, and so are the weights without --model: nothing is downloaded.
+Wants transformers: pip install -c constraints.txt transformers
 
   python examples/generate.py                             a small model on the CPU, in less than a minute
   python examples/generate.py --device cuda               0.5B parameters on a GPU, long prompts

@@ -26,7 +26,7 @@ def warm_up(
     other one takes a second or two at its first call. Triton keeps them on disk too. As many threads as there are cores
     compile; what that took is in bench/RESULTS.md.
 
-    slot_device: as of RadixTree: beside a tree on the CPU, slots on a GPU have a kernel of their own.
+    slot_device: as of RadixTree, for a tree on the CPU: slots on a GPU have a kernel of their own.
 
     Raises as RadixTree does for a device that cannot be used.
     """

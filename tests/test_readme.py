@@ -1,11 +1,17 @@
-"""The interpreter session of the README runs, and says what it says there."""
+"""The code of the README and of docs/engine.md runs, and does what is said there."""
 
 from __future__ import annotations
 
 import doctest
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-README = Path(__file__).parent.parent / "README.md"
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def test_interpreter_session() -> None:
@@ -42,3 +48,42 @@ def test_the_life_of_a_request() -> None:
         tree.check()
         assert len(allocator.slots) + tree.total_tokens == 8
         assert tree.protected_tokens == 0
+
+
+@pytest.mark.parametrize("num_slots", [200, 24])
+def test_the_engine_of_the_docs(num_slots: int) -> None:
+    """The block at the top of docs/engine.md, with a model that keeps tokens for KV and knows what must lie where."""
+    import flatradix
+
+    block = (ROOT / "docs/engine.md").read_text().split("```python\n")[1].split("```")[0]
+    cache = flatradix.PrefixCache(num_slots, page_size=4, max_requests=8, max_length=64)
+    construction, code = block.split("\n\n", 1)
+    assert construction.startswith("cache = flatradix.PrefixCache(num_slots, page_size=16")
+    memory: dict[int, int] = {}
+    computed = 0
+
+    def model(tokens: list[int], at: int, slots: torch.Tensor) -> int:
+        nonlocal computed
+        computed += len(tokens)
+        memory.update(zip(slots[at:].tolist(), list(tokens), strict=True))
+        return sum(memory[slot] * place for place, slot in enumerate(slots.tolist(), 1)) % 50
+
+    def alone(prompt: list[int]) -> list[int]:
+        told = list(prompt)
+        for _ in range(5):
+            told.append(sum(token * place for place, token in enumerate(told, 1)) % 50)
+        return told[len(prompt) :]
+
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 9], [8, 8]]
+    outputs: defaultdict[Any, list[int]] = defaultdict(list)
+    names = {"cache": cache, "prompts": prompts, "namespaces": None, "chunk": 3, "max_tokens": 5}
+    exec(code, {**names, "outputs": outputs, "newest": {}, "model": model})
+    cache.check()
+    assert cache.counts().running == 0
+    for request, output in outputs.items():
+        told = alone([int(token) for token in request.tokens[: request.num_tokens - len(output)]])
+        assert output == told[: len(output)]
+        assert num_slots < 200 or len(output) == 5
+    assert len(outputs) == 3
+    # Begun together, nobody finds anything; of each output but the last token the KV is computed.
+    assert num_slots < 200 or computed == sum(map(len, prompts)) + 3 * 4
