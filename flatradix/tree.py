@@ -159,8 +159,9 @@ class RadixTree:
         places: as for `slots`. table: int32 or int64 [N, width] on the slot device, rows of contiguous elements;
             `table[rows[i], :length]` are written, the rest stays. rows: int32 or int64 [B] (or a list), all different.
 
-        On a GPU one launch, no synchronisation; a tree on the CPU waits for rows that lie on a GPU. O(slots). Raises ValueError (a row outside the table, a place longer
-        than a row, int32 for slots of 64 bits), StaleHandleError; then nothing is written.
+        On a GPU one launch, no synchronisation; a tree on the CPU waits for rows that lie on a GPU. O(slots). Raises
+        ValueError (a row outside the table, a place longer than a row, int32 for slots of 64 bits), StaleHandleError;
+        then nothing is written.
         """
 
     def lock(self, places: Any) -> None:
