@@ -18,7 +18,6 @@ from flatradix.device_arguments import DeviceArguments
 from flatradix.device_input import HOST_IN_GRAPH, STAGED_BYTES, Stages, read_values, upload_numbers
 from flatradix.device_results import AwaitedInsert, AwaitedMatch, Singles
 from flatradix.errors import TooLargeForDeviceError
-from flatradix.kept_slots import KeptSlots
 from flatradix.layout import FREE_ROW, MAX_UNITS, Workspace, allocate_device, pool_units
 from flatradix.mailbox import abandon, is_later
 from flatradix.namespaces import Namespaces, name_hash
@@ -49,7 +48,6 @@ class DeviceTree(DeviceArguments):
         self._mail.words[meta.MAIL_ROOM] = units
         self._stages = Stages(device, self._mail)
         self._singles = Singles(device)
-        self._kept = KeptSlots()
         self._staged = torch.empty(STAGED_BYTES, dtype=torch.int8, device=device)
         self._staging = self._staged.data_ptr()
         # Names are compared on the host; only the digest wants their hashes on the device.
@@ -341,11 +339,12 @@ class DeviceTree(DeviceArguments):
         if not self._by_tick:
             self._kernels.effective_keys(self._bound, self._scores())
         call = self._next_call()
-        wanted = min(max(wanted - self._kept.tokens, 0), MAX_UNITS)
-        self._kernels.select(self._bound, wanted, self._by_tick, call)
+        self._kernels.select(self._bound, min(wanted, MAX_UNITS), self._by_tick, call)
         tokens, nodes = (self._mail.wait(place, call) for place in (meta.MAIL_TOKENS, meta.MAIL_VICTIMS))
         unordered, nodes = nodes & self._kernels.UNORDERED, nodes & ~self._kernels.UNORDERED
+        # All memory before anything changes: slots must not be lost.
         slots = torch.empty(tokens, dtype=torch.int64, device=self.device)
+        returned = None if self.slot_device is None else torch.empty_like(slots, device=self.slot_device)
         if nodes:
             if unordered:
                 self._kernels.order_victims(self._bound, nodes, self._by_tick)
@@ -355,13 +354,7 @@ class DeviceTree(DeviceArguments):
             self._enqueued(call)
             if len(self._namespaces) > 1:
                 self._forget_namespaces(self._mail.wait(meta.MAIL_RELEASED, call))
-        if self.slot_device is None:
-            return EvictResult(slots, tokens, nodes)
-        try:
-            return self._kept.join(slots.to(self.slot_device), tokens, nodes)
-        except torch.OutOfMemoryError as error:
-            self._kept.add(slots.cpu(), nodes, error)
-            raise
+        return EvictResult(slots if returned is None else returned.copy_(slots), tokens, nodes)
 
     def _forget_namespaces(self, count: int) -> None:
         for code in self._state.released[:count].tolist() if count else ():
@@ -395,4 +388,3 @@ class DeviceTree(DeviceArguments):
         self._namespaces.clear()
         self._fresh.clear()
         self._unbooked.clear()
-        self._kept.clear()

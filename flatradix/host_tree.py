@@ -20,7 +20,6 @@ from flatradix.arguments import (
 )
 from flatradix.buffers import Batch, is_single, read_batch, read_one
 from flatradix.device_input import upload_numbers
-from flatradix.kept_slots import KeptSlots
 from flatradix.layout import FREE_ROW, TreeState, allocate, pool_units
 from flatradix.namespaces import Namespaces
 from flatradix.policy import Policy
@@ -59,7 +58,6 @@ class HostTree(RadixTree):
         else:
             self._slots = DeviceSlots(units, self.slot_dtype, self.slot_device)
         self._pool = self._slots.values
-        self._kept = KeptSlots()
 
     def match(
         self, q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None
@@ -283,6 +281,8 @@ class HostTree(RadixTree):
     def _rebuild(self) -> None:
         """Make what is derived, after rows and pools were filled from a file or another tree."""
         self._kernels.rebuild(self._table)
+        if isinstance(self._slots, DeviceSlots):
+            self._slots.longest = int(self._host.length[: self._meta[_ROWS]].max(initial=0))
 
     def _first_unit(self) -> int:
         """Where the pools begin once they are compacted."""
@@ -290,20 +290,20 @@ class HostTree(RadixTree):
 
     def evict(self, num_tokens: int) -> EvictResult:
         wanted = token_count(num_tokens)
+        room = None
         if isinstance(self._slots, DeviceSlots):
             self._slots.refuse_capture()
+            room = self._slots.room_for(
+                wanted, self.evictable_tokens, min(self.num_nodes, -(-wanted // self.page_size))
+            )
         scores = _NO_SCORES if self._score is None else self._scores(self._score)
-        tokens, nodes = self._kernels.evict(self._table, wanted - self._kept.tokens, scores)
+        tokens, nodes = self._kernels.evict(self._table, wanted, scores)
         if self._meta[_RELEASED]:
             self._forget_namespaces()
         starts, counts = self._room_for_ranges(nodes)
         self._kernels.victim_ranges(self._table, starts, counts)
         ranges = Ranges(starts, counts, tokens)
-        try:
-            return self._kept.join(self._slots.gather(ranges), tokens, nodes)
-        except torch.OutOfMemoryError as error:
-            self._kept.add(self._slots.to_host(ranges), nodes, error)
-            raise
+        return EvictResult(self._slots.gather(ranges, room), tokens, nodes)
 
     def _scores(self, policy: Policy) -> np.ndarray:
         rows = self._meta[_ROWS]
@@ -343,7 +343,6 @@ class HostTree(RadixTree):
     def reset(self) -> None:
         self._kernels.reset(self._table)
         self._namespaces.clear()
-        self._kept.clear()
 
     def _refuse_slot(self, slots: np.ndarray) -> None:
         position = self._meta[_ERROR_VALUE]

@@ -52,11 +52,11 @@ ARRIVED = 0  # programs of the launch that are done
 WAITING = 8  # programs that have come to a barrier
 ERROR = 16  # the first refusal of the call: 64 * query - reason, or NO_ERROR
 NEWLY = 24  # tokens that became protected, or evictable
-CUTS = 32  # edges to cut
+CUTS = 32  # whether queries end inside edges, which are to be cut
 OPEN = 40  # queries of an insert whose new part is not settled; one place for each parity of the round
 NEEDED = 56  # units that an insert stores
 COMPACT = 64  # whether the pools must be compacted
-COUNT = 80
+COUNT = 80  # of the queries that cut
 TOTAL = 88
 HINT = 96  # three words that an eviction leaves for the next: a guess
 NUMBERS = 128
@@ -67,7 +67,7 @@ MOST_PROGRAMS = PARTIALS // 2
 
 # Rows of `Workspace.query`, one column a query.
 (Q_ROW, Q_CUT, Q_LIST, Q_PLACE, Q_FIRST, Q_ABOVE, Q_BELOW, Q_SAME, Q_PASS, Q_LAST, Q_NEW, Q_EDGE, Q_AT, Q_BEGIN,
- Q_END, Q_OPEN, Q_GROUP, Q_TURN, Q_LEAF, Q_OFFSET) = range(20)  # fmt: skip
+ Q_END, Q_OPEN, Q_GROUP, Q_ROUND, Q_LEAF, Q_OFFSET) = range(20)  # fmt: skip
 QUERY_COLUMNS = 20
 
 MAX_TOKEN = 2**31 - 1

@@ -122,8 +122,12 @@ class PrefixCache:
         requests = read_prompts(self, prompts, namespaces, priority)
         # What is cached for one that does not fit must not be kept from the others, so then each comes in its turn.
         if requests and not self._start(requests) and len(requests) > 1:
-            for request in requests:
-                self._start([request])
+            try:
+                for request in requests:
+                    self._start([request])
+            except BaseException:  # the caller gets none of them
+                self._release([request for request in requests if request.state == RUNNING])
+                raise
         self._refused += sum(request.state == REFUSED for request in requests)
         return requests
 
@@ -321,7 +325,7 @@ class PrefixCache:
     def _give_duplicates(self, prefixes: list[int], begins: list[int], brought: list[torch.Tensor]) -> None:
         for prefix, begin, slots in zip(prefixes, begins, brought, strict=True):
             if prefix > begin:
-                self._allocator.give(slots[: prefix - begin].to(torch.int64))
+                self._allocator.give(slots[: prefix - begin])
                 self._duplicate += prefix - begin
 
     def _settle(self) -> None:
@@ -355,7 +359,7 @@ class PrefixCache:
         if not requests:
             return
         held = [self.table[request.row, request.committed : self._in_pages(request.length)] for request in requests]
-        slots = torch.cat(held).to(torch.int64)
+        slots = torch.cat(held)
         self.tree.unlock(self._held(requests))
         for request in requests:
             del self._running[request.row]

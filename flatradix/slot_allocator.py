@@ -40,15 +40,17 @@ class SlotAllocator:
         return taken
 
     def give(self, slots: torch.Tensor) -> None:
-        """Take back the slots of whole pages, [K * page_size], each page in one piece.
+        """Take back the slots of whole pages, int32 or int64 [K * page_size], each page in one piece.
 
         RuntimeError if there would be more than there were.
         """
-        pages = slots if self.page_size == 1 else slots[:: self.page_size] // self.page_size
-        if self.free_pages + len(pages) > self.num_pages:
-            raise RuntimeError(f"{len(pages)} pages came back, but only {self.num_pages - self.free_pages} were out")
-        self._stack[self.free_pages : self.free_pages + len(pages)] = pages
-        self.free_pages += len(pages)
+        first = slots[:: self.page_size]
+        pages = self._stack[self.free_pages : self.free_pages + len(first)]
+        if len(pages) < len(first):
+            raise RuntimeError(f"{len(first)} pages came back, but only {len(pages)} were out")
+        # Without asking for memory: nobody else knows these slots by now.
+        torch.div(first, self.page_size, rounding_mode="floor", out=pages)
+        self.free_pages += len(first)
 
     def free_list(self) -> torch.Tensor:
         """The free slots, int64 [free_slots], in no order."""

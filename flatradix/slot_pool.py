@@ -63,16 +63,21 @@ class HostSlots:
         """The slots of a batch; the kernel checks them."""
         return read_batch(slots, "slots")
 
-    def gather(self, ranges: Ranges) -> torch.Tensor:
+    def gather(self, ranges: Ranges, room: Room | None = None) -> torch.Tensor:
         """The slots of the ranges one after another, int64 [total]."""
         out = self._outputs.take(ranges.total)
         self._kernels.gather_slots(self._pool, self._wide, ranges.starts, ranges.lengths, out)
         return torch.from_numpy(out)
 
-    to_host = gather
-
 
 RangeTable = tuple[torch.Tensor, ...]  # int64 [3, N], of what a kernel is told of N ranges: pinned, and uploaded
+
+
+class Room(NamedTuple):
+    """Memory on the slot device: int64 [N] for slots, and a table for ranges, None where torch copies one by one."""
+
+    out: torch.Tensor
+    table: RangeTable | None
 
 
 class DeviceBatch(NamedTuple):
@@ -97,6 +102,7 @@ class DeviceSlots:
     """
 
     arguments = (0, False, 0)
+    longest = 0  # units that an insert has written for one query: no node has more
 
     def __init__(self, units: int, dtype: torch.dtype, device: torch.device) -> None:
         self.values = torch.zeros(units, dtype=dtype, device=device)
@@ -168,10 +174,12 @@ class DeviceSlots:
         return self._batch(ragged.values.to(self.device, torch.int64), np.diff(ragged.offsets.cpu().numpy()), check)
 
     def write_one(self, place: int, source: Buffer, skip: int, count: int) -> None:
+        self.longest = max(self.longest, count)
         self.values[place : place + count].copy_(source[3].values[skip : skip + count])
 
     def write(self, places: np.ndarray, source: DeviceBatch, skips: np.ndarray, counts: np.ndarray) -> None:
         # Nothing is allocated or compiled that could fail, now that the index has changed.
+        self.longest = max(self.longest, int(counts.max(initial=0)))
         starts = source.offsets[:-1] + skips
         if source.table is None:
             for place, start, count in zip(places.tolist(), starts.tolist(), counts.tolist(), strict=True):
@@ -214,8 +222,30 @@ class DeviceSlots:
             target.data_ptr(), target.dtype == torch.int64,
         )  # fmt: skip
 
-    def gather(self, ranges: Ranges) -> torch.Tensor:
-        """The slots of the ranges one after another, int64 [total]."""
+    def room_for(self, wanted: int, evictable: int, nodes: int) -> Room:
+        """What an eviction needs of memory here, at most, before it changes the index: its slots must not be lost.
+
+        It frees less than one node more than is wanted.
+        """
+        out = torch.empty(min(wanted + self.longest, evictable), dtype=torch.int64, device=self.device)
+        return Room(out, None if self._kernels is None or nodes < 2 else self._range_table(nodes))
+
+    def _gather_into(self, ranges: Ranges, room: Room) -> torch.Tensor:
+        """Without asking for memory."""
+        assert ranges.total <= len(room.out)
+        out = room.out[: ranges.total]
+        if room.table is not None:
+            self._copy(self.values, ranges, out, 0, room.table)
+            return out
+        places = np.cumsum(ranges.lengths) - ranges.lengths
+        for place, start, count in zip(places.tolist(), ranges.starts.tolist(), ranges.lengths.tolist(), strict=True):
+            out[place : place + count].copy_(self.values[start : start + count])
+        return out
+
+    def gather(self, ranges: Ranges, room: Room | None = None) -> torch.Tensor:
+        """The slots of the ranges one after another, int64 [total], in the memory of `room` if there is one."""
+        if room is not None:
+            return self._gather_into(ranges, room)
         self.refuse_capture()
         if len(ranges.starts) == 1:
             start = int(ranges.starts[0])
@@ -225,12 +255,6 @@ class DeviceSlots:
         out = torch.empty(ranges.total, dtype=torch.int64, device=self.device)
         self._copy(self.values, ranges, out, 0, self._range_table(len(ranges.starts)))
         return out
-
-    def to_host(self, ranges: Ranges) -> torch.Tensor:
-        """The same in host memory, without any on the device. Waits for it."""
-        pairs = zip(ranges.starts.tolist(), ranges.lengths.tolist(), strict=True)
-        parts = [self.values[start : start + length].cpu() for start, length in pairs]
-        return torch.cat(parts).to(torch.int64) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def write_rows(self, ranges: Ranges, offsets: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> None:
         """Write slots into rows of a table: those of query i, `offsets[i]` to `offsets[i + 1]`, from the left on."""

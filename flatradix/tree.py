@@ -206,8 +206,8 @@ class RadixTree:
         Nodes without children and locks go first; a parent can go when its last child went. No more nodes are freed
         than needed. Returns the slots freed, in order. On the CPU O(log n) a node (O(n) in all with mru or a function);
         on a GPU a pass over all rows, with other policies than lru two sorts of them, and it waits for the device.
-        Raises ValueError for a negative number, and torch.OutOfMemoryError where a slot device other than that of the
-        tree has no room for the slots: then the next eviction returns them first, and counts them.
+        Raises ValueError for a negative number, and torch.OutOfMemoryError where a device has no memory for the slots
+        (up to the longest node more than is wanted); then nothing has changed.
         """
 
     @property

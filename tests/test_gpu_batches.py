@@ -114,6 +114,39 @@ def test_many_keys_in_a_small_table(cuda: str) -> None:
         pair.compare()
 
 
+@pytest.mark.parametrize("bits", [1, 32])
+@pytest.mark.parametrize(("page", "bigram"), [(1, False), (2, False), (1, True)])
+def test_groups_form_in_any_order(
+    cuda: str, page: int, bigram: bool, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last key of a batch claims first, and with tags of one bit all look for their group among the others'."""
+    if not interpreted():
+        pytest.skip("a GPU takes its own order")
+    from triton.runtime.interpreter import interpreter_builder
+
+    from flatradix.kernels.gpu import claim
+
+    set_grid_idx, tag_of = interpreter_builder.set_grid_idx, claim.tag_of
+    last_first = lambda x, y, z: set_grid_idx(interpreter_builder.grid_dim[0] - 1 - x, y, z)  # noqa: E731
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", last_first)
+    tags: list[int] = []
+
+    def few_tags(*arguments: Any) -> Any:
+        tag = tag_of(*arguments) & (2**bits - 1)
+        tags.append(int(tag.handle.data.item()))
+        return tag
+
+    monkeypatch.setattr(claim, "tag_of", few_tags)
+    pair = Pair(cuda, 500 * page, page, bigram=bigram)
+    names = [None, "a", "b"]
+    for seed in range(6):
+        keys = shared_prefixes(9, seed, page)
+        pair.insert(keys, numbered(keys), namespace=[names[query % 3] for query in range(9)] if seed % 2 else None)
+        pair.compare()
+        assert (pair.tree._workspace.claims == -1).all()
+    assert len(set(tags)) == 2 if bits == 1 else len(set(tags)) > 10
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_evictions_of_all_sizes(cuda: str, policy: str) -> None:
     """Out of more nodes than a bin, or a sample, holds."""

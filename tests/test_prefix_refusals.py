@@ -118,6 +118,29 @@ def test_an_eviction_that_fails_leaves_nothing_behind(where: dict[str, str]) -> 
         assert (counts.running, counts.free, counts.evictable, counts.held) == (1, 4, 8, 4)
 
 
+def test_a_begin_that_fails_on_the_way_leaves_nothing_behind(
+    where: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of three fits and starts, as not all of them fit; the caller never sees it."""
+    this = engine(where, 16)
+    this.run(list(range(9)))
+    take, taken = this.cache._take, []
+
+    def no_memory(num_slots: int) -> torch.Tensor:
+        taken.append(num_slots)
+        if len(taken) == 2:
+            raise torch.OutOfMemoryError
+        return take(num_slots)
+
+    monkeypatch.setattr(this.cache, "_take", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        this.begin([[50, 51], [60] * 40, [70, 71]])
+    assert taken == [4, 4]
+    counts = this.cache.counts()
+    assert (counts.running, counts.held, counts.free + counts.evictable) == (0, 0, 16)
+    this.cache.check()
+
+
 # Mistakes
 
 

@@ -14,8 +14,7 @@ import torch
 
 import flatradix
 from flatradix import RadixTree, Ragged, meta
-from flatradix.kept_slots import KeptSlots
-from flatradix.results import EvictResult
+from flatradix.slot_pool import DeviceSlots
 from tests.devices import interpreted, settled
 
 
@@ -121,29 +120,34 @@ def test_slots_beside_the_index_are_written_where_they_are_kept(device: str) -> 
     assert table.tolist() == [[7, 8, 9]]
 
 
-def test_slots_that_could_not_be_returned_come_with_the_next_eviction(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_eviction_without_memory_for_its_slots_changes_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = RadixTree(64, device=device, slot_device="cpu")
-    for first in (1, 2, 3, 4):
-        tree.insert([first, 9], [10 * first, 10 * first + 1])
-    join = KeptSlots.join
+    tree.insert([[1, 9], [2, 9], [3, 9]], [[10, 11], [20, 21], [30, 31]])
+    before = tree.digest()
 
-    def no_memory(kept: KeptSlots, slots: torch.Tensor, tokens: int, nodes: int) -> EvictResult:
+    def no_memory(*_arguments: Any, **_options: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(KeptSlots, "join", no_memory)
-    with pytest.raises(torch.OutOfMemoryError, match="2 evicted slots cannot be returned"):
-        tree.evict(1)
-    with pytest.raises(torch.OutOfMemoryError, match="4 evicted slots"):
+    monkeypatch.setattr(DeviceSlots, "room_for", no_memory)  # of a tree on the CPU
+    monkeypatch.setattr(torch, "empty_like", no_memory)  # of a tree on a GPU
+    with pytest.raises(torch.OutOfMemoryError):
         tree.evict(3)
-    assert tree.total_tokens == 4
-    monkeypatch.setattr(KeptSlots, "join", join)
-    freed = tree.evict(5)
-    assert (freed.slots.tolist(), freed.num_tokens, freed.num_nodes) == ([10, 11, 20, 21, 30, 31], 6, 3)
-    freed = tree.evict(1)
-    assert (freed.slots.tolist(), freed.num_tokens, freed.num_nodes) == ([40, 41], 2, 1)
+    monkeypatch.undo()
+    assert tree.digest() == before
+    assert tree.evict(3).slots.tolist() == [10, 11, 20, 21]
     tree.check()
+
+
+def test_an_eviction_has_memory_for_the_longest_node(device: str, tmp_path: Path) -> None:
+    """More than was asked for, however the node came into the tree."""
+    tree = RadixTree(64, device=device, slot_device="cpu")
+    tree.insert([[1] * 20, [2]], [list(range(20)), [99]])
+    tree.insert([3] * 30, list(range(30, 60)))
+    tree.save(tmp_path / "tree")
+    loaded = RadixTree.load(tmp_path / "tree", device, "cpu")
+    for one in (tree, loaded):
+        assert one.evict(1).slots.tolist() == list(range(20))
+        assert one.evict(2).slots.tolist() == [99, *range(30, 60)]
 
 
 def test_results_do_not_change_with_the_tree(device: str) -> None:
@@ -360,7 +364,7 @@ def test_an_eviction_whose_result_cannot_be_had_mixes_no_namespaces(
     tree = RadixTree(8, device=device)
     tree.insert([1, 2], [1, 2], namespace="a")
 
-    def gather(ranges: Any) -> None:
+    def gather(*_arguments: Any) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:

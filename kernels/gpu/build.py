@@ -216,7 +216,7 @@ def build_kernel(
     clock = tl.load(s.meta + meta.CLOCK)
     if good:
         units = tl.load(w.number + meta.NEEDED)
-        cuts = tl.load(w.number + meta.CUTS).to(tl.int32)
+        cuts = tl.load(w.number + meta.COUNT).to(tl.int32)
         _add_leaves(
             s, w, values, offsets, names, name, priorities, priority, batch, rows, clock, program, programs,
             PAGE, BIGRAM, SINGLE, NAMES, PRIORITIES,
@@ -239,6 +239,7 @@ def build_kernel(
         if good:
             _book(s, w, batch, clock)
         tl.store(w.number + meta.CUTS, 0)
+        tl.store(w.number + meta.COUNT, 0)
         publish(s, w, call.to(tl.int64), error, meta.INSERT)
         if SINGLE:
             length = tl.load(lengths).to(tl.int64)

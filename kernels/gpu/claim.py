@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from flatradix import meta
-from flatradix.kernels.gpu.children import page_at, tag_of
+from flatradix.kernels.gpu.children import tag_of
 from flatradix.kernels.gpu.cut import get, put
 from flatradix.kernels.gpu.finish import acquire
-from flatradix.kernels.gpu.walk import name_of
+from flatradix.kernels.gpu.walk import name_of, pages_at
 
 
 @triton.jit
@@ -40,25 +40,25 @@ def equal_tokens(a, b, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def claims_of(w, turn, mask):
-    """The table of a round, `mask` + 1 queries or -1; rounds take two of them by turns."""
-    return w.claims + (turn % 2) * (mask + 1)
+def claims_of(w, this_round, mask):
+    """The table of a round, `mask` + 1 queries or -1; rounds take two of them by this_rounds."""
+    return w.claims + (this_round % 2) * (mask + 1)
 
 
 @triton.jit
 def claim(
-    s, w, values, offsets, names, name, query, batch, key, edge, at, code, turn, mask,
+    s, w, values, offsets, names, name, query, batch, key, edge, at, code, this_round, mask,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
-    """Join one's group in the round `turn`, with the rest of one's key, which leaves at (edge, at); Q_GROUP names it.
+    """Join the group of one's key in a round, with the rest of it, which leaves at (edge, at); Q_GROUP names the group.
 
     The query's columns must have been put before: whoever comes next compares with them, maybe while the launch that
     put them still runs.
     """
-    claims = claims_of(w, turn, mask)
+    claims = claims_of(w, this_round, mask)
     parent = tl.where(edge > 0, edge, ~code.to(tl.int64)) ^ (at << 32)
-    page = page_at(key, 0, PAGE, PAGE, WIDTH)
-    place = tag_of(s, page, page_at(key + 1, 0, PAGE, PAGE, WIDTH), parent, PAGE, WIDTH, BIGRAM) & mask
+    page, second = pages_at(key, 0, PAGE, PAGE, WIDTH, BIGRAM)
+    place = tag_of(s, page, second, parent, PAGE, WIDTH, BIGRAM) & mask
     tl.debug_barrier()
     joined = False
     while not joined:
@@ -78,11 +78,11 @@ def claim(
             else:
                 place = (place + 1) & mask
     put(w, batch, query, place, meta.Q_GROUP)
-    put(w, batch, query, turn, meta.Q_TURN)
+    put(w, batch, query, this_round, meta.Q_ROUND)
 
 
 @triton.jit
-def give_up_claim(w, batch, query, turn, mask):
+def give_up_claim(w, batch, query, this_round, mask):
     """Leave the table of a round as it was found."""
-    if get(w, batch, query, meta.Q_TURN) == turn:
-        tl.store(claims_of(w, turn, mask) + get(w, batch, query, meta.Q_GROUP), -1)
+    if get(w, batch, query, meta.Q_ROUND) == this_round:
+        tl.store(claims_of(w, this_round, mask) + get(w, batch, query, meta.Q_GROUP), -1)

@@ -47,7 +47,7 @@ def get(w, batch, query, C: tl.constexpr):
 
 @triton.jit
 def note_cut(w, batch, query, edge, at, cuts):
-    """For an insert: whether a query cuts the edge on which it ends. CUTS tells that some do, their list how many."""
+    """For an insert: whether a query cuts the edge on which it ends."""
     put(w, batch, query, edge, meta.Q_ROW)
     put(w, batch, query, tl.where(cuts, at, 0), meta.Q_CUT)
     if cuts:
@@ -118,7 +118,7 @@ def compare_cuts(w, batch, count, program, programs):
 
 @triton.jit
 def number_cuts(s, w, batch, count):
-    """Give each piece but the last of its edge a row, in batch order; returns how many. By one program, for locks."""
+    """Give each piece but the last of its edge a row, in batch order; returns how many. By one program."""
     made = tl.zeros([], tl.int64)
     first = tl.zeros([], tl.int32)
     while first < count:

@@ -91,7 +91,7 @@ def plan_kernel(
     put(w, batch, query, start + units, meta.Q_END)
     put(w, batch, query, opens, meta.Q_OPEN)
     put(w, batch, query, row * 0 - 1, meta.Q_LEAF)
-    put(w, batch, query, row * 0 - 1, meta.Q_TURN)
+    put(w, batch, query, row * 0 - 1, meta.Q_ROUND)
     note_cut(w, batch, query, row, length, left > 0)
     if opens:
         claim(

@@ -103,20 +103,20 @@ def settle_kernel(
     programs = tl.num_programs(0)
     good = first_refusal(w) == meta.NO_ERROR
     open_queries = tl.load(w.number + meta.OPEN, volatile=True)
-    turn = tl.zeros([], tl.int32)
+    this_round = tl.zeros([], tl.int32)
     while good & (open_queries > 0):
-        if turn > 0:
+        if this_round > 0:
             query = program.to(tl.int64)
             while query < batch:
-                give_up_claim(w, batch, query, turn - 1, mask)
+                give_up_claim(w, batch, query, this_round - 1, mask)
                 if get(w, batch, query, meta.Q_OPEN) > 0:
                     edge = get(w, batch, query, meta.Q_EDGE)
                     at = get(w, batch, query, meta.Q_AT)
                     code, _named = name_of(names, name, query, NAMES)
                     key = key_at(values, offsets, w, batch, query, at, SINGLE)
                     claim(
-                        s, w, values, offsets, names, name, query.to(tl.int32), batch, key, edge, at, code, turn, mask,
-                        PAGE, WIDTH, BIGRAM, SINGLE, NAMES,
+                        s, w, values, offsets, names, name, query.to(tl.int32), batch, key, edge, at, code, this_round,
+                        mask, PAGE, WIDTH, BIGRAM, SINGLE, NAMES,
                     )  # fmt: skip
                 query += programs
             wait_for_all(w, programs)
@@ -125,27 +125,27 @@ def settle_kernel(
         while query < batch:
             if get(w, batch, query, meta.Q_OPEN) > 0:
                 still += _settle_one(
-                    w, values, offsets, query, batch, rows, claims_of(w, turn, mask), PAGE, BIGRAM, SINGLE
+                    w, values, offsets, query, batch, rows, claims_of(w, this_round, mask), PAGE, BIGRAM, SINGLE
                 )
             query += programs
         if still > 0:
-            tl.atomic_add(w.number + meta.OPEN + 1 - turn % 2, still, sem="relaxed")
+            tl.atomic_add(w.number + meta.OPEN + 1 - this_round % 2, still, sem="relaxed")
         wait_for_all(w, programs)
-        open_queries = tl.load(w.number + meta.OPEN + 1 - turn % 2, volatile=True)
+        open_queries = tl.load(w.number + meta.OPEN + 1 - this_round % 2, volatile=True)
         if program == 0:
-            tl.store(w.number + meta.OPEN + turn % 2, 0)
-        turn += 1
+            tl.store(w.number + meta.OPEN + this_round % 2, 0)
+        this_round += 1
     query = program.to(tl.int64)
     while query < batch:
-        give_up_claim(w, batch, query, tl.maximum(turn - 1, 0), mask)
+        give_up_claim(w, batch, query, tl.maximum(this_round - 1, 0), mask)
         query += programs
     if good:
         count = tl.zeros([], tl.int32)
         if tl.load(w.number + meta.CUTS, volatile=True) > 0:
             if program == 0:
-                tl.store(w.number + meta.CUTS, list_cuts(w, batch).to(tl.int64))
+                tl.store(w.number + meta.COUNT, list_cuts(w, batch).to(tl.int64))
             wait_for_all(w, programs)
-            count = tl.load(w.number + meta.CUTS, volatile=True).to(tl.int32)
+            count = tl.load(w.number + meta.COUNT, volatile=True).to(tl.int32)
             compare_cuts(w, batch, count, program, programs)
             wait_for_all(w, programs)
         if program == 0:

@@ -80,7 +80,7 @@ def begin_at(
 
 
 @triton.jit
-def _pages(key, at, units, PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr):
+def pages_at(key, at, units, PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr):
     """The first and, with bigrams, the second tokens of a key's page."""
     first = page_at(key, at, units, PAGE, WIDTH)
     second = first
@@ -144,7 +144,7 @@ def walk(
     found = row
     found_left = left
     if (left == 0) & (units > 0) & ((row > 0) | (code >= 0)):
-        page, second = _pages(key, 0, units, PAGE, WIDTH, BIGRAM)
+        page, second = pages_at(key, 0, units, PAGE, WIDTH, BIGRAM)
         tag = tag_of(s, page, second, parent.to(tl.int64), PAGE, WIDTH, BIGRAM)
         row, position, left, above, old = _child(s, tag, tag & mask, mask, TOUCH)
         fresh = True
@@ -153,7 +153,7 @@ def walk(
     size = tl.zeros([], tl.int32)
     take = tl.minimum(tl.minimum(left, BLOCK), units)
     theirs = tl.load(s.tokens + position + j, mask=j < take, other=0)
-    page, second = _pages(key, take, units, PAGE, WIDTH, BIGRAM)
+    page, second = pages_at(key, take, units, PAGE, WIDTH, BIGRAM)
     going = take > 0
     while going:
         # Where the walk is after this block if all of it is equal, and the block after that, on its way: its key, then
@@ -172,7 +172,7 @@ def walk(
             next_row, next_position, next_left, next_above, next_old = _child(s, tag, tag & mask, mask, TOUCH)
         next_take = tl.minimum(tl.minimum(next_left, BLOCK), units - next_done)
         next_theirs = tl.load(s.tokens + next_position + j, mask=j < next_take, other=0)
-        page, second = _pages(key, next_done + next_take, units, PAGE, WIDTH, BIGRAM)
+        page, second = pages_at(key, next_done + next_take, units, PAGE, WIDTH, BIGRAM)
 
         inside = j < take
         different = inside & (ours != theirs)
@@ -217,7 +217,7 @@ def walk(
             row, position, left, above, old = _child(s, tag, (place + 1) & mask, mask, TOUCH)
             take = tl.minimum(tl.minimum(left, BLOCK), units - done)
             theirs = tl.load(s.tokens + position + j, mask=j < take, other=0)
-            page, second = _pages(key, done + take, units, PAGE, WIDTH, BIGRAM)
+            page, second = pages_at(key, done + take, units, PAGE, WIDTH, BIGRAM)
             going = take > 0
     if LOCK:
         newly += tl.where(before == 0, size, 0)
