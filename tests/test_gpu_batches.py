@@ -127,15 +127,17 @@ def test_groups_form_in_any_order(
     from flatradix.kernels.gpu import claim
 
     set_grid_idx, tag_of = interpreter_builder.set_grid_idx, claim.tag_of
-    last_first = lambda x, y, z: set_grid_idx(interpreter_builder.grid_dim[0] - 1 - x, y, z)  # noqa: E731
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", last_first)
     tags: list[int] = []
+
+    def last_first(x: int, y: int, z: int) -> None:
+        set_grid_idx(interpreter_builder.grid_dim[0] - 1 - x, y, z)
 
     def few_tags(*arguments: Any) -> Any:
         tag = tag_of(*arguments) & (2**bits - 1)
         tags.append(int(tag.handle.data.item()))
         return tag
 
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", last_first)
     monkeypatch.setattr(claim, "tag_of", few_tags)
     pair = Pair(cuda, 500 * page, page, bigram=bigram)
     names = [None, "a", "b"]
