@@ -115,7 +115,7 @@ class PrefixCache:
         have ended. Requests are served in order, and one that is refused keeps no smaller one behind it from starting.
 
         Evicts what is needed. O(prompt tokens); with an index on a GPU it waits for the answer. Raises ValueError, with
-        nothing changed.
+        nothing changed; if a policy or a device without memory raises, nothing is held.
         """
         self._settle()
         self.tree.raise_pending()

@@ -98,7 +98,8 @@ class DeviceSlots:
     """Slots on a device of their own, int32 or int64 [units], worked on once the index has changed.
 
     On a GPU a kernel copies all ranges of a call at once, where there are several. Torch copies single ranges, and all
-    of them elsewhere and where Triton is missing, with a dozen launches to gather and one a query to write.
+    of them elsewhere and where Triton is missing, with a dozen launches to gather, one a query to write, one a node to
+    evict.
     """
 
     arguments = (0, False, 0)

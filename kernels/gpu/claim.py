@@ -41,7 +41,7 @@ def equal_tokens(a, b, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def claims_of(w, this_round, mask):
-    """The table of a round, `mask` + 1 queries or -1; rounds take two of them by this_rounds."""
+    """The table of a round, `mask` + 1 queries or -1; rounds take two of them by turns."""
     return w.claims + (this_round % 2) * (mask + 1)
 
 
@@ -59,7 +59,7 @@ def claim(
     parent = tl.where(edge > 0, edge, ~code.to(tl.int64)) ^ (at << 32)
     page, second = pages_at(key, 0, PAGE, PAGE, WIDTH, BIGRAM)
     place = tag_of(s, page, second, parent, PAGE, WIDTH, BIGRAM) & mask
-    tl.debug_barrier()
+    tl.debug_barrier()  # all warps have read the columns that are put below, and what one of them stored is released
     joined = False
     while not joined:
         other = tl.atomic_cas(claims + place, -1, query, sem="release")
@@ -73,6 +73,7 @@ def claim(
                 theirs = key_at(values, offsets, w, batch, other, at, SINGLE)
                 alike = equal_tokens(key, theirs, at * 0 + PAGE + BIGRAM, WIDTH) == PAGE + BIGRAM
             if alike:
+                # Released too, as the next to come may find this query here.
                 tl.atomic_min(claims + place, query, sem="acq_rel")
                 joined = other >= 0
             else:
