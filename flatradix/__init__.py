@@ -1,10 +1,10 @@
 """flatradix: the radix tree behind an LLM server's KV prefix cache, as flat tensors, a whole batch at a time."""
 
-from flatradix.errors import CapacityError, DeviceUnavailableError, StaleHandleError
-from flatradix.policy import Nodes
-from flatradix.prefix_cache import PrefixCache
-from flatradix.ragged import Ragged
-from flatradix.request import Request
+from flatradix.cache.prefix_cache import PrefixCache
+from flatradix.cache.request import Request
+from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, StaleHandleError
+from flatradix.inputs.policy import Nodes, slru
+from flatradix.inputs.ragged import Ragged
 from flatradix.results import EvictResult, InsertResult, MatchResult
 from flatradix.tree import RadixTree
 from flatradix.version import VERSION as __version__
@@ -18,10 +18,12 @@ __all__ = [
     "MatchResult",
     "Nodes",
     "PrefixCache",
+    "QueryError",
     "RadixTree",
     "Ragged",
     "Request",
     "StaleHandleError",
     "__version__",
+    "slru",
     "warm_up",
 ]

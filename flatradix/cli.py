@@ -20,15 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from rich.theme import Theme
 
-from flatradix import backend, tables, traces
-from flatradix import draw as drawing
-from flatradix import plot as plotting
-from flatradix import replay as replaying
-from flatradix import workload as workloads
 from flatradix.errors import CapacityError, DeviceUnavailableError
-from flatradix.plot import PlotUnavailableError
-from flatradix.policy import NAMES as POLICIES
-from flatradix.report import Report, Settings, versions
+from flatradix.inputs import devices
+from flatradix.inputs.policy import NAMES as POLICIES
+from flatradix.inspect import draw as drawing
+from flatradix.replay import plot as plotting
+from flatradix.replay import replay as replaying
+from flatradix.replay import tables, traces
+from flatradix.replay import workload as workloads
+from flatradix.replay.plot import PlotUnavailableError
+from flatradix.replay.report import Report, Settings, versions
 
 ERROR, INTERRUPTED = 2, 130
 STDOUT = "-"
@@ -182,7 +183,7 @@ def tree(
         run.feed(source.prompts)
         out = Console(highlighter=_TreeHighlighter(), theme=_TREE_THEME, soft_wrap=True)
         out.print(Text(f"after {tables.count_requests(source.requests)} of {source.name}"))
-        out.print(out.highlighter(drawing.draw(run.tree, max_nodes, details)))
+        out.print(out.highlighter(drawing.draw(run.tree.content(), max_nodes, details)))
         out.print(Text(drawing.LEGEND, style="dim"))
 
 
@@ -192,8 +193,8 @@ def info() -> None:
     with _plain_errors():
         out = Console(soft_wrap=True)
         out.print(tables.grid("versions", list(versions().items())))
-        out.print(tables.grid("devices", backend.explain()))
-        out.print(Text(f"device auto takes {backend.auto_reason()}"))
+        out.print(tables.grid("devices", devices.explain()))
+        out.print(Text(f"device auto takes {devices.auto_reason()}"))
 
 
 def main() -> None:

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 
-class StaleHandleError(ValueError):
-    """A handle names a node that has been evicted, or a node of another tree."""
+class QueryError(ValueError):
+    """One query of a batch is wrong. `query` is its number, from 0; a single sequence is query 0."""
+
+    def __init__(self, message: str, query: int) -> None:
+        super().__init__(message)
+        self.query = query
+
+    def __reduce__(self) -> tuple[type[QueryError], tuple[str, int]]:
+        return type(self), (self.args[0], self.query)
+
+
+class StaleHandleError(QueryError):
+    """A handle names a node that has been evicted, or a node of another tree. `query` is the number of its query."""
 
 
 class CapacityError(RuntimeError):

@@ -10,8 +10,8 @@ try:
 except ImportError as error:
     raise ImportError("flatradix.prometheus needs prometheus_client: pip install 'flatradix[prometheus]'") from error
 
-from flatradix.counts import Counts
-from flatradix.prefix_cache import PrefixCache
+from flatradix.cache.counts import Counts
+from flatradix.cache.prefix_cache import PrefixCache
 
 COUNTERS = {
     "requests": "Requests that were begun, refused ones left out",

@@ -1,12 +1,30 @@
-"""What the operations return. A batch of one keeps Python integers, and makes tensors only when asked for them."""
+"""What the operations return: one class for each, however late its numbers come.
+
+A result of one key on the CPU holds Python integers, and makes tensors only when asked for them. All others have their
+numbers from elsewhere (`late`): from tensors, or from a kernel that may not have run yet.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-_Result = TypeVar("_Result", bound="Places")
+
+class Late(Protocol):
+    """Where a result has its numbers from. The integers are for a batch of one."""
+
+    def lengths(self) -> torch.Tensor: ...
+
+    def handles(self) -> torch.Tensor: ...
+
+    def prefix_lengths(self) -> torch.Tensor: ...
+
+    def length(self) -> int: ...
+
+    def handle(self) -> int: ...
+
+    def prefix_length(self) -> int: ...
 
 
 def _only(values: torch.Tensor) -> int:
@@ -18,57 +36,85 @@ def _only(values: torch.Tensor) -> int:
     return number
 
 
+class Tensors:
+    """Numbers of a batch: int32 [B] lengths and prefix lengths, int64 [B] handles."""
+
+    __slots__ = ("_handles", "_lengths", "_prefix_lengths")
+
+    def __init__(self, lengths: torch.Tensor, handles: torch.Tensor, prefix_lengths: torch.Tensor | None) -> None:
+        self._lengths = lengths
+        self._handles = handles
+        self._prefix_lengths = prefix_lengths
+
+    def lengths(self) -> torch.Tensor:
+        return self._lengths
+
+    def handles(self) -> torch.Tensor:
+        return self._handles
+
+    def prefix_lengths(self) -> torch.Tensor:
+        assert self._prefix_lengths is not None
+        return self._prefix_lengths
+
+    def length(self) -> int:
+        return _only(self._lengths)
+
+    def handle(self) -> int:
+        return _only(self._handles)
+
+    def prefix_length(self) -> int:
+        return _only(self.prefix_lengths())
+
+
+def _tensor(number: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor([number], dtype=dtype, device="cpu")
+
+
 class Places:
     """A place in the tree for each query: a path length and the handle that it goes with.
 
     lengths: int32 [B] on the tree's device, in tokens (pairs with bigrams), whole pages.
     handles: int64 [B]. `RadixTree.lock` writes a new handle into it where it has to split an edge.
     length, handle: the same as Python integers, for a batch of one.
+
+    late: None while the numbers are the two integers.
     """
 
-    __slots__ = ("_handle", "_handles", "_length", "_lengths")
+    __slots__ = ("handle", "late", "length")
 
-    _handles: torch.Tensor | None
-    _lengths: torch.Tensor | None
+    length: int
+    handle: int
+    late: Late | None
 
     def __init__(self, lengths: torch.Tensor, handles: torch.Tensor) -> None:
-        self._lengths = lengths
-        self._handles = handles
-        self._length = self._handle = -1
+        self.late = Tensors(lengths, handles, None)
 
-    @classmethod
-    def single(cls: type[_Result], length: int, handle: int) -> _Result:
-        """A batch of one, from Python integers."""
-        self = cls.__new__(cls)
-        self._lengths = self._handles = None
-        self._length = length
-        self._handle = handle
-        return self
+    def __getattr__(self, name: str) -> Any:
+        """The integers, where they are not known yet: an empty slot asks here."""
+        if name == "length" or name == "handle":
+            late = self.late
+            assert late is not None
+            return late.length() if name == "length" else late.handle()
+        raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}")
 
-    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._lengths is None or self._handles is None:
-            self._lengths = torch.tensor([self._length], dtype=torch.int32, device="cpu")
-            self._handles = torch.tensor([self._handle], dtype=torch.int64, device="cpu")
-        return self._lengths, self._handles
+    def _as_tensors(self) -> Late:
+        late = self.late
+        if late is None:
+            late = Tensors(_tensor(self.length, torch.int32), _tensor(self.handle, torch.int64), None)
+            self.late = late
+            del self.length, self.handle  # from now on the tensors are asked
+        return late
 
     @property
     def lengths(self) -> torch.Tensor:
-        return self._tensors()[0]
+        return self._as_tensors().lengths()
 
     @property
     def handles(self) -> torch.Tensor:
-        return self._tensors()[1]
-
-    @property
-    def length(self) -> int:
-        return self._length if self._lengths is None else _only(self._lengths)
-
-    @property
-    def handle(self) -> int:
-        return self._handle if self._handles is None else _only(self._handles)
+        return self._as_tensors().handles()
 
     def __len__(self) -> int:
-        return 1 if self._lengths is None else len(self._lengths)
+        return 1 if self.late is None else len(self.late.lengths())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(lengths={self.lengths.tolist()})"
@@ -79,9 +125,6 @@ class MatchResult(Places):
 
     __slots__ = ()
 
-    def __repr__(self) -> str:
-        return f"MatchResult(lengths={self.lengths.tolist()})"
-
 
 class InsertResult(Places):
     """The end of each inserted key, and how much of it was there before.
@@ -90,71 +133,79 @@ class InsertResult(Places):
     integer, for a batch of one.
     """
 
-    __slots__ = ("_prefix_length", "_prefix_lengths")
+    __slots__ = ("prefix_length",)
 
-    _prefix_lengths: torch.Tensor | None
+    prefix_length: int
 
     def __init__(self, prefix_lengths: torch.Tensor, lengths: torch.Tensor, handles: torch.Tensor) -> None:
-        super().__init__(lengths, handles)
-        self._prefix_lengths = prefix_lengths
-        self._prefix_length = -1
+        self.late = Tensors(lengths, handles, prefix_lengths)
 
-    @classmethod
-    def single_insert(cls, prefix_length: int, length: int, handle: int) -> InsertResult:
-        """A batch of one, from Python integers."""
-        self = cls.single(length, handle)
-        self._prefix_lengths = None
-        self._prefix_length = prefix_length
-        return self
+    def __getattr__(self, name: str) -> Any:
+        if name == "prefix_length":
+            assert self.late is not None
+            return self.late.prefix_length()
+        return super().__getattr__(name)
+
+    def _as_tensors(self) -> Late:
+        late = self.late
+        if late is None:
+            prefix_lengths = _tensor(self.prefix_length, torch.int32)
+            late = Tensors(_tensor(self.length, torch.int32), _tensor(self.handle, torch.int64), prefix_lengths)
+            self.late = late
+            del self.length, self.handle, self.prefix_length
+        return late
 
     @property
     def prefix_lengths(self) -> torch.Tensor:
-        if self._prefix_lengths is None:
-            self._prefix_lengths = torch.tensor([self._prefix_length], dtype=torch.int32, device="cpu")
-        return self._prefix_lengths
-
-    @property
-    def prefix_length(self) -> int:
-        return self._prefix_length if self._prefix_lengths is None else _only(self._prefix_lengths)
+        return self._as_tensors().prefix_lengths()
 
     def __repr__(self) -> str:
         return f"InsertResult(prefix_lengths={self.prefix_lengths.tolist()}, lengths={self.lengths.tolist()})"
 
 
+_new_match, _new_insert = MatchResult.__new__, InsertResult.__new__
+
+
+def one_match(length: int, handle: int) -> MatchResult:
+    """A result of one key, of Python integers."""
+    result = _new_match(MatchResult)
+    result.length = length
+    result.handle = handle
+    result.late = None
+    return result
+
+
+def one_insert(prefix_length: int, length: int, handle: int) -> InsertResult:
+    """A result of one key, of Python integers."""
+    result = _new_insert(InsertResult)
+    result.prefix_length = prefix_length
+    result.length = length
+    result.handle = handle
+    result.late = None
+    return result
+
+
+def late_match(late: Late) -> MatchResult:
+    """A result whose numbers are told later."""
+    result = _new_match(MatchResult)
+    result.late = late
+    return result
+
+
+def late_insert(late: Late) -> InsertResult:
+    """A result whose numbers are told later."""
+    result = _new_insert(InsertResult)
+    result.late = late
+    return result
+
+
 class EvictResult(NamedTuple):
     """The KV slots that an eviction freed.
 
-    slots: int64 [K] on the slot device, node by node in the order of eviction, root to leaf inside a node.
+    slots: [K] of the tree's slot_dtype on the slot device, node by node in the order of eviction, root to leaf inside a
+        node. Those of an eviction that was cut short come first in the next one.
     """
 
     slots: torch.Tensor
     num_tokens: int
     num_nodes: int
-
-
-_HOST = torch.device("cpu")
-
-
-def places_of(places: Any, device: torch.device = _HOST) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lengths, int32 and contiguous, and the handles of a result, or of anything that has both.
-
-    Raises ValueError for a wrong dtype, shape or device.
-    """
-    try:
-        lengths, handles = places.lengths, places.handles
-    except AttributeError:
-        raise ValueError(
-            f"a {type(places).__name__} names no place: pass the result of match or insert, or anything with "
-            ".handles (int64 [B]) and .lengths (integers [B])"
-        ) from None
-    if not isinstance(handles, torch.Tensor) or handles.dtype != torch.int64 or handles.dim() != 1:
-        raise ValueError("handles must be an int64 tensor [B]")
-    if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError("lengths must be an int32 or int64 tensor [B]")
-    if handles.device != device or lengths.device != device:
-        raise ValueError(f"handles on {handles.device} and lengths on {lengths.device}, but the tree is on {device}")
-    if lengths.shape != handles.shape:
-        raise ValueError(f"{tuple(lengths.shape)} lengths for {tuple(handles.shape)} handles")
-    if lengths.dtype == torch.int64:
-        lengths = lengths.clamp(torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
-    return lengths.to(torch.int32).contiguous(), handles

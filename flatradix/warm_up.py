@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flatradix import backend
-from flatradix.device_warm_up import warm_up_device
-from flatradix.tree import RadixTree
+from flatradix.inputs import devices
 
 
 def warm_up(
@@ -30,33 +28,12 @@ def warm_up(
 
     Raises as RadixTree does for a device that cannot be used.
     """
-    resolved = backend.resolve(device)
-    if resolved.type == "cuda":
-        warm_up_device(resolved, page_size, bigram)
-        return
-    tree = RadixTree(16, page_size=2, device=device)
-    one = tree.insert([1, 2, 3, 4], [0, 1, 2, 3])
-    found = tree.match([1, 2, 9])
-    tree.lock(found)
-    tree.slots(found)
-    tree.unlock(found)
-    tree.insert([5, 6], [4, 5], start=one)
-    several = tree.insert([[1, 2], [7, 8]], [[0, 1], [6, 7]])
-    tree.lock(several)
-    tree.slots(tree.match([[1, 2], [7, 8]]))
-    tree.write_slots(several, torch.zeros((2, 2), dtype=torch.int32, device="cpu"), [0, 1])
-    tree.unlock(several)
-    tree.evict(2)
-    tree._compact()
-    tree.digest()
-    tree._rebuild()
-    tree.reset()
-    _use_slots_apart(RadixTree(16, page_size=2, device=device, slot_device=slot_device or "cpu"))
+    found = devices.preferred(device)
+    if found.type == "cuda":
+        from flatradix.device.warm_up import warm_up_device
 
+        warm_up_device(found, page_size, bigram)
+    else:
+        from flatradix.host.warm_up import warm_up_host
 
-def _use_slots_apart(tree: RadixTree) -> None:
-    places = tree.insert([[1, 2], [3, 4]], [[0, 1], [2, 3]])
-    table = torch.zeros((2, 2), dtype=torch.int32, device=tree.slot_device)
-    tree.slots(places)
-    tree.write_slots(places, table, [0, 1])
-    tree._compact()
+        warm_up_host(slot_device)

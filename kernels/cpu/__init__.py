@@ -3,27 +3,26 @@
 from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.digest import digest
 from flatradix.kernels.cpu.evict import evict
-from flatradix.kernels.cpu.insert import insert, insert_one
+from flatradix.kernels.cpu.insert import insert, insert_one, take_back_insert
 from flatradix.kernels.cpu.jit import address_table
-from flatradix.kernels.cpu.lock import lock, lock_one, unlock, unlock_one
+from flatradix.kernels.cpu.lock import lock, lock_one, split, unlock, unlock_one
 from flatradix.kernels.cpu.match import match, match_one
 from flatradix.kernels.cpu.reset import rebuild, reset
 from flatradix.kernels.cpu.slots import (
-    count_path_nodes,
-    gather_slots,
+    count_paths,
     path_ranges,
     path_ranges_one,
-    victim_ranges,
+    path_slots,
+    path_slots_one,
     write_slots,
 )
 
 __all__ = [
     "address_table",
     "compact",
-    "count_path_nodes",
+    "count_paths",
     "digest",
     "evict",
-    "gather_slots",
     "insert",
     "insert_one",
     "lock",
@@ -32,11 +31,14 @@ __all__ = [
     "match_one",
     "path_ranges",
     "path_ranges_one",
+    "path_slots",
+    "path_slots_one",
     "plan_compaction",
     "rebuild",
     "reset",
+    "split",
+    "take_back_insert",
     "unlock",
     "unlock_one",
-    "victim_ranges",
     "write_slots",
 ]

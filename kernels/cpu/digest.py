@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
-from flatradix.kernels import scalar
 from flatradix.kernels.cpu.jit import helper, int32_at, kernel, open_state
 from flatradix.kernels.cpu.units import token_at
-from flatradix.layout import FREE_ROW
+from flatradix.layout import hashing, numbers
+from flatradix.layout.state import FREE_ROW
 
-mix = helper(scalar.mix)
+mix = helper(hashing.mix)
 
 
 @helper
@@ -22,7 +21,7 @@ def _edge_sum(s, row, lane):
     """The node's own part of its path hash."""
     tokens = int32_at(s.tokens + 4 * np.int64(s.start[row]))
     seconds = int32_at(s.seconds + 4 * np.int64(s.start[row]))
-    bigram = s.meta[meta.BIGRAM] != 0
+    bigram = s.numbers[numbers.BIGRAM] != 0
     begin = np.int64(s.end[row] - s.length[row])
     total = np.int64(0)
     for j in range(np.int64(s.length[row])):
@@ -36,7 +35,7 @@ def _edge_sum(s, row, lane):
 @helper
 def _path_sums(s, lane):
     """int64 [rows]: the hash of the path from the root to each node's end."""
-    rows = s.meta[meta.ROWS]
+    rows = s.numbers[numbers.ROWS]
     sums = np.zeros(rows, np.int64)
     order = np.empty(rows, np.int64)
     known = np.zeros(rows, np.int8)
@@ -67,12 +66,12 @@ def _slot_sum(slots, wide, begin, count):
 
 
 @kernel
-def digest(table, slots, slots_wide, lane):
+def digest(addresses, slots, slots_wide, lane):
     """One lane of the digest, int64; `slots` is the address of the slot pool in host memory."""
-    s = open_state(table)
+    s = open_state(addresses)
     sums = _path_sums(s, lane)
     total = np.int64(0)
-    for row in range(1, s.meta[meta.ROWS]):
+    for row in range(1, s.numbers[numbers.ROWS]):
         if s.parent[row] != FREE_ROW:
             term = mix(sums[row] + s.length[row])
             term = mix(term + _slot_sum(slots, slots_wide, np.int64(s.start[row]), np.int64(s.length[row])))

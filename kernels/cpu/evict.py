@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
-from flatradix.kernels.cpu.jit import helper, kernel, open_state
-from flatradix.kernels.cpu.queue import clear, drop, first_place, push, run_place, score_of
+from flatradix.kernels.cpu.calls import note
+from flatradix.kernels.cpu.jit import helper, open_state, single
+from flatradix.kernels.cpu.queue import clear, drop, first_at, push, run_at, score_of
 from flatradix.kernels.cpu.rows import free_row
-from flatradix.layout import FREE_ROW
+from flatradix.kernels.cpu.units import copy_slots
+from flatradix.layout import numbers
+from flatradix.layout.state import FREE_ROW
 
 
 @helper
 def _score(s, scores, row):
-    if s.meta[meta.POLICY] == meta.SCORES:
+    if s.numbers[numbers.POLICY] == numbers.SCORES:
         return scores[row]
     return score_of(s, row)
 
@@ -21,17 +23,17 @@ def _score(s, scores, row):
 @helper
 def _fill_queue(s, scores):
     """Enter every candidate, for policies whose scores are made anew for each eviction."""
-    for row in range(1, s.meta[meta.ROWS]):
+    for row in range(1, s.numbers[numbers.ROWS]):
         if s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0:
             push(s, row, scores[row])
 
 
 @helper
 def _empty_queue(s):
-    for place in range(s.meta[meta.HEAP]):
-        s.queued[s.queue_row[place]] = 0
-    for index in range(s.meta[meta.RUN]):
-        s.queued[s.queue_row[run_place(s, index)]] = 0
+    for at in range(s.numbers[numbers.HEAP]):
+        s.queued[s.queue_row[at]] = 0
+    for index in range(s.numbers[numbers.RUN]):
+        s.queued[s.queue_row[run_at(s, index)]] = 0
     clear(s)
 
 
@@ -47,20 +49,20 @@ def _detach(s, row, scores):
     namespace = ~np.int64(parent)
     s.namespace_children[namespace] -= 1
     if s.namespace_children[namespace] == 0 and namespace != 0:
-        s.released[s.meta[meta.RELEASED]] = namespace
-        s.meta[meta.RELEASED] += 1
+        s.released[s.numbers[numbers.RELEASED]] = namespace
+        s.numbers[numbers.RELEASED] += 1
 
 
 @helper
-def _take_first(s, place, scores):
-    """Take the entry at `place` out; returns its row if it can be evicted now, else 0.
+def _take_first(s, at, scores):
+    """Take the entry at `at` out; returns its row if it can be evicted now, else 0.
 
     An entry whose row has been used since is put back where it belongs by now.
     """
-    row = np.int64(s.queue_row[place])
-    score = s.queue_score[place]
-    tick = s.queue_tick[place]
-    drop(s, place)
+    row = np.int64(s.queue_row[at])
+    score = s.queue_score[at]
+    tick = s.queue_tick[at]
+    drop(s, at)
     if s.children[row] > 0 or s.lock_ref[row] > 0:
         return np.int64(0)
     if score == _score(s, scores, row) and tick == s.tick[row]:
@@ -69,29 +71,48 @@ def _take_first(s, place, scores):
     return np.int64(0)
 
 
-@kernel
-def evict(table, wanted, scores):
+@helper
+def _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots):
+    """Copy the slots of the rows freed last to `slots`; without a `pool` fill the ranges where they are."""
+    step = 8 if pool_wide else 4
+    first = s.numbers[numbers.FREE_ROWS] - nodes
+    for at in range(nodes):
+        row = s.free_rows[first + at]
+        start, count = np.int64(s.start[row]), np.int64(s.length[row])
+        if pool == 0:
+            starts[at], lengths[at] = start, count
+        else:
+            copy_slots(pool + step * start, slots, pool_wide, count)
+            slots += step * count
+
+
+@single("(int64, int64, int64, int64[::1], int64, boolean, int32[::1], int32[::1], int64)")
+def evict(addresses, call, wanted, scores, pool, pool_wide, starts, lengths, slots):
     """Free nodes until `wanted` tokens are free or no candidate is left; returns (tokens, nodes).
 
-    The rows freed are the last `nodes` entries of `free_rows`, in order. `scores` int64 [rows], or [0] for the policies
-    that the queue knows.
+    scores: int64 [rows], or [0] for the policies that the queue knows, and where nothing is wanted. The slots freed, in
+    order, go to the address `slots`, of the type of the slot pool at the address `pool`; where that is 0, the ranges of
+    the pool to `starts` and `lengths`, int32. Each has room for all that may be freed. Nothing is allocated.
     """
-    s = open_state(table)
-    if s.meta[meta.POLICY] == meta.SCORES:
+    s = open_state(addresses)
+    by_scores = wanted > 0 and s.numbers[numbers.POLICY] == numbers.SCORES
+    if by_scores:
         _fill_queue(s, scores)
     tokens = np.int64(0)
-    nodes = 0
+    nodes = np.int64(0)
     while tokens < wanted:
-        place = first_place(s)
-        if place < 0:
+        at = first_at(s)
+        if at < 0:
             break
-        row = _take_first(s, place, scores)
+        row = _take_first(s, at, scores)
         if row > 0:
             _detach(s, row, scores)
             free_row(s, row)
             tokens += s.length[row]
             nodes += 1
-    s.meta[meta.EVICTABLE] -= tokens
-    if s.meta[meta.POLICY] == meta.SCORES:
+    s.numbers[numbers.EVICTABLE] -= tokens
+    if by_scores:
         _empty_queue(s)
+    _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots)
+    note(s, call, numbers.EVICTED, 0, tokens, nodes)
     return tokens, nodes

@@ -1,7 +1,7 @@
-"""How the CPU kernels are compiled, and how they reach the arrays.
+"""How the CPU kernels are compiled, called, and how they reach the arrays.
 
-A numba call pays about 80 ns for each array argument, so a kernel gets one int64 array with the addresses of the
-state's tensors (`address_table`) and opens them itself (`open_state`): 0.14 us instead of 1.2 us a call.
+A numba call pays about 80 ns for each array argument, so a kernel gets one address, that of a table of all addresses
+(`address_table`), and opens the state itself (`open_state`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba import types
+from numba.core.caching import IndexDataCacheFile
+from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
-import flatradix.layout
-import flatradix.meta
-import flatradix.refusals
-from flatradix.layout import TreeState
+from flatradix import layout
+from flatradix.layout.state import FIELDS, TreeState
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
 
@@ -30,11 +31,9 @@ def _source_stamp() -> str:
 
     numba looks at the kernel's own file alone and would go on using machine code with an old helper inside.
     """
-    here = Path(__file__).parent
-    shared = [flatradix.layout, flatradix.meta, flatradix.refusals]
-    files = [*sorted(here.glob("*.py")), here.parent / "scalar.py", *(Path(str(module.__file__)) for module in shared)]
+    folders = [Path(__file__).parent, Path(str(layout.__file__)).parent]
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
+    for file in sorted(file for folder in folders for file in folder.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -43,12 +42,40 @@ _STAMP = _source_stamp()
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile at the first call and keep the machine code on disk for later processes."""
+    """Compile at the first call and keep the machine code on disk for later processes.
+
+    Each version of the sources has files of its own: two of them may run side by side with one cache folder.
+    """
     dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
     # A numba that keeps it elsewhere goes by its own stamp, the time and size of the kernel's file.
     with contextlib.suppress(AttributeError):
-        dispatcher._cache._cache_file._source_stamp = _STAMP
+        cache = dispatcher._cache
+        name = f"{cache._impl.filename_base}-{_STAMP}"
+        cache._cache_file = IndexDataCacheFile(cache._cache_path, name, _STAMP)
     return dispatcher
+
+
+class Single:
+    """A kernel whose arguments have the same types in every call: integers, booleans and arrays without gaps.
+
+    call: from the second time on it goes past numba's dispatcher, whose look at the types takes longer than a short
+        match (bench/RESULTS.md). Types are converted, not looked at: whoever calls must pass the right ones.
+    """
+
+    def __init__(self, function: Callable[..., Any], signature: str) -> None:
+        self.dispatcher = kernel(function)
+        self.call: Callable[..., Any] = self._first
+        self._arguments, _result = normalize_signature(signature)
+
+    def _first(self, *arguments: Any) -> Any:
+        self.dispatcher.compile(self._arguments)
+        self.call = self.dispatcher.overloads[self._arguments].entry_point
+        return self.call(*arguments)
+
+
+def single(signature: str) -> Callable[[Callable[..., Any]], Single]:
+    """Decorator of a `Single` with these types, in numba's notation: "(int64, boolean)"."""
+    return lambda function: Single(function, signature)
 
 
 def helper(function: Callable[..., Any]) -> Any:
@@ -71,7 +98,6 @@ def _pointer_to(element: Any) -> Any:
     return intrinsic(at)
 
 
-int8_at = _pointer_to(types.int8)
 int32_at = _pointer_to(types.int32)
 int64_at = _pointer_to(types.int64)
 
@@ -81,35 +107,29 @@ def address_table(state: TreeState) -> np.ndarray:
     return np.array([tensor.data_ptr() for tensor in state], dtype=np.int64)
 
 
-@helper
-def open_state(table):
-    """The state with a pointer in the place of each array; `tokens` and `seconds` as plain addresses."""
-    return TreeState(
-        int32_at(table[0]),
-        int32_at(table[1]),
-        int32_at(table[2]),
-        int32_at(table[3]),
-        int32_at(table[4]),
-        int32_at(table[5]),
-        int32_at(table[6]),
-        int32_at(table[7]),
-        int32_at(table[8]),
-        int8_at(table[9]),
-        int64_at(table[10]),
-        int64_at(table[11]),
-        int64_at(table[12]),
-        int64_at(table[13]),
-        int32_at(table[14]),
-        int64_at(table[15]),
-        int64_at(table[16]),
-        int32_at(table[17]),
-        int64_at(table[18]),
-        table[19],
-        table[20],
-        int64_at(table[21]),
-        int32_at(table[22]),
-        int64_at(table[23]),
-        int32_at(table[24]),
-        int64_at(table[25]),
-        int64_at(table[26]),
-    )
+_NUMBA = {torch.int8: types.int8, torch.int32: types.int32, torch.int64: types.int64}
+_OPENED = types.NamedTuple(
+    [types.int64 if array.address else types.CPointer(_NUMBA[array.dtype]) for array in FIELDS.values()], TreeState
+)
+
+
+def _open_state(typingctx, addresses):
+    """The state with a pointer in the place of each tensor, from the address of an address table.
+
+    `tokens` and `seconds` are plain addresses: kernels calculate with them.
+    """
+
+    def codegen(context, builder, signature, args):
+        word = context.get_value_type(types.int64)
+        table = builder.inttoptr(args[0], word.as_pointer())
+        values = []
+        for place, kind in enumerate(_OPENED.types):
+            address = builder.load(builder.gep(table, [context.get_constant(types.int64, place)]))
+            pointer = isinstance(kind, types.CPointer)
+            values.append(builder.inttoptr(address, context.get_value_type(kind)) if pointer else address)
+        return context.make_tuple(builder, _OPENED, values)
+
+    return _OPENED(types.int64), codegen
+
+
+open_state: Any = intrinsic(_open_state)

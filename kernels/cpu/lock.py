@@ -1,39 +1,46 @@
-"""Lock and unlock: reference counts on every node from the place of a handle to the root.
+"""Lock and unlock: reference counts on every node from a place to the root. Split: cut the edges on which places lie.
 
-`*_one` take and return scalars, for a look-up from Python that must stay cheap; the others take a batch.
+`*_one` take and return scalars, for a look-up from Python that must stay cheap; the others take a batch. `call` is the
+number under which the change is noted, 0 where it takes another one back.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
-from flatradix.kernels.cpu.children import make_room
-from flatradix.kernels.cpu.jit import helper, kernel, open_state
+from flatradix.kernels.cpu.calls import note, refuse
+from flatradix.kernels.cpu.children import grow_table
+from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
 from flatradix.kernels.cpu.queue import offer
-from flatradix.kernels.cpu.rows import handle_of, resolve, split
-from flatradix.kernels.cpu.walk import refuse
-from flatradix.refusals import NOT_LOCKED
+from flatradix.kernels.cpu.rows import handle_of, resolve, split_edge
+from flatradix.layout import numbers, reasons
+
+
+@helper
+def end_at(s, row, length):
+    """The row that ends at path length `length` on the edge of `row`, which is split there if it goes on."""
+    if row > 0 and length < s.end[row]:
+        grow_table(s, 1)
+        row = split_edge(s, row, length, s.numbers[numbers.CLOCK] + 1)
+    return row
 
 
 @helper
 def lock_place(s, row, length):
     """Lock the path that ends at path length `length` on the edge of `row`, split there; returns the end's row."""
+    row = end_at(s, row, length)
     if row == 0:
         return row
-    if length < s.end[row]:
-        make_room(s, 1)
-        row = split(s, row, length, s.meta[meta.CLOCK] + 1)
     s.own_locks[row] += 1
     newly = np.int64(0)
-    place = row
-    while place > 0:
-        if s.lock_ref[place] == 0:
-            newly += s.length[place]
-        s.lock_ref[place] += 1
-        place = np.int64(s.parent[place])
-    s.meta[meta.PROTECTED] += newly
-    s.meta[meta.EVICTABLE] -= newly
+    above = row
+    while above > 0:
+        if s.lock_ref[above] == 0:
+            newly += s.length[above]
+        s.lock_ref[above] += 1
+        above = np.int64(s.parent[above])
+    s.numbers[numbers.PROTECTED] += newly
+    s.numbers[numbers.EVICTABLE] -= newly
     return row
 
 
@@ -41,16 +48,16 @@ def lock_place(s, row, length):
 def _unlock_row(s, row):
     s.own_locks[row] -= 1
     freed = np.int64(0)
-    place = row
-    while place > 0:
-        s.lock_ref[place] -= 1
-        if s.lock_ref[place] == 0:
-            freed += s.length[place]
-            if s.children[place] == 0:
-                offer(s, place)
-        place = np.int64(s.parent[place])
-    s.meta[meta.PROTECTED] -= freed
-    s.meta[meta.EVICTABLE] += freed
+    above = row
+    while above > 0:
+        s.lock_ref[above] -= 1
+        if s.lock_ref[above] == 0:
+            freed += s.length[above]
+            if s.children[above] == 0:
+                offer(s, above)
+        above = np.int64(s.parent[above])
+    s.numbers[numbers.PROTECTED] -= freed
+    s.numbers[numbers.EVICTABLE] += freed
 
 
 @helper
@@ -64,53 +71,79 @@ def _locked_row(s, handle, length):
     """The row whose end a lock holds, 0 for the root, or why there is none."""
     row = resolve(s, handle, length)
     if row > 0 and (s.end[row] != length or s.own_locks[row] == 0):
-        return np.int64(NOT_LOCKED)
+        return np.int64(reasons.NOT_LOCKED)
     return row
 
 
-@kernel
-def lock_one(table, handle, length):
+@single("(int64, int64, int64, int64)")
+def lock_one(addresses, call, handle, length):
     """Lock one path; returns the handle of its end, changed if an edge was split, or the reason for refusal."""
-    s = open_state(table)
+    s = open_state(addresses)
     row = resolve(s, handle, length)
     if row < 0:
         refuse(s, 0, length)
         return row
-    return handle_of(s, lock_place(s, row, length))
+    handle = handle_of(s, lock_place(s, row, length))
+    note(s, call, numbers.LOCKED, handle, length, 0)
+    return handle
 
 
-@kernel
-def unlock_one(table, handle, length):
-    s = open_state(table)
+@single("(int64, int64, int64, int64)")
+def unlock_one(addresses, call, handle, length):
+    s = open_state(addresses)
     row = _locked_row(s, handle, length)
     if row < 0:
         refuse(s, 0, length)
         return row
     if row > 0:
         _unlock_row(s, row)
+    note(s, call, numbers.UNLOCKED, handle, length, 0)
     return np.int64(0)
 
 
-@kernel
-def lock(table, handles, lengths):
-    """Lock a batch in order; `handles` int64 [B] is updated where an edge was split. Returns 0, or the reason."""
-    s = open_state(table)
+@helper
+def _check(s, handles, lengths):
+    """0, or why a place is refused."""
     for query in range(len(handles)):
         row = resolve(s, handles[query], np.int64(lengths[query]))
         if row < 0:
             refuse(s, query, lengths[query])
             return row
-    for query in range(len(handles)):
-        length = np.int64(lengths[query])
-        row = resolve(s, handles[query], length)
-        handles[query] = handle_of(s, lock_place(s, row, length))
     return np.int64(0)
 
 
 @kernel
-def unlock(table, handles, lengths):
+def lock(addresses, call, handles, lengths):
+    """Lock a batch in order; `handles` int64 [B] is updated where an edge was split. Returns 0, or the reason."""
+    s = open_state(addresses)
+    reason = _check(s, handles, lengths)
+    if reason < 0:
+        return reason
+    for query in range(len(handles)):
+        length = np.int64(lengths[query])
+        row = resolve(s, handles[query], length)
+        handles[query] = handle_of(s, lock_place(s, row, length))
+    note(s, call, numbers.LOCKED, 0, 0, 0)
+    return np.int64(0)
+
+
+@kernel
+def split(addresses, handles, lengths):
+    """End an edge at each place of a batch; `handles` int64 [B] is updated. Returns 0, or the reason."""
+    s = open_state(addresses)
+    reason = _check(s, handles, lengths)
+    if reason < 0:
+        return reason
+    for query in range(len(handles)):
+        length = np.int64(lengths[query])
+        handles[query] = handle_of(s, end_at(s, resolve(s, handles[query], length), length))
+    return np.int64(0)
+
+
+@kernel
+def unlock(addresses, call, handles, lengths):
     """Unlock a batch in order, all of it or, with the reason returned, nothing."""
-    s = open_state(table)
+    s = open_state(addresses)
     for query in range(len(handles)):
         row = _locked_row(s, handles[query], np.int64(lengths[query]))
         if row < 0:
@@ -122,4 +155,5 @@ def unlock(table, handles, lengths):
             return row
         if row > 0:
             _unlock_row(s, row)
+    note(s, call, numbers.UNLOCKED, 0, 0, 0)
     return np.int64(0)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
 from flatradix.kernels.cpu.jit import helper
+from flatradix.layout import numbers
 
 
 @helper
@@ -24,7 +24,7 @@ def _range_mask(begin, end):
 @helper
 def mark(s, start, length, taken):
     """Mark a range of pool units, whole pages, as taken or free."""
-    page = s.meta[meta.PAGE]
+    page = s.numbers[numbers.PAGE]
     begin = np.int64(start) // page
     end = begin + np.int64(length) // page
     while begin < end:
@@ -42,32 +42,32 @@ def mark(s, start, length, taken):
 def _search(used, begin, end, count):
     """First page of the first run of `count` free pages inside [begin, end), or -1."""
     run = np.int64(0)
-    place = begin
-    while place < end:
-        word = used[place >> 6]
-        if (place & 63) == 0 and place + 64 <= end and word == -1:
+    at = begin
+    while at < end:
+        word = used[at >> 6]
+        if (at & 63) == 0 and at + 64 <= end and word == -1:
             run = 0
-            place += 64
-        elif (place & 63) == 0 and place + 64 <= end and word == 0 and run + 64 < count:
+            at += 64
+        elif (at & 63) == 0 and at + 64 <= end and word == 0 and run + 64 < count:
             run += 64
-            place += 64
+            at += 64
         else:
-            if (word >> (place & 63)) & 1:
+            if (word >> (at & 63)) & 1:
                 run = 0
             else:
                 run += 1
                 if run == count:
-                    return place + 1 - count
-            place += 1
+                    return at + 1 - count
+            at += 1
     return np.int64(-1)
 
 
 @helper
-def find_room(s, units):
+def find_free(s, units):
     """Start of `units` contiguous free pool units, whole pages, or -1. Nothing is marked, the cursor stays."""
-    page = s.meta[meta.PAGE]
-    pages = s.meta[meta.POOL_PAGES]
-    cursor = s.meta[meta.POOL_CURSOR]
+    page = s.numbers[numbers.PAGE]
+    pages = s.numbers[numbers.POOL_PAGES]
+    cursor = s.numbers[numbers.POOL_CURSOR]
     count = units // page
     found = _search(s.used, cursor, pages, count)
     if found < 0:

@@ -13,42 +13,43 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
 from flatradix.kernels.cpu.jit import helper
+from flatradix.layout import numbers
+from flatradix.layout.state import FREE_ROW
 
 
 @helper
 def score_of(s, row):
     """What the built-in policies order by, before the tick; smaller goes first (SGLang's evict_policy.py)."""
-    policy = s.meta[meta.POLICY]
-    if policy == meta.LFU:
+    policy = s.numbers[numbers.POLICY]
+    if policy == numbers.LFU:
         return np.int64(s.hit_count[row])
-    if policy == meta.SLRU:
-        return np.int64(s.hit_count[row] >= s.meta[meta.THRESHOLD])
-    if policy == meta.FIFO:
+    if policy == numbers.SLRU:
+        return np.int64(s.hit_count[row] >= s.numbers[numbers.PROTECTED_THRESHOLD])
+    if policy == numbers.FIFO:
         return s.created[row]
-    if policy == meta.FILO:
+    if policy == numbers.FILO:
         return -s.created[row]
-    if policy == meta.PRIORITY:
+    if policy == numbers.PRIORITY:
         return s.priority[row]
     return np.int64(0)
 
 
 @helper
-def _before(s, score, tick, row, place):
-    """Whether (score, tick, row) goes before the entry at `place`. Equal ticks are on one path: deeper goes first."""
-    if score != s.queue_score[place]:
-        return score < s.queue_score[place]
-    if tick != s.queue_tick[place]:
-        return tick < s.queue_tick[place]
-    return s.end[row] > s.end[s.queue_row[place]]
+def _before(s, score, tick, row, at):
+    """Whether (score, tick, row) goes before the entry at `at`. Equal ticks are on one path: deeper goes first."""
+    if score != s.queue_score[at]:
+        return score < s.queue_score[at]
+    if tick != s.queue_tick[at]:
+        return tick < s.queue_tick[at]
+    return s.end[row] > s.end[s.queue_row[at]]
 
 
 @helper
-def _set(s, place, score, tick, row):
-    s.queue_score[place] = score
-    s.queue_tick[place] = tick
-    s.queue_row[place] = row
+def _set(s, at, score, tick, row):
+    s.queue_score[at] = score
+    s.queue_tick[at] = tick
+    s.queue_row[at] = row
 
 
 @helper
@@ -57,48 +58,48 @@ def _move(s, source, target):
 
 
 @helper
-def run_place(s, index):
+def run_at(s, index):
     """Where the entry of the run with that index stands."""
-    capacity = s.meta[meta.ROW_CAPACITY]
-    place = s.meta[meta.RUN_HEAD] + index
-    if place >= capacity:
-        place -= capacity
-    return capacity + place
+    capacity = s.numbers[numbers.ROW_CAPACITY]
+    at = s.numbers[numbers.RUN_HEAD] + index
+    if at >= capacity:
+        at -= capacity
+    return capacity + at
 
 
 @helper
 def push(s, row, score):
     s.queued[row] = 1
     tick = s.tick[row]
-    count = s.meta[meta.RUN]
-    if count == 0 or not _before(s, score, tick, row, run_place(s, count - 1)):
-        _set(s, run_place(s, count), score, tick, row)
-        s.meta[meta.RUN] = count + 1
+    count = s.numbers[numbers.RUN]
+    if count == 0 or not _before(s, score, tick, row, run_at(s, count - 1)):
+        _set(s, run_at(s, count), score, tick, row)
+        s.numbers[numbers.RUN] = count + 1
     else:
         _push_heap(s, score, tick, row)
 
 
 @helper
 def _push_heap(s, score, tick, row):
-    place = s.meta[meta.HEAP]
-    s.meta[meta.HEAP] = place + 1
-    while place > 0:
-        above = (place - 1) // meta.HEAP_ARITY
+    at = s.numbers[numbers.HEAP]
+    s.numbers[numbers.HEAP] = at + 1
+    while at > 0:
+        above = (at - 1) // numbers.HEAP_ARITY
         if not _before(s, score, tick, row, above):
             break
-        _move(s, above, place)
-        place = above
-    _set(s, place, score, tick, row)
+        _move(s, above, at)
+        at = above
+    _set(s, at, score, tick, row)
 
 
 @helper
-def _first_below(s, place, size):
-    """The first in order of the heap's entries right below `place`, or -1."""
-    child = meta.HEAP_ARITY * place + 1
+def _first_below(s, at, size):
+    """The first in order of the heap's entries right below `at`, or -1."""
+    child = numbers.HEAP_ARITY * at + 1
     if child >= size:
         return -1
     best = child
-    for other in range(child + 1, min(child + meta.HEAP_ARITY, size)):
+    for other in range(child + 1, min(child + numbers.HEAP_ARITY, size)):
         if _before(s, s.queue_score[other], s.queue_tick[other], s.queue_row[other], best):
             best = other
     return best
@@ -106,55 +107,65 @@ def _first_below(s, place, size):
 
 @helper
 def _pop_heap(s):
-    size = s.meta[meta.HEAP] - 1
-    s.meta[meta.HEAP] = size
+    size = s.numbers[numbers.HEAP] - 1
+    s.numbers[numbers.HEAP] = size
     if size == 0:
         return
     score, tick, row = s.queue_score[size], s.queue_tick[size], s.queue_row[size]
-    place = 0
+    at = 0
     while True:
-        below = _first_below(s, place, size)
+        below = _first_below(s, at, size)
         if below < 0 or _before(s, score, tick, row, below):
             break
-        _move(s, below, place)
-        place = below
-    _set(s, place, score, tick, row)
+        _move(s, below, at)
+        at = below
+    _set(s, at, score, tick, row)
 
 
 @helper
-def first_place(s):
+def first_at(s):
     """Where the first entry in order stands, or -1."""
-    heap = s.meta[meta.HEAP]
-    if s.meta[meta.RUN] == 0:
+    heap = s.numbers[numbers.HEAP]
+    if s.numbers[numbers.RUN] == 0:
         return 0 if heap > 0 else -1
-    front = run_place(s, 0)
+    front = run_at(s, 0)
     if heap > 0 and _before(s, s.queue_score[0], s.queue_tick[0], s.queue_row[0], front):
         return 0
     return front
 
 
 @helper
-def drop(s, place):
-    """Take the first entry out, which stands at `place`."""
-    s.queued[s.queue_row[place]] = 0
-    if place == 0:
+def drop(s, at):
+    """Take the first entry out, which stands at `at`."""
+    s.queued[s.queue_row[at]] = 0
+    if at == 0:
         _pop_heap(s)
         return
-    s.meta[meta.RUN] -= 1
-    head = s.meta[meta.RUN_HEAD] + 1
-    s.meta[meta.RUN_HEAD] = head if head < s.meta[meta.ROW_CAPACITY] else 0
+    s.numbers[numbers.RUN] -= 1
+    head = s.numbers[numbers.RUN_HEAD] + 1
+    s.numbers[numbers.RUN_HEAD] = head if head < s.numbers[numbers.ROW_CAPACITY] else 0
 
 
 @helper
 def clear(s):
     """Forget all entries, leaving their rows marked."""
-    s.meta[meta.HEAP] = 0
-    s.meta[meta.RUN] = 0
-    s.meta[meta.RUN_HEAD] = 0
+    s.numbers[numbers.HEAP] = 0
+    s.numbers[numbers.RUN] = 0
+    s.numbers[numbers.RUN_HEAD] = 0
 
 
 @helper
 def offer(s, row):
     """Enter a row that has become a candidate, unless the policy scores all rows at each eviction."""
-    if s.queued[row] == 0 and s.meta[meta.POLICY] != meta.SCORES:
+    if s.queued[row] == 0 and s.numbers[numbers.POLICY] != numbers.SCORES:
         push(s, row, score_of(s, row))
+
+
+@helper
+def refill_queue(s):
+    """Enter every candidate anew. O(rows), and O(log n) for each candidate that does not come in order."""
+    clear(s)
+    for row in range(1, s.numbers[numbers.ROWS]):
+        s.queued[row] = 0
+        if s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0:
+            offer(s, row)

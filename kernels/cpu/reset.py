@@ -4,48 +4,48 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
 from flatradix.kernels.cpu.children import refill
 from flatradix.kernels.cpu.jit import kernel, open_state
 from flatradix.kernels.cpu.pool import mark
-from flatradix.kernels.cpu.queue import clear, offer
-from flatradix.layout import FREE_ROW, SMALLEST_TABLE
+from flatradix.kernels.cpu.queue import clear, refill_queue
+from flatradix.layout import numbers
+from flatradix.layout.state import FREE_ROW, SMALLEST_TABLE
 
 
 @kernel
-def reset(table):
+def reset(addresses):
     """Drop every node, locked ones too; their handles go stale. The clock goes on."""
-    s = open_state(table)
-    for row in range(1, s.meta[meta.ROWS]):
+    s = open_state(addresses)
+    for row in range(1, s.numbers[numbers.ROWS]):
         if s.parent[row] != FREE_ROW:
             if s.parent[row] < 0:
                 s.namespace_children[~s.parent[row]] = 0
             s.parent[row] = FREE_ROW
             s.queued[row] = 0
             s.generation[row] += 1
-            count = s.meta[meta.FREE_ROWS]
+            count = s.numbers[numbers.FREE_ROWS]
             s.free_rows[count] = row
-            s.meta[meta.FREE_ROWS] = count + 1
-    for word in range((s.meta[meta.POOL_PAGES] + 63) // 64):
+            s.numbers[numbers.FREE_ROWS] = count + 1
+    for word in range((s.numbers[numbers.POOL_PAGES] + 63) // 64):
         s.used[word] = 0
-    for name in (meta.EVICTABLE, meta.PROTECTED, meta.NODES, meta.POOL_CURSOR):
-        s.meta[name] = 0
+    for name in (numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES, numbers.POOL_CURSOR):
+        s.numbers[name] = 0
     clear(s)
     refill(s, SMALLEST_TABLE - 1)
 
 
 @kernel
-def rebuild(table):
+def rebuild(addresses):
     """Make the child table, the pool's bitmap and the queue from the rows, of a tree that was just loaded."""
-    s = open_state(table)
-    places = np.int64(SMALLEST_TABLE)
-    while places < 2 * s.meta[meta.NODES]:
-        places *= 2
-    refill(s, places - 1)
-    clear(s)
-    for row in range(1, s.meta[meta.ROWS]):
-        s.queued[row] = 0
+    s = open_state(addresses)
+    entries = np.int64(SMALLEST_TABLE)
+    while entries < 2 * s.numbers[numbers.NODES]:
+        entries *= 2
+    refill(s, entries - 1)
+    longest = np.int64(0)
+    for row in range(1, s.numbers[numbers.ROWS]):
         if s.parent[row] != FREE_ROW:
             mark(s, s.start[row], s.length[row], True)
-            if s.children[row] == 0 and s.lock_ref[row] == 0:
-                offer(s, row)
+            longest = max(longest, np.int64(s.length[row]))
+    s.numbers[numbers.LONGEST] = longest
+    refill_queue(s)

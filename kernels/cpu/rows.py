@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
-from flatradix.kernels import scalar
 from flatradix.kernels.cpu.children import add_child, remove_child, replace_child, tag_of
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.pool import mark
-from flatradix.layout import FREE_ROW
-from flatradix.refusals import NOT_THERE, STALE
+from flatradix.layout import handles, numbers, reasons
+from flatradix.layout.handles import GENERATION_MASK, ROW_BITS, ROW_MASK
+from flatradix.layout.state import FREE_ROW
 
-pack_handle = helper(scalar.pack_handle)
-ROW_BITS = scalar.ROW_BITS
-ROW_MASK = scalar.ROW_MASK
-GENERATION_MASK = scalar.GENERATION_MASK
+pack_handle = helper(handles.pack_handle)
 
 
 @helper
 def handle_of(s, row):
-    return pack_handle(row, s.meta[meta.GENERATION] + s.generation[row])
+    return pack_handle(row, s.numbers[numbers.GENERATION] + s.generation[row])
 
 
 @helper
@@ -31,14 +27,14 @@ def resolve(s, handle, length):
     the place up, never down: the lower part of a split edge keeps its row.
     """
     row = handle & ROW_MASK
-    if handle < 0 or row >= s.meta[meta.ROWS]:
-        return np.int64(STALE)
-    if handle >> ROW_BITS != (s.meta[meta.GENERATION] + s.generation[row]) & GENERATION_MASK:
-        return np.int64(STALE)
+    if handle < 0 or row >= s.numbers[numbers.ROWS]:
+        return np.int64(reasons.STALE)
+    if handle >> ROW_BITS != (s.numbers[numbers.GENERATION] + s.generation[row]) & GENERATION_MASK:
+        return np.int64(reasons.STALE)
     if s.parent[row] == FREE_ROW:
-        return np.int64(STALE)
-    if length < 0 or length > s.end[row] or length % s.meta[meta.PAGE] != 0:
-        return np.int64(NOT_THERE)
+        return np.int64(reasons.STALE)
+    if length < 0 or length > s.end[row] or length % s.numbers[numbers.PAGE] != 0:
+        return np.int64(reasons.NOT_THERE)
     while row > 0 and s.end[row] - s.length[row] >= length:
         row = np.int64(s.parent[row])
     return max(row, np.int64(0))
@@ -46,13 +42,13 @@ def resolve(s, handle, length):
 
 @helper
 def take_row(s):
-    count = s.meta[meta.FREE_ROWS]
-    s.meta[meta.NODES] += 1
+    count = s.numbers[numbers.FREE_ROWS]
+    s.numbers[numbers.NODES] += 1
     if count > 0:
-        s.meta[meta.FREE_ROWS] = count - 1
+        s.numbers[numbers.FREE_ROWS] = count - 1
         return np.int64(s.free_rows[count - 1])
-    row = s.meta[meta.ROWS]
-    s.meta[meta.ROWS] = row + 1
+    row = s.numbers[numbers.ROWS]
+    s.numbers[numbers.ROWS] = row + 1
     s.generation[row] = 0
     return row
 
@@ -64,14 +60,14 @@ def free_row(s, row):
     mark(s, s.start[row], s.length[row], False)
     s.parent[row] = FREE_ROW
     s.generation[row] += 1
-    count = s.meta[meta.FREE_ROWS]
+    count = s.numbers[numbers.FREE_ROWS]
     s.free_rows[count] = row
-    s.meta[meta.FREE_ROWS] = count + 1
-    s.meta[meta.NODES] -= 1
+    s.numbers[numbers.FREE_ROWS] = count + 1
+    s.numbers[numbers.NODES] -= 1
 
 
 @helper
-def split(s, row, at, created):
+def split_edge(s, row, at, created):
     """Cut the edge of `row` at path length `at`, a page boundary inside it; returns the row of the upper part.
 
     The lower part keeps the row, so handles to it and below stay good. The upper part takes over the entry in the child

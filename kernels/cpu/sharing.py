@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.units import token_at
+from flatradix.layout import numbers
 
 
 @helper
@@ -27,7 +27,7 @@ def _common(s, a, b, keys, wide, namespaces, rows, reached, ends, starts):
         return np.int64(0), reached[a] < reached[b]
     from_a = reached[a] - starts[a]
     from_b = reached[b] - starts[b]
-    bigram = s.meta[meta.BIGRAM]
+    bigram = s.numbers[numbers.BIGRAM]
     units_a = np.int64(ends[a] - reached[a])
     units_b = np.int64(ends[b] - reached[b])
     shorter = min(units_a, units_b)
@@ -37,26 +37,26 @@ def _common(s, a, b, keys, wide, namespaces, rows, reached, ends, starts):
         y = token_at(keys[b], wide, from_b + j)
         if x != y:
             units = max(j - bigram, 0)
-            return units - units % s.meta[meta.PAGE], x < y
+            return units - units % s.numbers[numbers.PAGE], x < y
     return shorter, units_a < units_b
 
 
 @helper
-def _sift(order, place, size, s, keys, wide, namespaces, rows, reached, ends, starts):
+def _sift(order, at, size, s, keys, wide, namespaces, rows, reached, ends, starts):
     """One step of a heap sort that puts the last in order on top."""
     while True:
-        child = 2 * place + 1
+        child = 2 * at + 1
         if child >= size:
             return
         if child + 1 < size:
             _, first = _common(s, order[child], order[child + 1], keys, wide, namespaces, rows, reached, ends, starts)
             if first:
                 child += 1
-        _, first = _common(s, order[place], order[child], keys, wide, namespaces, rows, reached, ends, starts)
+        _, first = _common(s, order[at], order[child], keys, wide, namespaces, rows, reached, ends, starts)
         if not first:
             return
-        order[place], order[child] = order[child], order[place]
-        place = child
+        order[at], order[child] = order[child], order[at]
+        at = child
 
 
 @helper
@@ -67,13 +67,13 @@ def shared_units(s, keys, wide, namespaces, rows, reached, ends, starts):
     """
     count = len(keys)
     order = np.arange(count)
-    for place in range(count // 2 - 1, -1, -1):
-        _sift(order, place, count, s, keys, wide, namespaces, rows, reached, ends, starts)
+    for at in range(count // 2 - 1, -1, -1):
+        _sift(order, at, count, s, keys, wide, namespaces, rows, reached, ends, starts)
     for size in range(count - 1, 0, -1):
         order[0], order[size] = order[size], order[0]
         _sift(order, 0, size, s, keys, wide, namespaces, rows, reached, ends, starts)
     total = np.int64(0)
-    for place in range(1, count):
-        common, _ = _common(s, order[place - 1], order[place], keys, wide, namespaces, rows, reached, ends, starts)
+    for at in range(1, count):
+        common, _ = _common(s, order[at - 1], order[at], keys, wide, namespaces, rows, reached, ends, starts)
         total += common
     return total

@@ -1,26 +1,37 @@
-"""The slot pool in host memory, an address of int32 or (`pool_wide`) int64, and the ranges of a path in it."""
+"""The slots on paths. The slot pool in host memory is an address of int32 or (`pool_wide`) int64 values."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
-from flatradix.kernels.cpu.jit import helper, kernel, open_state
+from flatradix.kernels.cpu.calls import refuse
+from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
 from flatradix.kernels.cpu.rows import resolve
-from flatradix.kernels.cpu.units import copy_checked
-from flatradix.kernels.cpu.walk import refuse
-from flatradix.refusals import BAD_ROW, TOO_LONG
+from flatradix.kernels.cpu.units import copy_checked, copy_slots
+from flatradix.layout import numbers, reasons
 
 
-@kernel
-def gather_slots(pool, pool_wide, starts, lengths, out):
-    """Concatenate the ranges (`starts`, `lengths`, int32 [N]) of the pool into `out` int64."""
-    target = np.int64(out.ctypes.data)
-    for part in range(len(starts)):
-        count = np.int64(lengths[part])
-        source = pool + (8 if pool_wide else 4) * np.int64(starts[part])
-        copy_checked(source, pool_wide, target, True, count, 0)
-        target += 8 * count
+@helper
+def _copy_path(s, row, length, pool, pool_wide, target):
+    """Copy the slots of one path to `target`, of the pool's type, from its end up."""
+    step = 8 if pool_wide else 4
+    while row > 0:
+        begins = np.int64(s.end[row] - s.length[row])
+        copy_slots(pool + step * np.int64(s.start[row]), target + step * begins, pool_wide, length - begins)
+        length = begins
+        row = np.int64(s.parent[row])
+
+
+@single("(int64, int64, int64, int64, boolean, int64)")
+def path_slots_one(addresses, handle, length, pool, pool_wide, target):
+    """Copy the slots of one place to the address `target`, room for `length` of the pool's type. 0, or the reason."""
+    s = open_state(addresses)
+    row = resolve(s, handle, length)
+    if row < 0:
+        refuse(s, 0, length)
+        return row
+    _copy_path(s, row, length, pool, pool_wide, target)
+    return np.int64(0)
 
 
 @helper
@@ -33,17 +44,31 @@ def _depth(s, row):
 
 
 @kernel
-def count_path_nodes(table, handles, lengths):
-    """Nodes on the paths of a batch together, or the reason of the first bad handle."""
-    s = open_state(table)
-    total = np.int64(0)
+def count_paths(addresses, handles, lengths):
+    """(slots, nodes) on the paths of a batch together; a negative first number is the reason of the first bad place."""
+    s = open_state(addresses)
+    slots = np.int64(0)
+    nodes = np.int64(0)
     for query in range(len(handles)):
-        row = resolve(s, handles[query], np.int64(lengths[query]))
+        length = np.int64(lengths[query])
+        row = resolve(s, handles[query], length)
         if row < 0:
-            refuse(s, query, lengths[query])
-            return row
-        total += _depth(s, row)
-    return total
+            refuse(s, query, length)
+            return row, nodes
+        slots += length
+        nodes += _depth(s, row)
+    return slots, nodes
+
+
+@kernel
+def path_slots(addresses, handles, lengths, pool, pool_wide, target):
+    """Copy the slots of places that `count_paths` took, one after another, to the address `target`."""
+    s = open_state(addresses)
+    step = 8 if pool_wide else 4
+    for query in range(len(handles)):
+        length = np.int64(lengths[query])
+        _copy_path(s, resolve(s, handles[query], length), length, pool, pool_wide, target)
+        target += step * length
 
 
 @helper
@@ -59,21 +84,9 @@ def _fill(s, row, length, starts, counts, end):
 
 
 @kernel
-def victim_ranges(table, starts, counts):
-    """Fill `starts` and `counts` int32 [nodes] with the pool ranges of the rows that were freed last, in order."""
-    s = open_state(table)
-    nodes = len(starts)
-    first = s.meta[meta.FREE_ROWS] - nodes
-    for at in range(nodes):
-        row = s.free_rows[first + at]
-        starts[at] = s.start[row]
-        counts[at] = s.length[row]
-
-
-@kernel
-def path_ranges(table, handles, lengths, starts, counts):
+def path_ranges(addresses, handles, lengths, starts, counts):
     """Fill `starts` and `counts` int32 [nodes] with the pool ranges of the paths, each from the root down."""
-    s = open_state(table)
+    s = open_state(addresses)
     end = np.int64(0)
     for query in range(len(handles)):
         length = np.int64(lengths[query])
@@ -82,10 +95,10 @@ def path_ranges(table, handles, lengths, starts, counts):
         _fill(s, row, length, starts, counts, end)
 
 
-@kernel
-def path_ranges_one(table, handle, length, starts, counts):
-    """The same for one path; returns its nodes, with nothing written if there are more than places, or the reason."""
-    s = open_state(table)
+@single("(int64, int64, int64, int32[::1], int32[::1])")
+def path_ranges_one(addresses, handle, length, starts, counts):
+    """The same for one path; returns its nodes, with nothing written if there are more than fit, or the reason."""
+    s = open_state(addresses)
     row = resolve(s, handle, length)
     if row < 0:
         refuse(s, 0, length)
@@ -104,9 +117,9 @@ def _check_row(s, query, length, handle, number, height, width):
     if row >= 0:
         row = np.int64(0)
         if number < 0 or number >= height:
-            row, value = np.int64(BAD_ROW), np.int64(number)
+            row, value = np.int64(reasons.BAD_ROW), np.int64(number)
         elif length > width:
-            row = np.int64(TOO_LONG)
+            row = np.int64(reasons.TOO_LONG)
     if row < 0:
         refuse(s, query, value)
     return row
@@ -114,28 +127,28 @@ def _check_row(s, query, length, handle, number, height, width):
 
 @helper
 def _write_path(s, row, length, pool, pool_wide, target, wide):
-    """Copy the slots of one path to `target`, from its end up."""
+    """Copy the slots of one path to `target`, of any type, from its end up."""
     while row > 0:
         begins = np.int64(s.end[row] - s.length[row])
         source = pool + (8 if pool_wide else 4) * np.int64(s.start[row])
-        copy_checked(source, pool_wide, target + (8 if wide else 4) * begins, wide, length - begins, 0)
+        copy_checked(source, pool_wide, target + (8 if wide else 4) * begins, wide, length - begins, numbers.MAX_UNITS)
         length = begins
         row = np.int64(s.parent[row])
 
 
 @kernel
-def write_slots(table, handles, lengths, rows, pool, pool_wide, target, wide, stride, height, width):
+def write_slots(addresses, handles, lengths, rows, pool, pool_wide, target, wide, stride, height, width):
     """Write the slots of each match into row `rows[i]` (int64 [B]) of a table at the address `target`.
 
     `height` rows of `width` elements, `stride` apart. All or nothing: returns 0, or the reason. `pool` 0: check only.
     """
-    s = open_state(table)
+    s = open_state(addresses)
     for query in range(len(handles)):
         reason = _check_row(s, query, np.int64(lengths[query]), handles[query], rows[query], height, width)
         if reason < 0:
             return reason
     for query in range(len(handles) if pool != 0 else 0):
         length = np.int64(lengths[query])
-        place = target + (8 if wide else 4) * stride * rows[query]
-        _write_path(s, resolve(s, handles[query], length), length, pool, pool_wide, place, wide)
+        first = target + (8 if wide else 4) * stride * rows[query]
+        _write_path(s, resolve(s, handles[query], length), length, pool, pool_wide, first, wide)
     return np.int64(0)

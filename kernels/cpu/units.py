@@ -174,3 +174,16 @@ def copy_checked(source, wide, target, target_wide, count, limit):
     if target_wide:
         return _copy_widening(source, target, count)
     return _copy_narrow(source, target, count)
+
+
+@helper
+def copy_slots(source, target, wide, count):
+    """Copy `count` slots, of one type on both sides."""
+    if wide:
+        values, out = int64_at(source), int64_at(target)
+        for j in range(count):
+            out[j] = values[j]
+    else:
+        narrow, narrow_out = int32_at(source), int32_at(target)
+        for j in range(count):
+            narrow_out[j] = narrow[j]

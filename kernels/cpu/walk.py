@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix import meta
 from flatradix.kernels.cpu.children import find_child
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import common_tokens, token_at
-from flatradix.refusals import OTHER_NAMESPACE, OTHER_TOKEN
+from flatradix.layout import numbers, reasons
+from flatradix.layout.handles import NO_HANDLE
 
 
 @helper
 def whole_pages(s, tokens):
     """Units in the whole pages of a key of that many tokens."""
-    units = tokens - s.meta[meta.BIGRAM]
+    units = tokens - s.numbers[numbers.BIGRAM]
     if units <= 0:
         return np.int64(0)
-    return units - units % s.meta[meta.PAGE]
+    return units - units % s.numbers[numbers.PAGE]
 
 
 @helper
@@ -27,12 +27,12 @@ def _along_edge(s, row, at, key, wide, limit):
     count = min(s.end[row] - at, limit)
     if count == 0:
         return np.int64(0)
-    place = s.start[row] + s.length[row] - (s.end[row] - at)
-    common = common_tokens(s.tokens + 4 * place, key, wide, count)
-    if s.meta[meta.BIGRAM] != 0 and common > 0:
+    first = s.start[row] + s.length[row] - (s.end[row] - at)
+    common = common_tokens(s.tokens + 4 * first, key, wide, count)
+    if s.numbers[numbers.BIGRAM] != 0 and common > 0:
         step = 8 if wide else 4
-        common = common_tokens(s.seconds + 4 * place, key + step, wide, common)
-    return common - common % s.meta[meta.PAGE]
+        common = common_tokens(s.seconds + 4 * first, key + step, wide, common)
+    return common - common % s.numbers[numbers.PAGE]
 
 
 @helper
@@ -48,7 +48,7 @@ def walk(s, key, wide, units, namespace, row, at):
         done = _along_edge(s, row, at, key, wide, units)
         if at + done < s.end[row]:
             return row, at + done
-    elif namespace == meta.UNKNOWN_NAMESPACE:
+    elif namespace == numbers.UNKNOWN_NAMESPACE:
         return row, at
     parent = row if row > 0 else ~namespace
     while done < units:
@@ -78,17 +78,17 @@ def begin(s, handle, length, namespace, named, key, wide, tokens):
     Where the start is not the root, its own namespace holds; `named` says that the caller gave one, which must then be
     the same. With bigrams the first token of the key must be the second of the unit before it.
     """
-    if handle == meta.NO_HANDLE:
+    if handle == NO_HANDLE:
         return np.int64(0)
     row = resolve(s, handle, length)
     if row <= 0:
         return row
     if named and namespace_of(s, row) != namespace:
-        return np.int64(OTHER_NAMESPACE)
-    if s.meta[meta.BIGRAM] != 0 and tokens > 0:
-        place = s.start[row] + s.length[row] - (s.end[row] - length) - 1
-        if token_at(s.seconds, False, place) != token_at(key, wide, 0):
-            return np.int64(OTHER_TOKEN)
+        return np.int64(reasons.OTHER_NAMESPACE)
+    if s.numbers[numbers.BIGRAM] != 0 and tokens > 0:
+        last = s.start[row] + s.length[row] - (s.end[row] - length) - 1
+        if token_at(s.seconds, False, last) != token_at(key, wide, 0):
+            return np.int64(reasons.OTHER_TOKEN)
     return row
 
 
@@ -98,10 +98,3 @@ def touch_path(s, row, tick):
     while row > 0:
         s.tick[row] = tick
         row = np.int64(s.parent[row])
-
-
-@helper
-def refuse(s, query, value):
-    """Note which query is refused, and a number that the message wants."""
-    s.meta[meta.ERROR_QUERY] = query
-    s.meta[meta.ERROR_VALUE] = value

@@ -4,35 +4,38 @@ from flatradix.kernels.gpu.compact import compact, rebuild
 from flatradix.kernels.gpu.digest import digest
 from flatradix.kernels.gpu.evict import select
 from flatradix.kernels.gpu.evict_keys import effective_keys
-from flatradix.kernels.gpu.evict_order import UNORDERED, order_victims
+from flatradix.kernels.gpu.evict_order import order_victims, set_victims
 from flatradix.kernels.gpu.finish import tell
 from flatradix.kernels.gpu.free import free
 from flatradix.kernels.gpu.insert import insert
-from flatradix.kernels.gpu.launch import bind, bind_no_tree
-from flatradix.kernels.gpu.lock import lock, unlock
+from flatradix.kernels.gpu.launch import Arrays, arrays_of, no_arrays
+from flatradix.kernels.gpu.lock import finish_lock, finish_unlock, lock, unlock
 from flatradix.kernels.gpu.match import match, match_one
 from flatradix.kernels.gpu.ranges import copy_ranges
 from flatradix.kernels.gpu.reset import reset
 from flatradix.kernels.gpu.slots import gather_slots, write_slots
 
 __all__ = [
-    "UNORDERED",
-    "bind",
-    "bind_no_tree",
+    "Arrays",
+    "arrays_of",
     "compact",
     "copy_ranges",
     "digest",
     "effective_keys",
+    "finish_lock",
+    "finish_unlock",
     "free",
     "gather_slots",
     "insert",
     "lock",
     "match",
     "match_one",
+    "no_arrays",
     "order_victims",
     "rebuild",
     "reset",
     "select",
+    "set_victims",
     "tell",
     "unlock",
     "write_slots",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.children import enter, tags_of_lanes
 from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
 from flatradix.kernels.gpu.finish import answer, first_refusal, is_last, publish, wait_for_all
-from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
 from flatradix.kernels.gpu.rows import book_rows, handle_of
 from flatradix.kernels.gpu.share import outer_owners, owners, share
+from flatradix.layout import mail, numbers, scratch
+from flatradix.layout.queries import Output, PerQuery, Values
 
 LANES = tl.constexpr(32)
 QUERIES = tl.constexpr(128)
@@ -24,8 +25,8 @@ def _copy_new(
     BIGRAM: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Bring this program's part of all that is new to the pools, where it lies without a gap, in batch order."""
-    cursor = tl.load(s.meta + meta.POOL_CURSOR)
-    places = column(w, batch, meta.Q_OFFSET)
+    cursor = tl.load(s.numbers + numbers.POOL_CURSOR)
+    places = column(w, batch, scratch.Q_OFFSET)
     first, last = share(units, programs)
     begin = first.to(tl.int32)
     end = last.to(tl.int32)
@@ -35,7 +36,7 @@ def _copy_new(
             unit = begin + tl.arange(0, COPIED)
             active = unit < end
             query = owners(places, tl.minimum(unit, end - 1), low, high, 0)
-            known = tl.load(column(w, batch, meta.Q_AT) + query) - tl.load(column(w, batch, meta.Q_BEGIN) + query)
+            known = tl.load(column(w, batch, scratch.Q_AT) + query) - tl.load(column(w, batch, scratch.Q_BEGIN) + query)
             known = (known + unit - tl.load(places + query)).to(tl.int64)
             token = known
             slot = known
@@ -57,13 +58,13 @@ def _copy_new(
 @triton.jit
 def _end_of(w, batch, query, rows, active):
     """The row on which each key's known part ends, once all is cut: (row, 0 for the root)."""
-    edge = tl.load(column(w, batch, meta.Q_EDGE) + query, mask=active, other=0)
-    owner = tl.load(column(w, batch, meta.Q_LEAF) + (edge - rows), mask=active & (edge >= rows), other=0)
+    edge = tl.load(column(w, batch, scratch.Q_EDGE) + query, mask=active, other=0)
+    owner = tl.load(column(w, batch, scratch.Q_LEAF) + (edge - rows), mask=active & (edge >= rows), other=0)
     row = tl.where(edge >= rows, owner, edge)
-    cut = active & (tl.load(column(w, batch, meta.Q_CUT) + query, mask=active, other=0) > 0)
-    place = tl.load(column(w, batch, meta.Q_PLACE) + query, mask=cut, other=0)
-    first = tl.load(column(w, batch, meta.Q_FIRST) + place, mask=cut, other=0)
-    piece = tl.load(column(w, batch, meta.Q_NEW) + first, mask=cut, other=0)
+    cut = active & (tl.load(column(w, batch, scratch.Q_CUT) + query, mask=active, other=0) > 0)
+    place = tl.load(column(w, batch, scratch.Q_PLACE) + query, mask=cut, other=0)
+    first = tl.load(column(w, batch, scratch.Q_FIRST) + place, mask=cut, other=0)
+    piece = tl.load(column(w, batch, scratch.Q_NEW) + first, mask=cut, other=0)
     return tl.where(cut, piece, row).to(tl.int64)
 
 
@@ -81,18 +82,18 @@ def _add_leaves(
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
 ):  # fmt: skip
     """Make the new leaves, on edges that are not cut yet, while others still bring their tokens to the pools."""
-    cursor = tl.load(s.meta + meta.POOL_CURSOR)
+    cursor = tl.load(s.numbers + numbers.POOL_CURSOR)
     first = program * LANES
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row = tl.load(column(w, batch, meta.Q_LEAF) + query, mask=query < batch, other=-1).to(tl.int64)
+        row = tl.load(column(w, batch, scratch.Q_LEAF) + query, mask=query < batch, other=-1).to(tl.int64)
         active = row >= 0
         row = tl.where(active, row, 0)
         above = _end_of(w, batch, query, rows, active)
         parent = tl.where(above > 0, above, ~_codes(names, name, query, active, NAMES))
-        at = tl.load(column(w, batch, meta.Q_AT) + query, mask=active, other=0).to(tl.int64)
-        end = tl.load(column(w, batch, meta.Q_END) + query, mask=active, other=0).to(tl.int64)
-        start = cursor + tl.load(column(w, batch, meta.Q_OFFSET) + query, mask=active, other=0)
+        at = tl.load(column(w, batch, scratch.Q_AT) + query, mask=active, other=0).to(tl.int64)
+        end = tl.load(column(w, batch, scratch.Q_END) + query, mask=active, other=0).to(tl.int64)
+        start = cursor + tl.load(column(w, batch, scratch.Q_OFFSET) + query, mask=active, other=0)
         time = clock + 2 * (query.to(tl.int64) + 1)
         zero = tl.zeros([LANES], tl.int32)
         tl.store(s.parent + row, parent.to(tl.int32), mask=active)
@@ -106,7 +107,7 @@ def _add_leaves(
         tl.store(s.tick + row, time, mask=active)
         tl.store(s.created + row, time, mask=active)
         tl.store(s.priority + row, _numbers(priorities, priority, query, active, PRIORITIES), mask=active)
-        key = values + at - tl.load(column(w, batch, meta.Q_BEGIN) + query, mask=active, other=0)
+        key = values + at - tl.load(column(w, batch, scratch.Q_BEGIN) + query, mask=active, other=0)
         if not SINGLE:
             key += tl.load(offsets + query, mask=active, other=0)
         tag = tags_of_lanes(s, key, key + 1, parent, active, PAGE, BIGRAM)
@@ -152,7 +153,7 @@ def _use(
     while first < batch:
         query = first + tl.arange(0, LANES)
         active = query < batch
-        leaf = tl.load(column(w, batch, meta.Q_LEAF) + query, mask=active, other=-1).to(tl.int64)
+        leaf = tl.load(column(w, batch, scratch.Q_LEAF) + query, mask=active, other=-1).to(tl.int64)
         above = _end_of(w, batch, query, rows, active)
         code = _codes(names, name, query, active, NAMES)
         one = tl.zeros([LANES], tl.int32) + 1
@@ -164,8 +165,8 @@ def _use(
             _numbers(priorities, priority, query, active, PRIORITIES),
             _numbers(inserteds, inserted, query, active, INSERTEDS),
         )  # fmt: skip
-        at = tl.load(column(w, batch, meta.Q_AT) + query, mask=active, other=0)
-        end = tl.load(column(w, batch, meta.Q_END) + query, mask=active, other=0)
+        at = tl.load(column(w, batch, scratch.Q_AT) + query, mask=active, other=0)
+        end = tl.load(column(w, batch, scratch.Q_END) + query, mask=active, other=0)
         tl.store(prefix_lengths + query, at, mask=active)
         tl.store(lengths + query, end, mask=active)
         tl.store(handles + query, handle_of(s, row), mask=active)
@@ -186,14 +187,14 @@ def _refused(prefix_lengths, lengths, handles, batch, program, programs):
 @triton.jit
 def _book(s, w, batch, clock):
     """The tree's numbers, by the program that is done last."""
-    units = tl.load(w.number + meta.NEEDED)
-    evictable = tl.load(s.meta + meta.EVICTABLE)
-    cursor = tl.load(s.meta + meta.POOL_CURSOR)
-    book_rows(s, tl.load(w.number + meta.TOTAL))
+    units = tl.load(w.counters + scratch.NEEDED)
+    evictable = tl.load(s.numbers + numbers.EVICTABLE)
+    cursor = tl.load(s.numbers + numbers.POOL_CURSOR)
+    book_rows(s, tl.load(w.counters + scratch.TOTAL))
     tl.debug_barrier()
-    tl.store(s.meta + meta.EVICTABLE, evictable + units)
-    tl.store(s.meta + meta.POOL_CURSOR, cursor + units)
-    tl.store(s.meta + meta.CLOCK, clock + 2 * batch)
+    tl.store(s.numbers + numbers.EVICTABLE, evictable + units)
+    tl.store(s.numbers + numbers.POOL_CURSOR, cursor + units)
+    tl.store(s.numbers + numbers.CLOCK, clock + 2 * batch)
 
 
 @triton.jit(
@@ -212,11 +213,11 @@ def build_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     error = first_refusal(w)
-    good = error == meta.NO_ERROR
-    clock = tl.load(s.meta + meta.CLOCK)
+    good = error == scratch.NO_ERROR
+    clock = tl.load(s.numbers + numbers.CLOCK)
     if good:
-        units = tl.load(w.number + meta.NEEDED)
-        cuts = tl.load(w.number + meta.COUNT).to(tl.int32)
+        units = tl.load(w.counters + scratch.NEEDED)
+        cuts = tl.load(w.counters + scratch.COUNT).to(tl.int32)
         _add_leaves(
             s, w, values, offsets, names, name, priorities, priority, batch, rows, clock, program, programs,
             PAGE, BIGRAM, SINGLE, NAMES, PRIORITIES,
@@ -238,9 +239,9 @@ def build_kernel(
     if last:
         if good:
             _book(s, w, batch, clock)
-        tl.store(w.number + meta.CUTS, 0)
-        tl.store(w.number + meta.COUNT, 0)
-        publish(s, w, call.to(tl.int64), error, meta.INSERT)
+        tl.store(w.counters + scratch.CUTS, 0)
+        tl.store(w.counters + scratch.COUNT, 0)
+        publish(s, w, call.to(tl.int64), error, mail.INSERT)
         if SINGLE:
             length = tl.load(lengths).to(tl.int64)
             answer(w, call.to(tl.int64), length, tl.load(handles), tl.load(prefix_lengths))
@@ -257,17 +258,21 @@ _build = Kernel(
 
 
 def build(
-    bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, names: int, name: int, slots: int,
-    slots_wide: bool, slot_offsets: int, pool: int, pool_wide: bool, priorities: int, priority: int, inserteds: int,
-    inserted: int, prefix_lengths: int, lengths: int, handles: int, call: int, page: int, bigram: bool,
+    arrays: Arrays, keys: Values, slots: Values, names: PerQuery, priorities: PerQuery, inserted: PerQuery,
+    out: Output, call: int,
 ) -> None:  # fmt: skip
     """Write to the tree what `settle` found; arguments as for `insert`."""
-    programs = resident(bound, max(-(-batch // LANES.value), -(-total // COPIED.value)))
+    programs = resident(arrays, max(-(-keys.batch // LANES.value), -(-keys.total // COPIED.value)))
     _build(
-        bound, programs,
+        arrays, programs,
         (
-            values, offsets, names, slots, slot_offsets, priorities, inserteds, pool, prefix_lengths, lengths, handles,
-            name, priority, inserted, batch, bound.rows, call,
+            keys.address, keys.offsets, names.address, slots.address, slots.offsets, priorities.address,
+            inserted.address, arrays.pool, out.prefix_lengths, out.lengths, out.handles, names.number,
+            priorities.number, inserted.number, keys.batch, arrays.rows, call,
         ),
-        (page, bigram, offsets == 0, names != 0, priorities != 0, inserteds != 0), (wide, slots_wide, pool_wide),
+        (
+            arrays.page, arrays.bigram, keys.offsets == 0, names.address != 0, priorities.address != 0,
+            inserted.address != 0,
+        ),
+        (keys.wide, slots.wide, arrays.pool_wide),
     )  # fmt: skip

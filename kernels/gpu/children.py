@@ -10,12 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
-from flatradix.kernels import scalar
-from flatradix.kernels.gpu.launch import INTERPRETED
+from flatradix.kernels.gpu.launch import device_function
+from flatradix.layout import handles, hashing, numbers
 
-page_tag = scalar.page_tag if INTERPRETED else triton.jit(scalar.page_tag)
-pack_entry = scalar.pack_entry if INTERPRETED else triton.jit(scalar.pack_entry)
+page_tag = device_function(hashing.page_tag)
+pack_entry = device_function(handles.pack_entry)
 
 TOMB = tl.constexpr(1 << 32)
 
@@ -58,12 +57,12 @@ def tags_of_lanes(s, first, second, parent, active, PAGE: tl.constexpr, BIGRAM: 
 @triton.jit
 def probe(s, tag, place, mask):
     """The first entry with this tag from `place` on: (row, its edge, where it stands); row 0 if there is none."""
-    entry = tl.load(s.table + 2 * place)
-    edge = tl.load(s.table + 2 * place + 1)
+    entry = tl.load(s.child_table + 2 * place)
+    edge = tl.load(s.child_table + 2 * place + 1)
     while (entry != 0) & (((entry & 0xFFFFFFFF) == 0) | (((entry >> 32) & 0xFFFFFFFF) != tag)):
         place = (place + 1) & mask
-        entry = tl.load(s.table + 2 * place)
-        edge = tl.load(s.table + 2 * place + 1)
+        entry = tl.load(s.child_table + 2 * place)
+        edge = tl.load(s.child_table + 2 * place + 1)
     return entry & 0xFFFFFFFF, edge, place
 
 
@@ -73,17 +72,17 @@ def enter(s, w, row, tag, start, length, active):
 
     Which of two rows gets the earlier place is chance, and decides nothing: a probe passes over both.
     """
-    mask = tl.load(s.meta + meta.TABLE_MASK)
+    mask = tl.load(s.numbers + numbers.TABLE_MASK)
     place = tag & mask
     entry = pack_entry(tag, row)
     waiting = active
     while tl.max(waiting.to(tl.int32)) > 0:
         # Lanes that have their place look for -1, which no entry is, and change nothing.
         empty = tl.where(waiting, tl.zeros_like(entry), tl.zeros_like(entry) - 1)
-        before = tl.atomic_cas(s.table + 2 * place, empty, entry, sem="relaxed")
+        before = tl.atomic_cas(s.child_table + 2 * place, empty, entry, sem="relaxed")
         taken = waiting & (before == 0)
-        tl.store(s.table + 2 * place + 1, pack_edge(start, length), mask=taken)
-        tl.store(w.place + row, place.to(tl.int32), mask=taken)
+        tl.store(s.child_table + 2 * place + 1, pack_edge(start, length), mask=taken)
+        tl.store(w.entry + row, place.to(tl.int32), mask=taken)
         waiting = waiting & (before != 0)
         place = tl.where(waiting, (place + 1) & mask, place)
     tl.store(s.tag + row, tag.to(tl.int32), mask=active)
@@ -92,16 +91,16 @@ def enter(s, w, row, tag, start, length, active):
 @triton.jit
 def hand_over(s, w, row, successor, start, length, active):
     """Give the entries of `row` to `successor`, which begins with the same page below the same parent."""
-    place = tl.load(w.place + row, mask=active, other=0).to(tl.int64)
+    place = tl.load(w.entry + row, mask=active, other=0).to(tl.int64)
     tag = tl.load(s.tag + row, mask=active, other=0)
-    tl.store(s.table + 2 * place, pack_entry(tag.to(tl.int64) & 0xFFFFFFFF, successor), mask=active)
-    tl.store(s.table + 2 * place + 1, pack_edge(start, length), mask=active)
-    tl.store(w.place + successor, place.to(tl.int32), mask=active)
+    tl.store(s.child_table + 2 * place, pack_entry(tag.to(tl.int64) & 0xFFFFFFFF, successor), mask=active)
+    tl.store(s.child_table + 2 * place + 1, pack_edge(start, length), mask=active)
+    tl.store(w.entry + successor, place.to(tl.int32), mask=active)
     tl.store(s.tag + successor, tag, mask=active)
 
 
 @triton.jit
 def bury(s, w, row, active):
     """Make the entries of evicted rows tombs."""
-    place = tl.load(w.place + row, mask=active, other=0).to(tl.int64)
-    tl.store(s.table + 2 * place, tl.zeros_like(place) + TOMB, mask=active)
+    place = tl.load(w.entry + row, mask=active, other=0).to(tl.int64)
+    tl.store(s.child_table + 2 * place, tl.zeros_like(place) + TOMB, mask=active)

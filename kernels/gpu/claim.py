@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.children import tag_of
 from flatradix.kernels.gpu.cut import get, put
 from flatradix.kernels.gpu.finish import acquire
 from flatradix.kernels.gpu.walk import name_of, pages_at
+from flatradix.layout import scratch
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def key_at(values, offsets, w, batch, query, at, SINGLE: tl.constexpr):
     begin = tl.zeros([], tl.int64)
     if not SINGLE:
         begin = tl.load(offsets + query)
-    return values + begin + (at - get(w, batch, query, meta.Q_BEGIN))
+    return values + begin + (at - get(w, batch, query, scratch.Q_BEGIN))
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def claim(
         if not joined:
             acquire(claims + place, 0)
             their_code, _theirs = name_of(names, name, other, NAMES)
-            alike = (get(w, batch, other, meta.Q_EDGE) == edge) & (get(w, batch, other, meta.Q_AT) == at)
+            alike = (get(w, batch, other, scratch.Q_EDGE) == edge) & (get(w, batch, other, scratch.Q_AT) == at)
             alike = alike & ((edge > 0) | (their_code == code))
             if alike:
                 theirs = key_at(values, offsets, w, batch, other, at, SINGLE)
@@ -78,12 +78,12 @@ def claim(
                 joined = other >= 0
             else:
                 place = (place + 1) & mask
-    put(w, batch, query, place, meta.Q_GROUP)
-    put(w, batch, query, this_round, meta.Q_ROUND)
+    put(w, batch, query, place, scratch.Q_GROUP)
+    put(w, batch, query, this_round, scratch.Q_ROUND)
 
 
 @triton.jit
 def give_up_claim(w, batch, query, this_round, mask):
     """Leave the table of a round as it was found."""
-    if get(w, batch, query, meta.Q_ROUND) == this_round:
-        tl.store(claims_of(w, this_round, mask) + get(w, batch, query, meta.Q_GROUP), -1)
+    if get(w, batch, query, scratch.Q_ROUND) == this_round:
+        tl.store(claims_of(w, this_round, mask) + get(w, batch, query, scratch.Q_GROUP), -1)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
+from flatradix.layout import scratch
 
 # Paths that climb together, and how many rows of each at once: a lane of a warp for each row. A row's hints are 32
 # bytes, what the memory of a GPU brings at a time.
 PATHS = tl.constexpr(4)
-LEVELS = tl.constexpr(meta.HINTS)
+LEVELS = tl.constexpr(scratch.HINTS)
 
 
 @triton.jit

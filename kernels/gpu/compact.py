@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.children import enter
 from flatradix.kernels.gpu.finish import is_last, wait_for_all
-from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.kernels.gpu.share import outer_owners, owners, share
+from flatradix.layout import numbers, scratch
 
 # Rows, or words of the table, that a program handles at once.
 BLOCK = tl.constexpr(256)
@@ -28,10 +28,10 @@ MOST_TOGETHER = 16
 @triton.jit
 def clear_table(s, programs):
     """This program's part of it."""
-    begin, end = share(2 * (tl.load(s.meta + meta.TABLE_MASK) + 1), programs)
+    begin, end = share(2 * (tl.load(s.numbers + numbers.TABLE_MASK) + 1), programs)
     while begin < end:
         j = begin + tl.arange(0, BLOCK)
-        tl.store(s.table + j, tl.zeros([BLOCK], tl.int64), mask=j < end)
+        tl.store(s.child_table + j, tl.zeros([BLOCK], tl.int64), mask=j < end)
         begin += BLOCK
 
 
@@ -54,8 +54,8 @@ def _finish(w, programs):
     """Leave the counters of this launch at zero: the next may have another number of programs."""
     last, _bad = is_last(w, programs)
     if last:
-        tl.store(w.number + meta.ARRIVED, 0)
-        tl.store(w.number + meta.WAITING, 0)
+        tl.store(w.counters + scratch.ARRIVED, 0)
+        tl.store(w.counters + scratch.WAITING, 0)
 
 
 @triton.jit
@@ -87,13 +87,13 @@ def _sums(w, programs):
 def _lay_out(s, w, first, end, before, target):
     """Give the edges of rows their new starts, in row order, and enter them into the table.
 
-    `w.key` keeps for each row how many units lie before its edge, and below that, in 32 bits, its old start.
+    `w.old_start` keeps for each row how many units lie before its edge, and below that, in 32 bits, its old start.
     """
     while first < end:
         row, live, length = _edges(s, first, end)
         offset = before + tl.cumsum(length) - length
         start = tl.load(s.start + row, mask=live, other=0).to(tl.int64)
-        tl.store(w.key + row, (offset << 32) | start, mask=row < end)
+        tl.store(w.old_start + row, (offset << 32) | start, mask=row < end)
         tl.debug_barrier()  # every lane has the old start
         tl.store(s.start + row, (target + offset).to(tl.int32), mask=live)
         _enter_again(s, w, row, target + offset, length, live)
@@ -120,13 +120,13 @@ def _copy_units(s, w, pool, target, total, rows, programs, TOGETHER: tl.constexp
     end = last.to(tl.int32)
     if begin < end:
         # Free rows have as many units before them as the live one behind them, and so none.
-        low, high = outer_owners(w.key, begin * TOGETHER, end * TOGETHER, rows, 32)
+        low, high = outer_owners(w.old_start, begin * TOGETHER, end * TOGETHER, rows, 32)
         inner = tl.arange(0, TOGETHER)[None, :]
         while begin < end:
             group = begin + tl.arange(0, UNITS // TOGETHER)
             unit = tl.minimum(group, end - 1) * TOGETHER
-            owner = owners(w.key, unit, low, high, 32)
-            key = tl.load(w.key + owner)
+            owner = owners(w.old_start, unit, low, high, 32)
+            key = tl.load(w.old_start + owner)
             source = tl.multiple_of((key & 0xFFFFFFFF).to(tl.int32) + unit - (key >> 32).to(tl.int32), TOGETHER)
             place = tl.multiple_of(target + unit, TOGETHER)
             _copy(s, pool, source[:, None] + inner, place[:, None] + inner, (group < end)[:, None], BIGRAM)
@@ -136,10 +136,10 @@ def _copy_units(s, w, pool, target, total, rows, programs, TOGETHER: tl.constexp
 
 @triton.jit(do_not_specialize=["pool", "programs", "forced"])
 def compact_kernel(s, w, pool, programs: tl.int32, forced: tl.int32, TOGETHER: tl.constexpr, BIGRAM: tl.constexpr):
-    if (forced != 0) | (tl.load(w.number + meta.COMPACT) != 0):
-        rows = tl.load(s.meta + meta.ROWS)
-        half = tl.load(s.meta + meta.POOL_PAGES) * tl.load(s.meta + meta.PAGE)
-        target = 2 * half - tl.load(s.meta + meta.POOL_END)
+    if (forced != 0) | (tl.load(w.counters + scratch.COMPACT) != 0):
+        rows = tl.load(s.numbers + numbers.ROWS)
+        half = tl.load(s.numbers + numbers.POOL_PAGES) * tl.load(s.numbers + numbers.PAGE)
+        target = 2 * half - tl.load(s.numbers + numbers.POOL_END)
         first, end = share(rows, programs)
         tl.store(w.partial + tl.program_id(0), _live_units(s, first, end))
         clear_table(s, programs)
@@ -149,33 +149,28 @@ def compact_kernel(s, w, pool, programs: tl.int32, forced: tl.int32, TOGETHER: t
         wait_for_all(w, programs)
         _copy_units(s, w, pool, target.to(tl.int32), total, rows.to(tl.int32), programs, TOGETHER, BIGRAM)
         if tl.program_id(0) == 0:
-            tl.store(s.meta + meta.POOL_CURSOR, target + total)
-            tl.store(s.meta + meta.POOL_END, target + half)
-            tl.store(w.number + meta.COMPACT, 0)
+            tl.store(s.numbers + numbers.POOL_CURSOR, target + total)
+            tl.store(s.numbers + numbers.POOL_END, target + half)
+            tl.store(w.counters + scratch.COMPACT, 0)
         _finish(w, programs)
 
 
 _compact = Kernel(compact_kernel, ["*w", "i32", "i32"], cooperative=True)
 
 
-def compact(bound: Bound, pool: int, pool_wide: bool, forced: bool) -> None:
-    """Compact the pools if `forced` or if an insert found no room (number[COMPACT]).
-
-    `pool`: the address of the slots, int64 if `pool_wide`. Uses `workspace.key`.
-    """
-    state = bound.state
-    bigram = state.seconds.shape[0] > 0
-    page = state.multipliers.shape[0] // (2 if bigram else 1)
-    together = min(page & -page, MOST_TOGETHER)
-    programs = resident(bound, -(-state.tokens.shape[0] // (2 * UNITS.value)))
-    _compact(bound, programs, (pool, programs, int(forced)), (together, bigram), (pool_wide,))
+def compact(arrays: Arrays, forced: bool) -> None:
+    """Compact the pools if `forced` or if an insert found no room (counters[COMPACT]). Uses `scratch.old_start`."""
+    together = min(arrays.page & -arrays.page, MOST_TOGETHER)
+    programs = resident(arrays, -(-arrays.state.tokens.shape[0] // (2 * UNITS.value)))
+    constants = together, arrays.bigram
+    _compact(arrays, programs, (arrays.pool, programs, int(forced)), constants, (arrays.pool_wide,))
 
 
 @triton.jit(do_not_specialize=["programs"])
 def rebuild_kernel(s, w, programs: tl.int32):
     clear_table(s, programs)
     wait_for_all(w, programs)
-    first, end = share(tl.load(s.meta + meta.ROWS), programs)
+    first, end = share(tl.load(s.numbers + numbers.ROWS), programs)
     while first < end:
         row, live, length = _edges(s, first, end)
         start = tl.load(s.start + row, mask=live, other=0).to(tl.int64)
@@ -187,7 +182,7 @@ def rebuild_kernel(s, w, programs: tl.int32):
 _rebuild = Kernel(rebuild_kernel, ["i32"], cooperative=True)
 
 
-def rebuild(bound: Bound) -> None:
-    """Make the child table and `workspace.place` from the rows, of a tree that was just loaded."""
-    programs = resident(bound, -(-bound.state.table.shape[0] // BLOCK.value))
-    _rebuild(bound, programs, (programs,))
+def rebuild(arrays: Arrays) -> None:
+    """Make the child table and `scratch.entry` from the rows, of a tree that was just loaded."""
+    programs = resident(arrays, -(-arrays.state.child_table.shape[0] // BLOCK.value))
+    _rebuild(arrays, programs, (programs,))

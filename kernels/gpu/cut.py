@@ -16,10 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.children import enter, hand_over, tags_of_lanes
 from flatradix.kernels.gpu.finish import wait_for_all
 from flatradix.kernels.gpu.rows import book_rows, handle_of, row_number
+from flatradix.layout import scratch
 
 LANES = tl.constexpr(32)
 OTHERS = tl.constexpr(128)
@@ -48,10 +48,10 @@ def get(w, batch, query, C: tl.constexpr):
 @triton.jit
 def note_cut(w, batch, query, edge, at, cuts):
     """For an insert: whether a query cuts the edge on which it ends."""
-    put(w, batch, query, edge, meta.Q_ROW)
-    put(w, batch, query, tl.where(cuts, at, 0), meta.Q_CUT)
+    put(w, batch, query, edge, scratch.Q_ROW)
+    put(w, batch, query, tl.where(cuts, at, 0), scratch.Q_CUT)
     if cuts:
-        tl.store(w.number + meta.CUTS, 1)
+        tl.store(w.counters + scratch.CUTS, 1)
 
 
 @triton.jit
@@ -61,11 +61,11 @@ def list_cuts(w, batch):
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, OTHERS)
-        cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
+        cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=query < batch, other=0)
         cuts = (cut > 0).to(tl.int32)
         place = count + tl.cumsum(cuts) - 1
-        tl.store(column(w, batch, meta.Q_LIST) + place, query, mask=cut > 0)
-        tl.store(column(w, batch, meta.Q_PLACE) + query, place, mask=cut > 0)
+        tl.store(column(w, batch, scratch.Q_LIST) + place, query, mask=cut > 0)
+        tl.store(column(w, batch, scratch.Q_PLACE) + query, place, mask=cut > 0)
         count += tl.sum(cuts)
         first += OTHERS
     tl.debug_barrier()
@@ -78,9 +78,9 @@ def compare_cuts(w, batch, count, program, programs):
     first = program * LANES
     while first < count:
         i = first + tl.arange(0, LANES)
-        query = tl.load(column(w, batch, meta.Q_LIST) + i, mask=i < count, other=0)
-        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=i < count, other=-1)[:, None]
-        cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=i < count, other=0)[:, None]
+        query = tl.load(column(w, batch, scratch.Q_LIST) + i, mask=i < count, other=0)
+        row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=i < count, other=-1)[:, None]
+        cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=i < count, other=0)[:, None]
         lowest = i
         above = tl.zeros([LANES], tl.int64) - 1
         below = tl.zeros([LANES], tl.int32)
@@ -91,9 +91,9 @@ def compare_cuts(w, batch, count, program, programs):
         while other < count:
             k = other + tl.arange(0, PAIRED)
             inside = k < count
-            their_query = tl.load(column(w, batch, meta.Q_LIST) + k, mask=inside, other=0)
-            their_row = tl.load(column(w, batch, meta.Q_ROW) + their_query, mask=inside, other=-2)[None, :]
-            their_cut = tl.load(column(w, batch, meta.Q_CUT) + their_query, mask=inside, other=0)[None, :]
+            their_query = tl.load(column(w, batch, scratch.Q_LIST) + k, mask=inside, other=0)
+            their_row = tl.load(column(w, batch, scratch.Q_ROW) + their_query, mask=inside, other=-2)[None, :]
+            their_cut = tl.load(column(w, batch, scratch.Q_CUT) + their_query, mask=inside, other=0)[None, :]
             on_edge = their_row == row
             equal = on_edge & (their_cut == cut)
             reach = on_edge & (their_cut >= cut)
@@ -106,13 +106,13 @@ def compare_cuts(w, batch, count, program, programs):
             last = tl.maximum(last, tl.max(tl.where(reach, their_query[None, :], 0), axis=1))
             other += PAIRED
         inside = i < count
-        tl.store(column(w, batch, meta.Q_FIRST) + i, lowest, mask=inside)
+        tl.store(column(w, batch, scratch.Q_FIRST) + i, lowest, mask=inside)
         higher = tl.where(above < 0, -1, -(above & FAR) + FAR).to(tl.int32)
-        tl.store(column(w, batch, meta.Q_ABOVE) + i, higher, mask=inside)
-        tl.store(column(w, batch, meta.Q_BELOW) + i, below, mask=inside)
-        tl.store(column(w, batch, meta.Q_SAME) + i, same, mask=inside)
-        tl.store(column(w, batch, meta.Q_PASS) + i, passing, mask=inside)
-        tl.store(column(w, batch, meta.Q_LAST) + i, last, mask=inside)
+        tl.store(column(w, batch, scratch.Q_ABOVE) + i, higher, mask=inside)
+        tl.store(column(w, batch, scratch.Q_BELOW) + i, below, mask=inside)
+        tl.store(column(w, batch, scratch.Q_SAME) + i, same, mask=inside)
+        tl.store(column(w, batch, scratch.Q_PASS) + i, passing, mask=inside)
+        tl.store(column(w, batch, scratch.Q_LAST) + i, last, mask=inside)
         first += programs * LANES
 
 
@@ -123,10 +123,10 @@ def number_cuts(s, w, batch, count):
     first = tl.zeros([], tl.int32)
     while first < count:
         i = first + tl.arange(0, OTHERS)
-        is_first = (i < count) & (tl.load(column(w, batch, meta.Q_FIRST) + i, mask=i < count, other=-1) == i)
+        is_first = (i < count) & (tl.load(column(w, batch, scratch.Q_FIRST) + i, mask=i < count, other=-1) == i)
         number = made + tl.cumsum(is_first.to(tl.int64)) - 1
         row = row_number(s, number, is_first)
-        tl.store(column(w, batch, meta.Q_NEW) + i, row.to(tl.int32), mask=is_first)
+        tl.store(column(w, batch, scratch.Q_NEW) + i, row.to(tl.int32), mask=is_first)
         made += tl.sum(is_first.to(tl.int64))
         first += OTHERS
     tl.debug_barrier()
@@ -136,18 +136,18 @@ def number_cuts(s, w, batch, count):
 @triton.jit
 def _cut_of(w, batch, i, active, rows):
     """(query, edge, cut, place in the list of the nearest cut above, or -1) of places in the list."""
-    query = tl.load(column(w, batch, meta.Q_LIST) + i, mask=active, other=0)
-    row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=active, other=0)
-    leaf = tl.load(column(w, batch, meta.Q_LEAF) + (row - rows), mask=active & (row >= rows), other=0)
+    query = tl.load(column(w, batch, scratch.Q_LIST) + i, mask=active, other=0)
+    row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=active, other=0)
+    leaf = tl.load(column(w, batch, scratch.Q_LEAF) + (row - rows), mask=active & (row >= rows), other=0)
     row = tl.where(row >= rows, leaf, row)
-    cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=active, other=0)
-    above = tl.load(column(w, batch, meta.Q_ABOVE) + i, mask=active, other=-1)
+    cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=active, other=0)
+    above = tl.load(column(w, batch, scratch.Q_ABOVE) + i, mask=active, other=-1)
     return query, row, cut.to(tl.int64), above
 
 
 @triton.jit
 def _first_ones(w, batch, i, count):
-    return (i < count) & (tl.load(column(w, batch, meta.Q_FIRST) + i, mask=i < count, other=-1) == i)
+    return (i < count) & (tl.load(column(w, batch, scratch.Q_FIRST) + i, mask=i < count, other=-1) == i)
 
 
 @triton.jit
@@ -166,10 +166,10 @@ def make_pieces(
         active = _first_ones(w, batch, i, count)
         query, row, cut, above = _cut_of(w, batch, i, active, rows)
         higher = active & (above >= 0)
-        their_query = tl.load(column(w, batch, meta.Q_LIST) + above, mask=higher, other=0)
-        their_cut = tl.load(column(w, batch, meta.Q_CUT) + their_query, mask=higher, other=0).to(tl.int64)
-        their_row = tl.load(column(w, batch, meta.Q_NEW) + above, mask=higher, other=0)
-        piece = tl.load(column(w, batch, meta.Q_NEW) + i, mask=active, other=0)
+        their_query = tl.load(column(w, batch, scratch.Q_LIST) + above, mask=higher, other=0)
+        their_cut = tl.load(column(w, batch, scratch.Q_CUT) + their_query, mask=higher, other=0).to(tl.int64)
+        their_row = tl.load(column(w, batch, scratch.Q_NEW) + above, mask=higher, other=0)
+        piece = tl.load(column(w, batch, scratch.Q_NEW) + i, mask=active, other=0)
 
         edge_begin = tl.load(s.end + row, mask=active, other=0) - tl.load(s.length + row, mask=active, other=0)
         begin = tl.where(higher, their_cut, edge_begin.to(tl.int64))
@@ -185,11 +185,11 @@ def make_pieces(
             tick = tl.where(higher, tl.maximum(tick, their_time - 1), tick)
         else:
             created = time + 1
-            own = tl.load(column(w, batch, meta.Q_SAME) + i, mask=active, other=0)
+            own = tl.load(column(w, batch, scratch.Q_SAME) + i, mask=active, other=0)
             newly += tl.where(active & (locks == 0), cut - begin, 0)
-            locks += tl.load(column(w, batch, meta.Q_PASS) + i, mask=active, other=0)
+            locks += tl.load(column(w, batch, scratch.Q_PASS) + i, mask=active, other=0)
             if STEP > 0:
-                last = tl.load(column(w, batch, meta.Q_LAST) + i, mask=active, other=0).to(tl.int64)
+                last = tl.load(column(w, batch, scratch.Q_LAST) + i, mask=active, other=0).to(tl.int64)
                 tick = tl.maximum(tick, clock + STEP * (last + 1))
                 tick = tl.where(higher, tl.maximum(tick, their_time), tick)
 
@@ -221,9 +221,9 @@ def shorten_edges(
     while first < count:
         i = first + tl.arange(0, LANES)
         active = _first_ones(w, batch, i, count)
-        active = active & (tl.load(column(w, batch, meta.Q_BELOW) + i, mask=active, other=1) == 0)
+        active = active & (tl.load(column(w, batch, scratch.Q_BELOW) + i, mask=active, other=1) == 0)
         query, row, cut, _above = _cut_of(w, batch, i, active, rows)
-        piece = tl.load(column(w, batch, meta.Q_NEW) + i, mask=active, other=0)
+        piece = tl.load(column(w, batch, scratch.Q_NEW) + i, mask=active, other=0)
         end = tl.load(s.end + row, mask=active, other=0).to(tl.int64)
         length = end - cut
         edge = tl.load(s.length + row, mask=active, other=0).to(tl.int64)
@@ -254,24 +254,24 @@ def cut_locked(
     `book_cuts`, when all are done.
     """
     if program == 0:
-        tl.store(w.number + meta.COUNT, list_cuts(w, batch).to(tl.int64))
+        tl.store(w.counters + scratch.COUNT, list_cuts(w, batch).to(tl.int64))
     wait_for_all(w, programs)
-    count = tl.load(w.number + meta.COUNT, volatile=True).to(tl.int32)
+    count = tl.load(w.counters + scratch.COUNT, volatile=True).to(tl.int32)
     compare_cuts(w, batch, count, program, programs)
     wait_for_all(w, programs)
     if program == 0:
-        tl.store(w.number + meta.TOTAL, number_cuts(s, w, batch, count))
+        tl.store(w.counters + scratch.TOTAL, number_cuts(s, w, batch, count))
     wait_for_all(w, programs)
     newly = make_pieces(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP)
-    tl.atomic_add(w.number + meta.NEWLY, tl.sum(newly), sem="relaxed")
+    tl.atomic_add(w.counters + scratch.NEWLY, tl.sum(newly), sem="relaxed")
     wait_for_all(w, programs)
     shorten_edges(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP)
     first = program * OTHERS
     while first < count:
         i = first + tl.arange(0, OTHERS)
-        query = tl.load(column(w, batch, meta.Q_LIST) + i, mask=i < count, other=0)
-        leader = tl.load(column(w, batch, meta.Q_FIRST) + i, mask=i < count, other=0)
-        piece = tl.load(column(w, batch, meta.Q_NEW) + leader, mask=i < count, other=0)
+        query = tl.load(column(w, batch, scratch.Q_LIST) + i, mask=i < count, other=0)
+        leader = tl.load(column(w, batch, scratch.Q_FIRST) + i, mask=i < count, other=0)
+        piece = tl.load(column(w, batch, scratch.Q_NEW) + leader, mask=i < count, other=0)
         tl.store(handles + query, handle_of(s, piece), mask=i < count)
         first += programs * OTHERS
 
@@ -279,6 +279,6 @@ def cut_locked(
 @triton.jit
 def book_cuts(s, w):
     """Take the rows of the pieces; by one program."""
-    book_rows(s, tl.load(w.number + meta.TOTAL))
-    tl.store(w.number + meta.COUNT, 0)
-    tl.store(w.number + meta.CUTS, 0)
+    book_rows(s, tl.load(w.counters + scratch.TOTAL))
+    tl.store(w.counters + scratch.COUNT, 0)
+    tl.store(w.counters + scratch.CUTS, 0)

@@ -9,12 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from flatradix import meta
-from flatradix.kernels import scalar
-from flatradix.kernels.gpu.launch import INTERPRETED, Bound, Kernel, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, device_function, resident
 from flatradix.kernels.gpu.rows import FREE
+from flatradix.layout import hashing, numbers
 
-mix = scalar.mix if INTERPRETED else triton.jit(scalar.mix)
+mix = device_function(hashing.mix)
 
 # Units of an edge at once, and rows at once.
 UNITS = tl.constexpr(512)
@@ -49,7 +48,7 @@ def _sum_edge(s, pool, row, BIGRAM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sums", "pool"])
 def edges_kernel(s, w, sums, pool, BIGRAM: tl.constexpr):
-    rows = tl.load(s.meta + meta.ROWS)
+    rows = tl.load(s.numbers + numbers.ROWS)
     row = tl.program_id(0).to(tl.int64) + 1
     while row < rows:
         if tl.load(s.parent + row) != FREE:
@@ -76,7 +75,7 @@ def _term(s, row, live, path, slots):
 
 @triton.jit(do_not_specialize=["sums", "totals"])
 def nodes_kernel(s, w, sums, totals):
-    rows = tl.load(s.meta + meta.ROWS)
+    rows = tl.load(s.numbers + numbers.ROWS)
     row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = (row > 0) & (tl.load(s.parent + row, mask=row < rows, other=FREE) != FREE)
     slots = tl.load(sums + SUMS * row + 2, mask=live, other=0)
@@ -97,14 +96,13 @@ _edges = Kernel(edges_kernel, ["*i64", "*w"])
 _nodes = Kernel(nodes_kernel, ["*i64", "*i64"])
 
 
-def digest(bound: Bound, pool: int, pool_wide: bool) -> tuple[int, int]:
-    """Both lanes of the digest, signed; `pool` is the address of the slots. Waits for the device."""
-    state = bound.state
-    rows = int(state.meta[meta.ROWS])
-    sums = torch.empty(SUMS.value * rows, dtype=torch.int64, device=state.meta.device)
-    totals = torch.zeros(2, dtype=torch.int64, device=state.meta.device)
-    bigram = state.seconds.shape[0] > 0
-    _edges(bound, resident(bound, rows), (sums.data_ptr(), pool), (bigram,), (pool_wide,))
-    _nodes(bound, -(-rows // LANES.value), (sums.data_ptr(), totals.data_ptr()))
+def digest(arrays: Arrays) -> tuple[int, int]:
+    """Both lanes of the digest, signed. Waits for the device."""
+    state = arrays.state
+    rows = int(state.numbers[numbers.ROWS])
+    sums = torch.empty(SUMS.value * rows, dtype=torch.int64, device=state.numbers.device)
+    totals = torch.zeros(2, dtype=torch.int64, device=state.numbers.device)
+    _edges(arrays, resident(arrays, rows), (sums.data_ptr(), arrays.pool), (arrays.bigram,), (arrays.pool_wide,))
+    _nodes(arrays, -(-rows // LANES.value), (sums.data_ptr(), totals.data_ptr()))
     first, second = totals.tolist()
     return first, second

@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.evict_bins import (
     BEFORE,
     BINS,
@@ -44,7 +43,8 @@ from flatradix.kernels.gpu.evict_order import (
     tell_victims,
 )
 from flatradix.kernels.gpu.finish import is_last, wait_for_all
-from flatradix.kernels.gpu.launch import Bound, Kernel, current_stream, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, current_stream, resident
+from flatradix.layout import numbers, scratch
 
 # A bin in which the cut falls is divided once more if it has more nodes than this.
 CROWD = tl.constexpr(2048)
@@ -56,46 +56,46 @@ CROWDED = tl.constexpr(512)
 LIST = tl.constexpr(2048)
 SPARE = tl.constexpr(256)
 
-# Places in `Workspace.number` that outlive a call, as a guess for the next: a key, and the tokens of the nodes not
+# Places in `Scratch.counters` that outlive a call, as a guess for the next: a key, and the tokens of the nodes not
 # above it; then SPENT, of those evicted since.
-HINT = tl.constexpr(meta.HINT)
-PROMISE = tl.constexpr(meta.HINT + 1)
+HINT = tl.constexpr(scratch.HINT)
+PROMISE = tl.constexpr(scratch.HINT + 1)
 
 # Words that a program clears at once.
 CLEARED = tl.constexpr(256)
 
 
-_scratches: dict[tuple[int, int], torch.Tensor] = {}
+_bins_of_streams: dict[tuple[int, int], torch.Tensor] = {}
 
 
-def _scratch_of(device: int, stream: int) -> torch.Tensor:
+def _bins_of(device: int, stream: int) -> torch.Tensor:
     """Launches on one stream follow one another, so that they can share it whatever trees they are for.
 
     Threads with trees of their own may ask at once: all get the same one.
     """
-    found = _scratches.get((device, stream))
+    found = _bins_of_streams.get((device, stream))
     if found is None:
         made = torch.zeros(SCRATCH, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
-        found = _scratches.setdefault((device, stream), made)
+        found = _bins_of_streams.setdefault((device, stream), made)
     return found
 
 
-def _scratch(bound: Bound) -> int:
-    stream = 0 if bound.device < 0 else current_stream(bound.device)
-    return _scratch_of(bound.device, stream).data_ptr()
+def _bins(arrays: Arrays) -> int:
+    stream = 0 if arrays.device < 0 else current_stream(arrays.device)
+    return _bins_of(arrays.device, stream).data_ptr()
 
 
 @triton.jit
-def _leave_hint(w, scratch, low, shift, bound, tie, cut):
+def _leave_hint(w, work, low, shift, bound, tie, cut):
     """Look for a key up to which there are SPARE nodes more than up to the cut, and not too many in the cut's bin."""
     i = tl.arange(0, BINS)
-    through = tl.load(scratch + BEFORE + 1 + i)
-    bin = tl.sum((through <= tl.load(scratch + BEFORE + 1 + cut) + (SPARE << 32)).to(tl.int32)) - 1
+    through = tl.load(work + BEFORE + 1 + i)
+    bin = tl.sum((through <= tl.load(work + BEFORE + 1 + cut) + (SPARE << 32)).to(tl.int32)) - 1
     _lowest, highest = edges_of(bin, low, shift, bound)
     content = tl.max(tl.where(i <= bin, through, 0))
-    left = (content >> 32) - (tl.load(scratch + BEFORE + cut) >> 32)
-    tl.store(w.number + HINT, highest)
-    tl.store(w.number + PROMISE, tl.where((tie < 0) & (left <= LIST), content & LOW32, 0))
+    left = (content >> 32) - (tl.load(work + BEFORE + cut) >> 32)
+    tl.store(w.counters + HINT, highest)
+    tl.store(w.counters + PROMISE, tl.where((tie < 0) & (left <= LIST), content & LOW32, 0))
 
 
 @triton.jit
@@ -124,26 +124,26 @@ def _collect(s, w, content, rows, capacity, programs, bound, BY_TICK: tl.constex
 
 
 @triton.jit
-def _select_from_list(s, w, scratch, rows, capacity, programs, wanted, call, BY_TICK: tl.constexpr):
+def _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TICK: tl.constexpr):
     """Try the hint of the last call; returns whether it was good."""
     good = tl.zeros([], tl.int32)
-    hint = tl.load(w.number + HINT)
-    if wanted <= tl.load(w.number + PROMISE) - tl.load(w.number + SPENT):
-        _collect(s, w, scratch + CONTENT, rows, capacity, programs, hint, BY_TICK)
+    hint = tl.load(w.counters + HINT)
+    if wanted <= tl.load(w.counters + PROMISE) - tl.load(w.counters + SPENT):
+        _collect(s, w, work + CONTENT, rows, capacity, programs, hint, BY_TICK)
         wait_for_all(w, programs)
-        content = tl.load(scratch + CONTENT)
+        content = tl.load(work + CONTENT)
         if ((content >> 32) <= LIST) & ((content & LOW32) >= wanted):
             rank_list(s, w, capacity, programs, content >> 32, wanted, call, BY_TICK)
-            tl.store(w.number + PROMISE, content & LOW32)
+            tl.store(w.counters + PROMISE, content & LOW32)
             good += 1
     return good
 
 
 @triton.jit
-def _select_from_bins(s, w, scratch, rows, capacity, programs, wanted, call, BY_TICK: tl.constexpr):
-    pivots = sample(s, w, scratch, rows, programs, BY_TICK)
+def _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TICK: tl.constexpr):
+    pivots = sample(s, w, work, rows, programs, BY_TICK)
     wait_for_all(w, programs)
-    low, high, bound = bound_of(s, w, scratch, pivots, wanted, programs)
+    low, high, bound = bound_of(s, w, work, pivots, wanted, programs)
     shift = width_for(low, tl.minimum(high, bound))
     tie = tl.zeros([], tl.int64) - 1
     reach = tie
@@ -153,12 +153,12 @@ def _select_from_bins(s, w, scratch, rows, capacity, programs, wanted, call, BY_
     comparisons = reach
     searching = turn == 0
     while searching:
-        bins = scratch + turn % 3 * BINS
+        bins = work + turn % 3 * BINS
         if turn > 1:
-            _clear(scratch + (turn + 1) % 3 * BINS, BINS, programs)
+            _clear(work + (turn + 1) % 3 * BINS, BINS, programs)
         count_bins(s, w, bins, rows, capacity, programs, low, shift, bound, tie, BY_TICK)
         wait_for_all(w, programs)
-        cut, size, comparisons, total = find_cut(scratch, bins, wanted)
+        cut, size, comparisons, total = find_cut(work, bins, wanted)
         lowest, highest = edges_of(cut, low, shift, bound)
         sort_from = tl.where(comparisons <= COMPARISONS, 0, cut)
         reach = tl.where(tie >= 0, tie, highest)
@@ -173,57 +173,57 @@ def _select_from_bins(s, w, scratch, rows, capacity, programs, wanted, call, BY_
             bound = tl.where(widen, HIGHEST, tl.where(by_end, DEEPEST, highest))
             shift = width_for(low, tl.where(widen, tl.maximum(high, low), bound))
             turn += 1
-    counts = scratch + (turn + 1) % 3 * BINS
-    scatter(s, w, scratch, counts, rows, capacity, programs, low, shift, bound, tie, reach, cut, BY_TICK)
+    counts = work + (turn + 1) % 3 * BINS
+    scatter(s, w, work, counts, rows, capacity, programs, low, shift, bound, tie, reach, cut, BY_TICK)
     if tl.program_id(0) == programs - 1:
-        _leave_hint(w, scratch, low, shift, bound, tie, cut)
+        _leave_hint(w, work, low, shift, bound, tie, cut)
     wait_for_all(w, programs)
-    found = tl.load(scratch + BEFORE + 1 + cut) >> 32
+    found = tl.load(work + BEFORE + 1 + cut) >> 32
     if (comparisons > CROWDED * found) & (sort_from == 0):
         rank_bins(
-            s, w, scratch, capacity, programs, found, wanted, call, low, shift, tie, cut, sort_from,
+            s, w, work, capacity, programs, found, wanted, call, low, shift, tie, cut, sort_from,
             FEW_RANKED, MANY_OTHERS, BY_TICK,
         )  # fmt: skip
     else:
         rank_bins(
-            s, w, scratch, capacity, programs, found, wanted, call, low, shift, tie, cut, sort_from,
+            s, w, work, capacity, programs, found, wanted, call, low, shift, tie, cut, sort_from,
             RANKED, OTHERS, BY_TICK,
         )  # fmt: skip
-    _clear(scratch, 3 * BINS, programs)
-    _clear(scratch + WEIGHTS, 8 * PIVOTS, programs)
+    _clear(work, 3 * BINS, programs)
+    _clear(work + WEIGHTS, 8 * PIVOTS, programs)
 
 
-@triton.jit(do_not_specialize=["scratch", "wanted", "call", "programs"])
-def select_kernel(s, w, scratch, wanted: tl.int64, call: tl.int64, programs: tl.int32, BY_TICK: tl.constexpr):
+@triton.jit(do_not_specialize=["work", "wanted", "call", "programs"])
+def select_kernel(s, w, work, wanted: tl.int64, call: tl.int64, programs: tl.int32, BY_TICK: tl.constexpr):
     call = call.to(tl.int64)
-    rows = tl.load(s.meta + meta.ROWS)
-    capacity = tl.load(s.meta + meta.ROW_CAPACITY)
-    wanted = tl.minimum(wanted.to(tl.int64), tl.load(s.meta + meta.EVICTABLE))
+    rows = tl.load(s.numbers + numbers.ROWS)
+    capacity = tl.load(s.numbers + numbers.ROW_CAPACITY)
+    wanted = tl.minimum(wanted.to(tl.int64), tl.load(s.numbers + numbers.EVICTABLE))
     if wanted > 0:
-        if _select_from_list(s, w, scratch, rows, capacity, programs, wanted, call, BY_TICK) == 0:
-            _select_from_bins(s, w, scratch, rows, capacity, programs, wanted, call, BY_TICK)
+        if _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TICK) == 0:
+            _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TICK)
     last, _bad = is_last(w, programs)
     if last:
         if wanted <= 0:
             one = tl.arange(0, 1).to(tl.int64)
             tell_victims(w, call, one, one, one == 0)
-        tl.store(scratch + CONTENT, 0)
-        tl.store(w.number + meta.ARRIVED, 0)
-        tl.store(w.number + meta.WAITING, 0)
+        tl.store(work + CONTENT, 0)
+        tl.store(w.counters + scratch.ARRIVED, 0)
+        tl.store(w.counters + scratch.WAITING, 0)
 
 
 _select = Kernel(select_kernel, ["*i64", "i64", "i64", "i32"], warps=16, cooperative=True)
 
 
-def select(bound: Bound, wanted: int, by_tick: bool, call: int) -> None:
+def select(arrays: Arrays, wanted: int, by_tick: bool, call: int) -> None:
     """Find what to evict until `wanted` tokens are free, or all that can be.
 
-    The rows are left in `workspace.victims[0]` in the order of eviction, in `workspace.undo` how many tokens go before
-    each, in the mail the tokens and the victims; the number of victims has the bit UNORDERED if ordering them is left
-    to `order_victims`, as it is with more than about 200,000 or where most have nearly the same key. Nothing of the
-    tree is changed. `by_tick`: the ticks are the keys, else `workspace.key`. Uses `workspace.partial` and `victims[1]`.
-    Among a million nodes on an H200: 15 us in a row of evictions of up to 100 nodes, else 36 us, for 1 % of them too.
+    The rows are left in `scratch.victims[0]` in the order of eviction, in `scratch.tokens_before` how many tokens go
+    before each, in the mail the tokens and the victims; the number of victims has the bit UNORDERED if ordering them is
+    left to `order_victims`, as it is with more than about 200,000 or where most have nearly the same key. Nothing of
+    the tree is changed. by_tick: the ticks are the keys, else `scratch.eviction_key`. Uses `scratch.partial` and
+    `victims[1]`. Among a million nodes on an H200: 15 us in a row of evictions of up to 100 nodes, else 36 us, for 1 %
+    of them too.
     """
-    rows = bound.state.parent.shape[0]
-    programs = resident(bound, -(-rows // 1024), 1)
-    _select(bound, programs, (_scratch(bound), wanted, call, programs), (by_tick,))
+    programs = resident(arrays, -(-arrays.rows // 1024), 1)
+    _select(arrays, programs, (_bins(arrays), wanted, call, programs), (by_tick,))

@@ -11,11 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.evict_keys import BLOCK, HIGHEST, evictable_block, is_evictable, keys_of
-from flatradix.layout import MAX_UNITS
+from flatradix.layout import numbers, scratch
 
-DEEPEST = tl.constexpr(MAX_UNITS)
+DEEPEST = tl.constexpr(numbers.MAX_UNITS)
 LOW32 = tl.constexpr(0xFFFFFFFF)
 # Rows of the sample that are each program's, taken in runs of 16, which fill the memory sectors that they touch.
 SAMPLE = tl.constexpr(512)
@@ -25,7 +24,7 @@ PIVOTS = tl.constexpr(32)
 NEIGHBOURS = tl.constexpr(8)
 BINS = tl.constexpr(2048)
 
-# The scratch, int64: three sets of bins, used in turn; what goes before each bin; the weights of the pivots, eight
+# The work, int64: three sets of bins, used in turn; what goes before each bin; the weights of the pivots, eight
 # words apart so that additions to them do not wait for one another; what the list holds. A launch leaves all but the
 # second at zero.
 BEFORE = tl.constexpr(3 * BINS.value)
@@ -33,11 +32,11 @@ WEIGHTS = tl.constexpr(4 * BINS.value + 8)
 CONTENT = tl.constexpr(WEIGHTS.value + 8 * PIVOTS.value)
 SCRATCH = CONTENT.value + 1
 
-# Places in `Workspace.partial`: the lowest and the highest key of each program's sample, the lowest of each block.
+# Places in `Scratch.partial`: the lowest and the highest key of each program's sample, the lowest of each block.
 MOST = tl.constexpr(1024)
 HIGHS = tl.constexpr(1024)
 MINIMA = tl.constexpr(2048)
-MINIMA_END = tl.constexpr(meta.PARTIALS)
+MINIMA_END = tl.constexpr(scratch.PARTIALS)
 
 
 @triton.jit
@@ -77,7 +76,7 @@ def _pivots(s, w, rows, BY_TICK: tl.constexpr):
 
 
 @triton.jit
-def sample(s, w, scratch, rows, programs, BY_TICK: tl.constexpr):
+def sample(s, w, work, rows, programs, BY_TICK: tl.constexpr):
     """Add up, for each pivot, what this program's part of the sample has at or below it; returns the pivots."""
     lane = tl.arange(0, SAMPLE)
     runs = (rows + RUN - 1) // RUN
@@ -92,21 +91,21 @@ def sample(s, w, scratch, rows, programs, BY_TICK: tl.constexpr):
     weight = tl.where(evictable, length | (1 << 32), 0)
     pivots = _pivots(s, w, rows, BY_TICK)
     weights = tl.sum(tl.where(key[:, None] <= pivots[None, :], weight[:, None], 0), axis=0)
-    tl.atomic_add(scratch + WEIGHTS + 8 * tl.arange(0, PIVOTS), weights, sem="relaxed")
+    tl.atomic_add(work + WEIGHTS + 8 * tl.arange(0, PIVOTS), weights, sem="relaxed")
     tl.store(w.partial + tl.program_id(0), tl.min(tl.where(evictable, key, HIGHEST)))
     tl.store(w.partial + HIGHS + tl.program_id(0), tl.max(tl.where(evictable, key, 0)))
     return pivots
 
 
 @triton.jit
-def bound_of(s, w, scratch, pivots, wanted, programs):
+def bound_of(s, w, work, pivots, wanted, programs):
     """(lowest and highest key of the sample, a bound that the victims' keys most likely do not exceed)."""
-    weights = tl.load(scratch + WEIGHTS + 8 * tl.arange(0, PIVOTS))
+    weights = tl.load(work + WEIGHTS + 8 * tl.arange(0, PIVOTS))
     tokens = weights & LOW32
     total = tl.max(tokens)
     nodes = tl.maximum(tl.max(weights >> 32), 1)
     # A quarter more than the share that is wanted, and 16 nodes: few rows of a sample say little of the whole.
-    share = wanted * total // tl.load(s.meta + meta.EVICTABLE)
+    share = wanted * total // tl.load(s.numbers + numbers.EVICTABLE)
     enough = tokens >= tl.minimum(share + share // 4 + 16 * total // nodes, total)
     bound = tl.min(tl.where(enough, pivots, HIGHEST))
     program = tl.arange(0, MOST)
@@ -133,7 +132,7 @@ def count_bins(s, w, bins, rows, capacity, programs, low, shift, bound, tie, BY_
 
 
 @triton.jit
-def find_cut(scratch, bins, wanted):
+def find_cut(work, bins, wanted):
     """(the bin in which the cut falls, its nodes, the comparisons that order the victims, tokens in all bins).
 
     Each program writes down what goes before each bin, all the same.
@@ -141,7 +140,7 @@ def find_cut(scratch, bins, wanted):
     i = tl.arange(0, BINS)
     inside = tl.load(bins + i)
     through = tl.cumsum(inside)
-    tl.store(scratch + BEFORE + 1 + i, through)
+    tl.store(work + BEFORE + 1 + i, through)
     cut = tl.minimum(tl.sum(((through & LOW32) < wanted).to(tl.int32)), BINS - 1)
     nodes = inside >> 32
     size = tl.sum(tl.where(i == cut, nodes, 0))
@@ -160,7 +159,7 @@ def edges_of(cut, low, shift, bound):
 
 
 @triton.jit
-def scatter(s, w, scratch, counts, rows, capacity, programs, low, shift, bound, tie, reach, cut, BY_TICK: tl.constexpr):
+def scatter(s, w, work, counts, rows, capacity, programs, low, shift, bound, tie, reach, cut, BY_TICK: tl.constexpr):
     """Write the rows of the bins up to the cut's to `victims[1]`, bin after bin, in any order within each.
 
     `reach`: the highest key among them. Blocks without any are passed over.
@@ -172,7 +171,7 @@ def scatter(s, w, scratch, counts, rows, capacity, programs, low, shift, bound, 
             value = value_of(s, row, key, tie, evictable)
             bin = bin_of(value, low, shift)
             taken = evictable & (value <= bound) & (bin <= cut)
-            first = tl.load(scratch + BEFORE + bin, mask=taken, other=0) >> 32
+            first = tl.load(work + BEFORE + bin, mask=taken, other=0) >> 32
             place = first + tl.atomic_add(counts + bin, 1, mask=taken, sem="relaxed")
             tl.store(w.victims + capacity + place, row, mask=taken)
         block += programs

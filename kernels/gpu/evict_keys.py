@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.launch import Arrays, Kernel
 from flatradix.kernels.gpu.rows import FREE
 
 # Above every key; ticks grow by two with each query.
@@ -25,7 +25,7 @@ def keys_of(s, w, BY_TICK: tl.constexpr):
     if BY_TICK:
         return s.tick
     else:
-        return w.key
+        return w.eviction_key
 
 
 @triton.jit
@@ -59,15 +59,15 @@ def climb_kernel(s, w, rows: tl.int32):
     """Raise the keys of all above each row to its own. Whoever raised a key further goes on from there."""
     row = tl.program_id(0) * CLIMBERS + tl.arange(0, CLIMBERS)
     climbs = is_evictable(s, row, row < rows)
-    key = tl.load(w.key + row, mask=climbs, other=0)
+    key = tl.load(w.eviction_key + row, mask=climbs, other=0)
     above = tl.load(s.parent + row, mask=climbs, other=-1)
     climbs = climbs & (above >= 0)
     while tl.max(climbs.to(tl.int32)) > 0:
         locks = tl.load(s.lock_ref + above, mask=climbs, other=1)
-        known = tl.load(w.key + above, mask=climbs, other=0)
+        known = tl.load(w.eviction_key + above, mask=climbs, other=0)
         parent = tl.load(s.parent + above, mask=climbs, other=-1)
         climbs = climbs & (locks == 0) & (known < key)
-        before = tl.atomic_max(w.key + above, key, mask=climbs, sem="relaxed")
+        before = tl.atomic_max(w.eviction_key + above, key, mask=climbs, sem="relaxed")
         climbs = climbs & (before < key) & (parent >= 0)
         above = tl.where(climbs, parent, 0)
 
@@ -75,14 +75,14 @@ def climb_kernel(s, w, rows: tl.int32):
 _climb = Kernel(climb_kernel, ["i32"])
 
 
-def effective_keys(bound: Bound, scores: torch.Tensor) -> None:
-    """Fill `workspace.key`: by rank in the order (score, tick), the highest of each subtree.
+def effective_keys(arrays: Arrays, scores: torch.Tensor) -> None:
+    """Fill `scratch.eviction_key`: by rank in the order (score, tick), the highest of each subtree.
 
     scores: int64, one a row, those of free rows arbitrary. 0.9 ms for a million rows on an H200, nearly all of it for
     two sorts. Nodes that are equal in both lie on one path, where their order decides nothing.
     """
     rows = scores.shape[0]
-    order = torch.argsort(bound.state.tick[:rows], stable=True)
+    order = torch.argsort(arrays.state.tick[:rows], stable=True)
     order = order[torch.argsort(scores[order], stable=True)]
-    bound.workspace.key[:rows].scatter_(0, order, torch.arange(rows, device=scores.device))
-    _climb(bound, -(-rows // CLIMBERS.value), (rows,))
+    arrays.scratch.eviction_key[:rows].scatter_(0, order, torch.arange(rows, device=scores.device))
+    _climb(arrays, -(-rows // CLIMBERS.value), (rows,))

@@ -6,14 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.evict_bins import BEFORE, LOW32, bin_of, value_of
 from flatradix.kernels.gpu.evict_keys import HIGHEST, keys_of
-from flatradix.kernels.gpu.launch import Bound
-
-# In the number of victims in the mail: they are the right ones, but `order_victims` has to put them in order.
-UNORDERED = 1 << 30
-LEFT_UNORDERED = tl.constexpr(UNORDERED)
+from flatradix.kernels.gpu.launch import Arrays
+from flatradix.layout import mail, scratch
 
 # Nodes that a program ranks at once, and nodes of their bins that it compares them with at once; the other way round
 # where bins are crowded, since a step takes 1 us however many are compared.
@@ -22,8 +18,8 @@ OTHERS = tl.constexpr(16)
 FEW_RANKED = tl.constexpr(8)
 MANY_OTHERS = tl.constexpr(256)
 
-# A place in `Workspace.number`: the tokens evicted since the hint was left.
-SPENT = tl.constexpr(meta.HINT + 2)
+# A place in `Scratch.counters`: the tokens evicted since the hint was left.
+SPENT = tl.constexpr(scratch.HINT + 2)
 
 
 @triton.jit
@@ -50,10 +46,10 @@ def _those_before(s, keys, order, row, key, end, first, size, AT_ONCE: tl.conste
 
 @triton.jit
 def tell_victims(w, call, tokens, victims, active):
-    tag = (call & meta.CALL_MASK) << 32
-    tl.store(w.mail + meta.MAIL_TOKENS + tl.zeros_like(tokens), tag | tokens, mask=active)
-    tl.store(w.mail + meta.MAIL_VICTIMS + tl.zeros_like(tokens), tag | victims, mask=active)
-    tl.store(w.number + SPENT + tl.zeros_like(tokens), tokens, mask=active & (tokens > 0))
+    tag = (call & mail.CALL_MASK) << 32
+    tl.store(w.mail + mail.TOKENS + tl.zeros_like(tokens), tag | tokens, mask=active)
+    tl.store(w.mail + mail.VICTIMS + tl.zeros_like(tokens), tag | victims, mask=active)
+    tl.store(w.counters + SPENT + tl.zeros_like(tokens), tokens, mask=active & (tokens > 0))
 
 
 @triton.jit
@@ -79,14 +75,14 @@ def rank_list(s, w, capacity, programs, found, wanted, call, BY_TICK: tl.constex
         rank, tokens = _those_before(s, keys, order, row, key, end, tl.zeros_like(key), size, MANY_OTHERS)
         victim = there & (tokens < wanted)
         tl.store(w.victims + rank, row, mask=victim)
-        tl.store(w.undo + rank, tokens, mask=victim)
+        tl.store(w.tokens_before + rank, tokens, mask=victim)
         tell_victims(w, call, tokens + length, rank + 1, victim & (tokens + length >= wanted))
         start += programs * FEW_RANKED
 
 
 @triton.jit
 def rank_bins(
-    s, w, scratch, capacity, programs, found, wanted, call, low, shift, tie, cut, sort_from,
+    s, w, work, capacity, programs, found, wanted, call, low, shift, tie, cut, sort_from,
     LANES: tl.constexpr, AT_ONCE: tl.constexpr, BY_TICK: tl.constexpr,
 ):  # fmt: skip
     """The same for the nodes of the bins up to the cut's, each compared with those of its bin.
@@ -101,8 +97,8 @@ def rank_bins(
         there = place < found
         row, key, end, length = _listed(s, keys, order, place, there)
         bin = bin_of(value_of(s, row, key, tie, there), low, shift)
-        before = tl.load(scratch + BEFORE + bin, mask=there, other=0)
-        through = tl.load(scratch + BEFORE + 1 + bin, mask=there, other=0)
+        before = tl.load(work + BEFORE + bin, mask=there, other=0)
+        through = tl.load(work + BEFORE + 1 + bin, mask=there, other=0)
         compared = there & (bin >= sort_from)
         first = before >> 32
         size = tl.where(compared, (through >> 32) - first, 0)
@@ -111,18 +107,23 @@ def rank_bins(
         tokens += before & LOW32
         victim = there & ((bin < cut) | (tokens < wanted))
         tl.store(w.victims + rank, row, mask=victim)
-        tl.store(w.undo + rank, tokens, mask=victim)
+        tl.store(w.tokens_before + rank, tokens, mask=victim)
         last = compared & victim & (tokens + length >= wanted)
-        tell_victims(w, call, tokens + length, rank + 1 + tl.where(sort_from > 0, LEFT_UNORDERED, 0), last)
+        tell_victims(w, call, tokens + length, rank + 1 + tl.where(sort_from > 0, mail.UNORDERED, 0), last)
         start += programs * LANES
 
 
-def order_victims(bound: Bound, count: int, by_tick: bool) -> None:
+def order_victims(arrays: Arrays, count: int, by_tick: bool) -> None:
     """Put the `count` victims of `select` in the order of eviction, where it left them UNORDERED."""
-    state, workspace = bound.state, bound.workspace
-    rows = workspace.victims[0, :count].long()
+    state, beside = arrays.state, arrays.scratch
+    rows = beside.victims[0, :count].long()
     rows = rows[torch.argsort(state.end[rows], descending=True, stable=True)]
-    rows = rows[torch.argsort((state.tick if by_tick else workspace.key)[rows], stable=True)]
-    lengths = state.length[rows].long()
-    workspace.victims[0, :count] = rows
-    workspace.undo[:count] = lengths.cumsum(0) - lengths
+    rows = rows[torch.argsort((state.tick if by_tick else beside.eviction_key)[rows], stable=True)]
+    set_victims(arrays, rows)
+
+
+def set_victims(arrays: Arrays, rows: torch.Tensor) -> None:
+    """Make these rows, in this order, the victims that `free` frees."""
+    lengths = arrays.state.length[rows].long()
+    arrays.scratch.victims[0, : len(rows)] = rows
+    arrays.scratch.tokens_before[: len(rows)] = lengths.cumsum(0) - lengths

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
-from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.launch import Arrays, Kernel
+from flatradix.layout import mail, numbers, scratch
 
 # What a program with a bad query adds to the count of those that are done.
 BAD = tl.constexpr(1 << 32)
@@ -20,16 +20,16 @@ BAD = tl.constexpr(1 << 32)
 def refuse(w, query, reason, value):
     """Note that one query is bad. The lowest query of a call is the one that is told."""
     tl.store(w.value + query, value)
-    tl.atomic_min(w.number + meta.ERROR, query * 64 - reason, sem="relaxed")
+    tl.atomic_min(w.counters + scratch.ERROR, query * 64 - reason, sem="relaxed")
 
 
 @triton.jit
 def refuse_lanes(w, queries, reasons, values):
     """The same for lanes; `reasons` int64, 0 where nothing is wrong."""
     tl.store(w.value + queries, values, mask=reasons < 0)
-    lowest = tl.min(tl.where(reasons < 0, queries * 64 - reasons, meta.NO_ERROR))
-    if lowest < meta.NO_ERROR:
-        tl.atomic_min(w.number + meta.ERROR, lowest, sem="relaxed")
+    lowest = tl.min(tl.where(reasons < 0, queries * 64 - reasons, scratch.NO_ERROR))
+    if lowest < scratch.NO_ERROR:
+        tl.atomic_min(w.counters + scratch.ERROR, lowest, sem="relaxed")
 
 
 @triton.jit
@@ -53,12 +53,12 @@ def wait_for_all(w, programs):
     """
     tl.debug_barrier()
     if programs > 1:
-        before = tl.atomic_add(w.number + meta.WAITING, 1, sem="release")
+        before = tl.atomic_add(w.counters + scratch.WAITING, 1, sem="release")
         target = (before // programs + 1) * programs
         seen = before + 1
         while seen < target:
-            seen = tl.load(w.number + meta.WAITING, volatile=True)
-        acquire(w.number + meta.WAITING, target)
+            seen = tl.load(w.counters + scratch.WAITING, volatile=True)
+        acquire(w.counters + scratch.WAITING, target)
 
 
 @triton.jit
@@ -70,62 +70,65 @@ def is_last(w, programs, bad=False):
     """
     tl.debug_barrier()
     mine = tl.where(bad, BAD, 0) + 1
-    before = tl.atomic_add(w.number + meta.ARRIVED, mine, sem="release")
+    before = tl.atomic_add(w.counters + scratch.ARRIVED, mine, sem="release")
     last = (before & (BAD - 1)) == programs - 1
     if last:
-        acquire(w.number + meta.ARRIVED, programs)
+        acquire(w.counters + scratch.ARRIVED, programs)
     return last, before + mine >= BAD
 
 
 @triton.jit
 def first_refusal(w):
-    """The refusal of this call, meta.NO_ERROR if there is none."""
-    return tl.load(w.number + meta.ERROR, volatile=True)
+    """The refusal of this call, scratch.NO_ERROR if there is none."""
+    return tl.load(w.counters + scratch.ERROR, volatile=True)
 
 
 @triton.jit
-def _tell_refusal(s, w, error, OPERATION: tl.constexpr):
-    count = tl.load(s.meta + meta.ERRORS) + 1
+def _tell_refusal(s, w, call, error, OPERATION: tl.constexpr):
+    count = tl.load(s.numbers + numbers.ERRORS) + 1
     value = tl.load(w.value + error // 64)
-    tag = (count & meta.CALL_MASK) << 32
-    place = w.mail + meta.MAIL_REFUSALS + (count % meta.REFUSALS) * meta.REFUSAL_WORDS
+    tag = (count & mail.CALL_MASK) << 32
+    place = w.mail + mail.FIRST_REFUSAL + (count % mail.REFUSALS) * mail.REFUSAL_WORDS
+    tl.store(place + 4, tag | (call & mail.CALL_MASK))
     tl.store(place, tag | (error % 64) | (OPERATION << 8))
     tl.store(place + 1, tag | (error // 64))
     tl.store(place + 2, tag | (value & 0xFFFFFFFF))
     tl.store(place + 3, tag | ((value >> 32) & 0xFFFFFFFF))
     tl.debug_barrier()
-    tl.store(s.meta + meta.ERRORS, count)
-    tl.store(w.number + meta.ERROR, meta.NO_ERROR)
+    tl.store(s.numbers + numbers.ERRORS, count)
+    tl.store(w.counters + scratch.ERROR, scratch.NO_ERROR)
 
 
 @triton.jit
 def publish_done(w, call, errors):
     """By the last program, where nothing was refused and no size has changed: only that the call is done."""
-    tl.store(w.mail + meta.MAIL_ERRORS, ((call.to(tl.int64) & meta.CALL_MASK) << 32) | (errors & 0xFFFFFFFF))
-    tl.store(w.number + meta.ARRIVED, 0)
+    tl.store(w.mail + mail.ERRORS, ((call.to(tl.int64) & mail.CALL_MASK) << 32) | (errors & 0xFFFFFFFF))
+    tl.store(w.counters + scratch.ARRIVED, 0)
 
 
 @triton.jit
 def publish(s, w, call, error, OPERATION: tl.constexpr):
     """By the last program, after all else: the refusal, if any, and the sizes, for the host to read."""
     tl.debug_barrier()
-    if error != meta.NO_ERROR:
-        _tell_refusal(s, w, error, OPERATION)
+    if error != scratch.NO_ERROR:
+        _tell_refusal(s, w, call.to(tl.int64), error, OPERATION)
         tl.debug_barrier()
-    tag = (call.to(tl.int64) & meta.CALL_MASK) << 32
-    tl.store(w.mail + meta.MAIL_EVICTABLE, tag | tl.load(s.meta + meta.EVICTABLE))
-    tl.store(w.mail + meta.MAIL_PROTECTED, tag | tl.load(s.meta + meta.PROTECTED))
-    tl.store(w.mail + meta.MAIL_NODES, tag | tl.load(s.meta + meta.NODES))
-    tl.store(w.mail + meta.MAIL_ROOM, tag | (tl.load(s.meta + meta.POOL_END) - tl.load(s.meta + meta.POOL_CURSOR)))
-    tl.store(w.number + meta.WAITING, 0)
-    publish_done(w, call, tl.load(s.meta + meta.ERRORS))
+    tag = (call.to(tl.int64) & mail.CALL_MASK) << 32
+    tl.store(w.mail + mail.EVICTABLE, tag | tl.load(s.numbers + numbers.EVICTABLE))
+    tl.store(w.mail + mail.PROTECTED, tag | tl.load(s.numbers + numbers.PROTECTED))
+    tl.store(w.mail + mail.NODES, tag | tl.load(s.numbers + numbers.NODES))
+    tl.store(
+        w.mail + mail.ROOM, tag | (tl.load(s.numbers + numbers.POOL_END) - tl.load(s.numbers + numbers.POOL_CURSOR))
+    )
+    tl.store(w.counters + scratch.WAITING, 0)
+    publish_done(w, call, tl.load(s.numbers + numbers.ERRORS))
 
 
 @triton.jit
 def answer(w, call, length, handle, prefix_length):
     """Leave the result of a single key where the host looks for it."""
-    tag = (call.to(tl.int64) & meta.CALL_MASK) << 32
-    place = w.mail + meta.MAIL_ANSWERS + (call % meta.ANSWERS) * meta.ANSWER_WORDS
+    tag = (call.to(tl.int64) & mail.CALL_MASK) << 32
+    place = w.mail + mail.FIRST_ANSWER + (call % mail.ANSWERS) * mail.ANSWER_WORDS
     tl.store(place, tag | (length.to(tl.int64) & 0xFFFFFFFF))
     tl.store(place + 1, tag | (handle & 0xFFFFFFFF))
     tl.store(place + 2, tag | ((handle >> 32) & 0xFFFFFFFF))
@@ -136,23 +139,23 @@ def answer(w, call, length, handle, prefix_length):
 def move_protected(s, w, sign):
     """Book what became protected (sign 1) or evictable (-1) in this launch."""
     tl.debug_barrier()
-    tokens = tl.load(w.number + meta.NEWLY) * sign
-    protected = tl.load(s.meta + meta.PROTECTED)
-    evictable = tl.load(s.meta + meta.EVICTABLE)
+    tokens = tl.load(w.counters + scratch.NEWLY) * sign
+    protected = tl.load(s.numbers + numbers.PROTECTED)
+    evictable = tl.load(s.numbers + numbers.EVICTABLE)
     tl.debug_barrier()
-    tl.store(s.meta + meta.PROTECTED, protected + tokens)
-    tl.store(s.meta + meta.EVICTABLE, evictable - tokens)
-    tl.store(w.number + meta.NEWLY, 0)
+    tl.store(s.numbers + numbers.PROTECTED, protected + tokens)
+    tl.store(s.numbers + numbers.EVICTABLE, evictable - tokens)
+    tl.store(w.counters + scratch.NEWLY, 0)
 
 
 @triton.jit(do_not_specialize=["call"])
 def tell_kernel(s, w, call: tl.int64):
-    publish(s, w, call.to(tl.int64), tl.zeros([], tl.int64) + meta.NO_ERROR, meta.MATCH)
+    publish(s, w, call.to(tl.int64), tl.zeros([], tl.int64) + scratch.NO_ERROR, mail.MATCH)
 
 
 _tell = Kernel(tell_kernel, ["i64"], warps=1)
 
 
-def tell(bound: Bound, call: int) -> None:
+def tell(arrays: Arrays, call: int) -> None:
     """Only tell the host the tree's numbers."""
-    _tell(bound, 1, (call,))
+    _tell(arrays, 1, (call,))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.children import bury
 from flatradix.kernels.gpu.evict_keys import HIGHEST
 from flatradix.kernels.gpu.finish import is_last, publish
-from flatradix.kernels.gpu.launch import Bound, Kernel, multi_processors
+from flatradix.kernels.gpu.launch import Arrays, Kernel, multi_processors
 from flatradix.kernels.gpu.rows import FREE
+from flatradix.layout import mail, numbers, scratch
 
 # Victims that a program frees at once: with 64, comparing their parents takes 187 registers, and 9 us become 15.
 FREED = tl.constexpr(32)
@@ -45,7 +45,7 @@ def _detach(s, parent):
     namespace = tl.where(top, ~parent, 0)
     before = tl.atomic_add(s.namespace_children + namespace, -count, mask=top, sem="relaxed")
     empty = top & (before == count) & (namespace > 0)
-    counter = s.meta + meta.RELEASED + tl.zeros([FREED], tl.int32)
+    counter = s.numbers + numbers.RELEASED + tl.zeros([FREED], tl.int32)
     place = tl.atomic_add(counter, 1, mask=empty, sem="relaxed")
     tl.store(s.released + place, namespace, mask=empty)
 
@@ -57,7 +57,7 @@ def _free_rows(s, w, victim, count):
     row = tl.load(w.victims + victim, mask=active, other=0).to(tl.int64)
     parent = tl.load(s.parent + row, mask=active, other=FREE)
     generation = tl.load(s.generation + row, mask=active, other=0)
-    stack = s.free_rows + tl.load(s.meta + meta.FREE_ROWS)
+    stack = s.free_rows + tl.load(s.numbers + numbers.FREE_ROWS)
     tl.debug_barrier()  # every thread has what is about to be overwritten
     tl.store(s.parent + row, tl.zeros([FREED], tl.int32) + FREE, mask=active)
     tl.store(s.generation + row, generation + 1, mask=active)
@@ -74,7 +74,7 @@ def _owner(w, unit, count):
     while high - low > 1:
         step = (high - low + FAN - 1) // FAN
         place = low + tl.arange(0, FAN).to(tl.int64) * step
-        before = tl.load(w.undo + place, mask=place < high, other=HIGHEST)
+        before = tl.load(w.tokens_before + place, mask=place < high, other=HIGHEST)
         low += (tl.sum((before <= unit).to(tl.int64)) - 1) * step
         high = tl.minimum(low + step, high)
     return low
@@ -95,14 +95,14 @@ def _copy_slots(s, w, pool, slots, begin, end, count, TOGETHER: tl.constexpr, UN
         span = tl.minimum(count - low, EDGES)
         while span > 1:
             half = span >> 1
-            before = tl.load(w.undo + victim + half)
+            before = tl.load(w.tokens_before + victim + half)
             victim = tl.where(before <= unit, victim + half, victim)
             span -= half
         row = tl.load(w.victims + victim)
-        before = tl.load(w.undo + victim)
+        before = tl.load(w.tokens_before + victim)
         source = tl.multiple_of(tl.load(s.start + row).to(tl.int64) + unit - before, TOGETHER)
         slot = tl.load(pool + source[:, None] + inner, mask=inside[:, None], other=0)
-        tl.store(slots + tl.multiple_of(unit, TOGETHER)[:, None] + inner, slot.to(tl.int64), mask=inside[:, None])
+        tl.store(slots + tl.multiple_of(unit, TOGETHER)[:, None] + inner, slot, mask=inside[:, None])
         low = tl.max(tl.where(inside, victim, 0))
         begin += UNITS
 
@@ -110,16 +110,16 @@ def _copy_slots(s, w, pool, slots, begin, end, count, TOGETHER: tl.constexpr, UN
 @triton.jit
 def _book(s, w, call, count, tokens):
     """Set the tree's numbers, by the last program; tell how many namespaces were released."""
-    released = tl.load(s.meta + meta.RELEASED)
-    free = tl.load(s.meta + meta.FREE_ROWS)
-    nodes = tl.load(s.meta + meta.NODES)
-    evictable = tl.load(s.meta + meta.EVICTABLE)
+    released = tl.load(s.numbers + numbers.RELEASED)
+    free = tl.load(s.numbers + numbers.FREE_ROWS)
+    nodes = tl.load(s.numbers + numbers.NODES)
+    evictable = tl.load(s.numbers + numbers.EVICTABLE)
     tl.debug_barrier()
-    tl.store(w.mail + meta.MAIL_RELEASED, ((call & meta.CALL_MASK) << 32) | released)
-    tl.store(s.meta + meta.RELEASED, 0)
-    tl.store(s.meta + meta.FREE_ROWS, free + count)
-    tl.store(s.meta + meta.NODES, nodes - count)
-    tl.store(s.meta + meta.EVICTABLE, evictable - tokens)
+    tl.store(w.mail + mail.RELEASED, ((call & mail.CALL_MASK) << 32) | released)
+    tl.store(s.numbers + numbers.RELEASED, 0)
+    tl.store(s.numbers + numbers.FREE_ROWS, free + count)
+    tl.store(s.numbers + numbers.NODES, nodes - count)
+    tl.store(s.numbers + numbers.EVICTABLE, evictable - tokens)
 
 
 @triton.jit(do_not_specialize=["pool", "slots", "count", "tokens", "call", "programs", "freeing"])
@@ -145,28 +145,27 @@ def free_kernel(
     last, _bad = is_last(w, programs)
     if last:
         _book(s, w, call.to(tl.int64), count, tokens)
-        publish(s, w, call.to(tl.int64), meta.NO_ERROR, meta.EVICT)
+        publish(s, w, call.to(tl.int64), scratch.NO_ERROR, mail.EVICT)
 
 
-_free = Kernel(free_kernel, ["*w", "*i64", "i64", "i64", "i64", "i32", "i32"])
+_free = Kernel(free_kernel, ["*w", "*w", "i64", "i64", "i64", "i32", "i32"])
 
 
-def free(bound: Bound, count: int, tokens: int, call: int, pool: int, pool_wide: bool, slots: int) -> None:
+def free(arrays: Arrays, count: int, tokens: int, slots: int, call: int) -> None:
     """Free the `count` victims of `select`, `tokens` long together, and gather their slots in the order of eviction.
 
-    `pool`: the address of the slots, int64 if `pool_wide`; `slots`: where they go, int64 [tokens]. The rows freed are
-    the last of `free_rows`, in order; their `start` and `length` stay readable. The mail tells how many namespaces lost
-    their last node: they are the first in `state.released`, in no particular order, until the next eviction. 4 us for
-    one node, 9 us for 8,500 of 64 tokens on an H200.
+    slots: address to which they go, [tokens] of the pool's type. The rows freed are the last of `free_rows`, in order;
+    their `start` and `length` stay readable. The mail tells how many namespaces lost their last node: they are the
+    first in `state.released`, in no particular order, until the next eviction. 4 us for one node, 9 us for 8,500 of 64
+    tokens on an H200.
     """
-    state = bound.state
-    page = state.multipliers.shape[0] // (2 if state.seconds.shape[0] else 1)
-    at_once = 4 * multi_processors(bound.device)
+    page = arrays.page
+    at_once = 4 * multi_processors(arrays.device)
     together = min(page & -page, MOST_TOGETHER)
     units = max(GROUPS * together, LEAST_UNITS)
     freeing = max(1, min(-(-count // FREED.value), at_once))
     copying = min(-(-tokens // units), 2 * at_once)
     # The edge of the slot before, and those of so many slots.
     constants = (together, units, 1 + -(-units // page))
-    arguments = (pool, slots, count, tokens, call, freeing + copying, freeing)
-    _free(bound, freeing + copying, arguments, constants, (pool_wide,))
+    arguments = (arrays.pool, slots, count, tokens, call, freeing + copying, freeing)
+    _free(arrays, freeing + copying, arguments, constants, (arrays.pool_wide, arrays.pool_wide))

@@ -12,17 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.build import build
 from flatradix.kernels.gpu.claim import claim
 from flatradix.kernels.gpu.compact import compact
 from flatradix.kernels.gpu.cut import note_cut, put
 from flatradix.kernels.gpu.finish import refuse
-from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.launch import Arrays, Kernel
 from flatradix.kernels.gpu.settle import settle
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
-    WRONG_OFFSETS,
     begin_at,
     first_outside,
     key_range,
@@ -31,13 +29,11 @@ from flatradix.kernels.gpu.walk import (
     walk,
     whole_pages,
 )
-from flatradix.refusals import BAD_SLOT, BAD_TOKEN
-from flatradix.refusals import UNEQUAL as UNEQUAL_COUNTS
+from flatradix.layout import reasons, scratch
+from flatradix.layout.queries import Output, PerQuery, Places, Values
 
-WRONG_TOKEN_VALUE = tl.constexpr(BAD_TOKEN)
-WRONG_SLOT = tl.constexpr(BAD_SLOT)
-UNEQUAL = tl.constexpr(UNEQUAL_COUNTS)
 CHECKED = tl.constexpr(2048)
+_LARGEST = (2**31 - 1, 2**63 - 1)  # slots, of 32 and of 64 bits
 
 
 @triton.jit(
@@ -61,9 +57,9 @@ def plan_kernel(
     row, start, reason = begin_at(s, start_handles, start_lengths, query, key, count, code, named, PAGE, BIGRAM, START)
     value = start.to(tl.int64)
     if not (good & slots_good):
-        reason = reason * 0 + WRONG_OFFSETS
+        reason = reason * 0 + reasons.BAD_OFFSETS
     elif count != slot_count:
-        reason = reason * 0 + UNEQUAL
+        reason = reason * 0 + reasons.UNEQUAL
         value = (count << 32) | slot_count
     length = start
     left = start * 0
@@ -79,26 +75,26 @@ def plan_kernel(
         length = start + done
         bad = first_outside(key, done, count - done, MAX_TOKEN, CHECKED)
         if bad >= 0:
-            refuse(w, query, WRONG_TOKEN_VALUE, bad)
+            refuse(w, query, reasons.BAD_TOKEN, bad)
         else:
             bad = first_outside(slots + slot_place, units * 0, count, limit, CHECKED)
             if bad >= 0:
-                refuse(w, query, WRONG_SLOT, bad)
+                refuse(w, query, reasons.BAD_SLOT, bad)
     opens = length < start + units
-    put(w, batch, query, row, meta.Q_EDGE)
-    put(w, batch, query, length, meta.Q_AT)
-    put(w, batch, query, start, meta.Q_BEGIN)
-    put(w, batch, query, start + units, meta.Q_END)
-    put(w, batch, query, opens, meta.Q_OPEN)
-    put(w, batch, query, row * 0 - 1, meta.Q_LEAF)
-    put(w, batch, query, row * 0 - 1, meta.Q_ROUND)
+    put(w, batch, query, row, scratch.Q_EDGE)
+    put(w, batch, query, length, scratch.Q_AT)
+    put(w, batch, query, start, scratch.Q_BEGIN)
+    put(w, batch, query, start + units, scratch.Q_END)
+    put(w, batch, query, opens, scratch.Q_OPEN)
+    put(w, batch, query, row * 0 - 1, scratch.Q_LEAF)
+    put(w, batch, query, row * 0 - 1, scratch.Q_ROUND)
     note_cut(w, batch, query, row, length, left > 0)
     if opens:
         claim(
             s, w, values, offsets, names, name, query, batch, key + (length - start), row.to(tl.int64),
             length.to(tl.int64), code, row * 0, mask, PAGE, WIDTH, BIGRAM, SINGLE, NAMES,
         )  # fmt: skip
-        tl.atomic_add(w.number + meta.OPEN, 1, sem="relaxed")
+        tl.atomic_add(w.counters + scratch.OPEN, 1, sem="relaxed")
 
 
 _plan = Kernel(
@@ -108,31 +104,26 @@ _plan = Kernel(
 
 
 def insert(
-    bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, names: int, name: int,
-    start_handles: int, start_lengths: int, slots: int, slots_wide: bool, slot_offsets: int, slot_total: int,
-    limit: int, pool: int, pool_wide: bool, priorities: int, priority: int, inserteds: int, inserted: int,
-    prefix_lengths: int, lengths: int, handles: int, call: int, page: int, bigram: bool, may_compact: bool,
+    arrays: Arrays, keys: Values, slots: Values, names: PerQuery, starts: Places, priorities: PerQuery,
+    inserted: PerQuery, out: Output, call: int, may_compact: bool,
 ) -> None:  # fmt: skip
     """Insert a batch, all of it or nothing, in three launches (and those of a compaction, if one may be needed).
 
-    Arguments as for `match`; slots, slot_offsets: addresses of the slots (int64 if `slots_wide`) and int64 [B + 1],
-    0 for a single key of `slot_total` slots; limit: the greatest slot. pool: address of the slot pool. priorities,
-    inserteds: addresses of int64 [B], or 0 and one number for all. Fills prefix_lengths and lengths int32 [B] and
-    handles int64 [B], with -1 where the call is refused.
+    names: as for `match`. slots: as many queries as keys have. inserted: up to which length the same request inserted
+    before. Fills `out`, with -1 where the call is refused.
     """
-    sizes = page_constants(page, bigram, 512)
+    sizes = page_constants(arrays.page, arrays.bigram, 512)
+    single = keys.offsets == 0
     _plan(
-        bound, batch,
+        arrays, keys.batch,
         (
-            values, offsets, names, start_handles, start_lengths, slots, slot_offsets, total, slot_total, limit, name,
-            batch, bound.workspace.claims.shape[1] - 1,
+            keys.address, keys.offsets, names.address, starts.handles, starts.lengths, slots.address,
+            0 if single else slots.offsets, keys.total, slots.total, _LARGEST[arrays.pool_wide], names.number,
+            keys.batch, arrays.scratch.claims.shape[1] - 1,
         ),
-        (*sizes, offsets == 0, names != 0, start_handles != 0), (wide, slots_wide),
+        (*sizes, single, names.address != 0, starts.handles != 0), (keys.wide, slots.wide),
     )  # fmt: skip
-    settle(bound, values, wide, offsets, batch, names, name, may_compact, *sizes[:3])
+    settle(arrays, keys, names, may_compact, *sizes[:3])
     if may_compact:
-        compact(bound, pool, pool_wide, False)
-    build(
-        bound, values, wide, offsets, total, batch, names, name, slots, slots_wide, slot_offsets, pool, pool_wide,
-        priorities, priority, inserteds, inserted, prefix_lengths, lengths, handles, call, page, bigram,
-    )  # fmt: skip
+        compact(arrays, False)
+    build(arrays, keys, slots, names, priorities, inserted, out, call)

@@ -18,14 +18,20 @@ import torch
 import triton
 import triton.language as tl
 
-from flatradix import meta
-from flatradix.layout import TreeState, Workspace
+from flatradix.layout import scratch
+from flatradix.layout.scratch import Scratch
+from flatradix.layout.state import TreeState
 
 # Under TRITON_INTERPRET=1 kernels run in Python, one program after the other, on tensors in host memory.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 _DTYPES = {"*i32": torch.int32, "*i64": torch.int64}
 _CTYPES = {"*i32": ctypes.c_int32, "*i64": ctypes.c_int64}
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """A plain function of the layout, as a function that kernels can call."""
+    return function if INTERPRETED else triton.jit(function)
 
 
 class DirectLaunch:
@@ -78,9 +84,9 @@ def _has_parameters(function: int, count: int) -> bool:
     return all(at(index) and size.value <= 8 for index in range(count)) and not at(count)
 
 
-def _direct_launch(compiled: Any, bound: Bound, changing: int, warps: int, cooperative: bool) -> DirectLaunch | None:
+def _direct_launch(compiled: Any, arrays: Arrays, changing: int, warps: int, cooperative: bool) -> DirectLaunch | None:
     """The direct way to start a kernel, or None where something is not as we know it."""
-    fixed = [address for part in bound.addresses for address in part]
+    fixed = [address for part in arrays.addresses for address in part]
     try:
         plain = compiled.metadata.num_ctas == 1 and not compiled.metadata.global_scratch_size
         if torch.version.hip is not None or not plain or not isinstance(compiled.function, int):
@@ -92,35 +98,46 @@ def _direct_launch(compiled: Any, bound: Bound, changing: int, warps: int, coope
         return None
 
 
-class Bound(NamedTuple):
-    """The first parameters of kernels: tensors for the compiler and the interpreter, addresses for launches."""
+class Arrays(NamedTuple):
+    """The arrays of one tree as kernels take them: tensors to compile and interpret with, addresses to launch with.
 
-    device: int  # CUDA index, -1 interpreted
-    rows: int  # row capacity
+    device: CUDA index, -1 where kernels are interpreted. rows: row capacity. pool: address of the slot pool, [2 P] of
+    int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: launches with the addresses filled in.
+    The tensors must outlive it.
+    """
+
+    device: int
+    rows: int
+    page: int
+    bigram: bool
+    pool: int
+    pool_wide: bool
     state: TreeState
-    workspace: Workspace
-    tensors: tuple[Any, ...]  # the two of them
+    scratch: Scratch
+    tensors: tuple[Any, ...]
     addresses: tuple[Any, ...]
-    direct: dict[Any, DirectLaunch]  # launches with these addresses filled in
+    direct: dict[Any, DirectLaunch]
 
 
 def _index(device: torch.device) -> int:
     return int(device.index) if device.type == "cuda" else -1
 
 
-def bind(state: TreeState, workspace: Workspace) -> Bound:
-    """The tensors must outlive what is returned; a tensor that is replaced needs a new one."""
+def arrays_of(state: TreeState, scratch: Scratch, pool: torch.Tensor, page: int, bigram: bool) -> Arrays:
     addresses = (
         TreeState._make(tensor.data_ptr() for tensor in state),
-        Workspace._make(tensor.data_ptr() for tensor in workspace),
+        Scratch._make(tensor.data_ptr() for tensor in scratch),
     )
-    return Bound(_index(state.meta.device), len(state.parent), state, workspace, (state, workspace), addresses, {})
+    return Arrays(
+        _index(state.numbers.device), len(state.parent), page, bigram, pool.data_ptr(), pool.dtype == torch.int64,
+        state, scratch, (state, scratch), addresses, {},
+    )  # fmt: skip
 
 
-def bind_no_tree(device: torch.device) -> Bound:
+def no_arrays(device: torch.device) -> Arrays:
     """For the kernels that have none among their parameters."""
     nothing: Any = None
-    return Bound(_index(device), 0, nothing, nothing, (), (), {})
+    return Arrays(_index(device), 0, 1, False, 0, False, nothing, nothing, (), (), {})
 
 
 class Pointer:
@@ -148,8 +165,19 @@ def current_stream(device: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel, as `Kernel.__call__` was asked for it."""
+
+    programs: int
+    arguments: Sequence[int]
+    constants: tuple[int | bool, ...]
+    wide: tuple[bool, ...]
+    warps: int
+    registers: int
+
+
 class Kernel:
-    """A Triton function `(state, workspace, *arguments, *constants)` and its compiled forms; some know of no tree.
+    """A Triton function `(state, scratch, *arguments, *constants)` and its compiled forms; some know of no tree.
 
     kinds: what each argument is: "*i32" or "*i64" (an address), "*w" (int64 where the call's `wide` says so, in order,
         else int32), "i32" or "i64" (a number; the function must not specialise on it).
@@ -168,7 +196,7 @@ class Kernel:
 
     def __call__(
         self,
-        bound: Bound,
+        arrays: Arrays,
         programs: int,
         arguments: Sequence[int],
         constants: tuple[int | bool, ...] = (),
@@ -180,74 +208,55 @@ class Kernel:
 
         registers: the most that a thread may have (CUDA only), 0 for as many as the compiler likes.
         """
-        key = (self, constants, wide, warps)
-        direct = bound.direct.get(key)
+        direct = arrays.direct.get((self, constants, wide, warps))
         if direct is None:
-            self._start(key, bound, programs, arguments, constants, wide, warps, registers)
-        elif torch._C._cuda_getDevice() == bound.device:
-            direct(programs, current_stream(bound.device), arguments)
+            self._start(arrays, Launch(programs, arguments, constants, wide, warps or self.warps, registers), warps)
+        elif torch._C._cuda_getDevice() == arrays.device:
+            direct(programs, current_stream(arrays.device), arguments)
         else:
-            with torch.cuda.device(bound.device):
-                direct(programs, current_stream(bound.device), arguments)
+            with torch.cuda.device(arrays.device):
+                direct(programs, current_stream(arrays.device), arguments)
 
-    def _start(
-        self,
-        key: Any,
-        bound: Bound,
-        programs: int,
-        arguments: Sequence[int],
-        constants: tuple[int | bool, ...],
-        wide: tuple[bool, ...],
-        warps: int,
-        registers: int,
-    ) -> None:
+    def _start(self, arrays: Arrays, launch: Launch, asked_warps: int) -> None:
         """Launch another way: the first time, or where there is no direct one."""
-        launcher = self._compiled.get((bound.device, constants, wide, warps))
+        variant = arrays.device, launch.constants, launch.wide, launch.warps
+        launcher = self._compiled.get(variant)
         if launcher is None:
-            compiled = self._first(bound, programs, arguments, constants, wide, warps, registers)
+            compiled = self._first(arrays, launch)
             launcher = None if compiled is None else _launcher(compiled)
             if launcher is not None:
-                self._compiled[(bound.device, constants, wide, warps)] = compiled, *launcher
+                self._compiled[variant] = compiled, *launcher
             return
         compiled, run, function, metadata = launcher
-        with torch.cuda.device(bound.device):
+        with torch.cuda.device(arrays.device):
             run(
-                programs, 1, 1, current_stream(bound.device), function, metadata, None, None, None,
-                *bound.addresses, *arguments, *constants,
+                launch.programs, 1, 1, current_stream(arrays.device), function, metadata, None, None, None,
+                *arrays.addresses, *launch.arguments, *launch.constants,
             )  # fmt: skip
-            direct = _direct_launch(compiled, bound, len(arguments), warps or self.warps, self.cooperative)
+            direct = _direct_launch(compiled, arrays, len(launch.arguments), launch.warps, self.cooperative)
         if direct is not None:
-            bound.direct[key] = direct
+            arrays.direct[(self, launch.constants, launch.wide, asked_warps)] = direct
 
     def types(self, wide: tuple[bool, ...]) -> list[str]:
         """The type of each argument, "*w" resolved."""
         widths = iter(wide)
         return [("*i64" if next(widths) else "*i32") if kind == "*w" else kind for kind in self.kinds]
 
-    def _first(
-        self,
-        bound: Bound,
-        programs: int,
-        arguments: Sequence[int],
-        constants: tuple[int | bool, ...],
-        wide: tuple[bool, ...],
-        warps: int,
-        registers: int,
-    ) -> Any:
+    def _first(self, arrays: Arrays, launch: Launch) -> Any:
         """Launch the public way; returns the compiled kernel, None where it is interpreted."""
-        pairs = zip(arguments, self.types(wide), strict=True)
+        pairs = zip(launch.arguments, self.types(launch.wide), strict=True)
         typed = [_typed(value, kind) if kind[0] == "*" else value for value, kind in pairs]
-        options: dict[str, Any] = {"num_warps": warps or self.warps}
+        options: dict[str, Any] = {"num_warps": launch.warps}
         if self.cooperative:
             options["launch_cooperative_grid"] = True
-        if registers and torch.version.hip is None:
-            options["maxnreg"] = registers
+        if launch.registers and torch.version.hip is None:
+            options["maxnreg"] = launch.registers
         if INTERPRETED:
             options.pop("maxnreg", None)
-            self.function[(programs,)](*bound.tensors, *typed, *constants, **options)
+            self.function[(launch.programs,)](*arrays.tensors, *typed, *launch.constants, **options)
             return None
-        with torch.cuda.device(bound.device):
-            return self.function[(programs,)](*bound.tensors, *typed, *constants, **options)
+        with torch.cuda.device(arrays.device):
+            return self.function[(launch.programs,)](*arrays.tensors, *typed, *launch.constants, **options)
 
 
 def _launcher(compiled: Any) -> tuple[Callable[..., Any], Any, Any] | None:
@@ -265,14 +274,14 @@ def multi_processors(device: int) -> int:
     return 1 if device < 0 else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def resident(bound: Bound, wanted: int, most: int = 4) -> int:
+def resident(arrays: Arrays, wanted: int, most: int = 4) -> int:
     """How many programs of a cooperative launch to start; one, where they are interpreted one after the other.
 
     most: programs a multiprocessor that certainly fit; 4 of 4 warps leave each thread 128 registers, 8 leave 64.
     """
     if INTERPRETED:
         return 1
-    return max(1, min(wanted, most * multi_processors(bound.device), meta.MOST_PROGRAMS))
+    return max(1, min(wanted, most * multi_processors(arrays.device), scratch.MOST_PROGRAMS))
 
 
 @triton.jit

@@ -11,16 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.climb import LEVELS, PATHS, add_locks, parent_of, take_back_locks
 from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
 from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse_lanes
-from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
 from flatradix.kernels.gpu.rows import handle_of, resolve
-from flatradix.refusals import NOT_LOCKED
+from flatradix.layout import mail, numbers, reasons, scratch
+from flatradix.layout.queries import Places
 
 LANES = tl.constexpr(32)
-NO_LOCK = tl.constexpr(NOT_LOCKED)
 
 
 @triton.jit
@@ -51,8 +50,8 @@ def _each_level(value):
 
 @triton.jit
 def _remember(w, batch, query, row, cut, active):
-    tl.store(column(w, batch, meta.Q_ROW) + query, row, mask=active)
-    tl.store(column(w, batch, meta.Q_CUT) + query, cut, mask=active)
+    tl.store(column(w, batch, scratch.Q_ROW) + query, row, mask=active)
+    tl.store(column(w, batch, scratch.Q_CUT) + query, cut, mask=active)
 
 
 @triton.jit
@@ -61,12 +60,12 @@ def _take_back(s, w, batch, SIGN: tl.constexpr):
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
-        cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
+        row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=query < batch, other=0)
+        cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=query < batch, other=0)
         tl.atomic_add(s.own_locks + row, -SIGN, mask=(row > 0) & (cut == 0), sem="relaxed")
         take_back_locks(s, row_or_above(s, row, cut), tl.zeros_like(row) + SIGN)
         first += LANES
-    tl.store(w.number + meta.NEWLY, 0)
+    tl.store(w.counters + scratch.NEWLY, 0)
 
 
 @triton.jit
@@ -75,8 +74,8 @@ def _renew(s, w, handles, batch, program, programs):
     first = program * LANES
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
-        cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=1)
+        row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=query < batch, other=0)
+        cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=query < batch, other=1)
         tl.store(handles + query, handle_of(s, row), mask=cut == 0)
         first += programs * LANES
 
@@ -90,16 +89,16 @@ def _finish_lock(
     All programs of the launch find the same numbers here, as these are changed by the last of them only.
     """
     error = first_refusal(w)
-    good = error == meta.NO_ERROR
-    cuts = good & (tl.load(w.number + meta.CUTS, volatile=True) > 0)
+    good = error == scratch.NO_ERROR
+    cuts = good & (tl.load(w.counters + scratch.CUTS, volatile=True) > 0)
     if good:
         _renew(s, w, handles, batch, program, programs)
     if cuts:
-        clock = tl.load(s.meta + meta.CLOCK)
+        clock = tl.load(s.numbers + numbers.CLOCK)
         cut_locked(s, w, handles, batch, rows, clock, program, programs, PAGE, BIGRAM, 0)
     last = program == 0
     if not ALONE:
-        if cuts | (error != meta.NO_ERROR):
+        if cuts | (error != scratch.NO_ERROR):
             last, _bad = is_last(w, programs)
     if last:
         tl.debug_barrier()
@@ -107,9 +106,9 @@ def _finish_lock(
             book_cuts(s, w)
         if not good:
             _take_back(s, w, batch, 1)
-            tl.store(w.number + meta.CUTS, 0)
+            tl.store(w.counters + scratch.CUTS, 0)
         move_protected(s, w, 1)
-        publish(s, w, call, error, meta.LOCK)
+        publish(s, w, call, error, mail.LOCK)
 
 
 @triton.jit
@@ -125,6 +124,8 @@ def lock_kernel(
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     part, parts = _part(ALONE)
+    if not ALONE:
+        tl.store(w.counters + scratch.STARTED, call.to(tl.int64))
     query = tl.program_id(0) // parts * LANES + tl.arange(0, LANES)
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
@@ -138,7 +139,7 @@ def lock_kernel(
     if part == 0:
         tl.atomic_add(s.own_locks + row, 1, mask=(row > 0) & (cut == 0), sem="relaxed")
         if tl.max(cut) > 0:
-            tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
+            tl.atomic_add(w.counters + scratch.CUTS, 1, sem="relaxed")
     from_row = row_or_above(s, row, cut)
     newly = tl.zeros([], tl.int64)
     first = part * PATHS
@@ -147,7 +148,7 @@ def lock_kernel(
         newly += add_locks(s, w, _each_level(path), _each_level(count))
         first += parts * PATHS
     if newly > 0:
-        tl.atomic_add(w.number + meta.NEWLY, newly, sem="relaxed")
+        tl.atomic_add(w.counters + scratch.NEWLY, newly, sem="relaxed")
     if ALONE:
         tl.debug_barrier()
         _finish_lock(s, w, handles, batch, rows, call, 0, 1, PAGE, BIGRAM, True)
@@ -171,38 +172,40 @@ def _refuse_surplus(s, w, batch):
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
+        row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=query < batch, other=0)
         lacking = -tl.load(s.own_locks + row, mask=(query < batch) & (row > 0), other=0)
         later = tl.zeros([LANES], tl.int32)
         other = tl.zeros([], tl.int32)
         while other < batch:
             k = other + tl.arange(0, LANES)
-            theirs = tl.load(column(w, batch, meta.Q_ROW) + k, mask=k < batch, other=-1)
+            theirs = tl.load(column(w, batch, scratch.Q_ROW) + k, mask=k < batch, other=-1)
             after = (theirs[None, :] == row[:, None]) & (k[None, :] > query[:, None])
             later += tl.sum(after.to(tl.int32), axis=1)
             other += LANES
         surplus = (query < batch) & (row > 0) & (later < lacking)
         length = tl.load(s.end + row, mask=surplus, other=0).to(tl.int64)
-        refuse_lanes(w, query, tl.where(surplus, NO_LOCK, 0).to(tl.int64), length)
+        refuse_lanes(w, query, tl.where(surplus, reasons.NOT_LOCKED, 0).to(tl.int64), length)
         first += LANES
     tl.debug_barrier()
 
 
 @triton.jit
 def _finish_unlock(s, w, batch, call):
-    if tl.load(w.number + meta.COUNT, volatile=True) > 0:
+    if tl.load(w.counters + scratch.COUNT, volatile=True) > 0:
         _refuse_surplus(s, w, batch)
-        tl.store(w.number + meta.COUNT, 0)
+        tl.store(w.counters + scratch.COUNT, 0)
     error = first_refusal(w)
-    if error != meta.NO_ERROR:
+    if error != scratch.NO_ERROR:
         _take_back(s, w, batch, -1)
     move_protected(s, w, -1)
-    publish(s, w, call, error, meta.UNLOCK)
+    publish(s, w, call, error, mail.UNLOCK)
 
 
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "call"])
 def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, ALONE: tl.constexpr):
     part, parts = _part(ALONE)
+    if not ALONE:
+        tl.store(w.counters + scratch.STARTED, -call.to(tl.int64))
     query = tl.program_id(0) // parts * LANES + tl.arange(0, LANES)
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
@@ -210,7 +213,7 @@ def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE:
     row, reason = resolve(s, handle, length.to(tl.int64), active, PAGE)
     row = row.to(tl.int32)
     end = tl.load(s.end + row, mask=row > 0, other=0)
-    reason = tl.where((row > 0) & (length < end), NO_LOCK, reason)
+    reason = tl.where((row > 0) & (length < end), reasons.NOT_LOCKED, reason)
     refuse_lanes(w, query, tl.where(active, reason, 0), length.to(tl.int64))
     row = tl.where(reason < 0, 0, row)
     _remember(w, batch, query, row, tl.zeros_like(row), active)
@@ -223,10 +226,10 @@ def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE:
         locks = tl.atomic_add(s.own_locks + path, -count, mask=once, sem="relaxed")
         freed += add_locks(s, w, path, -count)
         if tl.max((once & (locks < count)).to(tl.int32)) > 0:
-            tl.atomic_add(w.number + meta.COUNT, 1, sem="relaxed")
+            tl.atomic_add(w.counters + scratch.COUNT, 1, sem="relaxed")
         first += parts * PATHS
     if freed > 0:
-        tl.atomic_add(w.number + meta.NEWLY, freed, sem="relaxed")
+        tl.atomic_add(w.counters + scratch.NEWLY, freed, sem="relaxed")
     if ALONE:
         tl.debug_barrier()
         _finish_unlock(s, w, batch, call)
@@ -249,21 +252,31 @@ def _programs(batch: int) -> tuple[int, bool]:
     return 1 if alone else -(-batch // LANES.value) * (LANES.value // PATHS.value), alone
 
 
-def lock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int, bigram: bool) -> None:
-    """Lock a batch of places; `handles` int64 [B] and `lengths` int32 [B] are addresses, handles of cut edges renewed.
-
-    One launch for up to 8 places, else two.
-    """
-    programs, alone = _programs(batch)
-    _lock(bound, programs, (handles, lengths, batch, bound.rows, call), (page, bigram, alone))
+def lock(arrays: Arrays, places: Places, call: int) -> None:
+    """Lock a batch of places, whose handles are renewed where edges are cut. One launch for up to 8, else two."""
+    programs, alone = _programs(places.batch)
+    _lock(
+        arrays, programs, (places.handles, places.lengths, places.batch, arrays.rows, call),
+        (arrays.page, arrays.bigram, alone),
+    )  # fmt: skip
     if not alone:
-        finishing = resident(bound, -(-batch // LANES.value), 1)
-        _finish_locks(bound, finishing, (handles, batch, bound.rows, call), (page, bigram))
+        finish_lock(arrays, places, call)
 
 
-def unlock(bound: Bound, handles: int, lengths: int, batch: int, call: int, page: int) -> None:
+def finish_lock(arrays: Arrays, places: Places, call: int) -> None:
+    """The second launch."""
+    programs = resident(arrays, -(-places.batch // LANES.value), 1)
+    _finish_locks(arrays, programs, (places.handles, places.batch, arrays.rows, call), (arrays.page, arrays.bigram))
+
+
+def unlock(arrays: Arrays, places: Places, call: int) -> None:
     """Unlock a batch of places, all or nothing; launches as for `lock`."""
-    programs, alone = _programs(batch)
-    _unlock(bound, programs, (handles, lengths, batch, call), (page, alone))
+    programs, alone = _programs(places.batch)
+    _unlock(arrays, programs, (places.handles, places.lengths, places.batch, call), (arrays.page, alone))
     if not alone:
-        _finish_unlocks(bound, 1, (batch, call))
+        finish_unlock(arrays, places, call)
+
+
+def finish_unlock(arrays: Arrays, places: Places, call: int) -> None:
+    """The second launch."""
+    _finish_unlocks(arrays, 1, (places.batch, call))

@@ -7,16 +7,14 @@ import functools
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.climb import take_back_locks
 from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
 from flatradix.kernels.gpu.finish import answer, first_refusal, is_last, move_protected, publish, publish_done, refuse
-from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.launch import Arrays, Kernel
 from flatradix.kernels.gpu.lock import row_or_above
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
-    WRONG_OFFSETS,
     begin_at,
     first_outside,
     key_range,
@@ -28,9 +26,9 @@ from flatradix.kernels.gpu.walk import (
     walk,
     whole_pages,
 )
-from flatradix.refusals import BAD_TOKEN
+from flatradix.layout import mail, numbers, reasons, scratch
+from flatradix.layout.queries import Output, PerQuery, Places, Values
 
-WRONG_VALUE = tl.constexpr(BAD_TOKEN)
 LANES = tl.constexpr(128)
 # A single key in host memory is read in pieces of this many tokens, all of a piece on its way at once.
 PIECE = tl.constexpr(2048)
@@ -54,9 +52,9 @@ def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.co
     while first < batch:
         query = first + tl.arange(0, LANES)
         if TOUCH or LOCK:
-            row = tl.load(column(w, batch, meta.Q_ROW) + query, mask=query < batch, other=0)
+            row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=query < batch, other=0)
             if LOCK:
-                cut = tl.load(column(w, batch, meta.Q_CUT) + query, mask=query < batch, other=0)
+                cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=query < batch, other=0)
                 tl.atomic_add(s.own_locks + row, -1, mask=(row > 0) & (cut == 0), sem="relaxed")
                 take_back_locks(s, row_or_above(s, row, cut), tl.zeros_like(row) + 1)
             if TOUCH:
@@ -75,20 +73,20 @@ def _finish(
     if bad:
         _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
         if LOCK:
-            tl.store(w.number + meta.NEWLY, 0)
-            tl.store(w.number + meta.CUTS, 0)
-        publish(s, w, call, first_refusal(w), meta.MATCH)
+            tl.store(w.counters + scratch.NEWLY, 0)
+            tl.store(w.counters + scratch.CUTS, 0)
+        publish(s, w, call, first_refusal(w), mail.MATCH)
     else:
         if LOCK:
-            if tl.load(w.number + meta.CUTS, volatile=True) > 0:
+            if tl.load(w.counters + scratch.CUTS, volatile=True) > 0:
                 cut_locked(s, w, handles, batch, rows, clock, 0, 1, PAGE, BIGRAM, 2 * TOUCH)
                 tl.debug_barrier()
                 book_cuts(s, w)
             move_protected(s, w, 1)
         if TOUCH:
-            tl.store(s.meta + meta.CLOCK, clock + 2 * batch)
+            tl.store(s.numbers + numbers.CLOCK, clock + 2 * batch)
         if LOCK:
-            publish(s, w, call, tl.zeros([], tl.int64) + meta.NO_ERROR, meta.MATCH)
+            publish(s, w, call, tl.zeros([], tl.int64) + scratch.NO_ERROR, mail.MATCH)
         else:
             publish_done(w, call, errors)
 
@@ -106,8 +104,8 @@ def match_kernel(
     LOCK: tl.constexpr, SINGLE: tl.constexpr, STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0)
-    clock = tl.load(s.meta + meta.CLOCK)
-    errors = tl.load(s.meta + meta.ERRORS)
+    clock = tl.load(s.numbers + numbers.CLOCK)
+    errors = tl.load(s.numbers + numbers.ERRORS)
     tick = clock + 2 * (query.to(tl.int64) + 1)
     call = call.to(tl.int64)
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
@@ -118,7 +116,7 @@ def match_kernel(
     code, named = name_of(names, name, query, NAMES)
     row, start, reason = begin_at(s, start_handles, start_lengths, query, key, count, code, named, PAGE, BIGRAM, START)
     if not good:
-        reason = reason * 0 + WRONG_OFFSETS
+        reason = reason * 0 + reasons.BAD_OFFSETS
     first_row = row
     length = start
     left = tl.zeros([], tl.int32)
@@ -136,11 +134,11 @@ def match_kernel(
         if done < units:
             place = first_outside(key, done, PAGE + BIGRAM, MAX_TOKEN, WIDTH)
             if place >= 0:
-                refuse(w, query, WRONG_VALUE, place)
+                refuse(w, query, reasons.BAD_TOKEN, place)
                 bad = place >= 0
         if LOCK:
             if left > 0:
-                tl.atomic_add(w.number + meta.CUTS, 1, sem="relaxed")
+                tl.atomic_add(w.counters + scratch.CUTS, 1, sem="relaxed")
             elif row > 0:
                 tl.atomic_add(s.own_locks + row, 1, sem="relaxed")
         elif (left > 0) & (row != first_row):
@@ -153,10 +151,10 @@ def match_kernel(
             newly += visit_up(s, w, from_row, clock, tick, TOUCH, LOCK)
     if LOCK:
         if newly > 0:
-            tl.atomic_add(w.number + meta.NEWLY, newly, sem="relaxed")
+            tl.atomic_add(w.counters + scratch.NEWLY, newly, sem="relaxed")
     if TOUCH or LOCK:
-        tl.store(column(w, batch, meta.Q_ROW) + query, row)
-        tl.store(column(w, batch, meta.Q_CUT) + query, tl.where(left > 0, length, 0))
+        tl.store(column(w, batch, scratch.Q_ROW) + query, row)
+        tl.store(column(w, batch, scratch.Q_CUT) + query, tl.where(left > 0, length, 0))
     handle = handle_of(s, row)
     tl.store(lengths + query, length)
     tl.store(handles + query, handle)
@@ -196,30 +194,25 @@ def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
 
 
 def match(
-    bound: Bound, values: int, wide: bool, offsets: int, total: int, batch: int, names: int, name: int,
-    start_handles: int, start_lengths: int, lengths: int, handles: int, call: int,
-    page: int, bigram: bool, touch: bool, lock: bool,
-) -> None:  # fmt: skip
+    arrays: Arrays, keys: Values, names: PerQuery, starts: Places, out: Output, call: int, touch: bool, lock: bool
+) -> None:
     """Match a batch in one launch.
 
-    values, offsets: addresses of tokens (int64 if `wide`) and int64 [B + 1]; offsets 0 for a single key of `total`
-        tokens.
-    names: address of int64 [B], code * 2 + (1 if the caller gave a name), or 0 and the same number in `name` for all.
-    start_handles, start_lengths: int64 and int32 [B], or 0.
-    Fills lengths int32 [B] and handles int64 [B], with -1 where the call is refused.
+    names: code * 2 + (1 if the caller gave a name). Fills the handles and lengths of `out`, with -1 where the call is
+    refused.
     """
-    block, warps, registers = shape(batch, total // batch, lock)
+    block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
     _match(
-        bound, batch,
+        arrays, keys.batch,
         (
-            values, offsets, names, start_handles, start_lengths, lengths, handles, 0, total, name, batch,
-            bound.rows, call,
+            keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
+            keys.total, names.number, keys.batch, arrays.rows, call,
         ),
         (
-            *page_constants(page, bigram, block), touch, lock, offsets == 0, False, names != 0,
-            start_handles != 0,
+            *page_constants(arrays.page, arrays.bigram, block), touch, lock, keys.offsets == 0, False,
+            names.address != 0, starts.handles != 0,
         ),
-        (wide, wide),
+        (keys.wide, keys.wide),
         warps,
         registers,
     )  # fmt: skip
@@ -231,14 +224,14 @@ def _single_constants(page: int, bigram: bool, touch: bool, lock: bool) -> tuple
 
 
 def match_one(
-    bound: Bound, values: int, wide: bool, count: int, name: int, length: int, handle: int, stage: int, call: int,
-    page: int, bigram: bool, touch: bool, lock: bool,
-) -> None:  # fmt: skip
-    """Match one key of `count` tokens in pinned memory from the root; arguments as for `match`.
+    arrays: Arrays, key: tuple[int, int, bool], name: int, out: Output, stage: int, call: int, touch: bool, lock: bool
+) -> None:
+    """Match one key in pinned memory from the root; name, out: as for `match`.
 
-    stage: device memory to which the key is brought first.
+    key: its address, tokens, and whether they are int64. stage: address of device memory to which it is brought first.
     """
+    address, count, wide = key
     _match(
-        bound, 1, (values, 0, 0, 0, 0, length, handle, stage, count, name, 1, bound.rows, call),
-        _single_constants(page, bigram, touch, lock), (wide, wide),
+        arrays, 1, (address, 0, 0, 0, 0, out.lengths, out.handles, stage, count, name, 1, arrays.rows, call),
+        _single_constants(arrays.page, arrays.bigram, touch, lock), (wide, wide),
     )  # fmt: skip

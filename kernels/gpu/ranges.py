@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix.kernels.gpu.launch import Bound, Kernel
+from flatradix.kernels.gpu.launch import Arrays, Kernel
 
 BLOCK = tl.constexpr(1024)
 
@@ -31,7 +31,7 @@ _copy_ranges = Kernel(copy_ranges_kernel, ["*i64", "*w", "*w", "i32", "i64"])
 
 
 def copy_ranges(
-    bound: Bound, ranges: int, count: int, total: int, source: int, source_wide: bool, target: int, target_wide: bool
+    arrays: Arrays, ranges: int, count: int, total: int, source: int, source_wide: bool, target: int, target_wide: bool
 ) -> None:
     """Copy `count` ranges, none of them behind a total of 0, from `source` to `target`; arguments are addresses.
 
@@ -39,4 +39,4 @@ def copy_ranges(
         that in `target`, both less the sum of the lengths before it.
     """
     arguments = (ranges, source, target, count, total)
-    _copy_ranges(bound, -(-total // BLOCK.value), arguments, wide=(source_wide, target_wide))
+    _copy_ranges(arrays, -(-total // BLOCK.value), arguments, wide=(source_wide, target_wide))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.compact import clear_table
 from flatradix.kernels.gpu.finish import is_last, publish
-from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.kernels.gpu.share import share
+from flatradix.layout import mail, numbers, scratch
 
 BLOCK = tl.constexpr(256)
 
@@ -35,29 +35,31 @@ def _free_all(s, first, end):
 
 @triton.jit
 def _set_numbers(s):
-    cursor = tl.load(s.meta + meta.POOL_END) - tl.load(s.meta + meta.POOL_PAGES) * tl.load(s.meta + meta.PAGE)
-    tl.store(s.meta + meta.POOL_CURSOR, cursor)
-    tl.store(s.meta + meta.FREE_ROWS, tl.load(s.meta + meta.ROWS) - 1)
-    tl.store(s.meta + meta.EVICTABLE, 0)
-    tl.store(s.meta + meta.PROTECTED, 0)
-    tl.store(s.meta + meta.NODES, 0)
+    cursor = tl.load(s.numbers + numbers.POOL_END) - tl.load(s.numbers + numbers.POOL_PAGES) * tl.load(
+        s.numbers + numbers.PAGE
+    )
+    tl.store(s.numbers + numbers.POOL_CURSOR, cursor)
+    tl.store(s.numbers + numbers.FREE_ROWS, tl.load(s.numbers + numbers.ROWS) - 1)
+    tl.store(s.numbers + numbers.EVICTABLE, 0)
+    tl.store(s.numbers + numbers.PROTECTED, 0)
+    tl.store(s.numbers + numbers.NODES, 0)
 
 
 @triton.jit(do_not_specialize=["call", "programs"])
 def reset_kernel(s, w, call: tl.int64, programs: tl.int32):
-    first, end = share(tl.load(s.meta + meta.ROWS), programs)
+    first, end = share(tl.load(s.numbers + numbers.ROWS), programs)
     _free_all(s, first, end)
     clear_table(s, programs)
     last, _bad = is_last(w, programs)
     if last:
         _set_numbers(s)
-        publish(s, w, call.to(tl.int64), meta.NO_ERROR, meta.EVICT)
+        publish(s, w, call.to(tl.int64), scratch.NO_ERROR, mail.EVICT)
 
 
 _reset = Kernel(reset_kernel, ["i64", "i32"])
 
 
-def reset(bound: Bound, call: int) -> None:
+def reset(arrays: Arrays, call: int) -> None:
     """Drop every node, locked ones too; their handles go stale. The clock goes on. The sizes are published."""
-    programs = resident(bound, -(-bound.state.table.shape[0] // BLOCK.value))
-    _reset(bound, programs, (call, programs))
+    programs = resident(arrays, -(-arrays.state.child_table.shape[0] // BLOCK.value))
+    _reset(arrays, programs, (call, programs))

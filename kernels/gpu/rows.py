@@ -5,26 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
-from flatradix.kernels import scalar
-from flatradix.kernels.gpu.launch import INTERPRETED
-from flatradix.layout import FREE_ROW
-from flatradix.refusals import NOT_THERE, STALE
+from flatradix.kernels.gpu.launch import device_function
+from flatradix.layout import handles, numbers, reasons
+from flatradix.layout.state import FREE_ROW
 
-_pack_handle = scalar.pack_handle if INTERPRETED else triton.jit(scalar.pack_handle)
+_pack_handle = device_function(handles.pack_handle)
 
-ROW_BITS = tl.constexpr(scalar.ROW_BITS)
-ROW_MASK = tl.constexpr(scalar.ROW_MASK)
-GENERATION_MASK = tl.constexpr(scalar.GENERATION_MASK)
 FREE = tl.constexpr(FREE_ROW)
-STALE_PLACE = tl.constexpr(STALE)
-NO_PLACE = tl.constexpr(NOT_THERE)
 
 
 @triton.jit
 def handle_of(s, row):
     """The handle of a row, int64; scalar or lanes of rows that exist (row 0 is the root)."""
-    return _pack_handle(row.to(tl.int64), tl.load(s.meta + meta.GENERATION) + tl.load(s.generation + row))
+    return _pack_handle(row.to(tl.int64), tl.load(s.numbers + numbers.GENERATION) + tl.load(s.generation + row))
 
 
 @triton.jit
@@ -33,16 +26,16 @@ def resolve(s, handle, length, active, PAGE: tl.constexpr):
 
     The row is the one on whose edge the place lies: end - edge length < `length` <= end, the root for length 0.
     """
-    row = handle & ROW_MASK
-    active = active & (handle >= 0) & (row < tl.load(s.meta + meta.ROWS))
+    row = handle & handles.ROW_MASK
+    active = active & (handle >= 0) & (row < tl.load(s.numbers + numbers.ROWS))
     generation = tl.load(s.generation + row, mask=active, other=0)
     parent = tl.load(s.parent + row, mask=active, other=FREE).to(tl.int64)
     end = tl.load(s.end + row, mask=active, other=0).to(tl.int64)
     edge = tl.load(s.length + row, mask=active, other=0).to(tl.int64)
-    now = (tl.load(s.meta + meta.GENERATION) + generation) & GENERATION_MASK
-    fresh = active & ((handle >> ROW_BITS) == now) & (parent != FREE)
+    now = (tl.load(s.numbers + numbers.GENERATION) + generation) & handles.GENERATION_MASK
+    fresh = active & ((handle >> handles.ROW_BITS) == now) & (parent != FREE)
     there = fresh & (length >= 0) & (length <= end) & (length % PAGE == 0)
-    reason = tl.where(fresh, tl.where(there, 0, NO_PLACE), STALE_PLACE).to(tl.int64)
+    reason = tl.where(fresh, tl.where(there, 0, reasons.NOT_THERE), reasons.STALE).to(tl.int64)
     row = tl.where(there, row, 0)
     above = there & (row > 0) & (end - edge >= length)
     while tl.max(above.to(tl.int32)) > 0:
@@ -67,18 +60,18 @@ def namespace_of(s, row):
 @triton.jit
 def row_number(s, number, active):
     """The row that the new node `number` (lanes, from 0 on) of this call gets: freed ones first, the last first."""
-    free = tl.load(s.meta + meta.FREE_ROWS)
+    free = tl.load(s.numbers + numbers.FREE_ROWS)
     again = tl.load(s.free_rows + (free - 1 - number), mask=active & (number < free), other=0).to(tl.int64)
-    return tl.where(number < free, again, tl.load(s.meta + meta.ROWS) + number - free)
+    return tl.where(number < free, again, tl.load(s.numbers + numbers.ROWS) + number - free)
 
 
 @triton.jit
 def book_rows(s, count):
     """Take the first `count` of those rows. By one program, when nobody asks for their numbers any more."""
-    free = tl.load(s.meta + meta.FREE_ROWS)
-    rows = tl.load(s.meta + meta.ROWS)
-    nodes = tl.load(s.meta + meta.NODES)
+    free = tl.load(s.numbers + numbers.FREE_ROWS)
+    rows = tl.load(s.numbers + numbers.ROWS)
+    nodes = tl.load(s.numbers + numbers.NODES)
     tl.debug_barrier()
-    tl.store(s.meta + meta.FREE_ROWS, tl.maximum(free - count, 0))
-    tl.store(s.meta + meta.ROWS, rows + tl.maximum(count - free, 0))
-    tl.store(s.meta + meta.NODES, nodes + count)
+    tl.store(s.numbers + numbers.FREE_ROWS, tl.maximum(free - count, 0))
+    tl.store(s.numbers + numbers.ROWS, rows + tl.maximum(count - free, 0))
+    tl.store(s.numbers + numbers.NODES, nodes + count)

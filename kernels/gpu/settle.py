@@ -8,18 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.claim import claim, claims_of, equal_tokens, give_up_claim, key_at
 from flatradix.kernels.gpu.cut import column, compare_cuts, get, list_cuts, note_cut, number_cuts, put
 from flatradix.kernels.gpu.finish import first_refusal, is_last, refuse, wait_for_all
-from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
 from flatradix.kernels.gpu.rows import row_number
 from flatradix.kernels.gpu.walk import name_of
-from flatradix.refusals import FREE_BITS, NO_CAPACITY, NO_ROOM
+from flatradix.layout import numbers, reasons, scratch
+from flatradix.layout.queries import PerQuery, Values
 
-TOO_MUCH = tl.constexpr(NO_CAPACITY)
-NO_POOL = tl.constexpr(NO_ROOM)
-ROOM_BITS = tl.constexpr(FREE_BITS)
 QUERIES = tl.constexpr(1024)
 COMPARED = tl.constexpr(1024)
 
@@ -30,25 +27,25 @@ def _settle_one(
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """One key of a round: the owner's new leaf, or as far along it as the key goes; returns 1 if it is still open."""
-    owner = tl.load(claims + get(w, batch, query, meta.Q_GROUP), volatile=True).to(tl.int64)
-    at = get(w, batch, query, meta.Q_AT)
-    end = get(w, batch, query, meta.Q_END)
+    owner = tl.load(claims + get(w, batch, query, scratch.Q_GROUP), volatile=True).to(tl.int64)
+    at = get(w, batch, query, scratch.Q_AT)
+    end = get(w, batch, query, scratch.Q_END)
     opens = tl.zeros([], tl.int64)
     tl.debug_barrier()  # all warps have read what one of them is about to write
     if owner == query:
-        put(w, batch, query, at * 0, meta.Q_LEAF)
+        put(w, batch, query, at * 0, scratch.Q_LEAF)
     else:
-        their_end = get(w, batch, owner, meta.Q_END)
+        their_end = get(w, batch, owner, scratch.Q_END)
         ours = key_at(values, offsets, w, batch, query, at, SINGLE)
         theirs = key_at(values, offsets, w, batch, owner, at, SINGLE)
         count = tl.minimum(end, their_end) - at + BIGRAM
         equal = tl.maximum(equal_tokens(ours, theirs, count, COMPARED) - BIGRAM, 0)
         at += equal - equal % PAGE
         opens = (at < end).to(tl.int64)
-        put(w, batch, query, at, meta.Q_AT)
-        put(w, batch, query, rows + owner, meta.Q_EDGE)
+        put(w, batch, query, at, scratch.Q_AT)
+        put(w, batch, query, rows + owner, scratch.Q_EDGE)
         note_cut(w, batch, query, rows + owner, at, at < their_end)
-    put(w, batch, query, opens, meta.Q_OPEN)
+    put(w, batch, query, opens, scratch.Q_OPEN)
     return opens
 
 
@@ -60,13 +57,13 @@ def _number_leaves(s, w, batch, made):
     while first < batch:
         query = first + tl.arange(0, QUERIES)
         active = query < batch
-        leads = active & (tl.load(column(w, batch, meta.Q_LEAF) + query, mask=active, other=-1) >= 0)
-        end = tl.load(column(w, batch, meta.Q_END) + query, mask=active, other=0)
-        at = tl.load(column(w, batch, meta.Q_AT) + query, mask=active, other=0)
+        leads = active & (tl.load(column(w, batch, scratch.Q_LEAF) + query, mask=active, other=-1) >= 0)
+        end = tl.load(column(w, batch, scratch.Q_END) + query, mask=active, other=0)
+        at = tl.load(column(w, batch, scratch.Q_AT) + query, mask=active, other=0)
         own = tl.where(leads, end - at, 0).to(tl.int64)
         row = row_number(s, made + tl.cumsum(leads.to(tl.int64)) - 1, leads)
-        tl.store(column(w, batch, meta.Q_LEAF) + query, row.to(tl.int32), mask=leads)
-        tl.store(column(w, batch, meta.Q_OFFSET) + query, (units + tl.cumsum(own) - own).to(tl.int32), mask=active)
+        tl.store(column(w, batch, scratch.Q_LEAF) + query, row.to(tl.int32), mask=leads)
+        tl.store(column(w, batch, scratch.Q_OFFSET) + query, (units + tl.cumsum(own) - own).to(tl.int32), mask=active)
         made += tl.sum(leads.to(tl.int64))
         units += tl.sum(own)
         first += QUERIES
@@ -76,17 +73,17 @@ def _number_leaves(s, w, batch, made):
 @triton.jit
 def _reserve(s, w, made, units, may_compact):
     """See whether all of it fits, and whether the pools have to be compacted first."""
-    total = tl.load(s.meta + meta.EVICTABLE) + tl.load(s.meta + meta.PROTECTED) + units
-    if total > tl.load(s.meta + meta.MAX_TOKENS):
-        free = tl.load(s.meta + meta.MAX_TOKENS) - (total - units)
-        refuse(w, units * 0, TOO_MUCH, (units << ROOM_BITS) | free)
-    elif tl.load(s.meta + meta.POOL_CURSOR) + units > tl.load(s.meta + meta.POOL_END):
+    total = tl.load(s.numbers + numbers.EVICTABLE) + tl.load(s.numbers + numbers.PROTECTED) + units
+    if total > tl.load(s.numbers + numbers.MAX_TOKENS):
+        free = tl.load(s.numbers + numbers.MAX_TOKENS) - (total - units)
+        refuse(w, units * 0, reasons.NO_CAPACITY, (units << reasons.FREE_BITS) | free)
+    elif tl.load(s.numbers + numbers.POOL_CURSOR) + units > tl.load(s.numbers + numbers.POOL_END):
         if may_compact > 0:
-            tl.store(w.number + meta.COMPACT, 1)
+            tl.store(w.counters + scratch.COMPACT, 1)
         else:
-            refuse(w, units * 0, NO_POOL, units)
-    tl.store(w.number + meta.NEEDED, units)
-    tl.store(w.number + meta.TOTAL, made)
+            refuse(w, units * 0, reasons.NO_ROOM, units)
+    tl.store(w.counters + scratch.NEEDED, units)
+    tl.store(w.counters + scratch.TOTAL, made)
 
 
 @triton.jit(do_not_specialize=["values", "offsets", "names", "name", "batch", "rows", "mask", "may_compact"])
@@ -101,17 +98,17 @@ def settle_kernel(
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    good = first_refusal(w) == meta.NO_ERROR
-    open_queries = tl.load(w.number + meta.OPEN, volatile=True)
+    good = first_refusal(w) == scratch.NO_ERROR
+    open_queries = tl.load(w.counters + scratch.OPEN, volatile=True)
     this_round = tl.zeros([], tl.int32)
     while good & (open_queries > 0):
         if this_round > 0:
             query = program.to(tl.int64)
             while query < batch:
                 give_up_claim(w, batch, query, this_round - 1, mask)
-                if get(w, batch, query, meta.Q_OPEN) > 0:
-                    edge = get(w, batch, query, meta.Q_EDGE)
-                    at = get(w, batch, query, meta.Q_AT)
+                if get(w, batch, query, scratch.Q_OPEN) > 0:
+                    edge = get(w, batch, query, scratch.Q_EDGE)
+                    at = get(w, batch, query, scratch.Q_AT)
                     code, _named = name_of(names, name, query, NAMES)
                     key = key_at(values, offsets, w, batch, query, at, SINGLE)
                     claim(
@@ -123,17 +120,17 @@ def settle_kernel(
         query = program.to(tl.int64)
         still = tl.zeros([], tl.int64)
         while query < batch:
-            if get(w, batch, query, meta.Q_OPEN) > 0:
+            if get(w, batch, query, scratch.Q_OPEN) > 0:
                 still += _settle_one(
                     w, values, offsets, query, batch, rows, claims_of(w, this_round, mask), PAGE, BIGRAM, SINGLE
                 )
             query += programs
         if still > 0:
-            tl.atomic_add(w.number + meta.OPEN + 1 - this_round % 2, still, sem="relaxed")
+            tl.atomic_add(w.counters + scratch.OPEN + 1 - this_round % 2, still, sem="relaxed")
         wait_for_all(w, programs)
-        open_queries = tl.load(w.number + meta.OPEN + 1 - this_round % 2, volatile=True)
+        open_queries = tl.load(w.counters + scratch.OPEN + 1 - this_round % 2, volatile=True)
         if program == 0:
-            tl.store(w.number + meta.OPEN + this_round % 2, 0)
+            tl.store(w.counters + scratch.OPEN + this_round % 2, 0)
         this_round += 1
     query = program.to(tl.int64)
     while query < batch:
@@ -141,11 +138,11 @@ def settle_kernel(
         query += programs
     if good:
         count = tl.zeros([], tl.int32)
-        if tl.load(w.number + meta.CUTS, volatile=True) > 0:
+        if tl.load(w.counters + scratch.CUTS, volatile=True) > 0:
             if program == 0:
-                tl.store(w.number + meta.COUNT, list_cuts(w, batch).to(tl.int64))
+                tl.store(w.counters + scratch.COUNT, list_cuts(w, batch).to(tl.int64))
             wait_for_all(w, programs)
-            count = tl.load(w.number + meta.COUNT, volatile=True).to(tl.int32)
+            count = tl.load(w.counters + scratch.COUNT, volatile=True).to(tl.int32)
             compare_cuts(w, batch, count, program, programs)
             wait_for_all(w, programs)
         if program == 0:
@@ -154,25 +151,27 @@ def settle_kernel(
             _reserve(s, w, made, units, may_compact)
     last, _bad = is_last(w, programs)
     if last:
-        tl.store(w.number + meta.ARRIVED, 0)
-        tl.store(w.number + meta.WAITING, 0)
-        tl.store(w.number + meta.OPEN, 0)
-        tl.store(w.number + meta.OPEN + 1, 0)
+        tl.store(w.counters + scratch.ARRIVED, 0)
+        tl.store(w.counters + scratch.WAITING, 0)
+        tl.store(w.counters + scratch.OPEN, 0)
+        tl.store(w.counters + scratch.OPEN + 1, 0)
 
 
 _settle = Kernel(settle_kernel, ["*w", "*i64", "*i64", "i64", "i32", "i32", "i32", "i32"], cooperative=True)
 
 
 def settle(
-    bound: Bound, values: int, wide: bool, offsets: int, batch: int, names: int, name: int, may_compact: bool,
-    page: int, width: int, bigram: bool,
-) -> None:  # fmt: skip
-    """Settle a batch that `plan_kernel` has walked; arguments as for `insert`, width as from `page_constants`.
+    arrays: Arrays, keys: Values, names: PerQuery, may_compact: bool, page: int, width: int, bigram: bool
+) -> None:
+    """Settle a batch that `plan_kernel` has walked; page, width and bigram as from `page_constants`.
 
     may_compact: whether a compaction follows where the pools have no room; without it such a batch is refused.
     """
-    mask = bound.workspace.claims.shape[1] - 1
+    mask = arrays.scratch.claims.shape[1] - 1
     _settle(
-        bound, resident(bound, batch), (values, offsets, names, name, batch, bound.rows, mask, int(may_compact)),
-        (page, width, bigram, offsets == 0, names != 0), (wide,),
+        arrays, resident(arrays, keys.batch),
+        (
+            keys.address, keys.offsets, names.address, names.number, keys.batch, arrays.rows, mask, int(may_compact),
+        ),
+        (page, width, bigram, keys.offsets == 0, names.address != 0), (keys.wide,),
     )  # fmt: skip

@@ -5,16 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.cut import column
 from flatradix.kernels.gpu.finish import first_refusal, is_last, publish, refuse_lanes, wait_for_all
-from flatradix.kernels.gpu.launch import Bound, Kernel, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
 from flatradix.kernels.gpu.rows import resolve
-from flatradix.refusals import BAD_ROW, TOO_LONG
+from flatradix.layout import mail, reasons, scratch
+from flatradix.layout.queries import Places, Table
 
 BLOCK = tl.constexpr(512)
-NO_ROW = tl.constexpr(BAD_ROW)
-NO_WIDTH = tl.constexpr(TOO_LONG)
 
 
 @triton.jit
@@ -28,9 +26,13 @@ def _check(s, w, handles, lengths, rows, height, width, query, batch, PAGE: tl.c
         number = tl.load(rows + one)
         outside = (number < 0) | (number >= height)
         value = tl.where((reason == 0) & outside, number, value)
-        reason = tl.where((reason == 0) & outside, NO_ROW, tl.where((reason == 0) & (length > width), NO_WIDTH, reason))
+        reason = tl.where(
+            (reason == 0) & outside,
+            reasons.BAD_ROW,
+            tl.where((reason == 0) & (length > width), reasons.TOO_LONG, reason),
+        )
     refuse_lanes(w, one.to(tl.int64), reason, value)
-    tl.store(column(w, batch, meta.Q_ROW) + one, row.to(tl.int32))
+    tl.store(column(w, batch, scratch.Q_ROW) + one, row.to(tl.int32))
 
 
 @triton.jit
@@ -75,10 +77,10 @@ def slots_kernel(
         query += programs
     wait_for_all(w, programs)
     error = first_refusal(w)
-    if error == meta.NO_ERROR:
+    if error == scratch.NO_ERROR:
         query = program
         while query < batch:
-            row = tl.load(column(w, batch, meta.Q_ROW) + query)
+            row = tl.load(column(w, batch, scratch.Q_ROW) + query)
             place = tl.load(rows + query).to(tl.int64)
             if TABLE:
                 place = place * stride
@@ -87,9 +89,9 @@ def slots_kernel(
     last, _bad = is_last(w, programs)
     if last:
         if TABLE:
-            publish(s, w, call.to(tl.int64), error, meta.WRITE_SLOTS)
+            publish(s, w, call.to(tl.int64), error, mail.WRITE_SLOTS)
         else:
-            publish(s, w, call.to(tl.int64), error, meta.SLOTS)
+            publish(s, w, call.to(tl.int64), error, mail.SLOTS)
 
 
 _slots = Kernel(
@@ -100,19 +102,17 @@ _slots = Kernel(
 )
 
 
-def gather_slots(
-    bound: Bound, handles: int, lengths: int, offsets: int, pool: int, pool_wide: bool, out: int, batch: int, call: int,
-    page: int,
-) -> None:  # fmt: skip
-    """Write the slots of each place to `out` int64, from `offsets[i]` on (int64 [B])."""
-    arguments = (handles, lengths, offsets, pool, out, 0, 0, 0, batch, call)
-    _slots(bound, resident(bound, batch, 8), arguments, (page, False), (pool_wide, True))
+def gather_slots(arrays: Arrays, places: Places, offsets: int, out: int, call: int) -> None:
+    """Write the slots of each place to the address `out`, of the pool's type, from `offsets[i]` on (int64 [B])."""
+    arguments = (places.handles, places.lengths, offsets, arrays.pool, out, 0, 0, 0, places.batch, call)
+    wide = arrays.pool_wide, arrays.pool_wide
+    _slots(arrays, resident(arrays, places.batch, 8), arguments, (arrays.page, False), wide)
 
 
-def write_slots(
-    bound: Bound, handles: int, lengths: int, rows: int, pool: int, pool_wide: bool, table: int, table_wide: bool,
-    stride: int, height: int, width: int, batch: int, call: int, page: int,
-) -> None:  # fmt: skip
+def write_slots(arrays: Arrays, places: Places, rows: int, table: Table, call: int) -> None:
     """Write the slots of each place into row `rows[i]` (int64 [B]) of a table, all or nothing, in one launch."""
-    arguments = (handles, lengths, rows, pool, table, stride, height, width, batch, call)
-    _slots(bound, resident(bound, batch, 8), arguments, (page, True), (pool_wide, table_wide))
+    arguments = (
+        places.handles, places.lengths, rows, arrays.pool, table.address, table.stride, table.height, table.width,
+        places.batch, call,
+    )  # fmt: skip
+    _slots(arrays, resident(arrays, places.batch, 8), arguments, (arrays.page, True), (arrays.pool_wide, table.wide))

@@ -13,16 +13,11 @@ import functools
 import triton
 import triton.language as tl
 
-from flatradix import meta
 from flatradix.kernels.gpu.children import page_at, probe, tag_of
 from flatradix.kernels.gpu.rows import namespace_of, resolve
-from flatradix.layout import MAX_UNITS
-from flatradix.refusals import BAD_OFFSETS, OTHER_NAMESPACE, OTHER_TOKEN
+from flatradix.layout import numbers, reasons
 
-MAX_TOKEN = tl.constexpr(MAX_UNITS)
-WRONG_OFFSETS = tl.constexpr(BAD_OFFSETS)
-WRONG_NAMESPACE = tl.constexpr(OTHER_NAMESPACE)
-WRONG_TOKEN = tl.constexpr(OTHER_TOKEN)
+MAX_TOKEN = tl.constexpr(numbers.MAX_TOKEN)
 
 
 @triton.jit
@@ -64,18 +59,18 @@ def begin_at(
         one = tl.arange(0, 1)
         handle = tl.load(start_handles + query + one)
         length = tl.load(start_lengths + query)
-        rows, reasons = resolve(s, handle, tl.load(start_lengths + query + one).to(tl.int64), one == 0, PAGE)
+        rows, why = resolve(s, handle, tl.load(start_lengths + query + one).to(tl.int64), one == 0, PAGE)
         row = tl.max(rows).to(tl.int32)
-        reason = tl.min(reasons)
+        reason = tl.min(why)
         if row > 0:
             if named & (namespace_of(s, row) != code):
-                reason = reason * 0 + WRONG_NAMESPACE
+                reason = reason * 0 + reasons.OTHER_NAMESPACE
             elif BIGRAM:
                 if count > 0:
                     left = tl.load(s.end + row) - length
                     place = tl.load(s.start + row) + tl.load(s.length + row) - left - 1
                     if tl.load(s.seconds + place).to(tl.int64) != tl.load(key).to(tl.int64):
-                        reason = reason * 0 + WRONG_TOKEN
+                        reason = reason * 0 + reasons.OTHER_TOKEN
     return row, length, reason
 
 
@@ -96,7 +91,7 @@ def visit(s, w, row, old, clock, tick, TOUCH: tl.constexpr):
     `old` may have been read after others touched the row; whoever touched it first read the tick from before.
     """
     if TOUCH:
-        tl.store(w.undo + row, old, mask=old <= clock)
+        tl.store(w.old_tick + row, old, mask=old <= clock)
         tl.atomic_max(s.tick + row, tick, sem="relaxed")
 
 
@@ -128,7 +123,7 @@ def walk(
     decide how many keys a multiprocessor walks at once.
     """
     j = tl.arange(0, BLOCK)
-    mask = tl.load(s.meta + meta.TABLE_MASK)
+    mask = tl.load(s.numbers + numbers.TABLE_MASK)
     first_row = row
     parent = tl.where(row > 0, row, ~code)
     position = tl.zeros([], tl.int32)
@@ -213,7 +208,7 @@ def walk(
         else:
             # Another child with the same tag: look further. Seen about once in 2**32 probes.
             tag = tl.load(s.tag + row).to(tl.int64) & 0xFFFFFFFF
-            place = tl.load(w.place + row).to(tl.int64)
+            place = tl.load(w.entry + row).to(tl.int64)
             row, position, left, above, old = _child(s, tag, (place + 1) & mask, mask, TOUCH)
             take = tl.minimum(tl.minimum(left, BLOCK), units - done)
             theirs = tl.load(s.tokens + position + j, mask=j < take, other=0)
@@ -268,7 +263,7 @@ def undo_touches(s, w, row, clock, active):
     while tl.max(row) > 0:
         on = row > 0
         touched = on & (tl.load(s.tick + row, mask=on, other=0) > clock)
-        tl.store(s.tick + row, tl.load(w.undo + row, mask=touched, other=0), mask=touched)
+        tl.store(s.tick + row, tl.load(w.old_tick + row, mask=touched, other=0), mask=touched)
         row = tl.where(on, tl.maximum(tl.load(s.parent + row, mask=on, other=0), 0), 0)
 
 

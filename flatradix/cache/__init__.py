@@ -1,0 +1,1 @@
+"""PrefixCache: KV slots and the life of requests over a tree."""

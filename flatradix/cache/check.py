@@ -1,0 +1,43 @@
+"""Every invariant of a PrefixCache. For tests; slow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from flatradix.cache.counts import Counts
+from flatradix.cache.request import Request
+from flatradix.inspect.check import check, equal
+from flatradix.inspect.content import Content
+from flatradix.layout.handles import ROW_MASK
+from flatradix.results import Places
+
+
+def check_slots(counts: Counts, content: Content, free: torch.Tensor, held: Sequence[torch.Tensor]) -> None:
+    """Raise AssertionError unless every slot is in one place: free, cached or held by a request."""
+    check(content)
+    live = content.live()
+    edges = zip(content.column("start")[live].tolist(), content.column("length")[live].tolist(), strict=True)
+    cached = [content.slots[begin : begin + length] for begin, length in edges]
+    where = np.concatenate([free.cpu().numpy(), *cached, *(part.cpu().numpy() for part in held)]).astype(np.int64)
+    equal(counts.free + counts.evictable + counts.protected + counts.held, counts.slots, "slots in all")
+    equal(np.sort(where).tolist(), list(range(counts.slots)), "slots that are free, cached or held")
+
+
+def check_holders(content: Content, running: Sequence[Request], places: Places) -> None:
+    """Raise AssertionError unless each request holds its place, and nobody else holds any."""
+    equal(places.lengths.tolist(), [request.committed for request in running], "places that requests hold")
+    holders = np.bincount(places.handles.cpu().numpy() & ROW_MASK, minlength=content.rows)
+    holders[0] = 0  # nothing is locked at the root
+    live = content.live()
+    equal(holders[live].tolist(), content.column("own_locks")[live].tolist(), "requests that hold each node")
+
+
+def check_table(table: torch.Tensor, running: Sequence[Request], slots: list[list[int]], free_rows: list[int]) -> None:
+    """Raise AssertionError unless the row of each request is what the tree says, and every row is free or in use."""
+    for request, cached in zip(running, slots, strict=True):
+        equal(table[request.row, : request.committed].tolist(), cached, f"row {request.row} of the table")
+    rows = sorted([*free_rows, *(request.row for request in running)])
+    equal(rows, list(range(len(table))), "rows that are free or in use")

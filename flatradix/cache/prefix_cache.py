@@ -1,0 +1,506 @@
+"""PrefixCache: KV slots and the life of requests over a RadixTree, for an engine without an allocator of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from flatradix.cache import recover
+from flatradix.cache.allocator import SlotAllocator
+from flatradix.cache.check import check_holders, check_slots, check_table
+from flatradix.cache.counts import Counts
+from flatradix.cache.input import check_running, computed_ends, read_counts, read_prompts, read_tokens
+from flatradix.cache.places import DevicePlaces, HostPlaces, some_of
+from flatradix.cache.recover import UnderWay
+from flatradix.cache.request import REFUSED, RUNNING, Request
+from flatradix.index import public_call, refuse_reentry
+from flatradix.inputs import devices
+from flatradix.inputs.policy import Policy
+from flatradix.inputs.upload import upload_numbers
+from flatradix.layout.numbers import MAX_UNITS
+from flatradix.results import InsertResult, Places
+from flatradix.tree import RadixTree
+
+# Up to so many slots a request, one operation with an index for all of them; beyond, one for each: a guess, not tuned.
+_FEW_SLOTS = 64
+_MOST_PENDING = 64
+
+
+class _Pending(NamedTuple):
+    """A commit of which the device has not yet told how much was there before."""
+
+    result: InsertResult
+    begins: list[int]
+    slots: list[torch.Tensor]  # what each request brought from there on
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _whole(method: F) -> F:
+    """A public method, before which a call that was cut short is put in order, and after which it is if it raises."""
+
+    @wraps(method)
+    def call(self: PrefixCache, *arguments: Any, **keywords: Any) -> Any:
+        if self._open is not None:
+            self._recover()
+        try:
+            return method(self, *arguments, **keywords)
+        except BaseException:
+            if self._open is not None:
+                with suppress(Exception):  # then the next call tries again
+                    self._recover()
+            raise
+
+    return public_call(call)  # type: ignore[return-value]
+
+
+class PrefixCache:
+    """The KV slots of an engine, and which of them hold what: `begin`, `extend`, `commit`, `finish` or `abort`.
+
+    Every operation takes a list of requests and serves them in order. The engine owns the KV memory, with
+    `num_slots` places for a token's keys and values in each layer; this says which place each token has.
+
+    num_slots: KV slots, cut down to whole pages. page_size: slots a page; requests share whole pages only.
+    max_requests: that run at once. max_length: tokens of the longest request, prompt and output.
+    kv_device: where the KV cache is, and so the free list and the table.
+    device: where the index is; "cpu", the default, works beside a KV cache on a GPU without waiting for it.
+    policy: what is evicted first, as for RadixTree.
+
+    table: int32 [max_requests, max_length in whole pages] on kv_device: the slots of each running request in its row,
+        as paged attention takes them.
+
+    Everything on a GPU goes to torch's current stream: a forward that runs on another must be waited for before a
+    `commit`, `finish` or `abort` of a request that it reads.
+
+    A call that raises leaves every slot in one place and no lock that no request holds, also where a signal handler or
+    a lack of memory ended it: the next call sees to that, in O(slots). A `begin` then has begun nothing; requests of
+    another call are as before or, all of them, as after it: `num_tokens`, `committed` and `state` tell. A call from a
+    signal handler, within another call, raises RuntimeError.
+
+    Not thread-safe. Raises ValueError for arguments out of range, DeviceUnavailableError.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        page_size: int = 1,
+        max_requests: int = 256,
+        max_length: int = 8192,
+        kv_device: str | torch.device = "cpu",
+        device: str | torch.device = "cpu",
+        policy: str | Policy = "lru",
+    ) -> None:
+        for name, value in (("page_size", page_size), ("max_requests", max_requests), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not page_size <= num_slots <= MAX_UNITS:
+            raise ValueError(f"num_slots must be from one page ({page_size}) to {MAX_UNITS}, not {num_slots}")
+        self.page_size = page_size
+        self.max_length = max_length
+        kv = torch.empty(0, device=kv_device).device  # with its number
+        index = devices.preferred(device)
+        slots = num_slots // page_size * page_size
+        self.tree = RadixTree(slots, page_size, index, policy, _slot_device(index, kv), check_slots=False)
+        # Whether what the tree finds is known only when its device is waited for.
+        self._waits = index.type != "cpu"
+        with torch.inference_mode(False):  # its tensors would belong to that mode for ever
+            self.table = torch.zeros(max_requests, self._in_pages(max_length), dtype=torch.int32, device=kv)
+            self._allocator = SlotAllocator(slots, page_size, kv)
+            self._places = DevicePlaces(max_requests, self.tree.device) if self._waits else HostPlaces(max_requests)
+        self._open: UnderWay | None = None  # the call that has begun and not ended
+        self._begin_afresh()
+
+    def _begin_afresh(self) -> None:
+        self._running: dict[int, Request] = {}
+        self._free_rows = list(range(len(self.table) - 1, -1, -1))
+        self._pending: deque[_Pending] = deque()
+        self._begun = self._refused = self._prompt = self._cached = self._evicted = self._duplicate = 0
+
+    def _in_pages(self, tokens: int) -> int:
+        """So many tokens, rounded up to whole pages."""
+        return -(-tokens // self.page_size) * self.page_size
+
+    @property
+    def kv_device(self) -> torch.device:
+        return self.table.device
+
+    # Calls that were cut short
+
+    def _recover(self) -> None:
+        """Put everything in its one place after a call that was cut short; RuntimeError where it is still under way."""
+        refuse_reentry(self)
+        cut = self._open
+        assert cut is not None
+        running = recover.requests_left(cut, self._running)
+        places, committed = recover.find_committed(self.tree, self.table, running, self.page_size)
+        recover.forget_tokens(cut, {id(request): end for request, end in zip(running, committed, strict=True)})
+        recover.lock_exactly(self.tree, places)
+        rows = [request.row for request in running]
+        if rows:
+            self._places.set(rows, places)
+            self.tree.write_slots(places, self.table, rows)
+        for request, end in zip(running, committed, strict=True):
+            request.committed = end
+        self._running = {request.row: request for request in running}
+        self._pending = deque()
+        self._free_rows = [row for row in range(len(self.table) - 1, -1, -1) if row not in self._running]
+        held = [self._held_slots(request) for request in running]
+        free = recover.free_pages(self.tree, held, self._allocator.num_pages, self.page_size)
+        self._allocator.set_free(free)
+        self._open = None
+
+    # Begin
+
+    @_whole
+    def begin(self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0) -> list[Request]:
+        """Start requests: find what is cached of each prompt, protect it, and give slots to the rest.
+
+        prompts: a list of token sequences (lists, `array`, numpy, tensors), none of them empty.
+        namespaces, priority: one for all, or a list with one for each.
+
+        Of each prompt at least the last token is left to compute, as its logits are wanted.
+
+        Returns a Request for each prompt. `cached_length` tokens need not be computed, `slots` says where the KV of all
+        of them is or goes. A request that does not fit, even if all that is evictable goes, is `refused` and holds
+        nothing: `refusal` says why, `missing` how many slots were lacking. Pass its prompt again when others
+        have ended. Requests are served in order, and one that is refused keeps no smaller one behind it from starting.
+
+        Evicts what is needed. O(prompt tokens); with an index on a GPU it waits for the answer. Raises QueryError and
+        ValueError, with nothing changed; if a policy or a device without memory raises, nothing is held.
+        """
+        requests = read_prompts(self, self.table, self.max_length, prompts, namespaces, priority)
+        self._open = UnderWay(recover.BEGIN, requests)
+        self._give_back_duplicates()
+        self.tree.raise_pending()
+        # What is cached for one that does not fit must not be kept from the others, so then each comes in its turn.
+        if requests and not self._start(requests) and len(requests) > 1:
+            for request in requests:
+                self._start([request])
+        self._refused += sum(request.state == REFUSED for request in requests)
+        self._open = None
+        return requests
+
+    def _start(self, requests: list[Request]) -> bool:
+        """Begin requests if all of them fit; else nothing is held, and a single one is told why."""
+        names = [request.namespace for request in requests]
+        keys: Any = [request.tokens[:-1] for request in requests]
+        # A single key is cheaper than a batch of one. What is found counts as used when it is committed: prompts that
+        # are refused again and again would keep it from being evicted.
+        match = self.tree.match(keys if len(keys) > 1 else keys[0], names, touch=False, lock=True)
+        cached = [match.length] if len(keys) == 1 else match.lengths.tolist()
+        needed = [self._in_pages(request.num_tokens) - length for request, length in zip(requests, cached, strict=True)]
+        left = self._allocator.free_slots + self.tree.evictable_tokens
+        if sum(needed) <= left and len(requests) <= len(self._free_rows):
+            self._place(requests, match, cached, needed)
+            return True
+        self.tree.unlock(match)
+        if len(requests) == 1:
+            self._refuse(requests[0], needed[0], left)
+        return False
+
+    def _refuse(self, request: Request, needed: int, left: int) -> None:
+        request.missing = max(needed - left, 0)
+        if request.missing:
+            request.refusal = f"{needed} slots are needed and {left} can be had: {request.missing} too few"
+        else:
+            request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
+
+    def _place(self, requests: list[Request], match: Places, cached: list[int], needed: list[int]) -> None:
+        """Give requests that fit rows and slots."""
+        rows = self._free_rows[len(self._free_rows) - len(requests) :]
+        slots = self._take(sum(needed))
+        if any(cached):
+            self.tree.write_slots(match, self.table, rows)
+        self._write(rows, cached, needed, slots)
+        self._places.set(rows, match)
+        del self._free_rows[len(self._free_rows) - len(requests) :]
+        for request, row, length in zip(requests, rows, cached, strict=True):
+            request.row, request.state, request.length = row, RUNNING, request.num_tokens
+            request.cached_length = request.committed = length
+            self._running[row] = request
+        self._begun += len(requests)
+        self._prompt += sum(request.num_tokens for request in requests)
+        self._cached += sum(cached)
+
+    def _held_places(self, requests: Sequence[Request]) -> Places:
+        return self._places.get([request.row for request in requests])
+
+    def _held_slots(self, request: Request) -> torch.Tensor:
+        """The slots that a request alone holds, in whole pages: a view of its row."""
+        return self.table[request.row, request.committed : self._in_pages(request.length)]
+
+    def _grow(self, requests: Sequence[Request], lengths: list[int]) -> None:
+        """Give running requests slots up to new lengths, for which there is room once enough is evicted."""
+        begins = [self._in_pages(request.length) for request in requests]
+        counts = [self._in_pages(length) - begin for length, begin in zip(lengths, begins, strict=True)]
+        if any(counts):
+            self._write([request.row for request in requests], begins, counts, self._take(sum(counts)))
+        for request, length in zip(requests, lengths, strict=True):
+            request.length = length
+
+    def _take(self, num_slots: int) -> torch.Tensor:
+        """Free slots, whole pages, int64; what is lacking is evicted."""
+        short = num_slots - self._allocator.free_slots
+        if short > 0:
+            evicted = self.tree.evict(short)
+            self._allocator.give(evicted.slots)
+            self._evicted += evicted.num_tokens
+        return self._allocator.take(num_slots // self.page_size)
+
+    def _write(self, rows: list[int], begins: list[int], counts: list[int], slots: torch.Tensor) -> None:
+        """Write slots to rows of the table, `counts[i]` from `begins[i]` on."""
+        if sum(counts) > _FEW_SLOTS * len(rows):
+            for row, begin, part in zip(rows, begins, slots.split(counts), strict=True):
+                self.table[row, begin : begin + len(part)] = part
+            return
+        many = np.array(counts)
+        shifts = np.array(rows) * self.table.shape[1] + begins - (np.cumsum(many) - many)
+        places = upload_numbers(np.repeat(shifts, many) + np.arange(len(slots)), self.kv_device)
+        self.table.view(-1)[places] = slots.to(torch.int32)
+
+    # Extend
+
+    @_whole
+    def extend(self, requests: Sequence[Request], n: int | Sequence[int] = 1) -> list[Request]:
+        """Give running requests slots for `n` more tokens each (or a list with one number for each), as for decoding.
+
+        Returns those that did not fit, in order; `missing` of each says how many slots were lacking, and nothing has
+        changed for it: abort or finish some request, and try again. The others have grown, `length` and `slots` too.
+
+        Evicts what is needed. O(requests), and no waiting for a device unless something must be evicted from an index
+        on a GPU. Raises QueryError (a request that is not running, or would be longer than max_length), with nothing
+        changed.
+        """
+        check_running(self, "extend", requests)
+        more = read_counts(requests, n, self.max_length)
+        self._open = recover.begun(recover.EXTEND, requests)
+        counts = [
+            self._in_pages(request.length + count) - self._in_pages(request.length)
+            for request, count in zip(requests, more, strict=True)
+        ]
+        left = self._allocator.free_slots
+        if sum(counts) > left:
+            self._give_back_duplicates()
+            left = self._allocator.free_slots + self.tree.evictable_tokens
+        fitting, short = [], []
+        for request, needed, count in zip(requests, counts, more, strict=True):
+            request.missing = max(needed - left, 0)
+            if request.missing:
+                short.append(request)
+            else:
+                left -= needed
+                fitting.append((request, request.length + count))
+        self._grow([request for request, _ in fitting], [length for _, length in fitting])
+        self._open = None
+        return short
+
+    # Commit
+
+    @_whole
+    def commit(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
+        """Tell that the KV of requests is there, so that others can reuse it: after a chunk of a prefill, or at will.
+
+        up_to: how many tokens of each are computed: one number, or a list. None: all that are known and have slots; so
+            say it where that is not so, as in the middle of a prefill, or with slots for tokens only proposed.
+        tokens: a list with what each request has generated since, if anything, to be known from now on.
+
+        Whole pages only go to the tree. Where another request committed the same meanwhile, its slots take the place of
+        this one's, which become free: read `slots` anew. It goes on from the place that the request holds, in O(new
+        tokens + nodes on the path). With an index on a GPU nothing waits. Raises QueryError and ValueError, with
+        nothing changed.
+        """
+        check_running(self, "commit", requests)
+        added = read_tokens("commit", requests, tokens)
+        ends = computed_ends("commit", requests, added, up_to)
+        self._open = recover.begun(recover.COMMIT, requests)
+        self._commit(requests, added, ends)
+        self._open = None
+
+    def _commit(self, requests: Sequence[Request], added: list[np.ndarray], ends: list[int]) -> None:
+        for request, tokens in zip(requests, added, strict=True):
+            request.append(tokens)
+        whole = [end // self.page_size * self.page_size for end in ends]
+        # The first commit of a request counts its hits, also where it adds nothing.
+        growing = [
+            (request, max(end, request.committed))
+            for request, end in zip(requests, whole, strict=True)
+            if end > request.committed or (request.committed and not request.counted)
+        ]
+        if not growing:
+            return
+        chosen = [request for request, _ in growing]
+        rows, begins = [request.row for request in chosen], [request.committed for request in chosen]
+        brought = [self.table[request.row, request.committed : end] for request, end in growing]
+        if self._waits:  # until it is known what of them was there already, rows have changed
+            brought = [slots.clone() for slots in brought]
+        before = self._places.get(rows)
+        result = self._insert(growing, brought, before)
+        self.tree.lock(result)
+        self._places.set(rows, result)
+        for request, end in growing:
+            request.committed = request.counted = end
+        self.tree.unlock(before)
+        if self._waits:
+            self.tree.write_slots(result, self.table, rows)
+            self._pending.append(_Pending(result, begins, brought))
+            if len(self._pending) > _MOST_PENDING:
+                self._give_back_duplicates()
+        else:
+            self._take_over(result, rows, begins, brought)
+
+    def _insert(self, growing: list[tuple[Request, int]], slots: list[torch.Tensor], before: Places) -> InsertResult:
+        if len(growing) == 1:  # a single key is cheaper than a batch of one
+            ((request, end),) = growing
+            key = request.tokens[request.committed : end]
+            return self.tree.insert(key, slots[0], request.namespace, request.priority, before, request.counted)
+        return self.tree.insert(
+            [request.tokens[request.committed : end] for request, end in growing],
+            slots,
+            [request.namespace for request, _ in growing],
+            [request.priority for request, _ in growing],
+            before,
+            [request.counted for request, _ in growing],
+        )
+
+    def _take_over(self, result: InsertResult, rows: list[int], begins: list[int], brought: list[torch.Tensor]) -> None:
+        """Write the tree's slots to the rows of requests that brought others for what was there, and free these."""
+        prefixes = [result.prefix_length] if len(rows) == 1 else result.prefix_lengths.tolist()
+        queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
+        if queries:
+            duplicates = [brought[query][: prefixes[query] - begins[query]].clone() for query in queries]
+            self.tree.write_slots(some_of(result, queries), self.table, [rows[query] for query in queries])
+            self._give(duplicates)
+
+    def _give(self, duplicates: list[torch.Tensor]) -> None:
+        for slots in duplicates:
+            self._allocator.give(slots)
+            self._duplicate += len(slots)
+
+    def _give_back_duplicates(self) -> None:
+        """Free the slots that commits brought for what was there already; waits for an index on a GPU."""
+        while self._pending:
+            result, begins, brought = self._pending[0]
+            prefixes = result.prefix_lengths.tolist()
+            self._pending.popleft()
+            parts = zip(prefixes, begins, brought, strict=True)
+            self._give([slots[: prefix - begin] for prefix, begin, slots in parts if prefix > begin])
+
+    # End
+
+    @_whole
+    def finish(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
+        """Commit (as `commit`, `up_to` included) and end the requests: what they cached becomes evictable.
+
+        Give `up_to`, or `abort`, where a prefill was cut short: what is committed is served to others.
+
+        Slots behind the last whole page become free. Raises QueryError and ValueError, with nothing changed.
+        """
+        check_running(self, "finish", requests)
+        added = read_tokens("finish", requests, tokens)
+        ends = computed_ends("finish", requests, added, up_to)
+        self._open = recover.begun(recover.END, requests)
+        self._commit(requests, added, ends)
+        self._release(requests)
+        self._open = None
+
+    @_whole
+    def abort(self, requests: Sequence[Request]) -> None:
+        """End requests and forget what was not committed. Raises QueryError, with nothing changed."""
+        check_running(self, "abort", requests)
+        self._open = recover.begun(recover.END, requests)
+        self._release(requests)
+        self._open = None
+
+    def _release(self, requests: Sequence[Request]) -> None:
+        if not requests:
+            return
+        slots = torch.cat([self._held_slots(request) for request in requests])
+        self.tree.unlock(self._held_places(requests))
+        ended = [request.row for request in requests]
+        gone = set(ended)
+        self._running = {row: request for row, request in self._running.items() if row not in gone}
+        self._free_rows.extend(ended)
+        for request in requests:
+            request.end()
+        self._allocator.give(slots)
+
+    # The whole cache
+
+    @_whole
+    def counts(self) -> Counts:
+        """Counters since the beginning, and where all slots are: free + evictable + protected + held = slots.
+
+        With an index on a GPU it waits for it.
+        """
+        self._open = UnderWay(recover.OTHER)
+        self._give_back_duplicates()
+        found = self._count()
+        self._open = None
+        return found
+
+    def _count(self) -> Counts:
+        running = self._running.values()
+        return Counts(
+            requests=self._begun,
+            refused=self._refused,
+            running=len(running),
+            prompt_tokens=self._prompt,
+            cached_tokens=self._cached,
+            evicted_tokens=self._evicted,
+            duplicate_tokens=self._duplicate,
+            slots=self._allocator.num_pages * self.page_size,
+            free=self._allocator.free_slots,
+            evictable=self.tree.evictable_tokens,
+            protected=self.tree.protected_tokens,
+            held=sum(self._in_pages(request.length) - request.committed for request in running),
+        )
+
+    @_whole
+    def check(self) -> None:
+        """Verify that each slot is in exactly one place and each table row what the tree says. Slow.
+
+        Raises AssertionError with the first that does not hold.
+        """
+        self._open = UnderWay(recover.OTHER)
+        self._give_back_duplicates()
+        self._open = None
+        running = list(self._running.values())
+        places, content = self._held_places(running), self.tree.content()
+        check_slots(self._count(), content, self._allocator.free_list(), [*map(self._held_slots, running)])
+        check_holders(content, running, places)
+        check_table(self.table, running, self.tree.slots(places).to_list(), self._free_rows)
+
+    @_whole
+    def reset(self) -> None:
+        """Abort all requests and forget everything that is cached; counters begin anew."""
+        requests = list(self._running.values())
+        self._open = UnderWay(recover.BEGIN, requests)
+        self.tree.reset()
+        self._allocator.reset()
+        self._begin_afresh()
+        for request in requests:
+            request.end()
+        self._open = None
+
+    def __repr__(self) -> str:
+        return (
+            f"PrefixCache({self._allocator.free_slots} of {self._allocator.num_pages * self.page_size} slots free, "
+            f"{len(self._running)} requests running, page_size={self.page_size}, index on {self.tree.device}, "
+            f"KV on {self.kv_device})"
+        )
+
+
+def _slot_device(index: torch.device, kv: torch.device) -> torch.device | None:
+    """Where the tree keeps slots: None where that is beside the index."""
+    if index.type == "cpu":
+        return None if kv.type == "cpu" else kv
+    if index != kv and not devices.interpreted():
+        raise ValueError(f"with its index on {index} a PrefixCache needs the KV cache there, not on {kv}")
+    return None

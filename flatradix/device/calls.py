@@ -1,0 +1,93 @@
+"""Calls: what a tree on a GPU must know of its calls, which nobody waits for: their numbers, errors and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flatradix.device.mailbox import Mailbox
+from flatradix.inputs.options import Options
+from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_unseen_slot
+from flatradix.layout import mail, reasons
+
+
+class Calls:
+    """Numbers the calls of one tree, and waits for them when somebody asks for what they found.
+
+    mailbox: where kernels tell. names_given: namespace codes that were given out since the host last looked; unsure:
+    whether one went to a key that may be empty.
+    """
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.mailbox = Mailbox(device)
+        self.names_given: set[int] = set()
+        self.unsure = False
+        self._options = options
+        self._device = device
+        self._last = 0
+        self._captured = False
+
+    # Enqueueing
+
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+        device = self._device
+        if device.type != "cuda":
+            return False
+        if torch._C._cuda_getDevice() == device.index:
+            return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
+
+    def next(self) -> int:
+        """A number for a call that is about to be enqueued."""
+        self._last = self._last % mail.CALL_MASK + 1
+        return self._last
+
+    def enqueued(self, call: int, changes: bool = True) -> None:
+        """Wait for this call from now on; `changes`: whether it may change a size. Not before it is really enqueued."""
+        if self.is_capturing():
+            # It will tell its numbers whenever the graph is replayed, so from now on the host asks for them.
+            self._captured = True
+        else:
+            self.enqueued_outside(call, changes)
+
+    def enqueued_outside(self, call: int, changes: bool) -> None:
+        """The same where no graph is being captured."""
+        self.mailbox.last = call
+        if changes:
+            self.mailbox.last_change = call
+
+    # Waiting
+
+    def wait(self, tell: Callable[[int], None]) -> int:
+        """Wait for all calls so far; how many were refused. tell: has the device tell its numbers under a number."""
+        if self._captured:
+            self.tell(tell)
+        return self.mailbox.refusals()
+
+    def tell(self, tell: Callable[[int], None]) -> None:
+        call = self.next()
+        tell(call)
+        self.enqueued(call)
+
+    def raise_refusal(self) -> None:
+        """Raise the error of the first call that was refused and is not told yet, if any; all count as told."""
+        refusal, others = self.mailbox.first_refusal()
+        if refusal is None:
+            return
+        try:
+            if refusal.reason == reasons.NO_CAPACITY:
+                needed, free = divmod(refusal.value, 1 << reasons.FREE_BITS)
+                evictable = self.mailbox.counter(mail.EVICTABLE)
+                refuse_capacity(needed, free, evictable, self._options.max_tokens)
+            if refusal.reason == reasons.BAD_SLOT:
+                dtype = self._options.slot_dtype
+                refuse_unseen_slot(refusal.value, refusal.query, dtype, int(torch.iinfo(dtype).max))
+            refuse(refusal.operation, refusal.reason, refusal.query, refusal.value)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            if others:
+                error.args = (f"{error.args[0]} ({others} later calls were refused too)", *error.args[1:])
+            self.mailbox.mark_told(others + 1)
+            raise

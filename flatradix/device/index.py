@@ -1,0 +1,561 @@
+"""DeviceIndex: the index on a GPU. Enqueues kernels, and waits for none of them unless it returns what they found."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix.device import cut_short
+from flatradix.device.calls import Calls
+from flatradix.device.cut_short import NOTHING, Done
+from flatradix.device.input import (
+    as_batch,
+    is_host_key,
+    of_key,
+    places_on,
+    read_numbers,
+    read_slots,
+    read_values,
+    starts_on,
+)
+from flatradix.device.mailbox import abandon, is_later
+from flatradix.device.names import Names
+from flatradix.device.results import Awaited, Singles
+from flatradix.device.stages import STAGED_BYTES, Stages
+from flatradix.errors import TooLargeForDeviceError
+from flatradix.index import Index, public_call, refuse_reentry
+from flatradix.inputs import namespaces
+from flatradix.inputs.arguments import check_table, token_count
+from flatradix.inputs.devices import interpreted
+from flatradix.inputs.namespaces import name_hash
+from flatradix.inputs.options import Options
+from flatradix.inputs.places import read_places, refuse_shared_handles
+from flatradix.inputs.policy import Nodes, built_in_scores, scores_of
+from flatradix.inputs.ragged import Ragged
+from flatradix.inputs.sequences import Buffer, read_one
+from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
+from flatradix.inspect.content import Content, Saved, as_numpy, fill
+from flatradix.kernels import gpu
+from flatradix.layout import mail, numbers
+from flatradix.layout.numbers import MAX_UNITS
+from flatradix.layout.queries import Output, Places, Table, Values
+from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
+from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
+from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
+
+_SMALLEST_BATCH = 1024
+_NOTHING_YET = Done(NOTHING, 0)
+
+
+class DeviceIndex(Index):
+    """A tree on a GPU; Triton kernels do the work.
+
+    mailbox: where kernels tell the host what they found.
+    """
+
+    def __init__(self, options: Options, device: torch.device, generation: int) -> None:
+        self.options = options
+        self.device = device = torch.device("cpu") if interpreted() else device
+        units = pool_units(options.max_tokens, options.page_size)
+        if 2 * units > MAX_UNITS:
+            raise TooLargeForDeviceError(
+                f"max_tokens {options.max_tokens} is too large for a tree on a GPU: at most 8.5e8 tokens"
+            )
+        state = allocate_device(options.max_tokens, options.page_size, options.bigram, generation, device)
+        self._pool = torch.zeros(2 * units, dtype=options.slot_dtype, device=device)
+        self._calls = Calls(options, device)
+        self.mailbox = self._calls.mailbox
+        self.mailbox.words[mail.ROOM] = units
+        self._names = Names(len(state.namespace_hash), options.page_size + options.bigram, device)
+        self._stages = Stages(device, self.mailbox)
+        self._singles = Singles(device)
+        self._by_tick = options.order.score is None and options.order.code == numbers.LRU
+        self._unbooked: deque[tuple[int, int]] = deque()
+        self._retired: list[Scratch] = []
+        self._state = state
+        scratch = enlarge(allocate_scratch(len(state.parent), self.mailbox.words, device), _SMALLEST_BATCH)
+        self._arrays = gpu.arrays_of(state, scratch, self._pool, options.page_size, options.bigram)
+        self._open: Done | None = None  # the call that has begun and not ended
+        self._untold: torch.Tensor | None = None
+        self._changes = 0
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "_stages") and not is_finalizing():  # else there was no memory for it, or all is going
+            abandon(self.mailbox, self._stages)
+
+    def _room_for(self, batch: int) -> None:
+        """Have scratch for a batch. Its memory stays until the tree goes: a stream may still work in the old one."""
+        scratch = self._arrays.scratch
+        if batch <= scratch.batch:
+            return
+        if self._calls.is_capturing():
+            raise RuntimeError(f"run a batch of {batch} once before a CUDA graph is captured with it")
+        self._retired.append(scratch)
+        larger = enlarge(scratch, 1 << (batch - 1).bit_length())
+        self._arrays = gpu.arrays_of(self._state, larger, self._pool, self.options.page_size, self.options.bigram)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._state) + self._arrays.scratch.nbytes + self._pool.nbytes
+
+    # Calls that were cut short, and waiting
+
+    def _recover(self) -> None:
+        """Take back what a call did that was cut short; RuntimeError where it is still under way.
+
+        Looks at what the device has done alone, so it may be cut short itself.
+        """
+        refuse_reentry(self)
+        if self._calls.is_capturing():
+            raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
+        assert self._open is not None
+        found = cut_short.take_back(self._open, self._arrays, self._calls)
+        if found is not None:
+            self._untold = found
+        self._stages.free_all()
+        self._calls.tell(self._tell)
+        self._names.known.repair(self._state.namespace_children.cpu().numpy())
+        self._names.nothing_given()
+        self._open = None
+
+    def _tell(self, call: int) -> None:
+        gpu.tell(self._arrays, call)
+
+    def _wait(self) -> int:
+        """Wait for all calls so far; how many were refused. Names given out for nothing are forgotten."""
+        refused = self._calls.wait(self._tell)
+        if self._names.given:
+            self._names.look(self._state.namespace_children, refused > 0)
+        return refused
+
+    def _finish_all(self) -> None:
+        """Wait for all calls so far, and raise the error of the first that was refused."""
+        if self._wait():
+            self._calls.raise_refusal()
+
+    @public_call
+    def raise_pending(self) -> None:
+        if self._open:
+            self._recover()
+        self._finish_all()
+
+    # Match
+
+    @public_call
+    def match(
+        self,
+        q: Any,
+        namespace: Any = None,
+        touch: bool = True,
+        lock: bool = False,
+        start: Any = None,
+        split: bool = False,
+    ) -> MatchResult:
+        if self._open:
+            self._recover()
+        locks = bool(lock or split)
+        if start is None and is_host_key(q):
+            result = self._match_key(read_one(q, "tokens"), namespace, bool(touch), locks)
+        else:
+            keys = read_values(q, self.device, "tokens")
+            result = self._match_values(keys, namespace, bool(touch), locks, start)
+        if split and not lock:
+            self._unlock(self._places(result))
+        self._changes += 1
+        self._open = None
+        return result
+
+    @public_call
+    def match_array(
+        self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
+    ) -> MatchResult:
+        if self._open:
+            self._recover()
+        if tokens.typecode != "q":
+            raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
+        key = read_one(tokens if limit is None else memoryview(tokens)[: max(limit, 0)], "tokens")
+        result = self._match_key(key, namespace, True, split)
+        if split:
+            self._unlock(self._places(result))
+        self._changes += 1
+        self._open = None
+        return result
+
+    def _match_key(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
+        """One key in host memory; a short one is read by the kernel from pinned memory."""
+        address, count, wide, _owner = key
+        if count * 8 > STAGED_BYTES:
+            return self._match_values(of_key(key, self.device), namespace, touch, lock, None)
+        name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
+        if self._calls.is_capturing():
+            raise RuntimeError(HOST_IN_GRAPH)
+        self._open = _NOTHING_YET
+        staged = self._stages.put(address, count * 8 if wide else count * 4)
+        call = self._calls.next()
+        awaited = self._singles.take(self, call)
+        out = awaited.output()
+        if lock:
+            self._open = Done(cut_short.LOCK, call, Places(out.handles, out.lengths, 1), owner=awaited)
+        gpu.match_one(self._arrays, (staged, count, wide), name, out, self._stages.staging, call, touch, lock)
+        self._stages.commit(call)
+        self._calls.enqueued_outside(call, lock)
+        return late_match(awaited)
+
+    def _match_values(self, keys: Values, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
+        if namespace is not None and self._calls.is_capturing():
+            raise RuntimeError("a CUDA graph cannot hold a namespace: what it is called inside changes as others go")
+        names = self._names.find(namespace, keys.batch)
+        starts = starts_on(start, keys.batch, self.device)
+        if keys.batch == 0:
+            return MatchResult(*self._tensors(0))
+        self._room_for(keys.batch)
+        if keys.offsets == 0 and self._calls.is_capturing():
+            keys = as_batch(keys, self.device)  # a single key answers, and each replay would answer again
+        call = self._calls.next()
+        result, out = self._match_output(keys, call)
+        places = Places(out.handles, out.lengths, keys.batch)
+        self._open = Done(cut_short.LOCK, call, places, owner=result) if lock else _NOTHING_YET
+        gpu.match(self._arrays, keys, names, starts, out, call, touch, lock)
+        self._calls.enqueued(call, lock)
+        return result
+
+    def _match_output(self, keys: Values, call: int) -> tuple[MatchResult, Output]:
+        """A result, and where its numbers go."""
+        if keys.offsets == 0:
+            awaited = self._singles.take(self, call)
+            return late_match(awaited), awaited.output()
+        lengths, handles = self._tensors(keys.batch)
+        return MatchResult(lengths, handles), Output(handles.data_ptr(), lengths.data_ptr())
+
+    def _tensors(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [B] lengths and int64 [B] handles, uninitialised."""
+        lengths = torch.empty(batch, dtype=torch.int32, device=self.device)
+        return lengths, torch.empty(batch, dtype=torch.int64, device=self.device)
+
+    # Lock
+
+    def _places(self, places: Any) -> Places:
+        """Places as addresses; those of a single key where its kernel leaves them."""
+        late = getattr(places, "late", None)
+        if isinstance(late, Awaited) and late.device == self.device:
+            out = late.output()
+            return Places(out.handles, out.lengths, 1, late)
+        return places_on(places, self.device)
+
+    @public_call
+    def lock(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        self._renew(places, self._lock)
+
+    @public_call
+    def split(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        self._renew(places, self._split)
+
+    def _renew(self, places: Any, operation: Callable[[Places], None]) -> None:
+        """Do what may give places new handles, and write these back."""
+        late = getattr(places, "late", None)
+        if isinstance(late, Awaited) and late.device == self.device:
+            operation(self._places(places))
+            late.forget_handle()
+        else:
+            lengths, handles = read_places(places, self.device)
+            refuse_shared_handles(handles)
+            renewed = handles.contiguous()
+            operation(Places(renewed.data_ptr(), lengths.data_ptr(), len(handles), (lengths, renewed)))
+            if renewed is not handles:
+                handles.copy_(renewed)
+        self._changes += 1
+        self._open = None
+
+    def _lock(self, places: Places) -> None:
+        if places.batch:
+            self._room_for(places.batch)
+            call = self._calls.next()
+            self._open = Done(cut_short.LOCK, call, places)
+            gpu.lock(self._arrays, places, call)
+            self._calls.enqueued(call)
+
+    def _unlock(self, places: Places) -> None:
+        """Without a word of how it is taken back."""
+        if places.batch:
+            self._room_for(places.batch)
+            call = self._calls.next()
+            gpu.unlock(self._arrays, places, call)
+            self._calls.enqueued(call)
+
+    def _split(self, places: Places) -> None:
+        self._lock(places)
+        self._unlock(places)
+
+    @public_call
+    def unlock(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        found = self._places(places)
+        if found.batch:
+            self._room_for(found.batch)
+            call = self._calls.next()
+            self._open = Done(cut_short.UNLOCK, call, found)
+            gpu.unlock(self._arrays, found, call)
+            self._calls.enqueued(call)
+            self._changes += 1
+            self._open = None
+
+    # Slots
+
+    @public_call
+    def slots(self, places: Any) -> Ragged:
+        if self._open:
+            self._recover()
+        self._finish_all()
+        lengths, handles = read_places(places, self.device)
+        handles = handles.contiguous()
+        self._room_for(len(handles))
+        offsets = torch.zeros(len(handles) + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(lengths.clamp(0, self.options.max_tokens), 0, out=offsets[1:])
+        values = torch.empty(int(offsets[-1]), dtype=self.options.slot_dtype, device=self.device)
+        if len(handles):
+            call = self._calls.next()
+            found = Places(handles.data_ptr(), lengths.data_ptr(), len(handles))
+            gpu.gather_slots(self._arrays, found, offsets.data_ptr(), values.data_ptr(), call)
+            self._calls.enqueued(call, False)
+            self._finish_all()
+        ragged = Ragged.trusted(values, offsets)
+        return ragged if self.options.slot_device is None else ragged.to(self.options.slot_device)
+
+    def path_slots(self, place: Any) -> torch.Tensor:
+        return self.slots(place).values
+
+    @public_call
+    def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
+        if self._open:
+            self._recover()
+        found = self._places(places)
+        where = self.options.slot_device
+        if where is not None and torch.empty(0, device=where).device != self.device:
+            raise ValueError(f"write_slots: the slots are returned on {where}, and the tree is not there")
+        numbered = check_table(table, rows, found.batch, self.device, self.options.slot_dtype)
+        if found.batch == 0:
+            return
+        self._room_for(found.batch)
+        numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
+        into = Table(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
+        call = self._calls.next()
+        gpu.write_slots(self._arrays, found, numbered.data_ptr(), into, call)
+        self._calls.enqueued(call, False)
+
+    # Insert
+
+    @public_call
+    def insert(
+        self,
+        q: Any,
+        slots: Any,
+        namespace: Any = None,
+        priority: Any = 0,
+        start: Any = None,
+        inserted_lengths: Any = 0,
+    ) -> InsertResult:
+        if self._open:
+            self._recover()
+        device = self.device
+        keys = read_values(q, device, "tokens")
+        source = read_slots(slots, keys, device)
+        priorities = read_numbers(priority, keys.batch, device, "priority")
+        inserted = read_numbers(inserted_lengths, keys.batch, device, "inserted_lengths")
+        starts = starts_on(start, keys.batch, device)
+        if keys.batch == 0:
+            namespaces.spread(namespace, 0)  # raises for what is no namespace
+            return InsertResult(torch.empty(0, dtype=torch.int32, device=device), *self._tensors(0))
+        if self._calls.is_capturing():
+            raise RuntimeError(
+                "insert cannot be part of a CUDA graph: whether it has to compact is decided anew each time"
+            )
+        self._room_for(keys.batch)
+        self._open = _NOTHING_YET
+        names = self._names.give(namespace, keys, self._wait)
+        may_compact = self._may_compact(keys.total)
+        call = self._calls.next()
+        result, out = self._insert_output(keys, call)
+        self._open = Done(cut_short.INSERT, call, batch=keys.batch)
+        gpu.insert(self._arrays, keys, source, names, starts, priorities, inserted, out, call, may_compact)
+        self._calls.enqueued(call)
+        self._unbooked.append((call, keys.total))
+        self._changes += 1
+        self._open = None
+        return result
+
+    def _insert_output(self, keys: Values, call: int) -> tuple[InsertResult, Output]:
+        """A result, and where its numbers go."""
+        if keys.offsets == 0:
+            awaited = self._singles.take(self, call)
+            return late_insert(awaited), awaited.output()
+        lengths, handles = self._tensors(keys.batch)
+        prefixes = torch.empty(keys.batch, dtype=torch.int32, device=self.device)
+        out = Output(handles.data_ptr(), lengths.data_ptr(), prefixes.data_ptr())
+        return InsertResult(prefixes, lengths, handles), out
+
+    def _may_compact(self, total: int) -> bool:
+        """Whether the pools may have no room for so many units, as far as the host knows by now."""
+        told, room = self.mailbox.latest(mail.ROOM)
+        while self._unbooked and not is_later(self._unbooked[0][0], told):
+            self._unbooked.popleft()
+        return room - sum(count for _, count in self._unbooked) < total
+
+    # Evict
+
+    @public_call
+    def evict(self, num_tokens: int) -> EvictResult:
+        if self._open:
+            self._recover()
+        wanted = token_count(num_tokens)
+        self._finish_all()
+        self._open = _NOTHING_YET
+        before = self._untold
+        known = 0 if before is None else len(before)
+        tokens, nodes = self._select(max(wanted - known, 0))
+        # All memory before anything changes: slots must not be lost.
+        slots = torch.empty(known + tokens, dtype=self.options.slot_dtype, device=self.device)
+        where = self.options.slot_device
+        returned = None if where is None else torch.empty_like(slots, device=where)
+        if before is not None:
+            slots[:known] = before
+        if nodes:
+            call = self._calls.next()
+            self._open = Done(cut_short.EVICT, call, slots=slots)
+            gpu.free(self._arrays, nodes, tokens, slots.data_ptr() + known * slots.itemsize, call)
+            self._calls.enqueued(call)
+            if len(self._names.known) > 1:
+                self._forget_namespaces(self.mailbox.wait(mail.RELEASED, call))
+        result = EvictResult(slots if returned is None else returned.copy_(slots), known + tokens, nodes)
+        self._untold = None
+        self._changes += 1
+        self._open = None
+        return result
+
+    def _select(self, wanted: int) -> tuple[int, int]:
+        """Find the victims: their tokens, and how many they are."""
+        if wanted == 0:
+            return 0, 0
+        if not self._by_tick:
+            gpu.effective_keys(self._arrays, self._scores())
+        call = self._calls.next()
+        gpu.select(self._arrays, min(wanted, MAX_UNITS), self._by_tick, call)
+        tokens, nodes = (self.mailbox.wait(place, call) for place in (mail.TOKENS, mail.VICTIMS))
+        if nodes & mail.UNORDERED:
+            nodes &= ~mail.UNORDERED
+            gpu.order_victims(self._arrays, nodes, self._by_tick)
+        return tokens, nodes
+
+    def _forget_namespaces(self, count: int) -> None:
+        if count:
+            released = self._state.released[:count].tolist()
+            self._names.known.forget(released, self._state.namespace_children.cpu().numpy())
+
+    def _scores(self) -> torch.Tensor:
+        """int64 [R]: what the policy orders by, before the tick; smaller goes first."""
+        s = self._state
+        nodes = Nodes(s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
+        order = self.options.order
+        if order.score is None:
+            return built_in_scores(order, nodes)
+        live = s.parent != FREE_ROW
+        live[0] = False
+        return scores_of(order.score, nodes, live)
+
+    # Sizes
+
+    def _counter(self, place: int) -> int:
+        if self._open:
+            self._recover()
+        self._finish_all()
+        return self.mailbox.counter(place)
+
+    @property
+    @public_call
+    def evictable_tokens(self) -> int:
+        return self._counter(mail.EVICTABLE)
+
+    @property
+    @public_call
+    def protected_tokens(self) -> int:
+        return self._counter(mail.PROTECTED)
+
+    @property
+    @public_call
+    def total_tokens(self) -> int:
+        return self._counter(mail.EVICTABLE) + self._counter(mail.PROTECTED)
+
+    @property
+    @public_call
+    def num_nodes(self) -> int:
+        return self._counter(mail.NODES)
+
+    @property
+    @public_call
+    def changes(self) -> int:
+        if self._open:
+            self._recover()
+        return self._changes
+
+    # The whole tree
+
+    @public_call
+    def compact(self) -> None:
+        if self._open:
+            self._recover()
+        gpu.compact(self._arrays, True)
+        self._calls.tell(self._tell)
+
+    @public_call
+    def digest(self) -> str:
+        if self._open:
+            self._recover()
+        self._finish_all()
+        items = self._names.known.items()
+        hashes = np.array([name_hash(name) for _, name in items], np.int64)
+        codes = torch.tensor([code for code, _ in items], device="cpu").to(self.device)
+        self._state.namespace_hash[codes] = torch.from_numpy(hashes).to(self.device)
+        return "".join(f"{lane & (2**64 - 1):016x}" for lane in gpu.digest(self._arrays))
+
+    @public_call
+    def reset(self) -> None:
+        if self._open:
+            self._recover()
+        self._open = _NOTHING_YET
+        call = self._calls.next()
+        gpu.reset(self._arrays, call)
+        self._calls.enqueued(call)
+        self._names.known.clear()
+        self._names.nothing_given()
+        self._unbooked.clear()
+        self._changes += 1
+        self._open = None
+
+    @public_call
+    def content(self) -> Content:
+        if self._open:
+            self._recover()
+        self._finish_all()
+        first = int(self._state.numbers[numbers.POOL_END]) - pool_units(self.options.max_tokens, self.options.page_size)
+        sizes = (self.mailbox.counter(place) for place in (mail.EVICTABLE, mail.PROTECTED, mail.NODES))
+        slots = self._pool.numpy(force=True)
+        return Content(self.options, as_numpy(self._state), slots, first, self._names.known.items(), *sizes)
+
+    def restore(self, saved: Saved) -> None:
+        fill(self._state, self._pool, saved)
+        found = self._state.numbers
+        found[numbers.POOL_CURSOR] = found[numbers.EVICTABLE] + found[numbers.PROTECTED]
+        self._names.known.restore(saved["names"])
+        gpu.rebuild(self._arrays)
+        self._calls.tell(self._tell)
+        self._finish_all()  # the next insert goes by the room that is told now

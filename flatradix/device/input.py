@@ -1,0 +1,163 @@
+"""Bringing what callers hand in to a GPU: in place where it is there, through pinned memory where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix.errors import QueryError
+from flatradix.inputs.arguments import check_counts, check_slot_queries, per_query
+from flatradix.inputs.places import check_starts, read_places
+from flatradix.inputs.ragged import Ragged, read_batch
+from flatradix.inputs.sequences import Batch, Buffer, is_batch, read_one
+from flatradix.inputs.upload import upload, upload_numbers
+from flatradix.layout.queries import NO_PLACES, PerQuery, Places, Values
+
+
+def is_host_key(q: Any) -> bool:
+    """Whether `q` is one flat sequence in host memory."""
+    return not (isinstance(q, torch.Tensor) and not q.is_cpu) and not is_batch(q)
+
+
+def read_counts(values: Values) -> np.ndarray:
+    """The counts of a batch; synchronises where only the device knows them. Of wrong offsets, whatever they say."""
+    if values.counts is not None:
+        return values.counts
+    return np.diff(values.owner[1].cpu().numpy())
+
+
+def as_batch(values: Values, device: torch.device) -> Values:
+    """A single sequence as a batch of one, with offsets on the device."""
+    offsets = torch.arange(2, device=device) * values.total
+    return values._replace(offsets=offsets.data_ptr(), owner=(values.owner, offsets))
+
+
+def _in_place(values: torch.Tensor, what: str, query: int = 0) -> torch.Tensor:
+    """A 1-D tensor on the device as int32 or int64, next to each other."""
+    if values.dim() != 1:
+        raise QueryError(f"{what} of query {query}: a tensor of shape {tuple(values.shape)}; a sequence is 1-D", query)
+    if values.dtype not in (torch.int32, torch.int64):
+        if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype in (torch.bool, torch.uint64):
+            raise QueryError(
+                f"{what} of query {query}: dtype {values.dtype}; token ids and slots are int32 or int64", query
+            )
+        values = values.to(torch.int64)
+    return values.contiguous()
+
+
+def _ragged_values(values: torch.Tensor, offsets: torch.Tensor, counts: np.ndarray | None, owner: Any) -> Values:
+    wide, total, batch = values.dtype is torch.int64, values.shape[0], offsets.shape[0] - 1
+    return Values(values.data_ptr(), wide, offsets.data_ptr(), total, batch, counts, (values, offsets, owner))
+
+
+def _of_ragged(ragged: Ragged, device: torch.device, what: str) -> Values:
+    values, offsets = ragged.values, ragged.offsets
+    counts = None
+    if values.is_cpu:
+        ragged.validate()
+        counts = np.diff(offsets.numpy())
+        if values.dtype not in (torch.int32, torch.int64):
+            read_one(values[:0], what)  # raises for what is no integer
+    return _ragged_values(_in_place(upload(values, device), what), upload(offsets, device).contiguous(), counts, None)
+
+
+def of_key(key: Buffer, device: torch.device) -> Values:
+    """One sequence of host memory."""
+    _address, count, wide, owner = key
+    values = upload(torch.from_numpy(np.asarray(owner)), device)
+    return Values(values.data_ptr(), wide, 0, count, 1, np.array([count]), (values, owner))
+
+
+def _of_tensor(values: torch.Tensor, what: str) -> Values:
+    values = _in_place(values, what)
+    counts = np.array([values.numel()])
+    return Values(values.data_ptr(), values.dtype == torch.int64, 0, values.numel(), 1, counts, values)
+
+
+def _of_host_batch(batch: Batch, device: torch.device) -> Values:
+    """Host sequences, one after another in pinned memory and on their way to the device."""
+    parts = [np.asarray(buffer[3]) for buffer in batch.owner]
+    kind = torch.int64 if batch.wide else torch.int32
+    pinned = torch.empty(int(batch.counts.sum()), dtype=kind, device="cpu", pin_memory=device.type == "cuda")
+    if parts:
+        np.concatenate(parts, out=pinned.numpy(), casting="same_kind")
+    offsets = np.zeros(len(batch) + 1, np.int64)
+    np.cumsum(batch.counts, out=offsets[1:])
+    return _ragged_values(upload(pinned, device), upload_numbers(offsets, device), batch.counts, parts)
+
+
+def _of_mixed(sequences: Sequence[Any], device: torch.device, what: str) -> Values:
+    """A list of sequences of which at least one is on a device."""
+    tensors = []
+    for query, part in enumerate(sequences):
+        if isinstance(part, torch.Tensor) and not part.is_cpu:
+            tensors.append(_in_place(part, what, query).to(device))
+        else:
+            tensors.append(upload(torch.from_numpy(np.asarray(read_one(part, what, query)[3])), device))
+    counts = np.array([len(part) for part in tensors], np.int64)
+    kind = torch.int64 if any(part.dtype == torch.int64 for part in tensors) else torch.int32
+    offsets = np.zeros(len(tensors) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return _ragged_values(torch.cat([part.to(kind) for part in tensors]), upload_numbers(offsets, device), counts, None)
+
+
+def read_values(sequences: Any, device: torch.device, what: str) -> Values:
+    """A batch in any of the forms that the operations take. `what` is named in errors ("tokens", "slots")."""
+    if isinstance(sequences, Ragged):
+        return _of_ragged(sequences, device, what)
+    if isinstance(sequences, torch.Tensor) and not sequences.is_cpu:
+        return _of_tensor(sequences.to(device), what)
+    if is_batch(sequences):
+        if any(isinstance(part, torch.Tensor) and not part.is_cpu for part in sequences):
+            return _of_mixed(sequences, device, what)
+        return _of_host_batch(read_batch(sequences, what), device)
+    return of_key(read_one(sequences, what), device)
+
+
+def read_slots(slots: Any, keys: Values, device: torch.device) -> Values:
+    """The slots of a batch; a batch of one may come as one sequence, and a single sequence as a batch of one."""
+    source = read_values(slots, device, "slots")
+    check_slot_queries(keys.batch, source.batch)
+    if keys.counts is not None and source.counts is not None:
+        check_counts(keys.counts, source.counts)
+    if (keys.offsets == 0) != (source.offsets == 0):
+        bounds = upload_numbers(np.array([0, source.total]), device)
+        source = source._replace(offsets=bounds.data_ptr(), owner=(source.owner, bounds))
+    return source
+
+
+def read_numbers(value: Any, batch: int, device: torch.device, what: str) -> PerQuery:
+    """A priority or the like."""
+    if isinstance(value, torch.Tensor) and not value.is_cpu:
+        if value.shape != (batch,) or value.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{what} must be an integer, or {batch} integers, one a query")
+        numbers = value.to(device, torch.int64).contiguous()
+        return PerQuery(numbers.data_ptr(), 0, numbers)
+    return numbers_of(per_query(value, batch, what), device)
+
+
+def numbers_of(found: np.ndarray, device: torch.device) -> PerQuery:
+    """int64 [B] of host memory; one number for all where they are equal."""
+    if len(found) == 0 or (found == found[0]).all():
+        return PerQuery(0, int(found[0]) if len(found) else 0)
+    numbers = upload_numbers(found, device)
+    return PerQuery(numbers.data_ptr(), 0, numbers)
+
+
+def places_on(places: Any, device: torch.device) -> Places:
+    """Places whose tensors are on the device."""
+    lengths, handles = read_places(places, device)
+    handles = handles.contiguous()
+    return Places(handles.data_ptr(), lengths.data_ptr(), len(handles), (lengths, handles))
+
+
+def starts_on(start: Any, batch: int, device: torch.device) -> Places:
+    """Places to continue from; without addresses where there are none."""
+    if start is None:
+        return NO_PLACES
+    places = places_on(start, device)
+    check_starts(places.batch, batch)
+    return places

@@ -1,0 +1,91 @@
+"""Names: the namespaces of a tree on a GPU, which learns late what an insert has stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix.device.input import numbers_of, read_counts
+from flatradix.inputs import namespaces
+from flatradix.inputs.namespaces import Namespaces
+from flatradix.layout.queries import PerQuery, Values
+
+
+class Names:
+    """Codes of namespaces as kernels take them: code * 2 + (1 if the caller gave a name).
+
+    known: the names and their codes. `unused` are those that were given out since the host last looked.
+    """
+
+    def __init__(self, codes: int, smallest: int, device: torch.device) -> None:
+        """codes: how many the state has room for. smallest: tokens of the shortest key that stores something."""
+        # Names are compared on the host; only the digest wants their hashes on the device.
+        self.known = Namespaces(np.zeros(codes, np.int64))
+        self._codes = codes
+        self._smallest = smallest
+        self._device = device
+        self._given: set[int] = set()
+        self._unsure = False  # whether one was given to a key that may store nothing
+
+    def find(self, namespace: Any, batch: int) -> PerQuery:
+        """For a match: one name, or a list with one a query."""
+        if not isinstance(namespace, list | tuple):
+            namespaces.check(namespace)
+            return PerQuery(0, 2 * self.known.find(namespace) + (namespace is not None))
+        names = namespaces.spread(namespace, batch)
+        return self._packed([self.known.find(name) for name in names], names)
+
+    def give(self, namespace: Any, keys: Values, wait: Callable[[], object]) -> PerQuery:
+        """For an insert: new names get codes. wait: brings the host up to date, which may free codes."""
+        many = isinstance(namespace, list | tuple)
+        names = namespaces.spread(namespace, keys.batch) if many else [namespaces.only(namespace)]
+        counts = keys.counts
+        if len(self.known) + len(names) > self._codes:
+            wait()  # inserts that were refused may have been given names for nothing
+            if len(self.known) + len(names) > self._codes:
+                counts = read_counts(keys)  # more names than pages: only keys that store something may have one
+        if counts is not None and not many:
+            counts = counts.max(keepdims=True)
+        codes = [self._give_one(name, None if counts is None else counts[query]) for query, name in enumerate(names)]
+        if many:
+            return self._packed(codes, names)
+        return PerQuery(0, 2 * codes[0] + (names[0] is not None))
+
+    def _give_one(self, name: namespaces.Namespace, count: int | None) -> int:
+        code = self.known.find(name)
+        if code < 0 and (count is None or count >= self._smallest):
+            code = self.known.give(name)
+            self._given.add(code)
+            self._unsure |= count is None
+        return code
+
+    def _packed(self, codes: Sequence[int], names: Sequence[namespaces.Namespace]) -> PerQuery:
+        packed = [2 * code + (name is not None) for code, name in zip(codes, names, strict=True)]
+        return numbers_of(np.array(packed, np.int64), self._device)
+
+    def look(self, children: torch.Tensor, refused: bool) -> None:
+        """Forget the names that were given to inserts which stored nothing; the inserts so far are done.
+
+        children: `TreeState.namespace_children`. refused: whether one of them may have been refused.
+        """
+        if (refused or self._unsure) and self._given:
+            codes = sorted(self._given)
+            # A batch that does not fit may have been given codes beyond the array.
+            places = torch.tensor(codes, device="cpu").clamp(max=len(children) - 1).to(children.device)
+            found = np.zeros(max(codes) + 1, np.int64)
+            found[codes] = children[places].cpu().numpy()
+            found[len(children) :] = 0
+            self.known.forget(codes, found)
+        self.nothing_given()
+
+    def nothing_given(self) -> None:
+        self._given = set()
+        self._unsure = False
+
+    @property
+    def given(self) -> bool:
+        """Whether the host has not looked since names were given out."""
+        return bool(self._given)

@@ -1,0 +1,117 @@
+"""Results of single keys on a GPU: tensors on the device, and Python integers as soon as the kernel has told them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple, Protocol
+
+import torch
+
+from flatradix.device.mailbox import Mailbox
+from flatradix.layout.queries import Output
+
+_CHUNK = 4096
+
+
+class Chunk(NamedTuple):
+    """int32 [2, N] lengths and prefix lengths, int64 [N] handles, and where they are."""
+
+    lengths: torch.Tensor
+    handles: torch.Tensor
+    length_address: int
+    handle_address: int
+
+
+class Home(Protocol):
+    """The index whose kernel gives the answer."""
+
+    mailbox: Mailbox
+
+    def raise_pending(self) -> None: ...
+
+
+class Awaited:
+    """The numbers of one key, which its kernel leaves in a chunk and tells in the mail (`results.Late`)."""
+
+    __slots__ = ("_answer", "_call", "_chunk", "_home", "_place", "_renewed")
+
+    def __init__(self, home: Home, call: int, chunk: Chunk, place: int) -> None:
+        self._home = home
+        self._call = call
+        self._chunk = chunk
+        self._place = place
+        self._answer: tuple[int, int, int] | None = None
+        self._renewed = False
+
+    def _await(self) -> tuple[int, int, int]:
+        """(length, handle, prefix length)."""
+        if self._answer is None:
+            answers = self._home.mailbox.answers(self._call)
+            if answers is None:
+                lengths = self._chunk.lengths[:, self._place].tolist()
+                answer = (lengths[0], self._read_handle(), lengths[1])
+            else:
+                length, low, high, prefix = answers
+                answer = (length, low | high << 32, prefix)
+            if answer[0] in (-1, 0xFFFFFFFF):
+                self._home.raise_pending()
+                raise ValueError("this call was refused, as was told before; it has no result")
+            self._answer = answer
+        return self._answer
+
+    def _read_handle(self) -> int:
+        return int(self._chunk.handles[self._place])
+
+    def forget_handle(self) -> None:
+        """A lock may have renewed it."""
+        self._renewed = True
+
+    def output(self) -> Output:
+        """Where the numbers are on the device."""
+        place, lengths = self._place, self._chunk.length_address
+        return Output(self._chunk.handle_address + 8 * place, lengths + 4 * place, lengths + 4 * (_CHUNK + place))
+
+    def is_of(self, home: Home) -> bool:
+        return self._home is home
+
+    @property
+    def device(self) -> torch.device:
+        return self._chunk.handles.device
+
+    def lengths(self) -> torch.Tensor:
+        return self._chunk.lengths[0, self._place : self._place + 1]
+
+    def handles(self) -> torch.Tensor:
+        return self._chunk.handles[self._place : self._place + 1]
+
+    def prefix_lengths(self) -> torch.Tensor:
+        return self._chunk.lengths[1, self._place : self._place + 1]
+
+    def length(self) -> int:
+        return self._await()[0]
+
+    def handle(self) -> int:
+        return self._read_handle() if self._renewed else self._await()[1]
+
+    def prefix_length(self) -> int:
+        return self._await()[2]
+
+
+class Singles:
+    """Device memory for the results of single keys, given out one by one: a tensor for each would cost 3 us a call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._used = _CHUNK
+        # The last ones are kept, so that no memory is given to somebody else while a stream may still write to it.
+        self._chunks: deque[Chunk] = deque(maxlen=4)
+
+    def take(self, home: Home, call: int) -> Awaited:
+        """Where the numbers of a call will be."""
+        if self._used == _CHUNK:
+            lengths = torch.empty((2, _CHUNK), dtype=torch.int32, device=self._device)
+            handles = torch.empty(_CHUNK, dtype=torch.int64, device=self._device)
+            self._chunks.append(Chunk(lengths, handles, lengths.data_ptr(), handles.data_ptr()))
+            self._used = 0
+        self._used += 1
+        return Awaited(home, call, self._chunks[-1], self._used - 1)

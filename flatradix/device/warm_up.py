@@ -1,0 +1,135 @@
+"""Compiling what a tree on a GPU runs: side by side, as it is a minute's work for one core."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix.device.stages import STAGED_BYTES
+from flatradix.inputs.devices import interpreted
+from flatradix.inputs.ragged import Ragged
+from flatradix.layout import numbers
+from flatradix.layout.handles import pack_handle
+from flatradix.tree import RadixTree
+
+_KINDS = (torch.int32, torch.int64)
+_BEYOND_ONE_LAUNCH = 9  # locks of up to 8 places take one
+
+
+def warm_up_device(device: torch.device, page_size: int, bigram: bool) -> None:
+    """Single keys of host memory, and batches of int32 and int64 tokens on the device (with its index).
+
+    A thread for each operation: compilers do their work without the GIL. An interpreter of kernels takes one at a time.
+    """
+    tokens = page_size + bigram
+    in_python = interpreted()
+
+    def run(operation: Callable[[RadixTree], object]) -> None:
+        with nullcontext() if in_python else torch.cuda.device(device):  # a thread begins with cuda:0
+            tree = RadixTree(64 * page_size, page_size, device=device, bigram=bigram)
+            operation(tree)
+            tree.raise_pending()
+
+    operations = list(_operations(tokens))
+    with ThreadPoolExecutor(1 if in_python else min(len(operations), os.cpu_count() or 1)) as threads:
+        list(threads.map(run, operations))
+
+
+def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
+    """Each for an empty tree of its own, and most at its root, so that none waits for what another compiles.
+
+    Most of what PrefixCache calls is among them: keys of int64 with slots of int32, behind a start and not, with what
+    differs from query to query one at a time.
+    """
+    one = np.arange(tokens)
+    yield partial(_fill_and_empty, key=one)
+    yield lambda tree: tree.insert(one, one, start=_root(tree, 1))
+    for started in (False, True):
+        yield partial(_insert_one, key=one, started=started)
+        yield partial(_insert_keys, key=one, started=started, names=[None, None])
+        yield partial(_insert_keys, key=one, started=started, names=["a", "b"])
+    yield from (partial(_insert_batch, kind=kind, tokens=tokens) for kind in _KINDS)
+    for how in ({}, {"touch": False}, {"lock": True}, {"touch": False, "lock": True}):
+        yield partial(_match, how=how, key=one)
+        yield from (partial(_match_batch, how=how, kind=kind, tokens=tokens) for kind in _KINDS)
+    yield partial(_match, how={"touch": False, "lock": True, "namespace": [None, "a"]}, key=[one, one])
+    long = np.zeros(STAGED_BYTES // 8 + 1, np.int64)  # of more tokens than a kernel reads from pinned memory
+    for touch in (False, True):
+        yield partial(_match, how={"touch": touch, "lock": True}, key=long)
+    yield partial(_insert_keys, key=one, names=None, started=True, options={"inserted_lengths": [0, 1]})
+    yield partial(_insert_keys, key=one, names=None, started=True, options={"priority": [0, 1]})
+    for count in (1, _BEYOND_ONE_LAUNCH):
+        yield partial(_lock, count=count)
+        yield partial(_unlock, count=count)
+    yield lambda tree: tree.evict(1)
+    yield lambda tree: tree.slots(_root(tree, 1))
+    yield lambda tree: tree.split(_root(tree, 1))
+    yield _write_slots
+    yield lambda tree: tree.reset()
+
+
+def _root(tree: RadixTree, count: int) -> SimpleNamespace:
+    handle = pack_handle(0, tree.content().number(numbers.GENERATION))
+    lengths = torch.zeros(count, dtype=torch.int32, device=tree.device)
+    return SimpleNamespace(handles=torch.full_like(lengths, handle, dtype=torch.int64), lengths=lengths)
+
+
+def _batch(tree: RadixTree, kind: torch.dtype, tokens: int) -> Ragged:
+    values = torch.zeros(2 * tokens, dtype=kind, device=tree.device)
+    return Ragged(values, torch.arange(3, device=tree.device) * tokens)
+
+
+def _fill_and_empty(tree: RadixTree, key: np.ndarray) -> None:
+    tree.insert(key, key)
+    tree.compact()
+    tree.digest()
+    tree.evict(1)
+
+
+def _slots(tree: RadixTree, key: np.ndarray) -> torch.Tensor:
+    return torch.arange(len(key), dtype=torch.int32, device=tree.device)
+
+
+def _insert_one(tree: RadixTree, key: np.ndarray, started: bool) -> None:
+    tree.insert(key, _slots(tree, key), start=_root(tree, 1) if started else None)
+
+
+def _insert_keys(
+    tree: RadixTree, key: np.ndarray, started: bool, names: Any, options: dict[str, Any] | None = None
+) -> None:
+    slots = _slots(tree, key)
+    tree.insert([key, key], [slots, slots], names, start=_root(tree, 2) if started else None, **options or {})
+
+
+def _insert_batch(tree: RadixTree, kind: torch.dtype, tokens: int) -> None:
+    batch = _batch(tree, kind, tokens)
+    tree.insert(batch, batch)
+
+
+def _match(tree: RadixTree, how: dict[str, Any], key: Any) -> None:
+    tree.match(key, **how)
+
+
+def _match_batch(tree: RadixTree, how: dict[str, Any], kind: torch.dtype, tokens: int) -> None:
+    tree.match(_batch(tree, kind, tokens), **how)
+
+
+def _lock(tree: RadixTree, count: int) -> None:
+    tree.lock(_root(tree, count))
+
+
+def _unlock(tree: RadixTree, count: int) -> None:
+    tree.unlock(_root(tree, count))
+
+
+def _write_slots(tree: RadixTree) -> None:
+    table = torch.zeros((1, 1), dtype=torch.int32, device=tree.device)
+    tree.write_slots(_root(tree, 1), table, torch.arange(1, device=tree.device))

@@ -1,0 +1,536 @@
+"""HostIndex: the index in host memory. Everything happens at once, so every error is raised by its own call."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from flatradix.host.slots import Eviction, HostSlots, SlotPool
+from flatradix.host.slots_apart import SlotsApart
+from flatradix.index import Index, public_call, refuse_reentry
+from flatradix.inputs import namespaces
+from flatradix.inputs.arguments import check_counts, check_table, per_query, to_int64, token_count
+from flatradix.inputs.namespaces import Namespaces
+from flatradix.inputs.options import Options
+from flatradix.inputs.places import read_places, read_starts, refuse_shared_handles
+from flatradix.inputs.policy import Nodes, Score, scores_of
+from flatradix.inputs.ragged import Ragged, read_batch
+from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_slot, refuse_unequal
+from flatradix.inputs.sequences import Batch, address_of, is_batch, read_one, read_single
+from flatradix.inputs.upload import upload_numbers
+from flatradix.inspect.content import Content, Saved, as_numpy, fill
+from flatradix.kernels import cpu
+from flatradix.kernels.cpu import insert_one, lock_one, match_one, unlock_one
+from flatradix.layout import numbers, reasons
+from flatradix.layout.handles import NO_HANDLE
+from flatradix.layout.state import FREE_ROW, allocate, pool_units
+from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
+
+_NO_SCORES = np.empty(0, np.int64)
+_EVICTABLE, _PROTECTED, _NODES = numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES
+_RELEASED, _ROWS, _LONGEST = numbers.RELEASED, numbers.ROWS, numbers.LONGEST
+
+
+class HostIndex(Index):
+    """A tree in host memory; numba kernels do the work.
+
+    Each kernel changes the tree at once and notes the number of its call last, so that a call which is cut short can be
+    taken back from its results. A match that locks nothing needs no number.
+    """
+
+    def __init__(self, options: Options, device: torch.device, generation: int) -> None:
+        """generation: where those of the handles begin."""
+        self.options = options
+        self.device = device
+        state = allocate(options.max_tokens, options.page_size, options.bigram, generation)
+        state.numbers[numbers.POLICY] = options.order.code
+        state.numbers[numbers.PROTECTED_THRESHOLD] = options.order.protected_threshold
+        self._state = state
+        self._table = cpu.address_table(state)
+        self._addresses = address_of(self._table)
+        self._arrays: Any = as_numpy(state)
+        self._numbers = memoryview(self._arrays.numbers.data)
+        self._namespaces = Namespaces(self._arrays.namespace_hash)
+        units = pool_units(options.max_tokens, options.page_size)
+        self._slots: SlotPool
+        if options.slot_device is None:
+            self._slots = HostSlots(units, options.slot_dtype, self._addresses)
+        else:
+            self._slots = SlotsApart(units, options.slot_dtype, options.slot_device, self._addresses)
+        self._calls = 0  # so many were numbered
+        self._void = 0  # so many of them changed nothing, or were taken back
+        self._open = 0  # the number of the call that has begun and not ended
+        self._results = 0, _NO_SCORES, _NO_SCORES, _NO_SCORES
+        self._eviction: Eviction | None = None
+        self._untold: torch.Tensor | None = None
+        self._fresh: list[int] = []  # namespace codes that the last insert was given
+
+    # Calls that were cut short
+
+    def _begin(self, handles: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray) -> int:
+        """Begin a call on a batch, which these arrays allow to take back; of a single key the state's numbers do."""
+        call = self._calls + 1
+        self._results = call, handles, lengths, prefix_lengths
+        self._open = self._calls = call
+        return call
+
+    def _recover(self) -> None:
+        """Take back what a call did that was cut short, or finish it; RuntimeError where it is still under way.
+
+        Looks at the tree alone, so it may be cut short itself.
+        """
+        refuse_reentry(self)
+        if self._numbers[numbers.LAST_CALL] == self._open:
+            self._take_back(self._numbers[numbers.LAST_OPERATION])
+        self._void += 1
+        self._namespaces.repair(self._arrays.namespace_children)
+        self._numbers[_RELEASED] = 0
+        self._open = 0
+
+    def _take_back(self, operation: int) -> None:
+        if operation == numbers.EVICTED:
+            assert self._eviction is not None
+            self._untold = self._eviction.slots(self._numbers[numbers.LAST_LENGTH], self._numbers[numbers.LAST_PREFIX])
+            return
+        if operation == numbers.COMPACTED:
+            self._slots.finish_compaction()
+            return
+        call, handles, lengths, prefix_lengths = self._results
+        if call != self._open:
+            handles = np.array([self._numbers[numbers.LAST_HANDLE]])
+            lengths = np.array([self._numbers[numbers.LAST_LENGTH]], np.int32)
+            prefix_lengths = np.array([self._numbers[numbers.LAST_PREFIX]], np.int32)
+        if operation == numbers.LOCKED:
+            cpu.unlock(self._addresses, 0, handles, lengths)
+        elif operation == numbers.UNLOCKED:
+            cpu.lock(self._addresses, 0, handles.copy(), lengths)
+        else:
+            cpu.take_back_insert(self._addresses, prefix_lengths, lengths, handles)
+
+    def _close_unchanged(self) -> None:
+        """End a call that has changed nothing."""
+        self._void += self._open != 0
+        self._open = 0
+
+    def _refuse(self, operation: str, reason: int) -> NoReturn:
+        self._close_unchanged()
+        query, value = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
+        if reason == reasons.NO_CAPACITY:
+            max_tokens = self.options.max_tokens
+            refuse_capacity(value, max_tokens - self.total_tokens, self.evictable_tokens, max_tokens)
+        refuse(operation, reason, query, value)
+
+    # Match
+
+    @public_call
+    def match(
+        self,
+        q: Any,
+        namespace: Any = None,
+        touch: bool = True,
+        lock: bool = False,
+        start: Any = None,
+        split: bool = False,
+    ) -> MatchResult:
+        if self._open:
+            self._recover()
+        key = read_single(q, "tokens") if start is None else None
+        if key is None:
+            return self._match_batch(read_batch(q, "tokens"), namespace, touch, lock, start, split)
+        code = 0 if namespace is None else self._namespaces.find(namespaces.only(namespace))
+        return self._match_one(key[0], key[2], key[1], code, touch, lock, split)
+
+    @public_call
+    def match_array(
+        self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
+    ) -> MatchResult:
+        if self._open:
+            self._recover()
+        address, count = tokens.buffer_info()
+        if tokens.typecode != "q":
+            raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
+        if limit is not None and limit < count:
+            count = max(limit, 0)
+        code = 0 if namespace is None else self._namespaces.find(namespaces.only(namespace))
+        return self._match_one(address, True, count, code, True, False, split)
+
+    def _match_one(
+        self, address: int, wide: bool, count: int, code: int, touch: bool, lock: bool, split: bool
+    ) -> MatchResult:
+        if lock:
+            self._open = self._calls = self._calls + 1
+        length, handle = match_one.call(self._addresses, self._calls, address, wide, count, code, touch, lock, split)
+        if length < 0:
+            self._refuse("match", length)
+        result = one_match(length, handle)
+        self._open = 0
+        return result
+
+    def _match_batch(
+        self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any, split: bool
+    ) -> MatchResult:
+        names = namespaces.spread(namespace, len(keys))
+        codes = np.array([self._namespaces.find(name) for name in names], np.int64)
+        named = np.array([name is not None for name in names], np.bool_)
+        start_handles, start_lengths = read_starts(start, len(keys))
+        lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
+        handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
+        result = MatchResult(lengths, handles)
+        out = lengths.numpy(), handles.numpy()
+        call = self._begin(out[1], out[0], out[0]) if lock else self._calls
+        reason = cpu.match(
+            self._addresses, call, keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths,
+            bool(touch), bool(lock), bool(split), *out,
+        )  # fmt: skip
+        if reason < 0:
+            self._refuse("match", reason)
+        self._open = 0
+        return result
+
+    # Slots
+
+    @public_call
+    def slots(self, places: Any) -> Ragged:
+        if self._open:
+            self._recover()
+        if isinstance(places, Places) and places.late is None:
+            values = self._slots_of(places.handle, places.length)
+            return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
+        lengths, handles = read_places(places)
+        found = self._slots.of_places(handles.contiguous().numpy(), lengths.numpy())
+        if isinstance(found, int):
+            self._refuse("slots", found)
+        return found
+
+    @public_call
+    def path_slots(self, place: Any) -> torch.Tensor:
+        if self._open:
+            self._recover()
+        return self._slots_of(place.handle, place.length)
+
+    def _slots_of(self, handle: int, length: int) -> torch.Tensor:
+        found = self._slots.of_place(handle, length)
+        if isinstance(found, int):
+            self._refuse("slots", found)
+        return found
+
+    @public_call
+    def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
+        if self._open:
+            self._recover()
+        lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
+        pool = self._slots
+        numbered = check_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
+        reason = cpu.write_slots(
+            self._addresses, handles, lengths, numbered, pool.pool, pool.wide, table.data_ptr(),
+            table.dtype == torch.int64, table.stride(0), *table.shape,
+        )  # fmt: skip
+        reason = reason or pool.write_rows(handles, lengths, table, numbered)
+        if reason < 0:
+            self._refuse("write_slots", reason)
+
+    # Lock
+
+    @public_call
+    def lock(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        try:
+            late = places.late
+        except AttributeError:  # no result of ours; asking for its class takes longer
+            late = places
+        if late is None:
+            self._open = call = self._calls = self._calls + 1
+            handle = lock_one.call(self._addresses, call, places.handle, places.length)
+            if handle < 0:
+                self._refuse("lock", handle)
+            places.handle = handle
+            self._open = 0
+            return
+        lengths, handles = read_places(places)
+        refuse_shared_handles(handles)
+        renewed = handles.contiguous()
+        call = self._begin(renewed.numpy(), lengths.numpy(), lengths.numpy())
+        reason = cpu.lock(self._addresses, call, renewed.numpy(), lengths.numpy())
+        if reason < 0:
+            self._refuse("lock", reason)
+        if renewed is not handles:
+            handles.copy_(renewed)
+        self._open = 0
+
+    @public_call
+    def unlock(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        try:
+            late = places.late
+        except AttributeError:  # no result of ours; asking for its class takes longer
+            late = places
+        if late is None:
+            self._open = call = self._calls = self._calls + 1
+            reason = unlock_one.call(self._addresses, call, places.handle, places.length)
+        else:
+            lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
+            call = self._begin(handles, lengths, lengths)
+            reason = cpu.unlock(self._addresses, call, handles, lengths)
+        if reason < 0:
+            self._refuse("unlock", reason)
+        self._open = 0
+
+    @public_call
+    def split(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        lengths, handles = read_places(places)
+        refuse_shared_handles(handles)
+        renewed = handles.contiguous()
+        reason = cpu.split(self._addresses, renewed.numpy(), lengths.numpy())
+        if reason < 0:
+            self._refuse("split", reason)
+        if renewed is not handles:
+            handles.copy_(renewed)
+
+    # Insert
+
+    @public_call
+    def insert(
+        self,
+        q: Any,
+        slots: Any,
+        namespace: Any = None,
+        priority: Any = 0,
+        start: Any = None,
+        inserted_lengths: Any = 0,
+    ) -> InsertResult:
+        if self._open:
+            self._recover()
+        single = start is None or (isinstance(start, Places) and start.late is None)
+        if single and isinstance(priority, int) and isinstance(inserted_lengths, int) and not is_batch(q):
+            return self._insert_one(q, slots, namespace, priority, start, inserted_lengths)
+        keys = read_batch(q, "tokens")
+        priorities = per_query(priority, len(keys), "priority")
+        inserted = per_query(inserted_lengths, len(keys), "inserted_lengths")
+        return self._insert_batch(keys, slots, namespace, priorities, start, inserted)
+
+    def _insert_one(
+        self, q: Any, slots: Any, namespace: Any, priority: int, place: Places | None, inserted: int
+    ) -> InsertResult:
+        address, count, wide, _owner = read_one(q, "tokens")
+        priority, inserted = to_int64(priority, "priority"), to_int64(inserted, "inserted_lengths")
+        if is_batch(slots):
+            if len(slots) != 1:
+                raise ValueError(f"insert: 1 queries, but slots for {len(slots)}")
+            slots = slots[0]
+        pool = self._slots
+        source = pool.read_one(slots, self.options.check_slots)
+        if source[1] != count:
+            refuse_unequal(0, count, source[1])
+        handle, start = (NO_HANDLE, 0) if place is None else (place.handle, place.length)
+        name = None if namespace is None else namespaces.only(namespace)
+        self._fresh = []
+        self._open = call = self._calls = self._calls + 1
+        code = 0 if name is None else self._code_to_insert(name, count, start)
+        arguments = (
+            address, wide, count, code, name is not None, handle, start, priority, inserted,
+            source[0], source[2], pool.pool, pool.wide, pool.limit,
+        )  # fmt: skip
+        prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments)
+        if prefix == reasons.NO_ROOM:
+            pool.compact(call, self._numbers[_NODES])
+            prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments)
+        if prefix < 0:
+            self._refuse_insert(prefix, [slots])
+        if pool.pool == 0:
+            pool.store_one(source, prefix - start, length - start, pool_start)
+        result = one_insert(prefix, length, end)
+        self._open = 0
+        return result
+
+    def _insert_batch(
+        self, keys: Batch, slots: Any, namespace: Any, priorities: np.ndarray, start: Any, inserted: np.ndarray
+    ) -> InsertResult:
+        pool = self._slots
+        source = pool.read(slots, self.options.check_slots)
+        check_counts(keys.counts, source.counts)
+        names = namespaces.spread(namespace, len(keys))
+        start_handles, start_lengths = read_starts(start, len(keys))
+        named = np.array([name is not None for name in names], np.bool_)
+        prefixes = torch.empty(len(keys), dtype=torch.int32, device="cpu")
+        lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
+        handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
+        result = InsertResult(prefixes, lengths, handles)
+        pool_starts = np.empty(len(keys), np.int64)
+        out = prefixes.numpy(), lengths.numpy(), handles.numpy()
+        self._fresh = []
+        call = self._begin(out[2], out[1], out[0])
+        codes = np.zeros(len(keys), np.int64)
+        for query, name in enumerate(names):
+            codes[query] = self._code_to_insert(name, keys.counts[query], start_lengths[query])
+        arguments = (
+            keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths, priorities, inserted,
+            source.addresses, source.wide, pool.pool, pool.wide, pool.limit, *out, pool_starts,
+        )  # fmt: skip
+        reason = cpu.insert(self._addresses, call, *arguments)
+        if reason == reasons.NO_ROOM:
+            pool.compact(call, self._numbers[_NODES])
+            reason = cpu.insert(self._addresses, call, *arguments)
+        if reason < 0:
+            self._refuse_insert(reason, slots if is_batch(slots) else [slots])
+        if pool.pool == 0:
+            pool.store(source, out[0] - start_lengths, out[1] - out[0], pool_starts)
+        self._open = 0
+        return result
+
+    def _code_to_insert(self, name: namespaces.Namespace, count: int, start: int) -> int:
+        """The code of a key's namespace; a new one only where the key will store something."""
+        code = self._namespaces.find(name)
+        if code < 0 and start == 0 and count - self.options.bigram >= self.options.page_size:
+            code = self._namespaces.give(name)
+            self._fresh.append(code)
+        return code
+
+    def _refuse_insert(self, reason: int, slots: Any) -> NoReturn:
+        """Names that were given out for the insert are forgotten. slots: one sequence a query."""
+        self._namespaces.forget(self._fresh, self._arrays.namespace_children)
+        if reason == reasons.BAD_SLOT:
+            self._close_unchanged()
+            query, position = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
+            refuse_slot(int(slots[query][position]), query, position, self.options.slot_dtype)
+        self._refuse("insert", reason)
+
+    # Evict
+
+    @public_call
+    def evict(self, num_tokens: int) -> EvictResult:
+        if self._open:
+            self._recover()
+        wanted = token_count(num_tokens)
+        before = self._untold
+        known = 0 if before is None else len(before)
+        wanted = wanted - known if wanted > known else 0
+        score = self.options.order.score
+        scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
+        pool, room = self._slots, self._room_for(before, wanted)
+        self._eviction = room
+        self._open = call = self._calls = self._calls + 1
+        tokens, nodes = cpu.evict.call(
+            self._addresses, call, wanted, scores, pool.pool, pool.wide, room.starts, room.lengths, room.target
+        )
+        if self._numbers[_RELEASED]:
+            self._forget_namespaces()
+        result = EvictResult(room.slots(tokens, nodes), known + tokens, nodes)
+        self._untold = None
+        self._open = 0
+        return result
+
+    def _room_for(self, before: torch.Tensor | None, wanted: int) -> Eviction:
+        """Memory for an eviction, which frees less than one node more than is wanted."""
+        most, most_nodes = self._numbers[_EVICTABLE], self._numbers[_NODES]
+        if wanted == 0:
+            most = most_nodes = 0
+        elif wanted + self._numbers[_LONGEST] < most:
+            most = wanted + self._numbers[_LONGEST]
+            most_nodes = min(most_nodes, -(-wanted // self.options.page_size))
+        return self._slots.evict_into(before, most, most_nodes)
+
+    def _scores(self, score: Score) -> np.ndarray:
+        rows = self._numbers[_ROWS]
+        s = self._state
+        columns = (s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
+        live = s.parent[:rows] != FREE_ROW
+        live[0] = False
+        return scores_of(score, Nodes(*(column[:rows] for column in columns)), live).numpy()
+
+    def _forget_namespaces(self) -> None:
+        released = self._arrays.released[: self._numbers[_RELEASED]].tolist()
+        self._namespaces.forget(released, self._arrays.namespace_children)
+        self._numbers[_RELEASED] = 0
+
+    # Sizes
+
+    @property
+    @public_call
+    def evictable_tokens(self) -> int:
+        if self._open:
+            self._recover()
+        return self._numbers[_EVICTABLE]
+
+    @property
+    @public_call
+    def protected_tokens(self) -> int:
+        if self._open:
+            self._recover()
+        return self._numbers[_PROTECTED]
+
+    @property
+    @public_call
+    def total_tokens(self) -> int:
+        if self._open:
+            self._recover()
+        return self._numbers[_EVICTABLE] + self._numbers[_PROTECTED]
+
+    @property
+    @public_call
+    def num_nodes(self) -> int:
+        if self._open:
+            self._recover()
+        return self._numbers[_NODES]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._state) + self._slots.values.nbytes
+
+    @property
+    @public_call
+    def changes(self) -> int:
+        if self._open:
+            self._recover()
+        return self._calls - self._void
+
+    # The whole tree
+
+    @public_call
+    def compact(self) -> None:
+        if self._open:
+            self._recover()
+        self._open = call = self._calls = self._calls + 1
+        self._slots.compact(call, self._numbers[_NODES])
+        self._open = 0
+
+    @public_call
+    def digest(self) -> str:
+        if self._open:
+            self._recover()
+        slots = self._slots.values.cpu()
+        lanes = [cpu.digest(self._addresses, slots.data_ptr(), slots.dtype == torch.int64, lane) for lane in (0, 1)]
+        return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
+
+    @public_call
+    def reset(self) -> None:
+        if self._open:
+            self._recover()
+        self._open = self._calls = self._calls + 1
+        cpu.reset(self._addresses)
+        self._namespaces.clear()
+        self._open = 0
+
+    @public_call
+    def raise_pending(self) -> None:
+        if self._open:
+            self._recover()
+
+    @public_call
+    def content(self) -> Content:
+        if self._open:
+            self._recover()
+        sizes = self._numbers[_EVICTABLE], self._numbers[_PROTECTED], self._numbers[_NODES]
+        slots = self._slots.values.numpy(force=True)
+        return Content(self.options, self._arrays, slots, 0, self._namespaces.items(), *sizes)
+
+    def restore(self, saved: Saved) -> None:
+        fill(self._state, self._slots.values, saved)
+        self._namespaces.restore(saved["names"])
+        cpu.rebuild(self._addresses)

@@ -1,0 +1,55 @@
+"""Compiling what a tree in host memory runs, or reading it from disk."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+
+from flatradix.inputs.sequences import address_of
+from flatradix.kernels import cpu
+from flatradix.layout.state import allocate
+from flatradix.tree import RadixTree
+
+
+def warm_up_host(slot_device: str | torch.device | None) -> None:
+    """Run every operation once on a small tree: on a CPU, which options a tree has makes no difference."""
+    tree = RadixTree(16, page_size=2, device="cpu")
+    one = tree.insert([1, 2, 3, 4], [0, 1, 2, 3])
+    found = tree.match([1, 2, 9])
+    tree.lock(found)
+    tree.slots(found)
+    tree.unlock(found)
+    tree.insert([5, 6], [4, 5], start=one)
+    several = tree.insert([[1, 2], [7, 8]], [[0, 1], [6, 7]])
+    tree.lock(several)
+    tree.split(tree.match([[1, 2], [7, 8]]))
+    tree.slots(several)
+    tree.write_slots(several, torch.zeros((2, 2), dtype=torch.int32, device="cpu"), [0, 1])
+    tree.unlock(several)
+    tree.evict(2)
+    tree.digest()
+    file = io.BytesIO()
+    tree.save(file)
+    file.seek(0)
+    RadixTree.load(file, device="cpu").reset()
+    _take_back()
+    _use_slots_apart(RadixTree(16, page_size=2, device="cpu", slot_device=slot_device or "cpu"))
+
+
+def _take_back() -> None:
+    """What only follows a call that was cut short."""
+    table = cpu.address_table(allocate(2, 1, False, 0))
+    nothing = np.empty(0, np.int32)
+    cpu.take_back_insert(address_of(table), nothing, nothing, nothing.astype(np.int64))
+
+
+def _use_slots_apart(tree: RadixTree) -> None:
+    places = tree.insert([[1, 2], [3, 4]], [[0, 1], [2, 3]])
+    table = torch.zeros((2, 2), dtype=torch.int32, device=tree.slot_device)
+    tree.slots(places)
+    tree.path_slots(tree.match([1, 2]))
+    tree.write_slots(places, table, [0, 1])
+    tree.compact()
+    tree.evict(2)

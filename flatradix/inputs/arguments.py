@@ -1,0 +1,81 @@
+"""Checking what callers pass besides the queries, and giving it the one type that the kernels are compiled for."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix.inputs.refuse import refuse_unequal
+
+_LOWEST, _HIGHEST = -(2**63), 2**63 - 1
+
+
+def check_counts(tokens: np.ndarray, slots: np.ndarray) -> None:
+    """One slot a token, query by query."""
+    check_slot_queries(len(tokens), len(slots))
+    unequal = np.flatnonzero(tokens != slots)
+    if len(unequal):
+        query = int(unequal[0])
+        refuse_unequal(query, tokens[query], slots[query])
+
+
+def check_slot_queries(queries: int, slots: int) -> None:
+    if queries != slots:
+        raise ValueError(f"insert: {queries} queries, but slots for {slots}")
+
+
+def to_int64(value: Any, what: str) -> int:
+    number = int(value)
+    if not _LOWEST <= number <= _HIGHEST:
+        raise ValueError(f"{what} {number} does not fit 64 bits")
+    return number
+
+
+def token_count(value: Any) -> int:
+    """How many tokens to evict."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"evict: {value!r} tokens; give an integer") from None
+    if count < 0:
+        raise ValueError(f"evict: {count} tokens; give a number >= 0")
+    return min(count, _HIGHEST)
+
+
+def per_query(value: Any, queries: int, what: str) -> np.ndarray:
+    """int64 [B] from one integer or one a query."""
+    if isinstance(value, int | np.integer):
+        return np.full(queries, to_int64(value, what), np.int64)
+    values = np.asarray(value)
+    if values.shape != (queries,) or (queries and values.dtype.kind not in "iu"):
+        raise ValueError(f"{what} must be an integer, or {queries} integers, one a query")
+    if queries and int(values.max()) > _HIGHEST:
+        raise ValueError(f"{what}: {int(values.max())} does not fit 64 bits")
+    return values.astype(np.int64)
+
+
+def check_table(table: Any, rows: Any, queries: int, device: torch.device, slot_dtype: torch.dtype) -> torch.Tensor:
+    """The rows to write to as an int64 tensor, where they are; the table is checked."""
+    if not isinstance(table, torch.Tensor) or table.dim() != 2 or table.dtype not in (torch.int32, torch.int64):
+        raise ValueError("write_slots: the table must be an int32 or int64 tensor [rows, width]")
+    if table.device != device:
+        raise ValueError(f"write_slots: the table is on {table.device}, but the slots are on {device}")
+    if table.shape[1] > 1 and table.stride(1) != 1:
+        raise ValueError("write_slots: the elements of a row of the table must lie next to each other")
+    if table.shape[0] > 1 and table.stride(0) < table.shape[1]:
+        raise ValueError("write_slots: the rows of the table overlap; each needs memory of its own")
+    if table.dtype == torch.int32 and slot_dtype == torch.int64:
+        raise ValueError("write_slots: the slots are torch.int64, which a table of torch.int32 does not hold")
+    try:
+        numbers = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(rows, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"write_slots: rows must be {queries} integers, one a query, not {rows!r}") from None
+    if numbers.shape != (queries,) or (queries and numbers.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"write_slots: rows must be {queries} integers, one a query, "
+            f"not {numbers.dtype} of shape {tuple(numbers.shape)}"
+        )
+    return numbers.to(torch.int64).contiguous()

@@ -1,0 +1,122 @@
+"""Which devices can be used here, and why not another."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+from flatradix.errors import DeviceUnavailableError
+
+logger = logging.getLogger("flatradix")
+VARIABLE = "FLATRADIX_DEVICE"
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 stands in for a GPU: its kernels then run in Python, on tensors in host memory."""
+    wanted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    return wanted and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def why_not_cuda() -> str:
+    """Why no tree can live on a GPU here; an empty string if one can. Compiles and runs a kernel to see."""
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'flatradix[gpu]')"
+    try:
+        from flatradix.kernels.gpu import launch
+
+        launch.probe()
+    except Exception as error:  # whatever a driver, a compiler or an assembler may raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"a first kernel does not compile and run: {first}"
+    return ""
+
+
+def asked_for() -> str:
+    """What the environment says of `device="auto"`: a device, or "auto" where it is left to us."""
+    return os.environ.get(VARIABLE) or "auto"
+
+
+def why_not_auto() -> str:
+    """Why `auto` does not take CUDA, an empty string if it does."""
+    if interpreted():
+        return "kernels are interpreted (TRITON_INTERPRET), which only who asks for cuda wants"
+    return why_not_cuda()
+
+
+def auto_reason() -> str:
+    """What `device="auto"` takes, and why, in one sentence."""
+    wanted = asked_for()
+    if wanted != "auto":
+        try:
+            return f"{named(wanted, f'{VARIABLE}={wanted}')}: the environment variable {VARIABLE} says so"
+        except (ValueError, DeviceUnavailableError) as error:
+            return f"nothing: {error}"
+    reason = why_not_auto()
+    return f"cpu: {reason}" if reason else "cuda: it is there and works"
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    logger.info("device auto takes %s", reason)
+
+
+def candidates(device: str | torch.device) -> list[torch.device]:
+    """The devices on which a tree may live, the preferred one first: one if it was asked for by name.
+
+    device: "cpu", "cuda", "cuda:1", or "auto", for which FLATRADIX_DEVICE may speak. Raises DeviceUnavailableError if
+    the device cannot be used here, ValueError if it is none.
+    """
+    if device != "auto":
+        return [named(device, f'device="{device}"')]
+    if asked_for() != "auto":
+        return [named(asked_for(), f"{VARIABLE}={asked_for()}")]
+    _tell_once(auto_reason())
+    host = torch.device("cpu")
+    return [host] if why_not_auto() else [_indexed(torch.device("cuda")), host]
+
+
+def preferred(device: str | torch.device) -> torch.device:
+    """The first of `candidates`."""
+    return candidates(device)[0]
+
+
+def named(device: str | torch.device, asked: str) -> torch.device:
+    """A device that was asked for by name; `asked` is how, for the errors."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{asked} is no device: give cpu, cuda, cuda:N or auto") from None
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if found.type != "cuda":
+        raise ValueError(f"{asked}: a tree lives on cpu or cuda; its slots may live elsewhere")
+    reason = why_not_cuda()
+    if reason:
+        raise DeviceUnavailableError(f'{asked} cannot be used: {reason}; take "cpu" or "auto"')
+    return _indexed(found)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """With its number: torch.device("cuda") is not torch.device("cuda:0")."""
+    if interpreted():
+        return torch.device("cuda", 0)
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        raise DeviceUnavailableError(f"{device} cannot be used: there are {count} CUDA devices, from cuda:0 on")
+    return torch.device("cuda", index)
+
+
+def explain() -> list[tuple[str, str]]:
+    """(device, whether it can be used or why not) for each kind of device."""
+    reason = why_not_cuda()
+    return [("cpu", "usable"), ("cuda", f"not usable: {reason}" if reason else "usable")]

@@ -1,0 +1,133 @@
+"""Namespaces: names to small codes, held only while something of theirs is cached."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flatradix.errors import QueryError
+from flatradix.layout import numbers
+
+Namespace = str | bytes | None
+
+
+def check(name: Any, query: int = 0, where: str = "") -> None:
+    """Raise QueryError for what is no name."""
+    if not (name is None or isinstance(name, str | bytes)):
+        raise QueryError(f"the namespace{where} is a {type(name).__name__}; it must be None, a str or bytes", query)
+
+
+def name_hash(name: Namespace) -> int:
+    """64 bits of a name for the digest, signed; "a" and b"a" differ."""
+    if name is None:
+        data = b"n"
+    elif isinstance(name, str):
+        data = b"s" + name.encode("utf-8", "surrogatepass")
+    else:
+        data = b"b" + name
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+class Namespaces:
+    """The codes of the names in use. Code 0 is None, for ever; others are given out, and taken back when empty.
+
+    The lowest free code goes first, so that the codes of names that are cached stay below the number of pages.
+    Names are compared, never their hashes: namespaces are a security boundary.
+
+    `_codes` alone is the truth: what a call that was cut short left of the rest is made anew by `repair`.
+    """
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        """hashes: int64 [N], filled with `name_hash` for each code given out; writable, the state's own."""
+        self._hashes = hashes
+        self.clear()
+
+    def find(self, name: Namespace) -> int:
+        """The code of a name, UNKNOWN_NAMESPACE if nothing of it is cached."""
+        return self._codes.get(name, numbers.UNKNOWN_NAMESPACE)
+
+    def give(self, name: Namespace) -> int:
+        """The code of a name, a new one if it has none. The insert fails for want of room if it is beyond the array."""
+        code = self._codes.get(name)
+        if code is None:
+            code = heapq.heappop(self._free) if self._free else len(self._names)
+            self._note(code, name)
+            self._codes[name] = code
+        return code
+
+    def _note(self, code: int, name: Namespace) -> None:
+        self._names[code] = name
+        if code < len(self._hashes):
+            self._hashes[code] = name_hash(name)
+
+    def take_back(self, code: int) -> None:
+        """Forget an empty namespace."""
+        del self._codes[self._names[code]]
+        del self._names[code]
+        heapq.heappush(self._free, code)
+
+    def forget(self, codes: Iterable[int], children: np.ndarray) -> None:
+        """Forget those of some namespaces that are in use and have no child, whoever asks for them how often."""
+        for code in codes:
+            if code in self._names and (code >= len(children) or children[code] == 0):
+                self.take_back(code)
+
+    def repair(self, children: np.ndarray) -> None:
+        """Forget every namespace without a child, and make anew what follows from the names that are left.
+
+        children: int [N], of each code.
+        """
+        codes = {
+            name: code for name, code in self._codes.items() if code == 0 or (code < len(children) and children[code])
+        }
+        self._set([(code, name) for name, code in codes.items()])
+
+    def _set(self, items: Iterable[tuple[int, Namespace]]) -> None:
+        names = dict(items)
+        self._codes = {name: code for code, name in names.items()}
+        self._names = names
+        self._free = [code for code in range(max(names)) if code not in names]
+
+    def name(self, code: int) -> Namespace:
+        return self._names[code]
+
+    def __len__(self) -> int:
+        """Names in use, None among them."""
+        return len(self._codes)
+
+    def items(self) -> list[tuple[int, Namespace]]:
+        return sorted((code, name) for name, code in self._codes.items())
+
+    def restore(self, items: Iterable[tuple[int, Namespace]]) -> None:
+        """Take over the names and codes of another tree."""
+        self._set(items)
+        for code, name in self.items():
+            self._note(code, name)
+
+    def clear(self) -> None:
+        self._set([(numbers.NO_NAMESPACE, None)])
+        self._note(numbers.NO_NAMESPACE, None)
+
+
+def only(namespace: Any) -> Namespace:
+    """The name of a single query."""
+    if isinstance(namespace, list | tuple):
+        return spread(namespace, 1)[0]
+    check(namespace)
+    return namespace
+
+
+def spread(namespace: Any, queries: int) -> Sequence[Namespace]:
+    """One name a query: `namespace` is one for all, or a list with one for each."""
+    if isinstance(namespace, list | tuple):
+        if len(namespace) != queries:
+            raise ValueError(f"{len(namespace)} namespaces for {queries} queries; give one, or one a query")
+        for query, name in enumerate(namespace):
+            check(name, query, f" of query {query}")
+        return namespace
+    check(namespace)
+    return [namespace] * queries

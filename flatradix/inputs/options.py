@@ -1,0 +1,75 @@
+"""Options: what a tree is made with, checked."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flatradix.errors import DeviceUnavailableError
+from flatradix.inputs.policy import Order, Policy, order_of
+from flatradix.layout.numbers import MAX_UNITS
+from flatradix.layout.state import pool_units, row_capacity
+
+
+class Options(NamedTuple):
+    """As of `RadixTree`, whose docstring says what each means. order: what `policy` means."""
+
+    max_tokens: int
+    page_size: int
+    policy: Policy
+    slot_device: torch.device | None
+    bigram: bool
+    slot_dtype: torch.dtype
+    check_slots: bool
+    order: Order
+
+
+def read_options(
+    max_tokens: int,
+    page_size: int,
+    policy: Policy,
+    slot_device: str | torch.device | None,
+    bigram: bool,
+    slot_dtype: torch.dtype,
+    check_slots: bool,
+) -> Options:
+    """Raises ValueError for an option out of range, DeviceUnavailableError for a slot device that cannot be used."""
+    _check_sizes(max_tokens, page_size)
+    if slot_dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
+    return Options(
+        int(max_tokens),
+        int(page_size),
+        policy,
+        _read_slot_device(slot_device),
+        bool(bigram),
+        slot_dtype,
+        bool(check_slots),
+        order_of(policy),
+    )
+
+
+def _check_sizes(max_tokens: int, page_size: int) -> None:
+    for name, value in (("max_tokens", max_tokens), ("page_size", page_size)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    if max_tokens < page_size:
+        raise ValueError(f"max_tokens {max_tokens} is less than one page of {page_size}")
+    if pool_units(max_tokens, page_size) > MAX_UNITS or row_capacity(max_tokens, page_size) >= 1 << 28:
+        raise ValueError(
+            f"max_tokens {max_tokens} with page_size {page_size} is too large: at most 1.7e9 tokens and 2.6e8 pages"
+        )
+
+
+def _read_slot_device(device: Any) -> torch.device | None:
+    try:
+        found = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"slot_device {device!r} is no device") from None
+    if found is not None and found.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceUnavailableError(f'slot_device="{device}" cannot be used: torch sees no CUDA device')
+    if found is not None and found.type == "meta":
+        raise ValueError("slot_device meta holds no values")
+    return found

@@ -1,0 +1,122 @@
+"""Eviction policies: what goes first among the nodes without children and locks.
+
+The built-in ones mean what SGLang's `mem_cache/evict_policy.py` (0.5.23) means by the same names. A policy of one's own
+is a function from the node arrays to a score for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from flatradix.layout import numbers
+
+
+class Nodes(NamedTuple):
+    """What a policy sees: one entry a row, in tensors that are the tree's own and must not be written to.
+
+    Rows that hold no node have arbitrary values, and their scores are ignored.
+    """
+
+    tick: torch.Tensor  # int64: last use; grows by 2 with each query
+    created: torch.Tensor  # int64: the tick at which the node came to be
+    priority: torch.Tensor  # int64
+    hit_count: torch.Tensor  # int32: inserts that passed the node
+    lock_ref: torch.Tensor  # int32
+    children: torch.Tensor  # int32
+    length: torch.Tensor  # int32: tokens on the edge
+    end: torch.Tensor  # int32: tokens from the root to the node's end
+
+
+Score = Callable[[Nodes], torch.Tensor]
+
+
+class Slru(NamedTuple):
+    """The policy slru with a threshold of its own; made by `slru`."""
+
+    protected_threshold: int
+
+    def __repr__(self) -> str:
+        return f"slru(protected_threshold={self.protected_threshold})"
+
+
+def slru(protected_threshold: int = 2) -> Slru:
+    """The policy slru: nodes that at least so many inserts have passed go after all others.
+
+    Raises ValueError unless it is an integer of at least 1. With 2, the default, it is the same as "slru".
+    """
+    if isinstance(protected_threshold, bool) or not isinstance(protected_threshold, int) or protected_threshold < 1:
+        raise ValueError(f"slru: protected_threshold must be an integer of at least 1, not {protected_threshold!r}")
+    if protected_threshold > numbers.MAX_HITS:
+        raise ValueError(f"slru: protected_threshold {protected_threshold} is more than any node can count")
+    return Slru(protected_threshold)
+
+
+Policy = str | Slru | Score
+
+
+def most_recent(nodes: Nodes) -> torch.Tensor:
+    """mru. A touch makes a node go sooner, which the lazy queue of the other policies cannot follow."""
+    return -nodes.tick
+
+
+NAMES = ("lru", "lfu", "slru", "fifo", "mru", "filo", "priority")
+
+
+class Order(NamedTuple):
+    """How a tree orders nodes for eviction. code: numbers.LRU and the like. score: the function behind SCORES."""
+
+    code: int
+    score: Score | None
+    protected_threshold: int
+
+
+def order_of(policy: Policy) -> Order:
+    """What a policy means. Raises ValueError for what is none."""
+    threshold = slru().protected_threshold
+    if isinstance(policy, Slru):
+        return Order(numbers.SLRU, None, policy.protected_threshold)
+    if callable(policy):
+        return Order(numbers.SCORES, policy, threshold)
+    if policy == "mru":
+        return Order(numbers.SCORES, most_recent, threshold)
+    if policy not in NAMES:
+        raise ValueError(
+            f"policy {policy!r} is unknown: one of {', '.join(NAMES)}, flatradix.slru(protected_threshold=...), or a "
+            "function of the nodes"
+        )
+    return Order(int(getattr(numbers, policy.upper())), None, threshold)
+
+
+def built_in_scores(order: Order, nodes: Nodes) -> torch.Tensor:
+    """int64: what a built-in policy other than mru orders by, before the tick; smaller goes first."""
+    if order.code == numbers.LFU:
+        return nodes.hit_count.to(torch.int64)
+    if order.code == numbers.SLRU:
+        return (nodes.hit_count >= order.protected_threshold).to(torch.int64)
+    if order.code == numbers.FIFO:
+        return nodes.created
+    if order.code == numbers.FILO:
+        return -nodes.created
+    return nodes.priority
+
+
+def scores_of(score: Score, nodes: Nodes, live: torch.Tensor) -> torch.Tensor:
+    """Call a policy; its scores as int64 that order the same way. `live`: bool, whether a row holds a node."""
+    scores = score(nodes)
+    rows = len(nodes.tick)
+    if not isinstance(scores, torch.Tensor) or scores.shape != (rows,):
+        got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(f"the policy returned {got}; it must return a tensor with one score a row: ({rows},)")
+    if scores.dtype.is_complex:
+        raise ValueError(f"the policy returned scores of {scores.dtype}; they must be integers or floats")
+    if not scores.dtype.is_floating_point:
+        return scores.to(live.device, torch.int64).contiguous()
+    broad = scores.to(live.device, torch.float64) + 0.0  # -0.0 becomes 0.0
+    nan = broad.isnan() & live
+    if bool(nan.any()):
+        raise ValueError(f"the policy returned NaN for row {int(nan.nonzero()[0])}")
+    bits = broad.contiguous().view(torch.int64)
+    return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)

@@ -1,0 +1,161 @@
+"""Reading sequences of integers as memory that a kernel can read, without a copy where possible.
+
+`array`, numpy and torch are read in place when they hold int32 or int64 next to each other; other integer types are
+widened, lists converted through `array` (7 ns a token; `np.array(list)` takes 16-30 ns).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flatradix.errors import QueryError
+
+# (address, elements, whether int64, what keeps the memory alive)
+Buffer = tuple[int, int, bool, Any]
+_INTEGERS = (int, np.integer)
+
+
+class Batch(NamedTuple):
+    """B sequences in host memory: int64 [B] addresses and element counts, one width, and their owners."""
+
+    addresses: np.ndarray
+    counts: np.ndarray
+    wide: bool
+    owner: Any
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def address_of(values: np.ndarray) -> int:
+    """Where an array begins; through ctypes 0.3 us, through numpy's own ways 0.9 us."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(values))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # read-only, or empty
+        return int(values.__array_interface__["data"][0])
+
+
+def _read_array(values: array[int]) -> Buffer:
+    if values.typecode in "qil":
+        address, count = values.buffer_info()
+        return address, count, values.itemsize == 8, values
+    if values.typecode in "bBhHIL":
+        return _read_numpy(np.frombuffer(values, dtype=values.typecode) if values else np.empty(0, np.int64))
+    raise ValueError(f"an array of typecode {values.typecode!r}; token ids and slots are integers: use 'q' or 'i'")
+
+
+def _read_numpy(values: np.ndarray) -> Buffer:
+    kind = values.dtype
+    if kind.char in "ilq" and kind.isnative and values.ndim == 1 and values.flags.c_contiguous and values.flags.aligned:
+        return address_of(values), values.size, kind.itemsize == 8, values
+    if values.ndim != 1:
+        raise ValueError(f"an array of shape {values.shape}; a sequence is 1-D (for rows of a batch pass list(rows))")
+    if kind.kind in "iu" and not (kind.kind == "u" and kind.itemsize == 8):
+        fitting = np.dtype(np.int32 if kind.kind == "i" and kind.itemsize == 4 else np.int64)
+        return address_of(copy := values.astype(fitting, order="C")), copy.size, fitting.itemsize == 8, copy
+    raise ValueError(f"dtype {kind}; token ids and slots are int32 or int64")
+
+
+def _read_tensor(values: torch.Tensor) -> Buffer:
+    kind = values.dtype
+    wide = kind is torch.int64
+    if (wide or kind is torch.int32) and values.ndim == 1 and values.is_cpu and values.is_contiguous():
+        return values.data_ptr(), values.numel(), wide, values
+    if values.ndim != 1:
+        raise ValueError(
+            f"a tensor of shape {tuple(values.shape)}; a sequence is 1-D (for rows of a batch pass list(rows))"
+        )
+    if wide or kind is torch.int32:
+        return _read_tensor(values.cpu().contiguous())
+    if kind in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32):
+        return _read_tensor(values.to(torch.int64))
+    raise ValueError(f"dtype {kind}; token ids and slots are int32 or int64")
+
+
+def _read_memoryview(values: memoryview) -> Buffer:
+    if values.format in ("q", "l", "i") and values.ndim == 1 and values.c_contiguous and not values.readonly and values:
+        return ctypes.addressof(ctypes.c_char.from_buffer(values)), len(values), values.itemsize == 8, values
+    return _read_numpy(np.asarray(values))
+
+
+def _read_list(values: Sequence[int]) -> Buffer:
+    try:
+        return _read_array(array("q", values))
+    except OverflowError:
+        raise ValueError("an integer beyond 64 bits; token ids and slots lie in [0, 2**31 - 1]") from None
+    except TypeError:
+        wrong = next(v for v in values if not isinstance(v, _INTEGERS))
+        raise ValueError(f"{wrong!r} of type {type(wrong).__name__} among the integers of a sequence") from None
+
+
+# Types that are one sequence whatever they hold, and the two that may also be a batch.
+_FLAT: dict[type, Callable[[Any], Buffer]] = {
+    array: _read_array,
+    np.ndarray: _read_numpy,
+    torch.Tensor: _read_tensor,
+    range: _read_list,
+    memoryview: _read_memoryview,
+}
+_READERS = {**_FLAT, list: _read_list, tuple: _read_list}
+_BATCHES: list[type] = []
+
+
+def declare_batch(kind: type) -> None:
+    """From now on, objects of this class are batches, and never one sequence."""
+    _BATCHES.append(kind)
+
+
+def _reader(values: Any) -> Callable[[Any], Buffer]:
+    """The reader for values of a subclass, or of a type that offers a buffer."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError("a masked array; pass what is not masked, .compressed()")
+    for kind in (torch.Tensor, np.ndarray, array, list, tuple):
+        if isinstance(values, kind):
+            return _READERS[kind]
+    if hasattr(values, "__array__"):
+        return lambda v: _read_numpy(np.asarray(v))
+    raise ValueError(
+        f"a {type(values).__name__} is no sequence of integers: pass a list, an array, a numpy array or a tensor"
+    )
+
+
+def read_one(values: Any, what: str, query: int = 0) -> Buffer:
+    """One sequence as a buffer. `what` ("tokens", "slots") and `query` are named in the QueryError."""
+    try:
+        return (_READERS.get(type(values)) or _reader(values))(values)
+    except ValueError as error:
+        raise QueryError(f"{what} of query {query}: {error}", query) from None
+
+
+def is_batch(queries: Any) -> bool:
+    """Whether `queries` is a batch rather than one flat sequence. An empty list is one empty sequence."""
+    if isinstance(queries, list | tuple):
+        return len(queries) > 0 and not isinstance(queries[0], _INTEGERS)
+    return isinstance(queries, tuple(_BATCHES))
+
+
+def read_single(queries: Any, what: str) -> Buffer | None:
+    """One flat sequence as a buffer, None for a batch. Raises QueryError."""
+    reader = _FLAT.get(type(queries))
+    if reader is None:
+        return None if is_batch(queries) else read_one(queries, what)
+    try:
+        return reader(queries)
+    except ValueError as error:
+        raise QueryError(f"{what} of query 0: {error}", 0) from None
+
+
+def read_many(queries: Sequence[Any], what: str) -> Batch:
+    """A list of sequences; their owners are buffers. Raises QueryError."""
+    buffers = [read_one(values, what, query) for query, values in enumerate(queries)]
+    wide = any(buffer[2] for buffer in buffers)
+    if wide and not all(buffer[2] for buffer in buffers):
+        buffers = [b if b[2] else _read_numpy(np.asarray(b[3]).astype(np.int64)) for b in buffers]
+    table = np.array([(b[0], b[1]) for b in buffers], dtype=np.int64).reshape(-1, 2)
+    return Batch(table[:, 0].copy(), table[:, 1].copy(), wide, buffers)

@@ -1,0 +1,25 @@
+"""Bringing tensors of host memory to another device without waiting."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+HOST_IN_GRAPH = "a CUDA graph cannot hold inputs in host memory: pass tensors on the device"
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device, without waiting; torch uses pinned memory again only when the copy is done."""
+    if values.device == device:
+        return values
+    if not values.is_cpu or device.type != "cuda":
+        return values.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(HOST_IN_GRAPH)
+    pinned = values if values.is_pinned() else values.pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
+def upload_numbers(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The same for int64 numbers, one a query."""
+    return upload(torch.from_numpy(np.ascontiguousarray(values, np.int64)), device)

@@ -1,0 +1,1 @@
+"""Looking at a tree: its content as arrays, every invariant, a drawing, a file."""

@@ -1,0 +1,284 @@
+"""FlatRadixCache: SGLang's prefix cache over a RadixTree. What its scheduler calls, and nothing below it."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import (
+    BasePrefixCache,
+    DecLockRefParams,
+    DecLockRefResult,
+    EvictParams,
+    EvictResult,
+    IncLockRefResult,
+    InsertParams,
+    InsertResult,
+    MatchPrefixParams,
+    MatchResult,
+    TreeLock,
+)
+
+from flatradix.inspect.draw import draw
+from flatradix.integrations.sglang.events import KvEvents
+from flatradix.integrations.sglang.index import make_tree, up_to
+from flatradix.integrations.sglang.once import Once
+from flatradix.integrations.sglang.order import depth_first_by_weight
+from flatradix.results import Places
+
+_RECEIPT = DecLockRefParams()  # an unlock needs the place alone
+_GREATEST = torch.iinfo(torch.int64).max
+_NO_TOKENS = array("q")
+
+
+class FlatRadixCache(BasePrefixCache):
+    """SGLang's prefix cache for models with one KV slot a token, with flatradix as its tree.
+
+    Nodes are places of the tree (`flatradix.results.Places`): a request holds the one that it locked, and each
+    checkpoint goes on from there, so that a chunk costs the chunk and one step for each node above it. All sizes are
+    Python integers that the tree keeps, so asking for them waits for nothing. One thread at a time, as the scheduler.
+    """
+
+    def __init__(self, params: Any, device: str | None = None) -> None:
+        """params: SGLang's CacheInitParams. device: of the index, else FLATRADIX_DEVICE says it, else it is the CPU.
+
+        Raises ValueError for a policy that flatradix does not know, DeviceUnavailableError.
+        """
+        self.disable = False
+        self.req_to_token_pool = params.req_to_token_pool
+        self.token_to_kv_pool_allocator = params.token_to_kv_pool_allocator
+        self.page_size = params.page_size
+        self.is_eagle = params.is_eagle
+        self.eviction_policy = params.eviction_policy.lower()
+        self.sliding_window_size = None
+        self.device = torch.device(params.token_to_kv_pool_allocator.device)
+        self._tree = make_tree(params, device)
+        self.tree = self._tree.tree
+        self.root_node = self._tree.match(_NO_TOKENS, None, None)
+        _ = self.root_node.length  # a GPU keeps what it has to tell of a call for a while only
+        self.kv_events = KvEvents(params)
+        self.kv_events.cleared()
+        if params.enable_metrics:
+            self.init_metrics_collector()
+
+    def reset(self) -> None:
+        """Forget everything, locked nodes too: no lock from before may be given back. SGLang calls it when idle."""
+        with self._tree.aside():
+            self.tree.reset()
+        self.kv_events.cleared()
+
+    # Look-ups
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """The longest cached prefix of a key; it becomes the most recently used. O(length of the match)."""
+        key = params.key
+        place = self._tree.match(key.token_ids, key.limit, namespace_of(key))
+        return MatchResult(place.length, place, place, place)
+
+    def touch_prefix(self, key: Any) -> None:
+        self._tree.match(key.token_ids, key.limit, namespace_of(key))
+
+    def path_device_indices(self, node: Places) -> torch.Tensor:
+        """int64 [length], contiguous, on the KV pool's device."""
+        return self._tree.slots(node)
+
+    def dfs_weight_order(self, node_handles: Sequence[Places]) -> list[int]:
+        """Where subtrees weigh the same, that of the first request in the queue comes first."""
+        with self._tree.aside():
+            return depth_first_by_weight(self.tree, node_handles)
+
+    # Locks
+
+    def lock(self, node: Places) -> TreeLock:
+        lock = TreeLock(node, _RECEIPT)
+        self._tree.lock(node)
+        return lock
+
+    def unlock(self, lock: TreeLock | None) -> None:
+        if lock is not None:
+            self._tree.unlock(lock.node)
+
+    def inc_lock_ref(self, node: Places) -> IncLockRefResult:
+        before = self.tree.evictable_tokens
+        self._tree.lock(node)
+        try:
+            return IncLockRefResult(delta=self.tree.evictable_tokens - before)
+        except BaseException:  # cut short: nobody will give the lock back
+            self._tree.unlock(node)
+            raise
+
+    def dec_lock_ref(self, node: Places, params: DecLockRefParams | None = None) -> DecLockRefResult:
+        before = self.tree.evictable_tokens
+        self._tree.unlock(node)
+        try:
+            return DecLockRefResult(delta=self.tree.evictable_tokens - before)
+        except BaseException:
+            self._tree.lock(node)
+            raise
+
+    # Changes
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        """Cache a key with its slots (`value`, one a token or unit). Slots for what was there stay the caller's.
+
+        No KV events come of it: SGLang's scheduler caches by `checkpoint` alone.
+        """
+        tokens, slots = up_to(params.key.token_ids, params.key.limit), params.value
+        if len(slots) < len(tokens):  # SGLang gives one a unit: none for the last token of bigrams, or of a part page
+            slots = torch.cat((slots, slots.new_zeros(len(tokens) - len(slots))))
+        result = self._tree.insert(
+            tokens,
+            slots[: len(tokens)],
+            namespace=namespace_of(params.key),
+            priority=params.priority or 0,
+            inserted_lengths=params.inserted_len,
+        )
+        return InsertResult(prefix_len=result.prefix_length, last_device_node=result)
+
+    def checkpoint(self, req: Any, *, up_to: int, **_: Any) -> None:
+        """Cache the first `up_to` tokens of a request, give it the tree's slots for them, and move its lock there.
+
+        O(tokens behind the request's lock + nodes above it); if another request has cached some of these tokens
+        meanwhile, their slots are read as well, O(up_to). The last, incomplete page stays the request's; so does what
+        comes from the first token on that is none of a vocabulary, as in the place of an image.
+
+        Where it is cut short, once the tree has the tokens, it is done to its end first: the tree owns their slots.
+        """
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        start = self._held(req, up_to)
+        known = 0 if start is None else start.length
+        tokens = req.full_untruncated_fill_ids[known:up_to]
+        step = Checkpoint(req, row, Once(self.tree, self.token_to_kv_pool_allocator))
+        try:
+            step.place = self._tree.insert(
+                tokens,
+                row[known : known + len(tokens)],
+                namespace=namespace_of(req) if start is None else None,
+                priority=req.priority or 0,
+                start=start,
+                inserted_lengths=req.kv.cache_inserted_len,
+            )
+            self._finish(step, start)
+        except BaseException:
+            if step.place is not None:
+                self._finish(step, start)
+            raise
+
+    def _finish(self, step: Checkpoint, start: Places | None) -> None:
+        """What is left to do of a checkpoint whose tokens the tree has; each step may be begun twice."""
+        req, kv, place = step.req, step.req.kv, step.place
+        cached, length = place.prefix_length, place.length
+        if self.kv_events.enabled and not step.told:
+            step.told = True
+            self.kv_events.stored(req, start, place, cached, step.row)
+        kv.cache_inserted_len = max(kv.cache_inserted_len, length)
+        self._split_at_prompt(req, place, length)
+        if cached > kv.cache_protected_len:
+            self._take_over(step, kv.cache_protected_len, cached)
+        step.once.change("lock", self._tree.lock, place)
+        step.once.change("unlock", self.unlock, step.lock)
+        req.lock = TreeLock(place, _RECEIPT)
+        req.last_node = place
+        kv.cache_protected_len = length
+
+    def _held(self, req: Any, up_to: int) -> Places | None:
+        """The place under the request's lock, if the key goes on from it. The root knows no namespace: None."""
+        if req.lock is None:
+            return None
+        place: Places = req.lock.node
+        return place if 0 < place.length <= up_to - self.is_eagle else None
+
+    def _split_at_prompt(self, req: Any, place: Places, length: int) -> None:
+        """As SGLang does: the output can go without the prompt, and before it, by priority too."""
+        prompt = len(req.origin_input_ids) - self.is_eagle
+        prompt -= prompt % self.page_size
+        if 0 < prompt < length:
+            self._tree.insert(
+                _NO_TOKENS,
+                _NO_SLOTS,
+                start=self._tree.above(place, prompt),
+                priority=min((req.priority or 0) + 1, _GREATEST),
+                inserted_lengths=prompt,
+            )
+
+    def _take_over(self, step: Checkpoint, first: int, cached: int) -> None:
+        """Use the tree's slots in the place of the request's where the tree had tokens already, and free these."""
+        if step.duplicates is None:
+            step.duplicates = step.row[first:cached].clone()
+        place = (step.req.kv.req_pool_idx, slice(first, cached))
+        self.req_to_token_pool.write(place, self._tree.slots(step.place)[first:cached])
+        step.once.free(step.duplicates, first)
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Free unlocked nodes in the order of the policy until `num_tokens` are free; the slots go to the allocator."""
+        if params.num_tokens <= 0:
+            return EvictResult()
+        began = time.perf_counter()
+        freed = self._tree.evict(params.num_tokens)
+        once = Once(self.tree, self.token_to_kv_pool_allocator)
+        try:
+            self._free(freed, began, once)
+        except BaseException:  # cut short: nobody else knows these slots
+            self._free(freed, began, once)
+            raise
+        return EvictResult(num_tokens_evicted=freed.num_tokens)
+
+    def _free(self, freed: Any, began: float, once: Once) -> None:
+        if freed.num_tokens:
+            once.free(freed.slots, 0)
+            if self.kv_events.enabled:
+                self.kv_events.removed(freed.slots)
+            self.update_eviction_metrics(freed.num_tokens, began)
+
+    # Sizes
+
+    def evictable_size(self) -> int:
+        return self.tree.evictable_tokens
+
+    def protected_size(self) -> int:
+        return self.tree.protected_tokens
+
+    def full_evictable_size(self) -> int:
+        return self.tree.evictable_tokens
+
+    def full_protected_size(self) -> int:
+        return self.tree.protected_tokens
+
+    def total_size(self) -> int:
+        return self.tree.total_tokens
+
+    def pretty_print(self) -> None:
+        with self._tree.aside():
+            print(draw(self.tree.content()))
+
+
+_NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+class Checkpoint:
+    """How far a checkpoint has come. place: where it ends, None before the tree has the tokens. lock: the old one."""
+
+    __slots__ = ("duplicates", "lock", "once", "place", "req", "row", "told")
+
+    def __init__(self, req: Any, row: torch.Tensor, once: Once) -> None:
+        self.req = req
+        self.row = row
+        self.once = once
+        self.lock = req.lock
+        self.place: Any = None
+        self.duplicates: torch.Tensor | None = None
+        self.told = False
+
+
+def namespace_of(key: Any) -> str | bytes | None:
+    """One name for `extra_key` and `cache_salt` of a RadixKey or request: different pairs have different names."""
+    salt = key.cache_salt
+    if not salt:
+        return key.extra_key
+    if key.extra_key is None:
+        return b"\0" + salt.encode("utf-8", "surrogatepass")
+    extra = key.extra_key.encode("utf-8", "surrogatepass")
+    return b"%d:%b%b" % (len(extra), extra, salt.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,193 @@
+"""The tree as SGLang's cache uses it: a key at a time, with splits where SGLang's trees split.
+
+With the index on the CPU nothing here waits for a GPU. With the index on a GPU its kernels go on a stream of their own:
+SGLang's current stream may stand behind a whole forward pass, and a look-up on it would too.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatradix.errors import QueryError
+from flatradix.inputs import devices
+from flatradix.inputs.policy import Policy, slru
+from flatradix.layout.numbers import MAX_TOKEN
+from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_match
+from flatradix.tree import RadixTree
+
+
+class SchedulerTree:
+    """An index on the CPU. Places are what the tree returns; a lock or a split keeps them good."""
+
+    def __init__(self, tree: RadixTree) -> None:
+        self.tree = tree
+        self.lock = tree.lock
+        self.unlock = tree.unlock
+        self.slots = tree.path_slots
+        self.evict = tree.evict
+        self._match_array = tree.match_array
+
+    def match(self, tokens: Any, limit: int | None, namespace: str | bytes | None) -> MatchResult:
+        """`RadixTree.match` of the first `limit` tokens, and an edge on which it ends is split.
+
+        What is evicted later is then what SGLang's trees would evict.
+        """
+        if type(tokens) is array and tokens.typecode == "q":
+            try:
+                return self._match_array(tokens, limit, namespace, True)
+            except QueryError:
+                pass  # a token that is none of a vocabulary
+        return self.tree.match(before_foreign(up_to(tokens, limit)), namespace, split=True)
+
+    def insert(self, tokens: Any, slots: torch.Tensor, **options: Any) -> InsertResult:
+        """`RadixTree.insert`, of the tokens before the first that is none of a vocabulary."""
+        try:
+            return self.tree.insert(tokens, slots, **options)
+        except QueryError:
+            known = before_foreign(tokens)
+            if len(known) == len(tokens):
+                raise
+            return self.tree.insert(known, slots[: len(known)], **options)
+
+    def above(self, place: Places, length: int) -> Places:
+        """The place on the same path, `length` units from the root."""
+        return one_match(length, place.handle)
+
+    @contextmanager
+    def aside(self, after_current: bool = False) -> Iterator[None]:
+        """Around whatever else looks at the tree or changes it: where its own work is under way.
+
+        after_current: behind what the current stream does.
+        """
+        yield
+
+
+class StreamedTree(SchedulerTree):
+    """An index on a GPU, on its own stream."""
+
+    def __init__(self, tree: RadixTree) -> None:
+        super().__init__(tree)
+        real = tree.device.type == "cuda"
+        self._stream = torch.cuda.Stream(tree.device) if real else None  # none where kernels are interpreted
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(tree.device))  # that makes the empty tree
+        self.lock = self._lock
+        self.unlock = self._unlock
+        self.slots = self._slots
+        self.evict = self._evict
+
+    @contextmanager
+    def aside(self, after_current: bool = False) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        if after_current:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _handed_over(self, values: torch.Tensor) -> torch.Tensor:
+        """For use on the current stream; those on the CPU were waited for."""
+        if self._stream is not None and values.is_cuda:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            values.record_stream(current)
+        return values
+
+    def _lock(self, places: Any) -> None:
+        with self.aside():
+            self.tree.lock(places)
+
+    def _unlock(self, places: Any) -> None:
+        with self.aside():
+            self.tree.unlock(places)
+
+    def match(self, tokens: Any, limit: int | None, namespace: str | bytes | None) -> MatchResult:
+        with self.aside():
+            return self.tree.match(before_foreign(up_to(tokens, limit)), namespace, split=True)
+
+    def insert(self, tokens: Any, slots: torch.Tensor, **options: Any) -> InsertResult:
+        known = before_foreign(tokens)  # now: the device would tell of the others too late
+        with self.aside(after_current=True):
+            result = self.tree.insert(known, slots[: len(known)], **options)
+            _ = result.length  # done: the row that the slots were read from may change
+            return result
+
+    def _slots(self, place: Any) -> torch.Tensor:
+        with self.aside():
+            values = self.tree.path_slots(place)
+        return self._handed_over(values)
+
+    def _evict(self, num_tokens: int) -> EvictResult:
+        with self.aside():
+            result = self.tree.evict(num_tokens)
+        self._handed_over(result.slots)
+        return result
+
+    def above(self, place: Places, length: int) -> Places:
+        with self.aside():
+            return MatchResult(torch.tensor([length], dtype=torch.int32, device=place.handles.device), place.handles)
+
+
+def up_to(tokens: Any, limit: int | None) -> Any:
+    """The first `limit` tokens, not copied, but for those of a list."""
+    if isinstance(tokens, list | tuple):
+        return array("q", tokens[:limit])
+    if limit is None or limit >= len(tokens):
+        return tokens
+    return memoryview(tokens)[:limit] if isinstance(tokens, array) else tokens[:limit]
+
+
+def before_foreign(tokens: Any) -> Any:
+    """The tokens before the first that is outside [0, 2**31 - 1], not copied.
+
+    SGLang puts numbers of 62 bits in the place of images, and takes whatever ids a client sends. None of them is cached
+    here, nor what comes behind it.
+    """
+    values = np.asarray(tokens)
+    foreign = np.flatnonzero((values < 0) | (values > MAX_TOKEN))
+    return up_to(tokens, int(foreign[0])) if len(foreign) else tokens
+
+
+def make_tree(params: Any, device: str | None = None) -> SchedulerTree:
+    """The tree for SGLang's CacheInitParams, empty.
+
+    device: where it lives, "cpu" or "cuda"; None asks the variable FLATRADIX_DEVICE, and takes "cpu" where that says
+    nothing. The slots lie on the allocator's device either way. Raises ValueError, DeviceUnavailableError.
+    """
+    allocator = params.token_to_kv_pool_allocator
+    pool = torch.device(allocator.device)
+    wanted = _index_device(device)
+    on_gpu = wanted.type == "cuda"
+    if on_gpu and pool.type == "cuda":
+        wanted = pool  # one scheduler has one GPU
+    beside = "cpu" if devices.interpreted() else wanted.type
+    tree = RadixTree(
+        -(-allocator.size // params.page_size) * params.page_size,
+        params.page_size,
+        wanted,
+        _policy(params),
+        None if pool.type == beside else pool,
+        bigram=params.is_eagle,
+        slot_dtype=torch.int64,  # as SGLang wants them back
+        check_slots=False,  # they come from SGLang's own table, and looking at them would wait for the GPU
+    )
+    return StreamedTree(tree) if on_gpu else SchedulerTree(tree)
+
+
+def _policy(params: Any) -> Policy:
+    name: str = params.eviction_policy.lower()
+    threshold = (params.eviction_policy_config or {}).get("protected_threshold")
+    return name if threshold is None or name != "slru" else slru(int(threshold))
+
+
+def _index_device(device: str | None) -> torch.device:
+    if device is not None:
+        return devices.preferred(device)
+    return torch.device("cpu") if devices.asked_for() == "auto" else devices.preferred("auto")
