@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from flatradix import prefix_cache
-from flatradix.backend import interpreted, why_not_cuda
+from flatradix.cache import prefix_cache
+from flatradix.inputs.devices import interpreted, why_not_cuda
 
 settings.register_profile(
     "ci",

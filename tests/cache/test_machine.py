@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from flatradix import PrefixCache, Request
-from tests.prefix_engine import Engine
+from tests.support.prefix_engine import Engine
 
 POLICIES = ("lru", "lfu", "priority", "slru")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flatradix import PrefixCache
-from flatradix.check import nodes_of
-from tests.prefix_engine import engine
+from flatradix.inspect.nodes import nodes_of
+from tests.support.prefix_engine import engine
 
 
 def test_a_prompt_is_computed_once(where: dict[str, str]) -> None:
@@ -124,7 +124,7 @@ def test_each_request_counts_one_hit_on_what_it_found(where: dict[str, str]) -> 
     together = this.cache.begin([prompt, [*prompt, 3]])
     this.cache.commit(together)
     this.cache.finish([request, *together])
-    nodes = {node.path: (node.hit_count, node.priority) for node in nodes_of(this.cache.tree)}
+    nodes = {node.path: (node.hit_count, node.priority) for node in nodes_of(this.cache.tree.content())}
     assert nodes == {
         tuple(range(8)): (7, 7),
         tuple(range(12)): (1, 7),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flatradix import PrefixCache
-from tests.prefix_engine import Engine, engine
+from tests.support.prefix_engine import Engine, engine
 
 
 def test_what_does_not_fit_is_refused_and_holds_nothing(where: dict[str, str]) -> None:

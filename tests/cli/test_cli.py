@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from flatradix import cli, plot
+from flatradix import cli
+from flatradix.replay import plot
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Older click mixes stderr into stdout unless it is told not to; newer click never does, and cannot be told.
 SEPARATE: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
 RUNNER = CliRunner(**SEPARATE)
@@ -124,7 +125,7 @@ def test_refuses_before_any_work(arguments: list[str], reason: str, monkeypatch:
 
 def test_refuses_devices() -> None:
     assert 'device="tpu" is no device' in refused("replay", "--device", "tpu", device=False)
-    if not cli.backend.why_not_cuda():
+    if not cli.devices.why_not_cuda():
         pytest.skip("there is a GPU")
     assert 'device="cuda" cannot be used: ' in refused("replay", "--device", "cuda", device=False)
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flatradix import draw, plot, traces, workload
-from flatradix import replay as replaying
-from flatradix.replay import SlotList, replay
-from flatradix.report import Settings
+from flatradix.inspect import draw
+from flatradix.replay import plot, traces, workload
+from flatradix.replay import replay as replaying
+from flatradix.replay.replay import SlotList, replay
+from flatradix.replay.report import Settings
 from flatradix.tree import RadixTree
-from tests.devices import interpreted
+from tests.support.devices import interpreted
 
-TRACES = Path(__file__).parents[2] / "shared" / "traces"
+TRACES = Path(__file__).parents[3] / "shared" / "traces"
 
 
 @pytest.fixture(autouse=True)
@@ -294,7 +295,7 @@ def drawn_tree() -> RadixTree:
 
 
 def test_draw() -> None:
-    assert draw.draw(drawn_tree()).splitlines() == [
+    assert draw.draw(drawn_tree().content()).splitlines() == [
         "10 of 100 tokens in 4 nodes, 4 locked; page size 2, policy lru",
         "namespace 'tenant'",
         "└── 0+2 [1 2]  tick 6",
@@ -303,22 +304,22 @@ def test_draw() -> None:
         "    ├── 2+2 [3 4]  locks 1 (own 1)  tick 3",
         "    └── 2+4 [5 6 7 8]  tick 4",
     ]
-    assert "└── 2+4 [5 6 7 8]  tick 4  created 4  hits 1  priority 3" in draw.draw(drawn_tree(), details=True)
+    assert "└── 2+4 [5 6 7 8]  tick 4  created 4  hits 1  priority 3" in draw.draw(drawn_tree().content(), details=True)
 
 
 def test_draw_leaves_out() -> None:
-    lines = draw.draw(drawn_tree(), max_nodes=2).splitlines()
+    lines = draw.draw(drawn_tree().content(), max_nodes=2).splitlines()
     assert lines[-1] == "    └── … 2 more"
-    assert draw.draw(drawn_tree(), max_nodes=1).splitlines()[-1] == "└── … 3 more"
+    assert draw.draw(drawn_tree().content(), max_nodes=1).splitlines()[-1] == "└── … 3 more"
     with pytest.raises(ValueError, match="max_nodes 0: it must be 1 or more"):
-        draw.draw(drawn_tree(), max_nodes=0)
+        draw.draw(drawn_tree().content(), max_nodes=0)
 
 
 def test_draw_deep_path_and_bigrams() -> None:
     tree = RadixTree(4000, device="cpu", bigram=True)
     for length in range(2, 1500):
         tree.insert(list(range(length)), list(range(length)))
-    lines = draw.draw(tree, max_nodes=5000).splitlines()
+    lines = draw.draw(tree.content(), max_nodes=5000).splitlines()
     assert len(lines) == 2 + 1498
     assert lines[2] == "└── 0+1 [(0,1)]  tick 2996"
 

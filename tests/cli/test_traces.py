@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flatradix import traces, workload
+from flatradix.replay import traces, workload
 
 GOOD = {"timestamp": 5, "input_length": 700, "output_length": 3, "hash_ids": [4, 9]}
 

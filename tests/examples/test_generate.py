@@ -17,7 +17,7 @@ from examples.engine import Engine, Job
 from examples.models import config_of, random_model
 from examples.paged_kv import require_full_attention
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_models_without_full_attention_are_refused() -> None:
 
 def test_index_on_a_gpu(cuda: str) -> None:
     """The model is there too, or on the CPU where Triton's interpreter stands in for a GPU."""
-    from flatradix.backend import interpreted
+    from flatradix.inputs.devices import interpreted
 
     model = random_model("tiny", 0, torch.float32, torch.device("cpu" if interpreted() else cuda))
     engine = Engine(model, 80, page_size=16, max_length=64, chunk=32, index=cuda)

@@ -1,4 +1,4 @@
-"""Everything that only a machine with a GPU can show, in one command from a checkout: python3 tests/on_gpu.py OUT
+"""Everything that only a machine with a GPU can show, in one command from a checkout: python3 -m tests.gpu.run_all OUT
 
 Checks first, then times; each step has a log in the folder OUT. Installs nothing, and says what it could not do.
 
@@ -7,8 +7,8 @@ Checks first, then times; each step has a log in the folder OUT. Installs nothin
   pytest      python3 -m pytest -m gpu, side by side where pytest-xdist is there
   reference   all reference rows of a trace (--traces FOLDER)
   memcheck, racecheck   compute-sanitizer over a short soak, where it is there
-  bench       python3 bench/gpu.py, to OUT/bench.json, .log and .png
-  index       python3 bench/index.py
+  bench       python3 -m bench.gpu, to OUT/bench.json, .log and .png
+  index       python3 -m bench.index
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from tests.gpu.soak import CONFIGURATIONS
 
-from tests.soak_gpu import CONFIGURATIONS  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("soak", "pytest", "reference", "memcheck", "racecheck", "bench", "index")
 OPERATIONS = 100_000
 Command = tuple[str, list[str]]  # the name of its log, and what to run
@@ -37,7 +35,7 @@ def soaks(options: argparse.Namespace) -> Iterator[Command]:
     each = -(-OPERATIONS // len(CONFIGURATIONS))
     for number in range(len(CONFIGURATIONS)):
         arguments = ["--seed", str(options.seed), "--round", str(number), "--operations", str(each)]
-        yield f"soak{number}", ["tests/soak_gpu.py", *arguments, "--seconds", str(options.seconds)]
+        yield f"soak{number}", ["-m", "tests.gpu.soak", *arguments, "--seconds", str(options.seconds)]
 
 
 def tests(options: argparse.Namespace) -> Iterator[Command]:
@@ -47,12 +45,12 @@ def tests(options: argparse.Namespace) -> Iterator[Command]:
 
 def references(options: argparse.Namespace) -> Iterator[Command]:
     if options.traces:
-        yield "reference", ["bench/reference.py", str(options.traces), "--device", "cuda"]
+        yield "reference", ["-m", "bench.reference", str(options.traces), "--device", "cuda"]
 
 
 def sanitized(tool: str, options: argparse.Namespace) -> Iterator[Command]:
     if shutil.which("compute-sanitizer"):
-        soak = ["tests/soak_gpu.py", "--seed", str(options.seed), "--round", "10", "--operations", "300"]
+        soak = ["-m", "tests.gpu.soak", "--seed", str(options.seed), "--round", "10", "--operations", "300"]
         # A kernel's parameters are counted by asking the driver for one too many, an error of no interest here.
         options_of = {"memcheck": ["--report-api-errors", "no"]}
         tool_options = ["--tool", tool, "--error-exitcode", "9", *options_of.get(tool, [])]
@@ -63,11 +61,11 @@ def benchmarks(options: argparse.Namespace) -> Iterator[Command]:
     arguments = ["--json", str(options.out / "bench.json")]
     if importlib.util.find_spec("matplotlib"):
         arguments += ["--figure", str(options.out / "bench.png")]
-    yield "bench", ["bench/gpu.py", *arguments]
+    yield "bench", ["-m", "bench.gpu", *arguments]
 
 
 def comparisons(options: argparse.Namespace) -> Iterator[Command]:
-    yield "index", ["bench/index.py"]
+    yield "index", ["-m", "bench.index"]
 
 
 def commands(step: str, options: argparse.Namespace) -> list[Command]:

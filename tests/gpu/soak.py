@@ -1,4 +1,4 @@
-"""A tree on the CPU and one on a GPU in step, for as long as you like: python3 tests/soak_gpu.py --seconds 600
+"""A tree on the CPU and one on a GPU in step, for as long as you like: python3 -m tests.gpu.soak --seconds 600
 
 Random batches of keys that share much, in rounds of one configuration each. Lengths, slots, victims, sizes and errors
 must be the same after every call (or after several, where the GPU is not waited for), digests every few calls. A query
@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError, backend, meta
+from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
+from flatradix.inputs import devices
+from tests.support.inside import pool_end
 
 REFUSALS = (ValueError, CapacityError)
 NAMES = (None, None, "a", b"a", "tenant")
@@ -101,7 +99,7 @@ class Round:
     def __init__(self, random: Random, configuration: Configuration, device: str, totals: Totals) -> None:
         self.random = random
         self.configuration = c = configuration
-        self.small = backend.interpreted()
+        self.small = devices.interpreted()
         self.totals = totals
         self.step = 0
         pages = min(c.pages, 60) if self.small else c.pages
@@ -242,7 +240,7 @@ class Round:
             self.totals.compactions += 1
 
     def half_in_use(self) -> int:
-        return int(self.tree._state.meta[meta.POOL_END])
+        return pool_end(self.tree)
 
     def compare_digests(self) -> None:
         self.settle()
@@ -438,7 +436,7 @@ class Round:
 
     def compact(self) -> None:
         self.settle()
-        self.tree._compact()
+        self.tree.compact()
 
     def run(self, operations: int, deadline: float) -> None:
         rules = (
@@ -528,7 +526,7 @@ def main() -> int:
         except Exception:
             traceback.print_exc()
             print(
-                f"DIFFERENCE in round {number}, call {this.step}, {configuration}; again: python3 tests/soak_gpu.py "
+                f"DIFFERENCE in round {number}, call {this.step}, {configuration}; again: python3 -m tests.gpu.soak "
                 f"--seed {arguments.seed} --round {number} --operations {arguments.operations}",
                 flush=True,
             )

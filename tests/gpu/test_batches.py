@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import flatradix
-from flatradix import CapacityError, PrefixCache, RadixTree, meta
-from tests.devices import interpreted, settled
-from tests.pairs import Pair, numbered, ragged, shared_prefixes, use
+from flatradix import CapacityError, PrefixCache, RadixTree
+from flatradix.layout import numbers
+from tests.support.devices import interpreted, settled
+from tests.support.inside import index_of
+from tests.support.pairs import Pair, numbered, ragged, shared_prefixes, use
 
 
 @pytest.mark.parametrize(("page", "bigram"), [(1, False), (2, False), (1, True), (16, False)])
@@ -86,8 +88,8 @@ def test_a_climb_believes_no_wrong_hint(cuda: str) -> None:
     for step in (3, 2, 1):
         pair.on_each("unlock", pair.match([key[:end] for end in range(1, count + 1, step)], lock=True))
         leaves = pair.match([key, key, key[: count // 2], [*key[:5], 99]])
-        hints = pair.tree._workspace.above
-        rows = int(pair.tree._state.meta[meta.ROWS])
+        hints = index_of(pair.tree)._arrays.scratch.above
+        rows = pair.tree.content().number(numbers.ROWS)
         rng = torch.Generator().manual_seed(step)
         for wrong in (torch.zeros(len(hints)), torch.randint(rows, hints.shape, generator=rng), None, None):
             if wrong is not None:
@@ -145,7 +147,7 @@ def test_groups_form_in_any_order(
         keys = shared_prefixes(9, seed, page)
         pair.insert(keys, numbered(keys), namespace=[names[query % 3] for query in range(9)] if seed % 2 else None)
         pair.compare()
-        assert (pair.tree._workspace.claims == -1).all()
+        assert (index_of(pair.tree)._arrays.scratch.claims == -1).all()
     assert len(set(tags)) == 2 if bits == 1 else len(set(tags)) > 10
 
 
@@ -201,11 +203,11 @@ def test_long_keys(cuda: str) -> None:
 
 
 def test_batches_that_outgrow_the_scratch(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatradix import device_tree
+    from flatradix.device import index
 
     sizes = (1024, 3000, 1025, 5)
     if interpreted(cuda):
-        monkeypatch.setattr(device_tree, "_SMALLEST_BATCH", 4)
+        monkeypatch.setattr(index, "_SMALLEST_BATCH", 4)
         sizes = (4, 11, 5, 2)
     pair = Pair(cuda, 20_000)
     for seed, size in enumerate(sizes):

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from flatradix import DeviceUnavailableError, RadixTree, backend
-from tests.devices import interpreted
+from flatradix import DeviceUnavailableError, RadixTree
+from flatradix.inputs import devices
+from tests.support.devices import interpreted
+from tests.support.inside import index_of
 
 
 def test_auto_takes_the_gpu_and_the_variable_speaks_for_it(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatradix.device_tree import DeviceTree
-    from flatradix.host_tree import HostTree
+    from flatradix.device.index import DeviceIndex
+    from flatradix.host.index import HostIndex
 
-    auto = HostTree if interpreted() else DeviceTree  # an interpreter is for those who ask for it
+    auto = HostIndex if interpreted() else DeviceIndex  # an interpreter is for those who ask for it
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
-    assert type(RadixTree(8)) is auto
-    for name, kind in (("cpu", HostTree), ("cuda", DeviceTree), ("cuda:0", DeviceTree), ("auto", auto)):
+    assert type(index_of(RadixTree(8))) is auto
+    for name, kind in (("cpu", HostIndex), ("cuda", DeviceIndex), ("cuda:0", DeviceIndex), ("auto", auto)):
         monkeypatch.setenv("FLATRADIX_DEVICE", name)
-        assert type(RadixTree(8)) is kind
-        assert type(RadixTree(8, device="cpu")) is HostTree
-        assert type(RadixTree(8, device=torch.device("cuda"))) is DeviceTree
+        assert type(index_of(RadixTree(8))) is kind
+        assert type(index_of(RadixTree(8, device="cpu"))) is HostIndex
+        assert type(index_of(RadixTree(8, device=torch.device("cuda")))) is DeviceIndex
 
 
 def test_a_device_that_is_not_there(gpu: str) -> None:
@@ -47,14 +50,13 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Whether CUDA can be used is looked at anew, here and afterwards."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
-    monkeypatch.setattr(backend, "why_not_cuda", backend.why_not_cuda.__wrapped__)
-    monkeypatch.setattr(backend, "_told", False)
+    monkeypatch.setattr(devices, "why_not_cuda", devices.why_not_cuda.__wrapped__)
     return monkeypatch
 
 
 def test_why_not_without_a_device(no_interpreter: pytest.MonkeyPatch) -> None:
     no_interpreter.setattr(torch.cuda, "is_available", lambda: False)
-    assert backend.why_not_cuda() == "torch sees no CUDA device"
+    assert devices.why_not_cuda() == "torch sees no CUDA device"
     for device, asked in (("cuda", 'device="cuda"'), ("cuda:1", 'device="cuda:1"')):
         with pytest.raises(DeviceUnavailableError, match=f"{asked} cannot be used: torch sees no CUDA device; take "):
             RadixTree(8, device=device)
@@ -75,7 +77,7 @@ def test_why_not_where_kernels_do_not_run(no_interpreter: pytest.MonkeyPatch) ->
         raise RuntimeError("no ptxas\nand more")
 
     no_interpreter.setattr(torch.cuda, "is_available", lambda: True)
-    no_interpreter.setattr(importlib, "import_module", lambda name: SimpleNamespace(probe=probe))
+    no_interpreter.setitem(sys.modules, "flatradix.kernels.gpu", SimpleNamespace(launch=SimpleNamespace(probe=probe)))
     no_interpreter.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(DeviceUnavailableError, match="a first kernel does not compile and run: no ptxas; take"):
         RadixTree(8, device="cuda")
@@ -111,16 +113,16 @@ def test_auto_takes_the_cpu_where_a_gpu_has_no_room(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from flatradix import device_tree
+    from flatradix.device import index
 
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
-    monkeypatch.setattr(backend, "_why_not_auto", lambda: "")
-    monkeypatch.setattr(device_tree, name, value)
+    monkeypatch.setattr(devices, "why_not_auto", lambda: "")
+    monkeypatch.setattr(index, name, value)
     with pytest.raises(error, match=message):
         RadixTree(64, device="cuda")
     with caplog.at_level(logging.WARNING, logger="flatradix"):
         tree = RadixTree(64, page_size=2, device="auto", policy="lfu", slot_dtype=torch.int64)
-    assert f"device auto takes the CPU: {message}" in caplog.records[-1].getMessage()
+    assert f"device auto takes cpu: {message}" in caplog.records[-1].getMessage()
     assert caplog.records[-1].levelno == logging.WARNING
     assert (tree.device.type, tree.page_size, tree.policy, tree.slot_dtype) == ("cpu", 2, "lfu", torch.int64)
     tree.insert([[1, 2], [3, 4]], [[2**40, 1], [3, 4]])

@@ -16,20 +16,24 @@ import numpy as np
 import pytest
 import torch
 
-from flatradix import Ragged, backend
+from flatradix import RadixTree, Ragged
+from flatradix.inputs import devices
 
 pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile with")
-if backend.interpreted():
+if devices.interpreted():
     pytest.skip("TRITON_INTERPRET=1: an interpreter compiles nothing", allow_module_level=True)
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flatradix.device_tree import DeviceTree
+from flatradix.device import index
+from flatradix.device.mailbox import Mailbox
+from flatradix.host import slots_apart
+from flatradix.host.slots_apart import Ranges, SlotsApart
+from flatradix.kernels import gpu
 from flatradix.kernels.gpu.launch import Kernel
-from flatradix.mailbox import Mailbox
-from flatradix.slot_pool import DeviceSlots, Ranges
+from tests.support.inside import arrays_of
 
 SM_80, SM_90, SM_100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)
@@ -67,12 +71,12 @@ class Recorder:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.variants: dict[Any, Variant] = {}
         self.state: Any = None
-        self.workspace: Any = None
+        self.scratch: Any = None
         recorder = self
 
         def launch(
             kernel: Kernel,
-            bound: Any,
+            arrays: Any,
             programs: int,
             arguments: Any,
             constants: Any = (),
@@ -86,15 +90,17 @@ class Recorder:
             recorder.variants[variant[:-1]] = max(known, variant, key=lambda one: one.programs)
 
         patch.setattr(Kernel, "__call__", launch)
-        patch.setattr(backend, "interpreted", lambda: True)
-        patch.setattr(backend, "why_not_cuda", lambda: "")
-        patch.setattr(backend, "resolve", lambda device: torch.device("cuda", 0))
+        for module in (index, slots_apart):
+            patch.setattr(module, "interpreted", lambda: True)
+        patch.setattr(slots_apart, "why_not_cuda", lambda: "")
+        patch.setattr(devices, "named", lambda device, asked: torch.device("cuda", 0))
         for name in ("wait", "counter", "refusals"):
             patch.setattr(Mailbox, name, lambda *arguments: 0 if len(arguments) == 1 else 2)
 
-    def tree(self, page_size: int, **options: Any) -> DeviceTree:
-        tree = DeviceTree(100_000, page_size, "cuda", **options)
-        self.state, self.workspace = types_of(tree._state), types_of(tree._workspace)
+    def tree(self, page_size: int, **options: Any) -> RadixTree:
+        tree = RadixTree(100_000, page_size, "cuda", **options)
+        arrays = arrays_of(tree)
+        self.state, self.scratch = types_of(arrays.state), types_of(arrays.scratch)
         return tree
 
 
@@ -102,7 +108,7 @@ def batch(keys: int, tokens: int, dtype: torch.dtype = torch.int64) -> Ragged:
     return Ragged(torch.zeros(keys * tokens, dtype=dtype), torch.arange(keys + 1) * tokens)
 
 
-def use_everything(tree: DeviceTree, few: bool) -> None:
+def use_everything(tree: RadixTree, few: bool) -> None:
     """All operations, in the forms that engines use most; `few`: not each combination."""
     many, wide = batch(2000, 20, torch.int32), batch(2000, 20)
     names = [None, "a"] * 1000
@@ -116,13 +122,14 @@ def use_everything(tree: DeviceTree, few: bool) -> None:
     tree.unlock(places)
     tree.write_slots(places, table, numbers)
     tree.slots(places)
-    tree._compact()
-    tree._rebuild()
+    tree.compact()
+    tree.split(places)
+    gpu.rebuild(arrays_of(tree))
     tree.reset()
     tree.evict(1)
     tree.digest()
-    tree._kernels.tell(tree._bound, 1)
-    tree._kernels.effective_keys(tree._bound, tree._state.created)
+    gpu.tell(arrays_of(tree), 1)
+    gpu.effective_keys(arrays_of(tree), arrays_of(tree).state.created)
     for sequence in (single.numpy(), single.long().numpy()):
         for lock in (False, True):
             tree.match(sequence, lock=lock)
@@ -147,10 +154,10 @@ def use_everything(tree: DeviceTree, few: bool) -> None:
 
 def use_slots_apart(dtype: torch.dtype) -> None:
     """Beside a tree on the CPU."""
-    slots = DeviceSlots(100, dtype, torch.device("cpu"))
+    slots = SlotsApart(100, dtype, torch.device("cpu"), 0)
     ranges = Ranges(np.array([3, 50], np.int32), np.array([4, 5], np.int32), 9)
     slots.gather(ranges)
-    slots.write_rows(ranges, np.array([0, 4, 9]), torch.zeros((2, 5), dtype=dtype), np.arange(2))
+    slots.write_ranges(ranges, np.array([0, 4, 9]), torch.zeros((2, 5), dtype=dtype), np.arange(2))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +175,7 @@ def compile_variant(recorder: Recorder, variant: Variant, target: GPUTarget) -> 
     function = variant.kernel.function
     names = function.arg_names
     types = [*variant.kernel.types(variant.wide), *["constexpr"] * len(variant.constants)]
-    tree = [recorder.state, recorder.workspace] if names[0] == "s" else []
+    tree = [recorder.state, recorder.scratch] if names[0] == "s" else []
     signature = dict(zip(names, [*tree, *types], strict=True))
     first = len(names) - len(variant.constants)
     constants = {(first + i,): value for i, value in enumerate(variant.constants)}

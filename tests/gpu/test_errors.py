@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError, meta
-from tests.devices import interpreted, settled
-from tests.pairs import Pair, numbered, ragged
+from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
+from flatradix.layout import mail
+from tests.support.devices import interpreted, settled
+from tests.support.inside import index_of, names_of
+from tests.support.pairs import Pair, numbered, ragged
 
 
 def test_the_first_of_several_refused_calls_is_told(cuda: str) -> None:
@@ -113,13 +115,13 @@ def test_more_refusals_than_there_is_room_for(cuda: str) -> None:
     key = list(range(100))
     tree = RadixTree(100, device=cuda)
     tree.insert(key, key)
-    count = meta.REFUSALS + 30
+    count = mail.REFUSALS + 30
     for call in range(count):
         tree.match([*key[:call], -1])
     with pytest.raises(ValueError, match=rf"match: query 0: .* \({count - 1} later calls were refused too\)$") as told:
         tree.raise_pending()
     position = int(str(told.value).split("position ")[1].split()[0])
-    assert count - meta.REFUSALS <= position < count, "one of those that are still known"
+    assert count - mail.REFUSALS <= position < count, "one of those that are still known"
     tree.raise_pending()
     tree.match([[-1]])
     with pytest.raises(ValueError, match=r"2\*\*31 - 1\]$"):
@@ -133,7 +135,7 @@ def test_more_single_calls_than_there_are_answers(cuda: str) -> None:
     second = tree.insert([*key[:3], 9], [0] * 4)
     inside = tree.match([0])
     tree.lock(inside)
-    lengths = [1 + call % 7 for call in range(meta.ANSWERS + 20)]
+    lengths = [1 + call % 7 for call in range(mail.ANSWERS + 20)]
     results = [tree.match(key[:length], touch=False) for length in lengths]
     assert [result.length for result in results] == lengths
     assert len({result.handle for result in results}) == 3, "the path is in three parts"
@@ -145,7 +147,7 @@ def test_more_single_calls_than_there_are_answers(cuda: str) -> None:
 
 def test_numbers_of_calls_begin_anew(cuda: str) -> None:
     tree = RadixTree(16, device=cuda)
-    tree._calls = meta.CALL_MASK - 4
+    index_of(tree)._calls._last = mail.CALL_MASK - 4
     results = [tree.insert([call], [call]) for call in range(9)]
     assert [result.length for result in results] == [1] * 9
     assert tree.total_tokens == tree.num_nodes == 9
@@ -205,7 +207,7 @@ def test_namespaces_of_refused_inserts_are_forgotten(cuda: str) -> None:
     tree.insert([[1]], [[1]], namespace="e")
     with pytest.raises(ValueError, match="query 1"):
         tree.raise_pending()
-    assert [name for _, name in tree._namespaces.items()] == [None, "a", "b", "e"]
+    assert names_of(tree) == [None, "a", "b", "e"]
     tree.check()
 
 
@@ -215,7 +217,7 @@ def test_namespaces_of_empty_keys_are_forgotten(cuda: str) -> None:
     keys = ragged([[], [1, 2], [3]], tree)
     tree.insert(keys, keys, namespace=["a", "b", "c"])
     tree.check()
-    assert [name for _, name in tree._namespaces.items()] == [None, "b"]
+    assert names_of(tree) == [None, "b"]
 
 
 def test_more_names_than_the_tree_can_hold(cuda: str) -> None:
@@ -227,7 +229,7 @@ def test_more_names_than_the_tree_can_hold(cuda: str) -> None:
         tree.raise_pending()
     tree.insert(keys[:6], keys[:6], namespace=[f"{i}!" for i in range(6)])
     tree.check()
-    assert len(tree._namespaces.items()) == 7
+    assert len(names_of(tree)) == 7
 
 
 def test_a_surplus_of_unlocks_names_the_query(cuda: str) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from flatradix import RadixTree, Ragged, meta
-from tests.devices import settled
-from tests.pairs import Pair, numbered, ragged, shared_prefixes, use
+from flatradix import RadixTree, Ragged
+from flatradix.layout import mail
+from tests.support.devices import settled
+from tests.support.inside import index_of, names_of
+from tests.support.pairs import Pair, numbered, ragged, shared_prefixes, use
 
 # Without waiting
 
@@ -116,7 +118,7 @@ def test_a_tree_may_go_while_its_calls_are_under_way(gpu: str) -> None:
     tree.insert([[1, 2, 3]], [[1, 2, 3]])
     tree.match([1, 2])
     del tree
-    others = [torch.full((meta.MAIL,), 7, pin_memory=True) for _ in range(8)]
+    others = [torch.full((mail.SIZE,), 7, pin_memory=True) for _ in range(8)]
     torch.cuda.synchronize()
     assert all((other == 7).all() for other in others)
 
@@ -299,7 +301,7 @@ def test_an_interrupted_insert_leaves_nothing_behind(cuda: str, done: int, monke
     if len(launches) <= done:
         pytest.skip(f"an insert has {len(launches)} launches")
     pair.compare()
-    assert len(pair.tree._namespaces.items()) == 1
+    assert len(names_of(pair.tree)) == 1
     use(pair, keys)
 
 
@@ -329,12 +331,12 @@ def test_the_public_ways_to_launch_do_the_same(gpu: str, missing: str, monkeypat
     pair = Pair(gpu, 4000)
     for _ in range(2):
         use(pair, keys)
-    assert pair.tree._bound.direct, "nothing is launched directly: Triton or the driver has changed"
+    assert index_of(pair.tree)._arrays.direct, "nothing is launched directly: Triton or the driver has changed"
     monkeypatch.setattr(launch, missing, lambda *arguments: None)
     for kernel in launch.Kernel.made:
         monkeypatch.setattr(kernel, "_compiled", {})
     pair = Pair(gpu, 4000)
     for _ in range(2):
         use(pair, keys)
-    assert not pair.tree._bound.direct
+    assert not index_of(pair.tree)._arrays.direct
     assert any(kernel._compiled for kernel in launch.Kernel.made) == (missing != "_launcher")

@@ -38,7 +38,7 @@ def use_everything(tree: RadixTree, tmp_path: Path) -> None:
     RadixTree.load(tmp_path / "tree", policy=tree.policy if callable(tree.policy) else None)
     tree.evict(np.int32(1))
     tree.evict(torch.tensor(1))
-    tree._compact()
+    tree.compact()
     tree.reset()
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flatradix import StaleHandleError
-from tests.sglang_engine import Plan, load_or_skip
-from tests.sglang_home import Home
+from tests.support.sglang_engine import Plan, load_or_skip
+from tests.support.sglang_home import Home
 
 SGLANG = load_or_skip()
 SGLANG_IMAGE = 916876685625995598  # a number of 62 bits, as SGLang makes them of an image's hash
@@ -126,8 +126,8 @@ def test_a_checkpoint_goes_on_from_the_lock(home_of_each: Home) -> None:
     req = home.request(range(60), range(100, 110))
     home.cache.checkpoint(req, up_to=20)
     given: list[int] = []
-    insert = home.cache._index.insert
-    home.cache._index.insert = lambda tokens, slots, **options: (
+    insert = home.cache._tree.insert
+    home.cache._tree.insert = lambda tokens, slots, **options: (
         given.append(len(tokens)) or insert(tokens, slots, **options)
     )
     home.cache.checkpoint(req, up_to=50)

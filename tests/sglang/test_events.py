@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.sglang_engine import Plan, load_or_skip
-from tests.sglang_pair import Pair, default_cache, ever_later, python_cache
+from tests.support.sglang_engine import Plan, load_or_skip
+from tests.support.sglang_pair import Pair, default_cache, ever_later, python_cache
 
 SGLANG = load_or_skip()
 
@@ -104,9 +104,9 @@ def test_the_events_are_those_of_sglang(plan: Plan, theirs: Any) -> None:
 
 
 def test_hashes_that_were_forgotten_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatradix.integrations import sglang_events
+    from flatradix.integrations.sglang import events
 
-    monkeypatch.setattr(sglang_events, "_MOST_ENDS", 1)
+    monkeypatch.setattr(events, "_MOST_ENDS", 1)
     Pair(SGLANG, Plan(events=True, seed=5, page_size=4), python_cache, Followers(exact=True)).run()
 
 
@@ -126,7 +126,7 @@ def test_adapters_have_their_names(dynamo: bool) -> None:
 
 def test_events_wait_for_their_slots() -> None:
     """Slots of a GPU come to the host later: what was told stays in order, and nothing waits."""
-    from flatradix.integrations.sglang_events import KvEvents
+    from flatradix.integrations.sglang.events import KvEvents
 
     allocator = SimpleNamespace(size=64, device="cpu")
     params = SGLANG.params.CacheInitParams(

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from flatradix.integrations.sglang_index import HostIndex, make_index, up_to
+from flatradix.integrations.sglang.index import SchedulerTree, make_tree, up_to
 
 
-def index_for(device: str, pool: str = "cpu", page_size: int = 1) -> HostIndex:
+def index_for(device: str, pool: str = "cpu", page_size: int = 1) -> SchedulerTree:
     allocator = SimpleNamespace(size=1000, device=pool)
     params = SimpleNamespace(
         token_to_kv_pool_allocator=allocator, page_size=page_size, eviction_policy="lru", eviction_policy_config=None,
         is_eagle=False,
     )  # fmt: skip
-    return make_index(params, device)
+    return make_tree(params, device)
 
 
 def test_a_match_splits_the_edge_that_it_ends_on(device: str) -> None:
@@ -90,7 +90,7 @@ def _busy() -> Iterator[torch.cuda.Event]:
     torch.cuda.synchronize()
 
 
-def _use(index: HostIndex, row: torch.Tensor) -> list[torch.Tensor]:
+def _use(index: SchedulerTree, row: torch.Tensor) -> list[torch.Tensor]:
     """The calls of a request: two checkpoints, the second with what is there, look-ups, an eviction."""
     tokens = array("q", range(100))
     place = index.insert(tokens[:60], row[:60])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flatradix.errors import DeviceUnavailableError
-from tests.sglang_engine import Plan, load_or_skip, make_allocator, make_params
+from tests.support.sglang_engine import Plan, load_or_skip, make_allocator, make_params
 
 SGLANG = load_or_skip()
 PLAN = Plan()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.sglang_engine import Plan, load_or_skip
-from tests.sglang_pair import Pair, default_cache, ever_later, is_drained, python_cache
+from tests.support.sglang_engine import Plan, load_or_skip
+from tests.support.sglang_pair import Pair, default_cache, ever_later, is_drained, python_cache
 
 SGLANG = load_or_skip()
 POLICIES = ["lru", "lfu", "slru", "fifo", "mru", "filo", "priority"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.peers import sglang
+from bench.support import sglang_trees
 from flatradix import RadixTree
 
 POLICIES = ["lru", "lfu", "slru", "fifo", "mru", "filo", "priority"]
@@ -29,8 +29,8 @@ STEPS = 200
 def _peer() -> Iterator[None]:
     """SGLang with a clock that never shows the same time twice, so that its order of victims is defined."""
     try:
-        module = sglang.load().radix_module
-    except sglang.PeerMissing as reason:
+        module = sglang_trees.load().radix_module
+    except sglang_trees.PeerMissing as reason:
         pytest.skip(str(reason))
     clock = SimpleNamespace(monotonic=itertools.count(1).__next__, perf_counter=time.perf_counter)
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ class Keys:
 class Pair:
     """Both trees, driven by the same calls; every method asserts that they answer alike."""
 
-    def __init__(self, theirs: sglang.PythonTree | sglang.RustTree, ours: RadixTree) -> None:
+    def __init__(self, theirs: sglang_trees.PythonTree | sglang_trees.RustTree, ours: RadixTree) -> None:
         self.theirs = theirs
         self.ours = ours
         self.locks: list[tuple[Any, Any]] = []
@@ -137,13 +137,13 @@ def _tree(page_size: int, policy: str = "lru", bigram: bool = False) -> RadixTre
 @pytest.mark.parametrize("page_size", [1, 2, 16])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_same_answers_as_the_python_tree(policy: str, page_size: int, seed: int) -> None:
-    _run(Pair(sglang.PythonTree(page_size, policy), _tree(page_size, policy)), seed)
+    _run(Pair(sglang_trees.PythonTree(page_size, policy), _tree(page_size, policy)), seed)
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 16])
 @pytest.mark.parametrize("policy", ["lru", "slru", "priority"])
 def test_same_answers_as_the_python_tree_for_eagle(policy: str, page_size: int) -> None:
-    pair = Pair(sglang.PythonTree(page_size, policy, is_eagle=True), _tree(page_size, policy, bigram=True))
+    pair = Pair(sglang_trees.PythonTree(page_size, policy, is_eagle=True), _tree(page_size, policy, bigram=True))
     _run(pair, seed=9)
 
 
@@ -153,7 +153,7 @@ def test_same_answers_as_the_python_tree_for_eagle(policy: str, page_size: int) 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "mru", "priority"])
 def test_same_answers_as_the_rust_core(policy: str, page_size: int) -> None:
     try:
-        theirs = sglang.RustTree(page_size, policy)
-    except sglang.PeerMissing as reason:
+        theirs = sglang_trees.RustTree(page_size, policy)
+    except sglang_trees.PeerMissing as reason:
         pytest.skip(str(reason))
     _run(Pair(theirs, _tree(page_size, policy)), seed=5)

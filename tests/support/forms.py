@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flatradix import Ragged
-from tests.oracle import LARGEST
+from tests.support.oracle import LARGEST
 
 POISON = 2**30 + 7
 

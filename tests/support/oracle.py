@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from flatradix.errors import CapacityError, StaleHandleError
+from flatradix.errors import CapacityError, QueryError, StaleHandleError
+from flatradix.inputs.policy import Slru
 
 LARGEST = 2**31 - 1
 
@@ -99,26 +100,32 @@ SCORES: dict[str, Callable[[Node], Any]] = {
 }
 
 
-def check_range(values: Sequence[int], largest: int) -> None:
+def score_of(policy: Any) -> Callable[[Node], Any]:
+    if isinstance(policy, Slru):
+        return lambda node: node.hit_count >= policy.protected_threshold
+    return SCORES[policy] if isinstance(policy, str) else policy
+
+
+def check_range(values: Sequence[int], largest: int, query: int) -> None:
     for value in values:
         if not 0 <= value <= largest:
-            raise ValueError(f"{value} is not in [0, {largest}]")
+            raise QueryError(f"{value} is not in [0, {largest}]", query)
 
 
 class Oracle:
-    """A tree. A policy of one's own is a function from a node to its score."""
+    """A tree. policy: a name, `flatradix.slru(...)`, or a function from a node to its score."""
 
     def __init__(
         self,
         max_tokens: int,
         page_size: int = 1,
-        policy: str | Callable[[Node], Any] = "lru",
+        policy: Any = "lru",
         bigram: bool = False,
         largest_slot: int = LARGEST,
     ) -> None:
         self.max_tokens = max_tokens
         self.page_size = page_size
-        self.score = SCORES[policy] if isinstance(policy, str) else policy
+        self.score = score_of(policy)
         self.bigram = bigram
         self.largest_slot = largest_slot
         self.clock = 0
@@ -164,26 +171,26 @@ class Oracle:
     def first_page(self, units: list[Unit]) -> Page:
         return tuple(units[: self.page_size])
 
-    def resolve(self, place: Place) -> Node | None:
-        """The node on whose edge a place lies now, None for the root."""
+    def resolve(self, place: Place, query: int = 0) -> Node | None:
+        """The node on whose edge a place lies now, None for the root. query: whose it is, for the error."""
         node, length = place
         if node is not None and not node.alive:
-            raise StaleHandleError("the node has been evicted")
+            raise StaleHandleError("the node has been evicted", query)
         if not 0 <= length <= (0 if node is None else node.end) or length % self.page_size:
-            raise ValueError(f"no place at length {length}")
+            raise QueryError(f"no place at length {length}", query)
         while node is not None and length <= node.end - node.length:
             node = node.parent
         return node
 
-    def key_of(self, tokens: Sequence[int], namespace: Namespace, start: Place) -> Key:
-        node = self.resolve(start)
+    def key_of(self, query: int, tokens: Sequence[int], namespace: Namespace, start: Place) -> Key:
+        node = self.resolve(start, query)
         if node is None:
             return Key(namespace, self.units_of(tokens), 0)
         if namespace is not None and namespace != node.namespace:
-            raise ValueError("the start is in another namespace")
+            raise QueryError("the start is in another namespace", query)
         path = node.path()[: start.length]
         if self.bigram and tokens and tokens[0] != path[-1][1]:
-            raise ValueError("the first token is not the second one of the last pair")
+            raise QueryError("the first token is not the second one of the last pair", query)
         return Key(node.namespace, path + self.units_of(tokens), start.length)
 
     def common(self, edge: list[Unit], units: list[Unit]) -> int:
@@ -239,11 +246,12 @@ class Oracle:
         touch: bool = True,
         lock: bool = False,
         starts: Sequence[Place] | None = None,
+        split: bool = False,
     ) -> list[Place]:
         keys = self.keys_of(queries, namespaces, starts)
-        for tokens, key in zip(queries, keys, strict=True):
-            self.check_read(tokens, key)
-        return [self.match_one(key, touch, lock) for key in keys]
+        for query, (tokens, key) in enumerate(zip(queries, keys, strict=True)):
+            self.check_read(tokens, key, query)
+        return [self.match_one(key, touch, lock, split) for key in keys]
 
     def keys_of(
         self,
@@ -252,33 +260,35 @@ class Oracle:
         starts: Sequence[Place] | None,
     ) -> list[Key]:
         places = [ROOT] * len(queries) if starts is None else starts
-        return [self.key_of(*query) for query in zip(queries, namespaces, places, strict=True)]
+        return [self.key_of(query, *key) for query, key in enumerate(zip(queries, namespaces, places, strict=True))]
 
-    def check_read(self, tokens: Sequence[int], key: Key) -> None:
+    def check_read(self, tokens: Sequence[int], key: Key, query: int) -> None:
         """A match reads up to the end of the first page that is not cached."""
         found = self.walk(key).length
         if found < len(key.units):
             first = found - key.start
-            check_range(tokens[first : first + self.page_size + self.bigram], LARGEST)
+            check_range(tokens[first : first + self.page_size + self.bigram], LARGEST, query)
 
-    def match_one(self, key: Key, touch: bool, lock: bool) -> Place:
+    def match_one(self, key: Key, touch: bool, lock: bool, split: bool) -> Place:
         place = self.walk(key)
         if touch:
             tick = self.next_tick()
             for node in place.node.upwards() if place.node else ():
                 node.tick = tick
-        return self.lock_one(place) if lock else place
+        if lock:
+            return self.lock_one(place)
+        return self.split_one(place) if split else place
 
     def slots(self, places: Sequence[Place]) -> list[list[int]]:
-        nodes = [self.resolve(place) for place in places]
+        nodes = [self.resolve(place, query) for query, place in enumerate(places)]
         pairs = zip(nodes, places, strict=True)
         return [node.path_slots()[: place.length] if node else [] for node, place in pairs]
 
     def write_slots(self, places: Sequence[Place], table: list[list[int]], rows: Sequence[int]) -> None:
         pairs = list(zip(self.slots(places), rows, strict=True))
-        for slots, row in pairs:
+        for query, (slots, row) in enumerate(pairs):
             if not 0 <= row < len(table) or len(slots) > len(table[row]):
-                raise ValueError(f"row {row} does not take {len(slots)} slots")
+                raise QueryError(f"row {row} does not take {len(slots)} slots", query)
         for slots, row in pairs:
             table[row][: len(slots)] = slots
 
@@ -286,8 +296,8 @@ class Oracle:
 
     def lock(self, places: Sequence[Place]) -> list[Place]:
         """Returns the places with the handles that unlock them."""
-        for place in places:
-            self.resolve(place)
+        for query, place in enumerate(places):
+            self.resolve(place, query)
         return [self.lock_one(place) for place in places]
 
     def lock_one(self, place: Place) -> Place:
@@ -303,12 +313,12 @@ class Oracle:
 
     def unlock(self, places: Sequence[Place]) -> None:
         nodes: list[Node] = []
-        for place in places:
-            node = self.resolve(place)
+        for query, place in enumerate(places):
+            node = self.resolve(place, query)
             if node is not None:
                 nodes.append(node)
                 if place.length != node.end or nodes.count(node) > node.own_locks:
-                    raise ValueError("no lock ends there")
+                    raise QueryError("no lock ends there", query)
         for node in nodes:
             self.unlock_one(node)
 
@@ -316,6 +326,18 @@ class Oracle:
         node.own_locks -= 1
         for above in node.upwards():
             above.lock_ref -= 1
+
+    def split_at(self, places: Sequence[Place]) -> list[Place]:
+        for query, place in enumerate(places):
+            self.resolve(place, query)
+        return [self.split_one(place) for place in places]
+
+    def split_one(self, place: Place) -> Place:
+        """As locking it and unlocking it again."""
+        renewed = self.lock_one(place)
+        if renewed.node is not None:
+            self.unlock_one(renewed.node)
+        return renewed
 
     # Insert
 
@@ -328,11 +350,11 @@ class Oracle:
         starts: Sequence[Place] | None = None,
         inserted_lengths: Sequence[int] | None = None,
     ) -> list[Inserted]:
-        for tokens, own in zip(queries, slots, strict=True):
+        for query, (tokens, own) in enumerate(zip(queries, slots, strict=True)):
             if len(tokens) != len(own):
-                raise ValueError("as many slots as tokens")
-            check_range(tokens, LARGEST)
-            check_range(own, self.largest_slot)
+                raise QueryError("as many slots as tokens", query)
+            check_range(tokens, LARGEST, query)
+            check_range(own, self.largest_slot, query)
         keys = self.keys_of(queries, namespaces, starts)
         self.check_capacity(keys)
         before = [0] * len(keys) if inserted_lengths is None else inserted_lengths
@@ -441,6 +463,6 @@ def dump(oracle: Oracle) -> list[Row]:
 
 def dump_tree(tree: Any) -> list[Row]:
     """The same of a RadixTree, from its state."""
-    from flatradix.check import nodes_of
+    from flatradix.inspect.nodes import nodes_of
 
-    return sorted(_row(view, view.path) for view in nodes_of(tree))
+    return sorted(_row(view, view.path) for view in nodes_of(tree.content()))

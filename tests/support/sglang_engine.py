@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench.peers import sglang_server
-from bench.peers.sglang import PeerMissing
+from bench.support import sglang_modules
+from bench.support.sglang_trees import PeerMissing
 
 VOCABULARY = 50_000
 CONTEXT = 600
@@ -280,8 +280,8 @@ def make_allocator(sglang: Any, plan: Plan) -> Any:
 
 
 def load_or_skip() -> Any:
-    """SGLang's modules (bench/peers/sglang_server.py), or the test module is skipped with the reason."""
+    """SGLang's modules (bench/support/sglang_modules.py), or the test module is skipped with the reason."""
     try:
-        return sglang_server.load()
+        return sglang_modules.load()
     except PeerMissing as reason:
         pytest.skip(str(reason), allow_module_level=True)

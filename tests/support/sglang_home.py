@@ -6,7 +6,7 @@ from array import array
 from types import SimpleNamespace
 from typing import Any
 
-from tests.sglang_engine import Plan, load_or_skip, make_allocator, make_params
+from tests.support.sglang_engine import Plan, load_or_skip, make_allocator, make_params
 
 SGLANG = load_or_skip()
 
@@ -15,7 +15,7 @@ class Home:
     """A cache, its pools, and requests with rows of their own."""
 
     def __init__(self, plan: Plan, device: str = "cpu", **params: Any) -> None:
-        from flatradix.integrations.sglang_cache import FlatRadixCache
+        from flatradix.integrations.sglang.cache import FlatRadixCache
 
         self.pool = SGLANG.pools.ReqToTokenPool(size=8, max_context_len=200, device="cpu", enable_memory_saver=False)
         self.allocator = make_allocator(SGLANG, plan)

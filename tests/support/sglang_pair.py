@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.sglang_engine import Engine, Plan, draw_work
+from tests.support.sglang_engine import Engine, Plan, draw_work
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def ever_later(sglang: Any) -> Iterator[None]:
 
 
 def flat_cache(params: Any, device: str = "cpu") -> Any:
-    from flatradix.integrations.sglang_cache import FlatRadixCache  # imports SGLang
+    from flatradix.integrations.sglang.cache import FlatRadixCache  # imports SGLang
 
     return FlatRadixCache(params, device=device)
 

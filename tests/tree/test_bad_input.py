@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import flatradix
-from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError, backend
-from tests.devices import settled
+from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
+from flatradix.inputs import devices
+from tests.support.devices import settled
+from tests.support.inside import clock_of, names_of
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def refuses(
     """The call raises, and neither the tree nor its clock nor its namespaces have moved."""
 
     def state() -> tuple:
-        return tree.digest(), int(tree._state.meta[flatradix.meta.CLOCK]), tree.total_tokens, tree._namespaces.items()
+        return tree.digest(), clock_of(tree), tree.total_tokens, names_of(tree)
 
     before = state()
     with pytest.raises(error, match=message) as raised:
@@ -60,7 +62,7 @@ BAD_TOKENS = [
     (["ab", "cd"], "tokens of query 0: a str is no sequence"),
     (np.array([1.0, 2.0]), "dtype float64"),
     (torch.tensor([True, False]), "dtype torch.bool"),
-    (torch.zeros(2, 2, dtype=torch.int64), r"2-D of shape \(2, 2\)"),
+    (torch.zeros(2, 2, dtype=torch.int64), r"a tensor of shape \(2, 2\)"),
     ([np.zeros((2, 2), np.int64)], "tokens of query 0: an array of shape"),
     (array("d", [1.0, 2.0]), "typecode 'd'"),
     (np.array([2**63], dtype=np.uint64), "dtype uint64"),
@@ -305,11 +307,11 @@ def test_the_environment_variable_speaks_for_auto(monkeypatch: pytest.MonkeyPatc
     assert RadixTree(8, device="cpu").device.type == "cpu"
     with pytest.raises(ValueError, match="FLATRADIX_DEVICE=tpu is no device"):
         RadixTree(8)
-    assert flatradix.backend.auto_reason().startswith("nothing: FLATRADIX_DEVICE=tpu is no device")
+    assert devices.auto_reason().startswith("nothing: FLATRADIX_DEVICE=tpu is no device")
 
 
 def test_cuda_where_there_is_none() -> None:
-    if not backend.why_not_cuda():
+    if not devices.why_not_cuda():
         pytest.skip("a CUDA device is there, or an interpreter in its place")
     with pytest.raises(
         flatradix.DeviceUnavailableError, match=r'device="cuda" cannot be used: .*; take "cpu" or "auto"'
@@ -347,7 +349,7 @@ tree.save({str(tmp_path / "tree")!r})
     import subprocess
     import sys
 
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     loaded = RadixTree.load(tmp_path / "tree", device=device)
     assert loaded.slots(place(loaded, [int(done.stdout)], [1])).to_list() == [[1]]

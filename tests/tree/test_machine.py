@@ -18,11 +18,12 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from flatradix import CapacityError, RadixTree, StaleHandleError
-from flatradix.check import nodes_of
-from tests.devices import settled
-from tests.forms import FORMS, FORMS_THERE, poison, poison_results
-from tests.oracle import LARGEST, ROOT, Oracle, Place, dump, dump_tree
+from flatradix import CapacityError, RadixTree, StaleHandleError, slru
+from flatradix.inspect.nodes import nodes_of
+from tests.support.devices import settled
+from tests.support.forms import FORMS, FORMS_THERE, as_ragged, poison, poison_results
+from tests.support.inside import index_of
+from tests.support.oracle import LARGEST, ROOT, Oracle, Place, dump, dump_tree
 
 NAMES = (None, None, None, "a", b"a", "")
 HELD_MOST = 10
@@ -39,7 +40,8 @@ def used_least_for_its_depth(nodes: Any) -> Any:
 
 
 POLICIES = (
-    "lru", "lru", "lfu", "slru", "fifo", "filo", "priority", "mru", short_edges_first, used_least_for_its_depth,
+    "lru", "lru", "lfu", "slru", slru(3), "fifo", "filo", "priority", "mru", short_edges_first,
+    used_least_for_its_depth,
 )  # fmt: skip
 
 # Pages of 16 that begin alike, so that only their ends tell them apart.
@@ -172,7 +174,7 @@ class Machine(RuleBasedStateMachine):
                 settled(side.tree, lambda side=side: call(side))
             if exact:
                 assert type(caught.value) is type(error)
-                for name in ("needed", "free"):
+                for name in ("needed", "free", "query"):
                     assert getattr(caught.value, name, None) == getattr(error, name, None)
         return None
 
@@ -285,6 +287,8 @@ class Machine(RuleBasedStateMachine):
         found = []
         for side in self.sides:
             makers = FORMS if side.number or self.device == "cpu" else FORMS + FORMS_THERE
+            if not batches[0]:
+                makers = (as_ragged,)  # a list of none is one empty sequence
             forms = [random.choice(makers)(batch, side.tree.device) for batch in batches]
             found.append([form[0] for form in forms] if single else forms)
         return found
@@ -300,9 +304,12 @@ class Machine(RuleBasedStateMachine):
 
     def match(self, random: Random, queries: list[list[int]], touch: bool, lock: bool, exact: bool = True) -> None:
         names, starts, keywords = self.arguments(random, queries)
+        split = not lock and random.random() < 0.15
+        if split:
+            keywords["split"] = True
         forms = self.form(random, queries)
         found = self.expect(
-            lambda: self.oracle.match(queries, names, touch, lock, starts),
+            lambda: self.oracle.match(queries, names, touch, lock, starts, split),
             lambda side: side.tree.match(*forms[side.number], touch=touch, lock=lock, **side.keywords(keywords)),
             exact,
         )
@@ -385,7 +392,7 @@ class Machine(RuleBasedStateMachine):
             expected, results = found
             for result in results:
                 assert result.slots.tolist() == expected.slots
-                assert result.slots.dtype == torch.int64
+                assert result.slots.dtype == self.tree.slot_dtype
                 assert (result.num_tokens, result.num_nodes) == expected[1:]
                 poison(result.slots)
 
@@ -400,20 +407,23 @@ class Machine(RuleBasedStateMachine):
 
     # Locks
 
-    @rule(random=SEEDS)
-    def lock_held(self, random: Random) -> None:
+    @rule(random=SEEDS, split=st.booleans())
+    def lock_held(self, random: Random, split: bool) -> None:
+        """Or split what is held, which locks nothing."""
         held = self.choose_held(random, random.randint(0, 4))
         operands = [side.places(held) for side in self.sides]
+        places = [one.place for one in held]
         found = self.expect(
-            lambda: self.oracle.lock([one.place for one in held]),
-            lambda side: side.tree.lock(operands[side.number]),
+            lambda: self.oracle.split_at(places) if split else self.oracle.lock(places),
+            lambda side: (side.tree.split if split else side.tree.lock)(operands[side.number]),
         )
         for side, operand in zip(self.sides, operands, strict=True):
             assert operand.lengths.tolist() == [one.length for one in held]
             if found is None:
                 assert operand.handles.tolist() == [one.handles[side.number] for one in held]
         if found is not None:
-            self.locks += self.hold(found[0], operands)
+            renewed = self.hold(found[0], operands)
+            self.locks += [] if split else renewed
         poison_results(operands)
 
     def unlock(self, held: list[Held]) -> None:
@@ -561,9 +571,9 @@ class Machine(RuleBasedStateMachine):
     def spoil_digest(self, tree: RadixTree) -> None:
         """Every field of a node counts in the digest."""
         digest = tree.digest()
-        for view in nodes_of(tree)[-1:]:
+        for view in nodes_of(tree.content())[-1:]:
             for name in ("tick", "created", "priority", "hit_count", "lock_ref"):
-                column = getattr(tree._state, name)
+                column = getattr(index_of(tree)._state, name)
                 column[view.row] += 1
                 assert tree.digest() != digest, name
                 column[view.row] -= 1
@@ -599,7 +609,7 @@ class Machine(RuleBasedStateMachine):
                     self.tree.slots(self.sides[0].places([one]))
         found = self.tree.slots(self.sides[0].places(good))
         assert found.to_list() == self.oracle.slots([one.place for one in good])
-        assert found.values.dtype == torch.int64
+        assert found.values.dtype == self.tree.slot_dtype
         poison(found)
 
 

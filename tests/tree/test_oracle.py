@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flatradix.errors import CapacityError, StaleHandleError
-from tests.oracle import ROOT, Namespace, Oracle, Place, Row, dump
+from tests.support.oracle import ROOT, Namespace, Oracle, Place, Row, dump
 
 
 def insert(oracle: Oracle, *keys: list[int], base: int = 0, namespace: Namespace = None, priority: int = 0) -> list:

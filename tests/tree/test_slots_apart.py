@@ -8,19 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatradix import backend
-from flatradix.slot_pool import DeviceSlots, Ranges
+from flatradix.host.slots_apart import Ranges, SlotsApart
+from flatradix.inputs import devices
+from flatradix.kernels import cpu
 
 UNITS = 5000
 
 
-def pool_on(device: str, dtype: torch.dtype) -> tuple[DeviceSlots, np.ndarray]:
+def pool_on(device: str, dtype: torch.dtype) -> tuple[SlotsApart, np.ndarray]:
     """Slots that are all different, and the same in host memory."""
-    where = torch.device("cpu") if device == "cpu" or backend.interpreted() else torch.device(device)
-    slots = DeviceSlots(UNITS, dtype, where)
+    where = torch.device("cpu") if device == "cpu" or devices.interpreted() else torch.device(device)
+    slots = SlotsApart(UNITS, dtype, where, 0)
     if device == "cpu":
-        slots._kernels = None  # what a machine without Triton has
-    assert (slots._kernels is None) == (device == "cpu")
+        slots._copy_ranges = None  # what a machine without Triton has
+    assert (slots._copy_ranges is None) == (device == "cpu")
     values = np.random.default_rng(1).permutation(UNITS)
     slots.values.copy_(torch.from_numpy(values))
     return slots, values
@@ -47,7 +48,7 @@ def test_gather(lengths: list[int], dtype: torch.dtype, device: str) -> None:
     slots, values = pool_on(device, dtype)
     ranges = some_ranges(lengths)
     found = slots.gather(ranges)
-    assert (found.dtype, found.device) == (torch.int64, slots.device)
+    assert (found.dtype, found.device) == (dtype, slots.device)
     assert found.tolist() == [slot for part in expected(values, ranges) for slot in part]
 
 
@@ -63,7 +64,7 @@ def test_write_rows(paths: list[list[int]], dtype: torch.dtype, table_dtype: tor
     width = max(sums) + 1
     whole = torch.full((len(paths) + 1, width + 3), -7, dtype=table_dtype, device=slots.device)
     rows = np.random.default_rng(2).permutation(len(paths))
-    slots.write_rows(ranges, offsets, whole[:, 2 : 2 + width], rows)
+    slots.write_ranges(ranges, offsets, whole[:, 2 : 2 + width], rows)
     joined = np.concatenate([np.empty(0, np.int64), *expected(values, ranges)])
     wanted = np.full(tuple(whole.shape), -7)
     for query, row in enumerate(rows):
@@ -72,12 +73,21 @@ def test_write_rows(paths: list[list[int]], dtype: torch.dtype, table_dtype: tor
 
 
 @given(gaps=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 300)), max_size=8))
-def test_move(gaps: list[tuple[int, int]], device: str) -> None:
+def test_compact(gaps: list[tuple[int, int]], device: str) -> None:
+    """Edges are where they are in the pool: the index says where, and what it moves, the slots follow."""
     slots, values = pool_on(device, torch.int32)
     lengths = np.array([length for _, length in gaps], np.int32)
     before = np.cumsum(lengths, dtype=np.int32) - lengths
     starts = np.cumsum([gap for gap, _ in gaps], dtype=np.int32) + before
-    slots.move(starts, before, lengths)
+
+    def plan(_addresses: int, *moves: np.ndarray) -> None:
+        for move, wanted in zip(moves, (starts, before, lengths), strict=True):
+            move[:] = wanted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "plan_compaction", plan)
+        patch.setattr(cpu, "compact", lambda *arguments: None)
+        slots.compact(1, len(gaps))
     wanted = [slot for part in expected(values, Ranges(starts, lengths, 0)) for slot in part]
     assert slots.values[: len(wanted)].tolist() == wanted
 
@@ -85,9 +95,9 @@ def test_move(gaps: list[tuple[int, int]], device: str) -> None:
 def test_the_slots_of_one_query_on_the_device_are_not_copied(gpu: str) -> None:
     slots, _ = pool_on(gpu, torch.int32)
     mine = torch.arange(5, device=gpu, dtype=torch.int32)
-    assert slots.read_one(mine)[3].values is mine
+    assert slots.read_one(mine, True)[3].values is mine
     with pytest.raises(ValueError, match="-1 at position 2 is negative"):
-        slots.read_one(torch.tensor([3, 4, -1], device=gpu))
+        slots.read_one(torch.tensor([3, 4, -1], device=gpu), True)
 
 
 @pytest.mark.parametrize("mine", [torch.int32, torch.int64])
@@ -107,10 +117,10 @@ def test_write(batch: list[tuple[int, int]], dtype: torch.dtype, mine: torch.dty
     numbers = np.random.default_rng(3)
     parts = [torch.from_numpy(numbers.integers(0, 1 << 20, skip + count)) for skip, count in batch]
     parts = [part.to(slots.device, mine) for part in parts]
-    source = slots.read(parts)
+    source = slots.read(parts, True)
     skips, counts = (np.array(column) for column in zip(*batch, strict=True))
     places = np.cumsum(counts + 7) - counts
-    slots.write(places, source, skips, counts)
+    slots.store(source, skips, counts, places)
     for place, skip, part in zip(places, skips, parts, strict=True):
         values[place : place + len(part) - skip] = part[skip:].cpu()
     assert slots.values.tolist() == values.tolist()

@@ -1,0 +1,115 @@
+"""Digests, and trees that are saved and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flatradix
+from flatradix import RadixTree
+from flatradix.layout import numbers
+from tests.support.devices import interpreted, settled
+from tests.support.inside import index_of
+
+
+def test_digest_sees_what_matters(device: str) -> None:
+    def build(**change: Any) -> str:
+        tree = RadixTree(64, device=device, policy=change.pop("policy", "lru"))
+        tree.insert([1, 2, 3], change.pop("slots", [7, 8, 9]), namespace=change.pop("namespace", None))
+        tree.insert(
+            [1, 2, change.pop("token", 4)], [0, 0, 5], priority=change.pop("priority", 0),
+            namespace=change.pop("namespace_2", None), inserted_lengths=change.pop("inserted", 0),
+        )  # fmt: skip
+        if change.pop("lock", False):
+            tree.lock(tree.match([1, 2, 3], touch=False))
+        if change.pop("touch", False):
+            tree.match([1, 2, 3])
+        assert not change
+        return tree.digest()
+
+    changes: list[dict[str, Any]] = [
+        {}, {"slots": [7, 8, 10]}, {"slots": [8, 7, 9]}, {"namespace": "a"}, {"namespace": b"a"}, {"namespace": ""},
+        {"token": 5}, {"priority": 1}, {"inserted": 2}, {"lock": True}, {"touch": True}, {"namespace_2": "a"},
+    ]  # fmt: skip
+    digests = [build(**change) for change in changes]
+    assert len(set(digests)) == len(digests)
+    assert [build(**change) for change in changes] == digests
+    assert build(policy="lfu") == digests[0]
+
+
+def test_digest_does_not_see_rows_or_places(device: str) -> None:
+    plain = RadixTree(64, device=device)
+    moved = RadixTree(64, device=device)
+    for i in range(3 if interpreted(device) else 10):
+        moved.insert([50 + i, 1], [0, 0], namespace=str(i))
+    moved.reset()
+    index_of(moved).content().state.numbers[numbers.CLOCK] = 0
+    for tree in (plain, moved):
+        tree.insert([[1, 2, 3], [1, 2, 4], [1, 5]], [[1, 2, 3], [1, 2, 4], [1, 5]], namespace="n")
+    assert plain.digest() == moved.digest()
+
+
+@pytest.mark.parametrize("policy", ["lfu", "mru"])
+def test_snapshot(tmp_path: Path, policy: str, device: str) -> None:
+    tree = RadixTree(64, page_size=2, device=device, policy=policy)
+    tree.insert([[1, 2, 3, 4], [1, 2, 5, 6], [7, 8]], [[1, 2, 3, 4], [1, 2, 5, 6], [7, 8]], namespace=["a", "a", b"b"])
+    m = tree.match([[1, 2, 9, 9]], namespace="a", lock=True)
+    tree.evict(2)
+    tree.save(tmp_path / "tree")
+    loaded = RadixTree.load(tmp_path / "tree", device=device)
+    loaded.check()
+    assert loaded.digest() == tree.digest()
+    assert loaded.match([1, 2, 3, 4], namespace="a").length == tree.match([1, 2, 3, 4], namespace="a").length
+    loaded.unlock(m)
+    tree.unlock(m)
+    assert loaded.evict(99).slots.tolist() == tree.evict(99).slots.tolist()
+
+
+def test_snapshot_that_is_none(tmp_path: Path, device: str) -> None:
+    path = tmp_path / "tree"
+    path.write_bytes(b"not a tree")
+    with pytest.raises(ValueError, match="no tree that flatradix saved, or is damaged"):
+        RadixTree.load(path)
+    torch.save({"format": "flatradix tree 99"}, path)
+    with pytest.raises(ValueError, match="no tree that this version"):
+        RadixTree.load(path)
+    with pytest.raises(FileNotFoundError):
+        RadixTree.load(tmp_path / "nowhere")
+    tree = RadixTree(8, device=device, policy=lambda nodes: nodes.tick)
+    tree.save(path)
+    with pytest.raises(ValueError, match="give it again"):
+        RadixTree.load(path)
+    assert RadixTree.load(path, policy=lambda nodes: -nodes.tick).max_tokens == 8
+
+
+def test_a_handle_from_after_the_save_is_stale_in_the_loaded_tree(tmp_path: Path, device: str) -> None:
+    tree = RadixTree(8, device=device)
+    tree.insert([1, 2], [1, 2])
+    tree.evict(2)
+    tree.save(tmp_path / "tree")
+    loaded = RadixTree.load(tmp_path / "tree", device=device)
+    later = tree.insert([3, 4], [3, 4])
+    with pytest.raises(flatradix.StaleHandleError):
+        settled(loaded, lambda: loaded.lock(later))
+    loaded.check()
+
+
+@pytest.mark.parametrize("name", [None, "", b"", "\ud800", b"\xff\x00", "tenant"])
+def test_snapshot_of_any_namespace(name: str | bytes | None, tmp_path: Path, device: str) -> None:
+    tree = RadixTree(8, device=device)
+    tree.insert([1, 2], [1, 2], namespace=name)
+    tree.save(tmp_path / "tree")
+    assert RadixTree.load(tmp_path / "tree", device=device).match([1, 2], namespace=name).length == 2
+
+
+def test_a_tree_is_neither_pickled_nor_copied(device: str) -> None:
+    import copy
+    import pickle
+
+    tree = RadixTree(8, device=device)
+    for call in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"use save\(\) and RadixTree.load"):
+            call(tree)
