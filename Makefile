@@ -51,13 +51,13 @@ lint: $(VENV)/setup-test
 	$(BIN)/mypy
 
 bench: $(VENV)/setup-test
-	$(BIN)/python bench/cpu.py $(ARGS)
+	$(BIN)/python -m bench.cpu $(ARGS)
 
 bench-sglang: $(VENV)/setup-test
-	$(BIN)/python bench/sglang.py $(ARGS)
+	$(BIN)/python -m bench.scheduler $(ARGS)
 
 reference: setup
-	$(BIN)/python bench/reference.py $(ARGS)
+	$(BIN)/python -m bench.reference $(ARGS)
 
 clean:
 	rm -rf $(VENV) .peers build dist out *.egg-info

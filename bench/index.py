@@ -3,27 +3,22 @@
 Single calls as a scheduler makes them, wall clock from Python: until the answer is in Python, or until the slots are
 on their way on the device. Needs no SGLang. Prints a Markdown table.
 
-  python3 bench/index.py                        half a minute
+  python3 -m bench.index                        half a minute
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
-
-from bench.gpu_harness import Setup, number, start_afresh, wall_seconds  # noqa: E402
-from bench.workloads import random_key  # noqa: E402
-from flatradix.integrations.sglang_index import HostIndex, make_index  # noqa: E402
+from bench.support.gpu_harness import Setup, number, start_afresh, wall_seconds
+from bench.support.workloads import random_key
+from flatradix.integrations.sglang.index import SchedulerTree, make_tree
 
 PAGE = 64
 CHUNK = 4096
@@ -43,7 +38,7 @@ class Desk:
             eviction_policy_config=None,
             is_eagle=False,
         )
-        self.index: HostIndex = make_index(params, where)
+        self.index: SchedulerTree = make_tree(params, where)
         self.key = random_key(context)
         self.row = torch.arange(tokens, dtype=torch.int32, device=gpu)
         self.end = None

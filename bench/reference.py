@@ -1,6 +1,6 @@
 """Every row of a trace's reference figures, replayed and compared to the token; exits with 1 if one differs.
 
-    python3 bench/reference.py [FOLDER] [--device cuda]
+    python3 -m bench.reference [FOLDER] [--device cuda]
 
 FOLDER holds conversation_trace.jsonl and conversation_reference.json (default: ../shared/traces beside the checkout).
 About a minute, most of it for making 145M tokens out of the trace's hash ids nine times.
@@ -13,12 +13,10 @@ import json
 import sys
 from pathlib import Path
 
+from flatradix.replay import traces
+from flatradix.replay.replay import replay
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
-
-from flatradix import traces  # noqa: E402
-from flatradix.replay import replay  # noqa: E402
-
 FIGURES = ("input_tokens", "hit_tokens", "hits_sha256", "evicted_tokens", "rejected", "final_tokens")
 
 

@@ -12,8 +12,8 @@ from itertools import count
 import torch
 
 from examples.paged_kv import PagedForward, PagedKV
-from flatradix.prefix_cache import PrefixCache
-from flatradix.request import Request
+from flatradix.cache.prefix_cache import PrefixCache
+from flatradix.cache.request import Request
 
 
 @dataclass

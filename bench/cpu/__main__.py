@@ -2,37 +2,29 @@
 
 Both are called through their Python interfaces, alternately in one process on one core, and the medians are compared.
 SGLang gets its parameter objects ready-made. Where SGLang is not installed, only our side is measured; see
-bench/peers/sglang.py for how to install it. The rows on a trace need one in Mooncake's format.
+bench/support/sglang_trees.py for how to install it. The rows on a trace need one in Mooncake's format.
 
-  python3 bench/cpu.py                          everything: about three minutes, 5 GB of memory
-  python3 bench/cpu.py --quick                  shorter, and without the slowest rows: about a minute
-  python3 bench/cpu.py --only match lock-1      the rows whose names begin so
-  python3 bench/cpu.py --list                   the names
+  python3 -m bench.cpu                          everything: about three minutes, 5 GB of memory
+  python3 -m bench.cpu --quick                  shorter, and without the slowest rows: about a minute
+  python3 -m bench.cpu --only match lock-1      the rows whose names begin so
+  python3 -m bench.cpu --list                   the names
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
-import numba
-import torch
+from bench.cpu import apart, change, match, replay
+from bench.support import sglang_trees
+from bench.support.harness import Row, Setup, start_afresh
+from bench.support.report import machine_of, number, pin, result_of
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
-
-from bench import rows_change, rows_match, rows_process, rows_replay  # noqa: E402
-from bench.harness import Measured, Row, Setup, start_afresh  # noqa: E402
-from bench.peers import sglang  # noqa: E402
-
-ROWS = [*rows_match.ROWS, *rows_change.ROWS, *rows_replay.ROWS, *rows_process.ROWS]
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = [*match.ROWS, *change.ROWS, *replay.ROWS, *apart.ROWS]
 TRACE = ROOT.parent / "shared" / "traces" / "conversation_trace.jsonl"
-SCALE = {"us": 1e6, "ms": 1e3, "s": 1.0, "bytes": 1.0}
 LINE = "{:<54} {:>12} {:>12} {:>8} {:>9}  {}"
 
 
@@ -60,21 +52,11 @@ def _chosen(names: list[str] | None) -> list[Row]:
     return [row for row in ROWS if row.name.startswith(tuple(names))]
 
 
-def _pin(core: int | None) -> int | None:
-    """Stay on one core. None where the system cannot do that."""
-    torch.set_num_threads(1)
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    core = max(os.sched_getaffinity(0)) if core is None else core
-    os.sched_setaffinity(0, {core})
-    return core
-
-
 def _peer() -> bool:
     """Whether SGLang's default tree runs here; says why not."""
     try:
-        sglang.RustTree(1)
-    except sglang.PeerMissing as reason:
+        sglang_trees.RustTree(1)
+    except sglang_trees.PeerMissing as reason:
         print(f"SGLang is left out: {reason}")
         return False
     return True
@@ -88,39 +70,15 @@ def _skip(row: Row, setup: Setup) -> str | None:
     return None
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _result(row: Row, measured: Measured) -> dict[str, Any]:
-    scale = SCALE[row.unit]
-    theirs = None if measured.theirs is None else measured.theirs * scale
-    ours = measured.ours * scale
-    ratio = None if theirs is None else ours / theirs
-    judged = ours if row.absolute else ratio
-    return {
-        "name": row.name,
-        "work": row.work,
-        "unit": row.unit,
-        "ours": ours,
-        "theirs": theirs,
-        "ratio": ratio,
-        "target": row.target,
-        "target_is": "ours" if row.absolute else "ratio",
-        "met": None if judged is None else judged <= row.target,
-        "note": measured.note,
-    }
-
-
 def _show(result: dict[str, Any]) -> None:
     theirs, ratio, unit = result["theirs"], result["ratio"], result["unit"]
-    target = _number(result["target"]) + (f" {unit}" if result["target_is"] == "ours" else "")
+    target = number(result["target"]) + (f" {unit}" if result["target_is"] == "ours" else "")
     met = {True: "yes", False: "NO", None: "-"}[result["met"]]
     print(
         LINE.format(
             result["work"],
-            f"{_number(result['ours'])} {unit}",
-            "-" if theirs is None else f"{_number(theirs)} {unit}",
+            f"{number(result['ours'])} {unit}",
+            "-" if theirs is None else f"{number(theirs)} {unit}",
             "-" if ratio is None else f"{ratio:.3f}",
             target,
             f"{met}{'  (' + result['note'] + ')' if result['note'] else ''}",
@@ -129,31 +87,13 @@ def _show(result: dict[str, Any]) -> None:
     )
 
 
-def _machine(core: int | None) -> dict[str, Any]:
-    models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "core": core,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "sglang": sglang.VERSION,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     rows = _chosen(options.only)
     if options.list:
         print("\n".join(f"{row.name:<20} {row.work}" for row in rows))
         return
-    machine = _machine(_pin(options.core))
+    machine = machine_of(pin(options.core))
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     setup = Setup(options.quick, options.trace if options.trace.is_file() else None, _peer())
     print(LINE.format("work", "flatradix", "sglang", "ratio", "target", "met"))
@@ -163,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{row.work:<54} skipped: {reason}")
             continue
         start_afresh()
-        results.append(_result(row, row.measure(setup)))
+        results.append(result_of(row, row.measure(setup)))
         _show(results[-1])
     met = [result["met"] for result in results if result["met"] is not None]
     print(f"{sum(met)} of {len(met)} targets met")

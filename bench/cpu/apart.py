@@ -9,14 +9,14 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from bench.harness import Measured, Row, Setup
+from bench.support.harness import Measured, Row, Setup
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(arguments: list[str], **environment: str) -> float:
-    """What the last line of `bench/process.py ARGUMENTS` says, in a fresh process."""
-    command = [sys.executable, str(ROOT / "bench" / "process.py"), *arguments]
+    """What the last line of `bench.cpu.process ARGUMENTS` says, in a fresh process."""
+    command = [sys.executable, "-m", "bench.cpu.process", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )

@@ -7,8 +7,8 @@ import statistics
 import time
 from functools import partial
 
-from bench.harness import Measured, Row, Setup, Side, compare, slot_range
-from bench.workloads import Both, random_key
+from bench.support.harness import Measured, Row, Setup, Side, compare, slot_range
+from bench.support.workloads import Both, random_key
 
 EDGE = 131072
 HELD = 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 from array import array
 from functools import partial
 
-from bench.harness import Measured, Row, Setup, Side, compare
-from bench.workloads import Both, random_key, read_prompts
+from bench.support.harness import Measured, Row, Setup, Side, compare
+from bench.support.workloads import Both, random_key, read_prompts
 from flatradix import Ragged
 
 QUERIES, QUERY_TOKENS, TREE_REQUESTS, TRACE_PAGE = 1024, 4096, 2000, 64

@@ -1,4 +1,4 @@
-"""The measurements that need a process of their own; `bench/cpu.py` starts it. Prints one number."""
+"""The measurements that need a process of their own; `bench.cpu` starts it. Prints one number."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
-
 PAGE = 64
 EDGE, EDGES = 131072, 61
 LEAF, LEAVES = 64, 1_000_000
@@ -27,9 +24,9 @@ def _resident() -> int:
 
 def _tree(side: str, capacity: int) -> Any:
     if side == "theirs":
-        from bench.peers import sglang
+        from bench.support import sglang_trees
 
-        tree = sglang.RustTree(PAGE)
+        tree = sglang_trees.RustTree(PAGE)
         tree.allocator.keep = False
         return tree
     from flatradix import RadixTree

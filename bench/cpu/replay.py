@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import Measured, Row, Setup, slot_range
-from bench.peers import sglang
-from bench.workloads import read_prompts
+from bench.support import sglang_trees
+from bench.support.harness import Measured, Row, Setup, slot_range
+from bench.support.workloads import read_prompts
 from flatradix import RadixTree
 
 REQUESTS, QUICK_REQUESTS = 3000, 500
@@ -66,7 +66,7 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, tree: sglang.RustTree, capacity: int) -> None:
+    def __init__(self, tree: sglang_trees.RustTree, capacity: int) -> None:
         self.tree = tree
         self.capacity = capacity
         self.held: deque[Any] = deque()

@@ -4,11 +4,11 @@ The GPU's time leaves out the launches (they are queued behind a sleep) and goes
 that large inputs come from memory and not from L2. Floors are those of this GPU (how fast it copies), targets
 those of an H200.
 
-  python3 bench/gpu.py                          everything: less than four minutes, compiling included
-  python3 bench/gpu.py --quick                  fewer repetitions, none of the largest inputs: about 90 s
-  python3 bench/gpu.py --only match wall        the rows whose names begin so
-  python3 bench/gpu.py --list                   the names
-  TRITON_INTERPRET=1 python3 bench/gpu.py --tiny     to try the code where there is no GPU
+  python3 -m bench.gpu                          everything: less than four minutes, compiling included
+  python3 -m bench.gpu --quick                  fewer repetitions, none of the largest inputs: about 90 s
+  python3 -m bench.gpu --only match wall        the rows whose names begin so
+  python3 -m bench.gpu --list                   the names
+  TRITON_INTERPRET=1 python3 -m bench.gpu --tiny     to try the code where there is no GPU
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -27,15 +26,13 @@ import numpy as np
 import torch
 import triton
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+import flatradix
+from bench.gpu import crossover, evict, kernels, wall
+from bench.support.gpu_harness import H200_SPEED, Measured, Row, Setup, copying_speed, number, start_afresh
+from flatradix.inputs import devices
+from flatradix.replay import plot
 
-import flatradix  # noqa: E402
-from bench import gpu_crossover, rows_gpu, rows_gpu_evict, rows_gpu_wall  # noqa: E402
-from bench.gpu_harness import H200_SPEED, Measured, Row, Setup, copying_speed, number, start_afresh  # noqa: E402
-from flatradix import backend, plot  # noqa: E402
-
-ROWS = [*rows_gpu.ROWS, *rows_gpu_wall.ROWS, *rows_gpu_evict.ROWS]
+ROWS = [*kernels.ROWS, *wall.ROWS, *evict.ROWS]
 CROSSOVER = "crossover"
 TITLES = {"gpu": "the GPU's time, queries on the device", "wall": "wall clock from Python"}
 
@@ -134,24 +131,24 @@ def _measured(row: Row, setup: Setup) -> dict[str, Any] | None:
     return result
 
 
-def _crossover(setup: Setup) -> list[gpu_crossover.Point] | None:
+def _crossover(setup: Setup) -> list[crossover.Point] | None:
     try:
-        return gpu_crossover.measure(setup)
+        return crossover.measure(setup)
     except Exception:
         print(f"{CROSSOVER}: FAILED\n{traceback.format_exc()}", flush=True)
         return None
 
 
 def _setup(options: argparse.Namespace) -> Setup:
-    reason = backend.why_not_cuda()
+    reason = devices.why_not_cuda()
     if reason:
         raise SystemExit(f"no GPU: {reason}; TRITON_INTERPRET=1 with --tiny tries the code without one")
-    if backend.interpreted() and not options.tiny:
+    if devices.interpreted() and not options.tiny:
         raise SystemExit("interpreted kernels are slow: add --tiny")
     # One thread for the CPU's tree, and nothing of torch that would compete with it.
     torch.set_num_threads(1)
-    device = torch.device("cpu" if backend.interpreted() else "cuda:0")
-    speed = H200_SPEED if backend.interpreted() else copying_speed(device)
+    device = torch.device("cpu" if devices.interpreted() else "cuda:0")
+    speed = H200_SPEED if devices.interpreted() else copying_speed(device)
     return Setup(options.quick, options.tiny, options.page, device, speed)
 
 
@@ -183,16 +180,16 @@ def main(arguments: list[str] | None = None) -> None:
     failed = len(results) < len(chosen) or points is None
     if points:
         report["crossover"] = [{**point._asdict(), "fastest": point.fastest} for point in points]
-        report["sentence"] = gpu_crossover.sentence(points)
+        report["sentence"] = crossover.sentence(points)
     report["seconds"] = time.perf_counter() - begun
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{told}; page size {setup.page}; {report['seconds']:.0f} s\n")
     print("\n".join(text for text in (_table(results, clock) for clock in TITLES) if text))
     if points:
-        print(f"{gpu_crossover.table(points)}\n\n{report['sentence']}")
+        print(f"{crossover.table(points)}\n\n{report['sentence']}")
         if options.figure:
-            gpu_crossover.draw(points, setup, f"{machine['gpu']}, {machine['cpu']}", options.figure)
+            crossover.draw(points, setup, f"{machine['gpu']}, {machine['cpu']}", options.figure)
     met = [result["met"] for result in results if result["met"] is not None]
     print(f"{sum(met)} of {len(met)} targets met")
     if failed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from bench.gpu_harness import (
+from bench.support.gpu_harness import (
     SETS,
     TINY_BATCH,
     Setup,
@@ -22,7 +22,7 @@ from bench.gpu_harness import (
     wall_seconds,
 )
 from flatradix import RadixTree
-from flatradix.plot import GRID, INK, MUTED, STYLE
+from flatradix.replay.plot import GRID, INK, MUTED, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

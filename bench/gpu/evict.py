@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_harness import (
+from bench.support.gpu_harness import (
     LONGEST_SLEEP,
     Measured,
     Row,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_harness import (
+from bench.support.gpu_harness import (
     FEWEST_SETS,
     Measured,
     Row,

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from bench.gpu_harness import (
+from bench.support.gpu_harness import (
     Measured,
     Row,
     Setup,

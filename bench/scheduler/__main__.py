@@ -2,26 +2,21 @@
 
 Both are driven through what SGLang's scheduler calls, alternately in one process, with pages of 64 and chunks of 4096
 tokens, and the medians are compared. Prints a Markdown table. Where SGLang is missing it says so and stops; see
-bench/peers/sglang_server.py.
+bench/support/sglang_modules.py.
 
-  python3 bench/sglang.py                       everything: two minutes
-  python3 bench/sglang.py --quick               less exact: half a minute
-  python3 bench/sglang.py --only match life-1k  the rows whose names begin so
+  python3 -m bench.scheduler                       everything: two minutes
+  python3 -m bench.scheduler --quick               less exact: half a minute
+  python3 -m bench.scheduler --only match life-1k  the rows whose names begin so
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
-
-from bench import cpu  # noqa: E402
-from bench.harness import Setup, start_afresh  # noqa: E402
-from bench.peers import sglang_server  # noqa: E402
-from bench.peers.sglang import PeerMissing  # noqa: E402
+from bench.support import sglang_modules
+from bench.support.harness import Setup, start_afresh
+from bench.support.report import machine_of, number, pin, result_of
+from bench.support.sglang_trees import PeerMissing
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,12 +25,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--core", type=int, help="the core to run on (default: the last that is allowed)")
     options = parser.parse_args(arguments)
-    machine = cpu._machine(cpu._pin(options.core))
+    machine = machine_of(pin(options.core))
     try:
-        sglang_server.load()
+        sglang_modules.load()
     except PeerMissing as reason:
         raise SystemExit(str(reason)) from None
-    from bench.rows_sglang import ROWS
+    from bench.scheduler.rows import ROWS
 
     print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
     print("| work | flatradix | SGLang | ratio | target | met |\n|---|---|---|---|---|---|")
@@ -46,9 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     met = []
     for row in chosen:
         start_afresh()
-        result = cpu._result(row, row.measure(Setup(options.quick, None, True)))
+        result = result_of(row, row.measure(Setup(options.quick, None, True)))
         met.append(result["met"])
-        times = " | ".join(f"{cpu._number(result[side])} {row.unit}" for side in ("ours", "theirs"))
+        times = " | ".join(f"{number(result[side])} {row.unit}" for side in ("ours", "theirs"))
         verdict = "yes" if result["met"] else "NO"
         print(f"| {row.work} | {times} | {result['ratio']:.3f} | {row.target} | {verdict} |", flush=True)
     print(f"\n{sum(met)} of {len(met)} targets met")

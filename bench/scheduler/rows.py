@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from bench.harness import Measured, Row, Setup, Side, compare
-from bench.peers import sglang_server
-from bench.peers.sglang import Recorder
-from bench.workloads import distinct_keys, random_key
+from bench.support import sglang_modules
+from bench.support.harness import Measured, Row, Setup, Side, compare
+from bench.support.sglang_trees import Recorder
+from bench.support.workloads import distinct_keys, random_key
 
 CHUNK = 4096
 CONTEXTS = (1024, 8192, 32768, 131072)
@@ -35,7 +35,7 @@ class Desk:
     """A cache and one request's row in SGLang's table."""
 
     def __init__(self, make_cache: Any, tokens: int, page_size: int = PAGE) -> None:
-        self.sglang = sglang_server.load()
+        self.sglang = sglang_modules.load()
         width = min(tokens, CONTEXTS[-1] + CHUNK)
         self.pool = self.sglang.pools.ReqToTokenPool(
             size=1, max_context_len=width, device="cpu", enable_memory_saver=False
@@ -80,13 +80,13 @@ class Desk:
 
 
 def flat(params: Any) -> Any:
-    from flatradix.integrations.sglang_cache import FlatRadixCache  # imports SGLang
+    from flatradix.integrations.sglang.cache import FlatRadixCache  # imports SGLang
 
     return FlatRadixCache(params, device="cpu")
 
 
 def default(params: Any) -> Any:
-    sglang = sglang_server.load()
+    sglang = sglang_modules.load()
     params.tree_components = (sglang.component_type.ComponentType.FULL,)
     params.tree_core_backend = "rust"
     cache = sglang.unified.UnifiedRadixCache(params)

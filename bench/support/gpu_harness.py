@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flatradix import RadixTree, Ragged
-from flatradix.traces import VOCABULARY
+from flatradix.replay.traces import VOCABULARY
 
 H200_SPEED = 4.3e12  # bytes a second, read and written, of a copy
 COPIED = 1 << 30

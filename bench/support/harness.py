@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.peers import sglang
+from bench.support import sglang_trees
 from flatradix import RadixTree
 
 
@@ -27,10 +27,10 @@ class Setup(NamedTuple):
     def tree(self, max_tokens: int, page_size: int) -> RadixTree:
         return RadixTree(max_tokens, page_size, device="cpu")
 
-    def rust(self, page_size: int) -> sglang.RustTree | None:
+    def rust(self, page_size: int) -> sglang_trees.RustTree | None:
         if not self.peer:
             return None
-        tree = sglang.RustTree(page_size)
+        tree = sglang_trees.RustTree(page_size)
         tree.allocator.keep = False
         return tree
 

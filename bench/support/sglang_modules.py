@@ -1,8 +1,8 @@
 """SGLang's scheduler without its server and without a GPU: the real requests, pools, allocators, policies and caches.
 
 For that SGLang is imported as it is, with the packages of requirements/peers.txt; only what draws and shows pictures
-has stand-ins. `bench/peers/sglang.py` imports less and has stand-ins for more. In one process whoever comes first
-decides, so load this first.
+has stand-ins. `bench/support/sglang_trees.py` imports less and has stand-ins for more. In one process the first of the
+two decides, so load this one first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import types
 import warnings
 from typing import Any
 
-from bench.peers.sglang import HINT, PeerMissing, _StandIns, find
+from bench.support.sglang_trees import HINT, PeerMissing, _StandIns, find
 
 _PICTURES = ("IPython", "torchvision")
 _MODULES = {
@@ -51,7 +51,7 @@ class _Pictures(_StandIns):
 def load() -> Any:
     """SGLang's modules under short names, a default configuration published. Raises PeerMissing with the reason."""
     if "sglang" in sys.modules and "sglang.srt.mem_cache.memory_pool" not in sys.modules:
-        raise PeerMissing("SGLang was imported with stand-ins before: import bench.peers.sglang_server first")
+        raise PeerMissing("SGLang was imported with stand-ins before: import bench.support.sglang_modules first")
     folder = find()
     if "sglang" not in sys.modules:
         package = types.ModuleType("sglang")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.harness import Setup, slot_range
-from bench.peers import sglang
+from bench.support import sglang_trees
+from bench.support.harness import Setup, slot_range
 from flatradix import RadixTree, traces
-from flatradix.traces import VOCABULARY
+from flatradix.replay.traces import VOCABULARY
 
 
 def random_key(tokens: int, seed: int = 1) -> array[int]:
@@ -25,7 +25,7 @@ class Both:
 
     def __init__(self, setup: Setup, max_tokens: int, page_size: int) -> None:
         self.ours: RadixTree = setup.tree(max_tokens, page_size)
-        self.theirs: sglang.RustTree | None = setup.rust(page_size)
+        self.theirs: sglang_trees.RustTree | None = setup.rust(page_size)
 
     def insert(self, key: array[int], slots: torch.Tensor | None = None) -> None:
         slots = slot_range(len(key)) if slots is None else slots
