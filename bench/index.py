@@ -88,7 +88,9 @@ def measure(setup: Setup, where: str, context: int) -> Iterator[tuple[str, float
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m bench.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here: there are no two places to compare")

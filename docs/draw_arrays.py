@@ -53,7 +53,7 @@ def label(
 
 def draw_tree(axes: Axes, tree: RadixTree, x: float, y: float) -> None:
     """The logical tree, each node in the colour of its row."""
-    state = tree._state
+    state = tree.content().state
     label(axes, x, y + 1.0, "the tree", 10.5, muted=False)
     label(axes, x + 1.7, y + 1.0, "(black border: locked)")
     places = {0: (x, y - 1.9)}
@@ -91,7 +91,7 @@ def draw_tree(axes: Axes, tree: RadixTree, x: float, y: float) -> None:
 
 def draw_rows(axes: Axes, tree: RadixTree, x: float, y: float) -> None:
     label(axes, x - 0.75, y + 1.0, "nodes: one array a column, one row a node", 10.5, muted=False)
-    state = tree._state
+    state = tree.content().state
     widths = [0.95] * len(COLUMNS)
     for i, name in enumerate(COLUMNS):
         axes.text(
@@ -109,7 +109,8 @@ def draw_rows(axes: Axes, tree: RadixTree, x: float, y: float) -> None:
 
 def draw_pools(axes: Axes, tree: RadixTree, x: float, y: float) -> None:
     label(axes, x - 1.05, y + 1.35, "pools: an edge is a range, and a split moves nothing", 10.5, muted=False)
-    state = tree._state
+    state = tree.content().state
+    slots = tree.content().slots
     used = int(tree.total_tokens) + 3
     owner = {}
     for row in range(1, tree.num_nodes + 1):
@@ -120,14 +121,14 @@ def draw_pools(axes: Axes, tree: RadixTree, x: float, y: float) -> None:
         row = owner.get(place)
         fill = colour(row) if row else PAPER
         cell(axes, x + place * CELL, y, int(state.tokens[place]) if row else "", fill)
-        cell(axes, x + place * CELL, y - CELL, int(tree._slots.values[place]) if row else "", fill)
+        cell(axes, x + place * CELL, y - CELL, int(slots[place]) if row else "", fill)
     label(axes, x - 0.12, y + CELL / 2, "tokens", right=True)
     label(axes, x - 0.12, y - CELL / 2, "slots", right=True)
 
 
 def draw_table(axes: Axes, tree: RadixTree, x: float, y: float) -> None:
     label(axes, x, y + 1.35, "child table: hash of (parent, first page)", 10.5, muted=False)
-    table = tree._state.table
+    table = tree.content().state.child_table
     entries = sorted(int(entry) & 0xFFFFFFFF for entry in table[table != 0])
     at = x
     for row in entries:

@@ -30,7 +30,10 @@ LINE = "{:<54} {:>12} {:>12} {:>8} {:>9}  {}"
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python3 -m bench.cpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="the rows whose names begin with one of these")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")

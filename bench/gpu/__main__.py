@@ -39,7 +39,10 @@ TITLES = {"gpu": "the GPU's time, queries on the device", "wall": "wall clock fr
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python3 -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="the rows whose names begin with one of these")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from bench.support.gpu_harness import (
     timed,
     wall_seconds,
 )
+from flatradix.kernels import gpu
 
 LEAVES, TOKENS, CHUNK = 1_000_000, 64, 100_000
 CANDIDATE = 16  # bytes of a node that selecting reads: its tick, its length and its lock count
@@ -50,27 +52,32 @@ class Leaves:
     def refill(self, leaves: int) -> None:
         """Put back what was evicted, as the newest; checks that it was the oldest, in order."""
         rows = (torch.arange(leaves, device=self.keys.device) + self.first) % self.count
-        assert torch.equal(self.freed, self.slots[rows].reshape(-1).long())
+        assert torch.equal(self.freed, self.slots[rows].reshape(-1))
         self.tree.insert(ragged(self.keys[rows]), ragged(self.slots[rows]))
         assert self.tree.num_nodes == self.count
         self.first = (self.first + leaves) % self.count
 
 
-class TimedKernels:
-    """Stands in for a tree's kernels and takes the GPU's time of each launch."""
+class Clock:
+    """Takes the GPU's time of each launcher that an eviction calls, in a `with` block."""
 
-    def __init__(self, setup: Setup, kernels: Any) -> None:
+    def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.kernels = kernels
         self.sleep = 2e-3
         self.taken: dict[str, float] = {}
         self.late = False
+        self.launchers = {name: getattr(gpu, name) for name in ("effective_keys", "select", "order_victims", "free")}
 
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self.kernels, name)
-        if not callable(function):
-            return function
+    def __enter__(self) -> None:
+        self.taken, self.late = {}, False
+        for name, launcher in self.launchers.items():
+            setattr(gpu, name, self._timed(name, launcher))
 
+    def __exit__(self, *_: object) -> None:
+        for name, launcher in self.launchers.items():
+            setattr(gpu, name, launcher)
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def launch(*arguments: Any) -> Any:
             returned = []
             try:
@@ -87,15 +94,12 @@ def _evict(hundredths: int, setup: Setup) -> Measured:
     """hundredths: per cent of the leaves; 0 for one leaf."""
     leaves = Leaves(setup)
     some = max(1, leaves.count * hundredths // 100)
-    kernels = leaves.tree._kernels
-    clock = TimedKernels(setup, kernels)
+    clock = Clock(setup)
     samples: dict[str, list[float]] = defaultdict(list)
     rounds = setup.rounds
     while len(samples["total"]) < rounds + 2:
-        clock.taken, clock.late = {}, False
-        leaves.tree._kernels = clock
-        leaves.evict(some)
-        leaves.tree._kernels = kernels
+        with clock:
+            leaves.evict(some)
         leaves.refill(some)
         if clock.late:
             clock.sleep *= 2

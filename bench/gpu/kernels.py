@@ -12,6 +12,7 @@ from bench.support.gpu_harness import (
     Measured,
     Row,
     Setup,
+    arrays_of,
     assert_lengths,
     cached_sets,
     floor_of,
@@ -98,7 +99,7 @@ def _lock(same: bool, setup: Setup, first: bool = False) -> Measured:
     nodes = shape.edges * (1 if same else shape.batch)
     calls = [partial(locked.lock, p) for p in places]
     if first:
-        hints = tree._workspace.above
+        hints = arrays_of(tree).scratch.above
 
         def forget() -> None:
             locked.release()

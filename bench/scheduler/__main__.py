@@ -20,7 +20,9 @@ from bench.support.sglang_trees import PeerMissing
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m bench.scheduler", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="the rows whose names begin with one of these")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--core", type=int, help="the core to run on (default: the last that is allowed)")

@@ -38,6 +38,11 @@ class Shape(NamedTuple):
     edges: int
 
 
+def arrays_of(tree: RadixTree) -> Any:
+    """The arrays of a tree on a GPU, as its kernels take them."""
+    return tree._index._arrays
+
+
 class Setup(NamedTuple):
     """What the rows of a run share.
 

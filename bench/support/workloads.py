@@ -11,7 +11,8 @@ import torch
 
 from bench.support import sglang_trees
 from bench.support.harness import Setup, slot_range
-from flatradix import RadixTree, traces
+from flatradix import RadixTree
+from flatradix.replay import traces
 from flatradix.replay.traces import VOCABULARY
 
 

@@ -105,7 +105,9 @@ def run(step: str, options: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tests.gpu.run_all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder for the logs")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="these steps, in this order")
     parser.add_argument("--traces", type=Path, help="folder of the trace and its reference figures")

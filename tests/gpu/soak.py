@@ -506,7 +506,7 @@ def same_victims(host: Any, tree: Any) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python3 -m tests.gpu.soak", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--operations", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,12 +22,12 @@ PLAN = Plan()
 @pytest.fixture
 def plugin() -> Iterator[Any]:
     """The plug-in's module, registered, in a registry that is put back afterwards."""
-    from flatradix.integrations import sglang
+    from flatradix.integrations.sglang import plugin as loaded
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SGLANG.registry, "_RADIX_CACHE_REGISTRY", {})
-        sglang.register()
-        yield sglang
+        loaded.register()
+        yield loaded
 
 
 def context_for(plan: Plan = PLAN, params: dict[str, Any] | None = None, **others: Any) -> Any:
@@ -174,6 +174,6 @@ def test_flatradix_does_not_import_sglang() -> None:
 
 
 def test_without_sglang_the_import_says_what_to_install() -> None:
-    ran = _python("import sys; sys.modules['sglang'] = None; import flatradix.integrations.sglang")
-    assert "ImportError: flatradix.integrations.sglang works inside SGLang 0.5.23" in ran.stderr
+    ran = _python("import sys; sys.modules['sglang'] = None; import flatradix.integrations.sglang.plugin")
+    assert "ImportError: flatradix.integrations.sglang.plugin works inside SGLang 0.5.23" in ran.stderr
     assert "pip install sglang==0.5.23" in ran.stderr

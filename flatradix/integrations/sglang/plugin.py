@@ -1,0 +1,66 @@
+"""SGLang 0.5.23 with flatradix as its prefix cache: `--radix-cache-backend flatradix`.
+
+The entry point `sglang.srt.plugins` names `register`, which SGLang calls in its launcher and in every scheduler; nobody
+needs to import this module. docs/sglang.md says what is served and what is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from typing import TYPE_CHECKING, Any
+
+NAME = "flatradix"
+VERSION = "0.5.23"
+
+try:
+    from sglang.srt.mem_cache import registry
+
+    from flatradix.integrations.sglang.cache import FlatRadixCache
+    from flatradix.integrations.sglang.refusals import refuse_unserved
+    from flatradix.warm_up import warm_up
+except ImportError as error:
+    raise ImportError(
+        f"flatradix.integrations.sglang.plugin works inside SGLang {VERSION}, which does not import here ({error}): "
+        f"pip install sglang=={VERSION}"
+    ) from error
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+
+__all__ = ["FlatRadixCache", "create", "register"]
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make `--radix-cache-backend flatradix` known to SGLang in this process. Calling it again changes nothing."""
+    installed = _installed_version()
+    if installed not in (None, VERSION):
+        logger.warning("flatradix was tested with SGLang %s, and this is %s", VERSION, installed)
+    if registry.get_radix_cache_factory(NAME) is None:
+        registry.register_radix_cache_backend(NAME, create)
+
+
+def create(context: Any) -> BasePrefixCache:
+    """The cache of one scheduler, from SGLang's TreeCacheBuildContext.
+
+    With --disable-radix-cache, or where SGLang disables it for a model, it is SGLang's own, which then caches nothing.
+    Raises ValueError, naming the option, for what this cache cannot serve, and DeviceUnavailableError where
+    FLATRADIX_DEVICE asks for a device that cannot be used.
+    """
+    if context.disable_radix_cache:
+        logger.info("the prefix cache is disabled: SGLang's own is used in the place of flatradix")
+        return registry.default_radix_cache_factory(context)
+    refuse_unserved(context)
+    cache = FlatRadixCache(context.params)
+    # Now, and not in the first requests.
+    warm_up(cache.tree.device, context.params.page_size, context.params.is_eagle, cache.tree.slot_device)
+    return cache
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is only on the path
+        return None
