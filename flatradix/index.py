@@ -3,7 +3,7 @@
 A signal handler, a timer or a lack of memory may end a call between any two steps of its Python. So a call that changes
 a tree says that it begins, changes the tree, and says that it has ended as the last thing it does. Where the next call
 finds one that has begun and not ended, it takes back what that one did. An eviction cannot be taken back: its slots
-come with the next one. So a call that raises has changed nothing but times of use and cuts.
+come with the next one; a reset stays done. So any other call that raises has changed nothing but times of use and cuts.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Index(ABC):
 
     options: Options
     device: torch.device
+    last_result: MatchResult | InsertResult | EvictResult | None = None
 
     @abstractmethod
     def __init__(self, options: Options, device: torch.device, generation: int) -> None:

@@ -56,7 +56,7 @@ class RadixTree:
 
     A call that raises has changed nothing, also where a signal handler or a lack of memory ended it: what it had done
     is taken back by the next call. There remain times of use, and edges that were cut; the slots of an eviction come
-    with the next one. A call from a signal handler, within another call, raises RuntimeError.
+    with the next one; a reset stays done. A call from a signal handler, within another call, raises RuntimeError.
 
     Raises ValueError for arguments out of range, DeviceUnavailableError for a device that cannot be used.
     """
@@ -236,11 +236,19 @@ class RadixTree:
 
     @property
     def changes(self) -> int:
-        """How many calls have locked, unlocked, inserted, evicted or the like; those that were taken back do not count.
+        """Another number after each call that has locked, unlocked, inserted, evicted or reset, and was not taken back.
 
         For a caller that is cut short itself, and wants to know whether a call that it was in has been done.
         """
         return self._index.changes
+
+    @property
+    def last_result(self) -> MatchResult | InsertResult | EvictResult | None:
+        """What the last `insert`, `evict` or `match` with `lock=True` returned.
+
+        For a caller that was cut short before it had the result: `changes` tells whether there is one.
+        """
+        return self._index.last_result
 
     def compact(self) -> None:
         """Bring all edges to the front of the pools, without gaps; an insert does it when it must. O(cached tokens)."""

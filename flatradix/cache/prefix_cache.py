@@ -44,14 +44,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _whole(method: F) -> F:
-    """A public method, before which a call that was cut short is put in order, and after which it is if it raises."""
+    """A public method, before which a call that was cut short is put in order, and after which it is if it raises.
+
+    Until the method says in `_open` what it does, it only reads.
+    """
 
     @wraps(method)
     def call(self: PrefixCache, *arguments: Any, **keywords: Any) -> Any:
         if self._open is not None:
             self._recover()
+        self._open = recover.READING
         try:
-            return method(self, *arguments, **keywords)
+            result = method(self, *arguments, **keywords)
+            self._open = None
+            return result
         except BaseException:
             if self._open is not None:
                 with suppress(Exception):  # then the next call tries again
@@ -131,6 +137,11 @@ class PrefixCache:
     def kv_device(self) -> torch.device:
         return self.table.device
 
+    @property
+    def running(self) -> list[Request]:
+        """The requests that run. For an engine that was cut short before `begin` could return some of them."""
+        return list(self._running.values())
+
     # Calls that were cut short
 
     def _recover(self) -> None:
@@ -138,6 +149,9 @@ class PrefixCache:
         refuse_reentry(self)
         cut = self._open
         assert cut is not None
+        if cut is recover.READING:
+            self._open = None
+            return
         running = recover.requests_left(cut, self._running)
         places, committed = recover.find_committed(self.tree, self.table, running, self.page_size)
         recover.forget_tokens(cut, {id(request): end for request, end in zip(running, committed, strict=True)})
@@ -184,7 +198,6 @@ class PrefixCache:
             for request in requests:
                 self._start([request])
         self._refused += sum(request.state == REFUSED for request in requests)
-        self._open = None
         return requests
 
     def _start(self, requests: list[Request]) -> bool:
@@ -298,7 +311,6 @@ class PrefixCache:
                 left -= needed
                 fitting.append((request, request.length + count))
         self._grow([request for request, _ in fitting], [length for _, length in fitting])
-        self._open = None
         return short
 
     # Commit
@@ -321,7 +333,6 @@ class PrefixCache:
         ends = computed_ends("commit", requests, added, up_to)
         self._open = recover.begun(recover.COMMIT, requests)
         self._commit(requests, added, ends)
-        self._open = None
 
     def _commit(self, requests: Sequence[Request], added: list[np.ndarray], ends: list[int]) -> None:
         for request, tokens in zip(requests, added, strict=True):
@@ -408,7 +419,6 @@ class PrefixCache:
         self._open = recover.begun(recover.END, requests)
         self._commit(requests, added, ends)
         self._release(requests)
-        self._open = None
 
     @_whole
     def abort(self, requests: Sequence[Request]) -> None:
@@ -416,7 +426,6 @@ class PrefixCache:
         check_running(self, "abort", requests)
         self._open = recover.begun(recover.END, requests)
         self._release(requests)
-        self._open = None
 
     def _release(self, requests: Sequence[Request]) -> None:
         if not requests:
@@ -441,9 +450,7 @@ class PrefixCache:
         """
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
-        found = self._count()
-        self._open = None
-        return found
+        return self._count()
 
     def _count(self) -> Counts:
         running = self._running.values()
@@ -470,8 +477,8 @@ class PrefixCache:
         """
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
-        self._open = None
-        running = list(self._running.values())
+        self._open = recover.READING  # what it finds wrong is to stay so
+        running = self.running
         places, content = self._held_places(running), self.tree.content()
         check_slots(self._count(), content, self._allocator.free_list(), [*map(self._held_slots, running)])
         check_holders(content, running, places)
@@ -487,7 +494,6 @@ class PrefixCache:
         self._begin_afresh()
         for request in requests:
             request.end()
-        self._open = None
 
     def __repr__(self) -> str:
         return (

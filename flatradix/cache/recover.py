@@ -31,6 +31,9 @@ class UnderWay(NamedTuple):
     committed: Sequence[int] = ()
 
 
+READING = UnderWay("reading")  # has changed nothing so far
+
+
 def begun(operation: str, requests: Sequence[Request]) -> UnderWay:
     """A call on running requests."""
     return UnderWay(

@@ -19,26 +19,29 @@ from flatradix.layout.queries import Places
 from flatradix.layout.scratch import STARTED, clean
 from flatradix.layout.state import FREE_ROW
 
-NOTHING, LOCK, UNLOCK, INSERT, EVICT = range(5)
+NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET = range(6)
 
 
 class Done(NamedTuple):
     """A call that may have been cut short, and what it is taken back by.
 
-    call: the number of the launch that makes its change. places: of a lock or unlock. batch: queries of an insert.
-    slots: where an eviction puts them. owner: keeps memory alive.
+    call: the number of the launch that makes its change. changes: of the index before it. places: of a lock or unlock.
+    batch: queries of an insert. slots: where an eviction puts them. before: those among them, or left by a reset, that
+    an eviction before could not return. owner: keeps memory alive.
     """
 
     operation: int
     call: int
+    changes: int
     places: Places | None = None
     batch: int = 0
     slots: torch.Tensor | None = None
+    before: torch.Tensor | None = None
     owner: Any = None
 
 
-def take_back(done: Done, arrays: Arrays, calls: Calls) -> torch.Tensor | None:
-    """Undo what the device has done of a call; an eviction cannot be undone: returns its slots.
+def take_back(done: Done, arrays: Arrays, calls: Calls) -> bool:
+    """Undo what the device has done of a call, but for evictions and resets; whether it had done anything.
 
     Waits for the device. May be cut short itself: what is taken back is no longer the last that the device has done.
     """
@@ -48,14 +51,12 @@ def take_back(done: Done, arrays: Arrays, calls: Calls) -> torch.Tensor | None:
     _finish_second_launch(done, arrays, calls)
     clean(arrays.scratch)
     if not calls.mailbox.has_run(done.call) or calls.mailbox.was_refused(done.call):
-        return None
-    if done.operation == EVICT:
-        return done.slots
+        return False
     if done.operation == INSERT:
         _remove_new(arrays, done.batch, calls.next())
     elif done.places is not None:
         (gpu.unlock if done.operation == LOCK else gpu.lock)(arrays, done.places, calls.next())
-    return None
+    return True
 
 
 def _finish_second_launch(done: Done, arrays: Arrays, calls: Calls) -> None:

@@ -50,7 +50,7 @@ from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
 
 _SMALLEST_BATCH = 1024
-_NOTHING_YET = Done(NOTHING, 0)
+_NOTHING_YET = Done(NOTHING, 0, 0)
 
 
 class DeviceIndex(Index):
@@ -114,10 +114,15 @@ class DeviceIndex(Index):
         refuse_reentry(self)
         if self._calls.is_capturing():
             raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
-        assert self._open is not None
-        found = cut_short.take_back(self._open, self._arrays, self._calls)
-        if found is not None:
-            self._untold = found
+        cut = self._open
+        assert cut is not None
+        done = cut_short.take_back(cut, self._arrays, self._calls)
+        if cut.operation in (cut_short.EVICT, cut_short.RESET):
+            self._untold = cut.slots if done else cut.before
+            counts = done and cut.operation == cut_short.RESET
+            self._open = cut = cut._replace(operation=NOTHING, changes=cut.changes + counts)
+        if cut is not _NOTHING_YET:
+            self._changes = cut.changes
         self._stages.free_all()
         self._calls.tell(self._tell)
         self._names.known.repair(self._state.namespace_children.cpu().numpy())
@@ -161,13 +166,19 @@ class DeviceIndex(Index):
             self._recover()
         locks = bool(lock or split)
         if start is None and is_host_key(q):
-            result = self._match_key(read_one(q, "tokens"), namespace, bool(touch), locks)
+            key = read_one(q, "tokens")
+            self._open = _NOTHING_YET
+            result = self._match_key(key, namespace, bool(touch), locks)
         else:
             keys = read_values(q, self.device, "tokens")
+            self._open = _NOTHING_YET
             result = self._match_values(keys, namespace, bool(touch), locks, start)
-        if split and not lock:
+        if lock:
+            self.last_result = result
+        elif split:
             self._unlock(self._places(result))
-        self._changes += 1
+        if locks:
+            self._changes += 1
         self._open = None
         return result
 
@@ -180,10 +191,11 @@ class DeviceIndex(Index):
         if tokens.typecode != "q":
             raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
         key = read_one(tokens if limit is None else memoryview(tokens)[: max(limit, 0)], "tokens")
+        self._open = _NOTHING_YET
         result = self._match_key(key, namespace, True, split)
         if split:
             self._unlock(self._places(result))
-        self._changes += 1
+            self._changes += 1
         self._open = None
         return result
 
@@ -195,13 +207,13 @@ class DeviceIndex(Index):
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
         if self._calls.is_capturing():
             raise RuntimeError(HOST_IN_GRAPH)
-        self._open = _NOTHING_YET
         staged = self._stages.put(address, count * 8 if wide else count * 4)
         call = self._calls.next()
         awaited = self._singles.take(self, call)
         out = awaited.output()
         if lock:
-            self._open = Done(cut_short.LOCK, call, Places(out.handles, out.lengths, 1), owner=awaited)
+            places = Places(out.handles, out.lengths, 1)
+            self._open = Done(cut_short.LOCK, call, self._changes, places, owner=awaited)
         gpu.match_one(self._arrays, (staged, count, wide), name, out, self._stages.staging, call, touch, lock)
         self._stages.commit(call)
         self._calls.enqueued_outside(call, lock)
@@ -220,7 +232,8 @@ class DeviceIndex(Index):
         call = self._calls.next()
         result, out = self._match_output(keys, call)
         places = Places(out.handles, out.lengths, keys.batch)
-        self._open = Done(cut_short.LOCK, call, places, owner=result) if lock else _NOTHING_YET
+        if lock:
+            self._open = Done(cut_short.LOCK, call, self._changes, places, owner=result)
         gpu.match(self._arrays, keys, names, starts, out, call, touch, lock)
         self._calls.enqueued(call, lock)
         return result
@@ -280,7 +293,7 @@ class DeviceIndex(Index):
         if places.batch:
             self._room_for(places.batch)
             call = self._calls.next()
-            self._open = Done(cut_short.LOCK, call, places)
+            self._open = Done(cut_short.LOCK, call, self._changes, places)
             gpu.lock(self._arrays, places, call)
             self._calls.enqueued(call)
 
@@ -304,7 +317,7 @@ class DeviceIndex(Index):
         if found.batch:
             self._room_for(found.batch)
             call = self._calls.next()
-            self._open = Done(cut_short.UNLOCK, call, found)
+            self._open = Done(cut_short.UNLOCK, call, self._changes, found)
             gpu.unlock(self._arrays, found, call)
             self._calls.enqueued(call)
             self._changes += 1
@@ -319,6 +332,7 @@ class DeviceIndex(Index):
         self._finish_all()
         lengths, handles = read_places(places, self.device)
         handles = handles.contiguous()
+        self._open = _NOTHING_YET
         self._room_for(len(handles))
         offsets = torch.zeros(len(handles) + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(lengths.clamp(0, self.options.max_tokens), 0, out=offsets[1:])
@@ -329,6 +343,7 @@ class DeviceIndex(Index):
             gpu.gather_slots(self._arrays, found, offsets.data_ptr(), values.data_ptr(), call)
             self._calls.enqueued(call, False)
             self._finish_all()
+        self._open = None
         ragged = Ragged.trusted(values, offsets)
         return ragged if self.options.slot_device is None else ragged.to(self.options.slot_device)
 
@@ -346,12 +361,14 @@ class DeviceIndex(Index):
         numbered = check_table(table, rows, found.batch, self.device, self.options.slot_dtype)
         if found.batch == 0:
             return
+        self._open = _NOTHING_YET
         self._room_for(found.batch)
         numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
         into = Table(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
         call = self._calls.next()
         gpu.write_slots(self._arrays, found, numbered.data_ptr(), into, call)
         self._calls.enqueued(call, False)
+        self._open = None
 
     # Insert
 
@@ -386,10 +403,11 @@ class DeviceIndex(Index):
         may_compact = self._may_compact(keys.total)
         call = self._calls.next()
         result, out = self._insert_output(keys, call)
-        self._open = Done(cut_short.INSERT, call, batch=keys.batch)
+        self._open = Done(cut_short.INSERT, call, self._changes, batch=keys.batch)
         gpu.insert(self._arrays, keys, source, names, starts, priorities, inserted, out, call, may_compact)
         self._calls.enqueued(call)
         self._unbooked.append((call, keys.total))
+        self.last_result = result
         self._changes += 1
         self._open = None
         return result
@@ -429,14 +447,15 @@ class DeviceIndex(Index):
         returned = None if where is None else torch.empty_like(slots, device=where)
         if before is not None:
             slots[:known] = before
+        call = self._calls.next()
+        self._open = Done(cut_short.EVICT, call, self._changes, slots=slots, before=before)
         if nodes:
-            call = self._calls.next()
-            self._open = Done(cut_short.EVICT, call, slots=slots)
             gpu.free(self._arrays, nodes, tokens, slots.data_ptr() + known * slots.itemsize, call)
             self._calls.enqueued(call)
             if len(self._names.known) > 1:
                 self._forget_namespaces(self.mailbox.wait(mail.RELEASED, call))
         result = EvictResult(slots if returned is None else returned.copy_(slots), known + tokens, nodes)
+        self.last_result = result
         self._untold = None
         self._changes += 1
         self._open = None
@@ -521,23 +540,27 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         self._finish_all()
+        self._open = _NOTHING_YET
         items = self._names.known.items()
         hashes = np.array([name_hash(name) for _, name in items], np.int64)
         codes = torch.tensor([code for code, _ in items], device="cpu").to(self.device)
         self._state.namespace_hash[codes] = torch.from_numpy(hashes).to(self.device)
-        return "".join(f"{lane & (2**64 - 1):016x}" for lane in gpu.digest(self._arrays))
+        lanes = gpu.digest(self._arrays)
+        self._open = None
+        return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
 
     @public_call
     def reset(self) -> None:
         if self._open:
             self._recover()
-        self._open = _NOTHING_YET
         call = self._calls.next()
+        self._open = Done(cut_short.RESET, call, self._changes, before=self._untold)
         gpu.reset(self._arrays, call)
         self._calls.enqueued(call)
         self._names.known.clear()
         self._names.nothing_given()
         self._unbooked.clear()
+        self._untold = None
         self._changes += 1
         self._open = None
 

@@ -29,9 +29,10 @@ from flatradix.layout.handles import NO_HANDLE
 from flatradix.layout.state import FREE_ROW, allocate, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
 
+_READING = -1  # in the place of a call's number: one that changes nothing, and reads more than once
 _NO_SCORES = np.empty(0, np.int64)
 _EVICTABLE, _PROTECTED, _NODES = numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES
-_RELEASED, _ROWS, _LONGEST = numbers.RELEASED, numbers.ROWS, numbers.LONGEST
+_RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers.LONGEST, numbers.LAST_CALL
 
 
 class HostIndex(Index):
@@ -61,7 +62,6 @@ class HostIndex(Index):
         else:
             self._slots = SlotsApart(units, options.slot_dtype, options.slot_device, self._addresses)
         self._calls = 0  # so many were numbered
-        self._void = 0  # so many of them changed nothing, or were taken back
         self._open = 0  # the number of the call that has begun and not ended
         self._results = 0, _NO_SCORES, _NO_SCORES, _NO_SCORES
         self._eviction: Eviction | None = None
@@ -83,21 +83,26 @@ class HostIndex(Index):
         Looks at the tree alone, so it may be cut short itself.
         """
         refuse_reentry(self)
-        if self._numbers[numbers.LAST_CALL] == self._open:
+        if self._numbers[_LAST_CALL] == self._open:
             self._take_back(self._numbers[numbers.LAST_OPERATION])
-        self._void += 1
         self._namespaces.repair(self._arrays.namespace_children)
         self._numbers[_RELEASED] = 0
         self._open = 0
 
     def _take_back(self, operation: int) -> None:
-        if operation == numbers.EVICTED:
+        if operation == numbers.RESET:
+            self._untold = None
+        elif operation == numbers.EVICTED:
             assert self._eviction is not None
             self._untold = self._eviction.slots(self._numbers[numbers.LAST_LENGTH], self._numbers[numbers.LAST_PREFIX])
-            return
-        if operation == numbers.COMPACTED:
+            self._numbers[_LAST_CALL] = self._numbers[numbers.CALL_BEFORE]
+        elif operation == numbers.COMPACTED:
             self._slots.finish_compaction()
-            return
+            self._numbers[_LAST_CALL] = self._numbers[numbers.CALL_BEFORE]
+        else:
+            self._undo(operation)
+
+    def _undo(self, operation: int) -> None:
         call, handles, lengths, prefix_lengths = self._results
         if call != self._open:
             handles = np.array([self._numbers[numbers.LAST_HANDLE]])
@@ -110,13 +115,8 @@ class HostIndex(Index):
         else:
             cpu.take_back_insert(self._addresses, prefix_lengths, lengths, handles)
 
-    def _close_unchanged(self) -> None:
-        """End a call that has changed nothing."""
-        self._void += self._open != 0
-        self._open = 0
-
     def _refuse(self, operation: str, reason: int) -> NoReturn:
-        self._close_unchanged()
+        self._open = 0
         query, value = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
         if reason == reasons.NO_CAPACITY:
             max_tokens = self.options.max_tokens
@@ -140,7 +140,7 @@ class HostIndex(Index):
         key = read_single(q, "tokens") if start is None else None
         if key is None:
             return self._match_batch(read_batch(q, "tokens"), namespace, touch, lock, start, split)
-        code = 0 if namespace is None else self._namespaces.find(namespaces.only(namespace))
+        code = 0 if namespace is None else self._code(namespace)
         return self._match_one(key[0], key[2], key[1], code, touch, lock, split)
 
     @public_call
@@ -154,8 +154,13 @@ class HostIndex(Index):
             raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
         if limit is not None and limit < count:
             count = max(limit, 0)
-        code = 0 if namespace is None else self._namespaces.find(namespaces.only(namespace))
+        code = 0 if namespace is None else self._code(namespace)
         return self._match_one(address, True, count, code, True, False, split)
+
+    def _code(self, namespace: Any) -> int:
+        """Of a single query; good for as long as no other call comes in between."""
+        self._open = _READING
+        return self._namespaces.find(namespaces.only(namespace))
 
     def _match_one(
         self, address: int, wide: bool, count: int, code: int, touch: bool, lock: bool, split: bool
@@ -166,6 +171,8 @@ class HostIndex(Index):
         if length < 0:
             self._refuse("match", length)
         result = one_match(length, handle)
+        if lock:
+            self.last_result = result
         self._open = 0
         return result
 
@@ -173,6 +180,7 @@ class HostIndex(Index):
         self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any, split: bool
     ) -> MatchResult:
         names = namespaces.spread(namespace, len(keys))
+        self._open = _READING
         codes = np.array([self._namespaces.find(name) for name in names], np.int64)
         named = np.array([name is not None for name in names], np.bool_)
         start_handles, start_lengths = read_starts(start, len(keys))
@@ -187,6 +195,8 @@ class HostIndex(Index):
         )  # fmt: skip
         if reason < 0:
             self._refuse("match", reason)
+        if lock:
+            self.last_result = result
         self._open = 0
         return result
 
@@ -200,9 +210,11 @@ class HostIndex(Index):
             values = self._slots_of(places.handle, places.length)
             return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
         lengths, handles = read_places(places)
+        self._open = _READING
         found = self._slots.of_places(handles.contiguous().numpy(), lengths.numpy())
         if isinstance(found, int):
             self._refuse("slots", found)
+        self._open = 0
         return found
 
     @public_call
@@ -212,9 +224,11 @@ class HostIndex(Index):
         return self._slots_of(place.handle, place.length)
 
     def _slots_of(self, handle: int, length: int) -> torch.Tensor:
+        self._open = _READING
         found = self._slots.of_place(handle, length)
         if isinstance(found, int):
             self._refuse("slots", found)
+        self._open = 0
         return found
 
     @public_call
@@ -224,6 +238,7 @@ class HostIndex(Index):
         lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
         pool = self._slots
         numbered = check_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
+        self._open = _READING
         reason = cpu.write_slots(
             self._addresses, handles, lengths, numbered, pool.pool, pool.wide, table.data_ptr(),
             table.dtype == torch.int64, table.stride(0), *table.shape,
@@ -231,6 +246,7 @@ class HostIndex(Index):
         reason = reason or pool.write_rows(handles, lengths, table, numbered)
         if reason < 0:
             self._refuse("write_slots", reason)
+        self._open = 0
 
     # Lock
 
@@ -287,11 +303,13 @@ class HostIndex(Index):
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
         renewed = handles.contiguous()
+        self._open = _READING  # nothing that is to be taken back
         reason = cpu.split(self._addresses, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("split", reason)
         if renewed is not handles:
             handles.copy_(renewed)
+        self._open = 0
 
     # Insert
 
@@ -345,7 +363,7 @@ class HostIndex(Index):
             self._refuse_insert(prefix, [slots])
         if pool.pool == 0:
             pool.store_one(source, prefix - start, length - start, pool_start)
-        result = one_insert(prefix, length, end)
+        self.last_result = result = one_insert(prefix, length, end)
         self._open = 0
         return result
 
@@ -381,6 +399,7 @@ class HostIndex(Index):
             self._refuse_insert(reason, slots if is_batch(slots) else [slots])
         if pool.pool == 0:
             pool.store(source, out[0] - start_lengths, out[1] - out[0], pool_starts)
+        self.last_result = result
         self._open = 0
         return result
 
@@ -396,7 +415,7 @@ class HostIndex(Index):
         """Names that were given out for the insert are forgotten. slots: one sequence a query."""
         self._namespaces.forget(self._fresh, self._arrays.namespace_children)
         if reason == reasons.BAD_SLOT:
-            self._close_unchanged()
+            self._open = 0
             query, position = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
             refuse_slot(int(slots[query][position]), query, position, self.options.slot_dtype)
         self._refuse("insert", reason)
@@ -408,6 +427,7 @@ class HostIndex(Index):
         if self._open:
             self._recover()
         wanted = token_count(num_tokens)
+        self._open = call = self._calls = self._calls + 1
         before = self._untold
         known = 0 if before is None else len(before)
         wanted = wanted - known if wanted > known else 0
@@ -415,13 +435,13 @@ class HostIndex(Index):
         scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
         pool, room = self._slots, self._room_for(before, wanted)
         self._eviction = room
-        self._open = call = self._calls = self._calls + 1
         tokens, nodes = cpu.evict.call(
             self._addresses, call, wanted, scores, pool.pool, pool.wide, room.starts, room.lengths, room.target
         )
         if self._numbers[_RELEASED]:
             self._forget_namespaces()
         result = EvictResult(room.slots(tokens, nodes), known + tokens, nodes)
+        self.last_result = result
         self._untold = None
         self._open = 0
         return result
@@ -488,7 +508,7 @@ class HostIndex(Index):
     def changes(self) -> int:
         if self._open:
             self._recover()
-        return self._calls - self._void
+        return self._numbers[_LAST_CALL]
 
     # The whole tree
 
@@ -504,17 +524,20 @@ class HostIndex(Index):
     def digest(self) -> str:
         if self._open:
             self._recover()
+        self._open = _READING
         slots = self._slots.values.cpu()
         lanes = [cpu.digest(self._addresses, slots.data_ptr(), slots.dtype == torch.int64, lane) for lane in (0, 1)]
+        self._open = 0
         return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
 
     @public_call
     def reset(self) -> None:
         if self._open:
             self._recover()
-        self._open = self._calls = self._calls + 1
-        cpu.reset(self._addresses)
+        self._open = call = self._calls = self._calls + 1
+        cpu.reset(self._addresses, call)
         self._namespaces.clear()
+        self._untold = None
         self._open = 0
 
     @public_call

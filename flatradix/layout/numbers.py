@@ -37,19 +37,20 @@ POOL_CURSOR = 21
 POOL_END = 22
 ERRORS = 23
 
-# In host memory alone: what the last call that changed the tree did, so that it can be taken back if its Python was cut
-# short; and the longest edge ever, which bounds what an eviction may free.
+# In host memory alone: which call changed the tree last, and what it did, so that it can be taken back if its Python is
+# cut short; and the longest edge ever, which bounds what an eviction may free.
 LAST_CALL = 24
-LAST_OPERATION = 25
-LAST_HANDLE = 26
-LAST_LENGTH = 27
-LAST_PREFIX = 28
-LONGEST = 29
+CALL_BEFORE = 25  # that changed the tree before the last one
+LAST_OPERATION = 26
+LAST_HANDLE = 27
+LAST_LENGTH = 28
+LAST_PREFIX = 29
+LONGEST = 30
 
 SIZE = 32
 
 # Operations, in the place LAST_OPERATION.
-LOCKED, UNLOCKED, INSERTED, EVICTED, COMPACTED = range(1, 6)
+LOCKED, UNLOCKED, INSERTED, EVICTED, COMPACTED, RESET = range(1, 7)
 
 # Policies, in the place POLICY. SCORES: a function scores all nodes at each eviction.
 LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)

@@ -17,9 +17,13 @@ def refuse(s, query, value):
 def note(s, call, operation, handle, length, prefix):
     """Note what a call changed, the last thing that a kernel does: if its Python is cut short, it is taken back.
 
-    Of a batch, the caller keeps handles, lengths and prefix lengths.
+    Of a batch, the caller keeps handles, lengths and prefix lengths. Call 0 takes the last one back.
     """
-    s.numbers[numbers.LAST_CALL] = call
+    if call == 0:
+        s.numbers[numbers.LAST_CALL] = s.numbers[numbers.CALL_BEFORE]
+    elif s.numbers[numbers.LAST_CALL] != call:
+        s.numbers[numbers.CALL_BEFORE] = s.numbers[numbers.LAST_CALL]
+        s.numbers[numbers.LAST_CALL] = call
     s.numbers[numbers.LAST_OPERATION] = operation
     s.numbers[numbers.LAST_HANDLE] = handle
     s.numbers[numbers.LAST_LENGTH] = length

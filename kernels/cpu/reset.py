@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatradix.kernels.cpu.calls import note
 from flatradix.kernels.cpu.children import refill
 from flatradix.kernels.cpu.jit import kernel, open_state
 from flatradix.kernels.cpu.pool import mark
@@ -13,7 +14,7 @@ from flatradix.layout.state import FREE_ROW, SMALLEST_TABLE
 
 
 @kernel
-def reset(addresses):
+def reset(addresses, call):
     """Drop every node, locked ones too; their handles go stale. The clock goes on."""
     s = open_state(addresses)
     for row in range(1, s.numbers[numbers.ROWS]):
@@ -32,6 +33,7 @@ def reset(addresses):
         s.numbers[name] = 0
     clear(s)
     refill(s, SMALLEST_TABLE - 1)
+    note(s, call, numbers.RESET, 0, 0, 0)
 
 
 @kernel

@@ -28,7 +28,7 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def running(self) -> list[Request]:
-        return list(self.cache._running.values())
+        return self.cache.running
 
     def prompt(self, random: Random) -> list[int]:
         stem = random.choice(self.known)

@@ -1,0 +1,183 @@
+"""Calls that are cut short: at any bytecode of flatradix's own Python, at any allocation, or by a timer."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import flatradix
+
+OURS = Path(flatradix.__file__).resolve().parent
+KERNELS = (OURS / "kernels").resolve()
+# What starts a kernel: behind it there is an interpreter of kernels, or a GPU.
+LAUNCH = KERNELS / "gpu" / "launch.py"
+
+
+@cache
+def is_ours(name: str) -> bool:
+    """Whether a file is flatradix's, and no kernel of numba's."""
+    path = Path(name).resolve()
+    return path.is_relative_to(OURS) or path.is_relative_to(KERNELS / "gpu")
+
+
+@cache
+def is_launch(name: str) -> bool:
+    return Path(name).resolve() == LAUNCH
+
+
+class Cut(BaseException):
+    """What ends a call; a signal handler may raise anything."""
+
+
+class Tracer:
+    """Counts the bytecodes that run in flatradix's files, and raises Cut before the one numbered `at`.
+
+    Left out are kernels in Python, numba's and Triton's own code.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.count = 0
+        self.where = ""
+        self._launching = 0
+
+    def __call__(self, frame: FrameType, event: str, _argument: Any) -> Any:
+        code = frame.f_code
+        if self._launching or not is_ours(code.co_filename):
+            return None
+        if code.co_name == "_first" and is_launch(code.co_filename):
+            self._launching += 1
+            return self._leaving
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return self._local
+
+    def _leaving(self, _frame: FrameType, event: str, _argument: Any) -> Any:
+        self._launching -= event == "return"
+        return self._leaving
+
+    def _local(self, frame: FrameType, event: str, _argument: Any) -> Any:
+        if event == "opcode":
+            if self.count == self.at:
+                self.at = -1
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+                raise Cut(self.where)
+            self.count += 1
+        return self._local
+
+
+class Outcome(NamedTuple):
+    """How a call ended: with a result, or cut short at a place."""
+
+    result: Any
+    where: str
+
+
+def cut_at(at: int, call: Callable[[], Any]) -> Outcome:
+    """Run a call and end it before its bytecode number `at`; `where` is empty if it has no so many."""
+    tracer = Tracer(at)
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        return Outcome(call(), "")
+    except Cut as cut:
+        return Outcome(None, str(cut))
+    finally:
+        sys.settrace(before)
+
+
+def bytecodes(call: Callable[[], Any]) -> int:
+    """How many a call has."""
+    tracer = Tracer(-1)
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return tracer.count
+
+
+ALLOCATORS = {
+    torch: ("empty", "zeros", "tensor", "arange", "empty_like", "full_like", "cat", "from_numpy", "cumsum"),
+    torch.Tensor: ("clone", "contiguous", "to", "cpu", "tolist", "flip"),
+    np: ("empty", "zeros", "array", "arange", "flatnonzero", "concatenate", "diff"),
+}
+
+
+class Allocations:
+    """Fails the allocation numbered `at`; counts those before it."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.count = 0
+        self.failed = False
+
+    def wrap(self, allocator: Callable[..., Any]) -> Callable[..., Any]:
+        def allocate(*arguments: Any, **options: Any) -> Any:
+            if is_ours(sys._getframe(1).f_code.co_filename):
+                self.count += 1
+                if self.count == self.at + 1:
+                    self.failed = True
+                    raise torch.OutOfMemoryError("no memory left")
+            return allocator(*arguments, **options)
+
+        return allocate
+
+
+def fails_at(at: int, call: Callable[[], Any]) -> bool:
+    """Run a call whose allocation number `at` fails; False if it has no so many."""
+    allocations = Allocations(at)
+    with pytest.MonkeyPatch.context() as patch:
+        for home, names in ALLOCATORS.items():
+            for name in names:
+                patch.setattr(home, name, allocations.wrap(getattr(home, name)))
+        try:
+            call()
+        except torch.OutOfMemoryError:
+            assert allocations.failed
+    return allocations.failed
+
+
+def _in_ours(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if is_ours(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def cut_now() -> None:
+    raise Cut("the timer")
+
+
+@contextmanager
+def timer(seconds: float, handler: Callable[[], None] = cut_now) -> Iterator[None]:
+    """Calls a handler after so many seconds of this block, as soon as the main thread is in a call of flatradix."""
+
+    over = False
+
+    def ring(_number: int, frame: FrameType | None) -> None:
+        if _in_ours(frame):
+            handler()
+        elif not over:
+            signal.setitimer(signal.ITIMER_REAL, 20e-6)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

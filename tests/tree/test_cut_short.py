@@ -1,0 +1,183 @@
+"""Calls of a tree that are cut short: they have been done, or they have not; no slot is lost and no lock is left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from flatradix import EvictResult, MatchResult, RadixTree
+from flatradix.inspect.nodes import nodes_of
+from tests.conftest import usable
+from tests.support.cuts import bytecodes, cut_at, fails_at
+from tests.support.devices import interpreted
+from tests.support.inside import names_of
+
+PAGE = 2
+# Where index and slots are.
+HOMES = ["cpu", "cpu apart", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=HOMES)
+def home(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    usable(name.split()[0])
+    return name
+
+
+class Holdings(NamedTuple):
+    """What a tree holds, whatever its cuts and times of use are.
+
+    slots: by namespace, path up to the end of a page, and place in the page. locks: how many end at a path.
+    """
+
+    slots: dict[Any, int]
+    locks: Counter[Any]
+
+
+def holdings(tree: RadixTree) -> Holdings:
+    slots: dict[Any, int] = {}
+    locks: Counter[Any] = Counter()
+    for node in nodes_of(tree.content()):
+        for at, slot in enumerate(node.slots, node.start):
+            slots[node.namespace, node.path[: at // PAGE * PAGE + PAGE], at % PAGE] = slot
+        if node.own_locks:
+            locks[node.namespace, node.path] += node.own_locks
+    return Holdings(slots, locks)
+
+
+class Scene:
+    """A tree with locks, namespaces and gaps in its pools, and the places that its user has."""
+
+    def __init__(self, home: str) -> None:
+        self.tree = tree = RadixTree(
+            24, page_size=PAGE, device=home.split()[0], slot_device="cpu" if home == "cpu apart" else None
+        )
+        keys = [[50, 50, 51, 51], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8], [9, 9], [1, 2, 5, 5], [52, 52]]
+        slots = [[100 + 10 * number + at for at in range(len(key))] for number, key in enumerate(keys)]
+        tree.insert(keys, slots, namespace=["old", None, None, "a", b"b", "old"])
+        tree.evict(4)
+        self.locked = tree.match([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4]], lock=True)
+        self.one = tree.match([1, 2, 5, 5], namespace=b"b", lock=True)
+        self.start = tree.match([1, 2, 3, 4])
+        self.place = tree.match([1, 2, 3, 4, 7, 8])
+        self.places = tree.match([[1, 2, 3, 4, 7, 8], [1, 2], [9, 9]], namespace=[None, None, "a"])
+        self.table = torch.zeros((3, 8), dtype=torch.int32, device=tree.device)
+        tree.raise_pending()
+
+
+def insert_batch(scene: Scene) -> Any:
+    keys = [[1, 2, 3, 3], [1, 2, 3, 3, 4, 4], [8, 8], [8, 8]]
+    slots = [[10 * number + at for at in range(len(key))] for number, key in enumerate(keys)]
+    return scene.tree.insert(keys, slots, namespace=[None, None, "new", "newer"])
+
+
+LONG = [60, 60, 61, 61, 62, 62, 63, 63]
+ACTS: dict[str, Callable[[Scene], Any]] = {
+    "match": lambda s: s.tree.match([1, 2, 3, 9]),
+    "match lock": lambda s: s.tree.match([1, 2, 3, 4, 7, 8], lock=True),
+    "match split": lambda s: s.tree.match([1, 2, 9, 9], split=True),
+    "match batch lock": lambda s: s.tree.match([[1, 2, 3, 4], [9, 9, 9, 9]], namespace=[None, "a"], lock=True),
+    "match start lock": lambda s: s.tree.match([7, 8], start=s.start, lock=True),
+    "lock": lambda s: s.tree.lock(s.place),
+    "lock batch": lambda s: s.tree.lock(s.places),
+    "split": lambda s: s.tree.split(s.places),
+    "unlock": lambda s: s.tree.unlock(s.one),
+    "unlock batch": lambda s: s.tree.unlock(s.locked),
+    "insert": lambda s: s.tree.insert([1, 2, 3, 4, 6, 6, 6, 6], range(8), namespace=b"b"),
+    "insert with a new name": lambda s: s.tree.insert([8, 8], [1, 2], namespace="new"),
+    "insert behind a start": lambda s: s.tree.insert([6, 6], [1, 2], start=s.start),
+    "insert batch": insert_batch,
+    "insert that compacts": lambda s: s.tree.insert(LONG, range(len(LONG))),
+    "evict": lambda s: s.tree.evict(3),
+    "evict all": lambda s: s.tree.evict(100),
+    "evict none": lambda s: s.tree.evict(0),
+    "compact": lambda s: s.tree.compact(),
+    "slots": lambda s: s.tree.slots(s.places),
+    "slots of one": lambda s: s.tree.path_slots(s.place),
+    "write slots": lambda s: s.tree.write_slots(s.places, s.table, [0, 2, 1]),
+    "sizes": lambda s: (s.tree.evictable_tokens, s.tree.protected_tokens, s.tree.total_tokens, s.tree.num_nodes),
+    "digest": lambda s: s.tree.digest(),
+    "reset": lambda s: s.tree.reset(),
+}
+
+
+class Judge:
+    """Whether a tree, one of whose calls was cut short, is as it was before or as it is after."""
+
+    def __init__(self, name: str, home: str) -> None:
+        self.home = home
+        self.act = ACTS[name]
+        self.before = holdings(Scene(home).tree)
+        scene = Scene(home)
+        self.result = self.act(scene)
+        scene.tree.raise_pending()
+        self.after = holdings(scene.tree)
+
+    def judge(self, cut: Callable[[Callable[[], Any]], Any], random: Random) -> Any:
+        """cut: runs a call and cuts it short; what it returns is returned."""
+        scene = Scene(self.home)
+        tree = scene.tree
+        changes = tree.changes
+        outcome = cut(lambda: self.act(scene))
+        for _ in range(random.choice((0, 0, 1, 2))):
+            cut_at(random.randrange(400), tree.raise_pending)  # it may be cut short again
+        done = tree.changes != changes
+        tree.check()
+        told = tree.last_result if done else None
+        freed = told.slots.tolist() if isinstance(told, EvictResult) else []
+        self.compare(tree, done, freed)
+        if done and isinstance(told, MatchResult) and isinstance(self.result, MatchResult):
+            tree.unlock(told)  # as a caller does who never had it
+            assert holdings(tree).locks == self.before.locks
+        self.use_up(tree, freed)
+        return outcome
+
+    def compare(self, tree: RadixTree, done: bool, freed: list[int]) -> None:
+        """freed: what the call itself has told."""
+        found = holdings(tree)
+        expected = self.after if done else self.before
+        assert found.locks == expected.locks
+        wanted = self.before.slots | self.after.slots if isinstance(self.result, EvictResult) else expected.slots
+        untold = tree.evict(0).slots.tolist()
+        assert not (done and untold)
+        assert sorted([*found.slots.values(), *untold, *freed]) == sorted(wanted.values())
+        assert found.slots.items() <= wanted.items()
+        assert set(names_of(tree)) == {None, *(name for name, _, _ in found.slots)}
+        tree.check()
+
+    def use_up(self, tree: RadixTree, freed: list[int]) -> None:
+        """It goes on: all that is not locked can be evicted and comes once, and what is cached then is found."""
+        found = holdings(tree)
+        evicted = tree.evict(1000).slots.tolist()
+        left = holdings(tree)
+        assert sorted([*evicted, *left.slots.values()]) == sorted(found.slots.values())
+        assert left.locks == found.locks
+        tree.insert([[70, 71], [8, 8]], [[900, 901], [902, 903]], namespace=["new", "c"])
+        assert tree.slots(tree.match([[70, 71], [8, 8]], namespace=["new", "c"])).to_list() == [[900, 901], [902, 903]]
+        assert tree.match([[70, 71], [8, 8]], namespace=["c", "new"]).lengths.tolist() == [0, 0]
+        tree.check()
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_at_every_bytecode(name: str, home: str) -> None:
+    """With kernels in Python, at a few of them."""
+    judge = Judge(name, home)
+    scene = Scene(home)
+    total = bytecodes(lambda: judge.act(scene))
+    step = max(1, total // 2) if interpreted(home) else 3 if home == "cuda" else 1
+    for at in range(Random(name).randrange(step), total, step):
+        assert judge.judge(partial(cut_at, at), Random(at)).where
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_at_every_allocation(name: str, home: str) -> None:
+    judge = Judge(name, home)
+    for at in range(2 if interpreted(home) else 1000):
+        if not judge.judge(partial(fails_at, at), Random(at)):
+            break

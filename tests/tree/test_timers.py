@@ -1,0 +1,183 @@
+"""A tree whose calls real timers cut short, and signal handlers that call the tree that they interrupt."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+
+import flatradix
+from flatradix import RadixTree
+from flatradix.inspect.nodes import nodes_of
+from tests.conftest import usable
+from tests.support.cuts import Cut, timer
+from tests.support.devices import interpreted
+
+NAMES = (None, "a", b"b", "c")
+SLOTS = 400
+
+
+@pytest.fixture(params=["cpu", "cpu apart", pytest.param("cuda", marks=pytest.mark.gpu)])
+def home(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    usable(name.split()[0])
+    return name
+
+
+class Books:
+    """A user of a tree, with a free list of slots and a list of locks.
+
+    What a call has done goes to the books, also where its result never came.
+    """
+
+    def __init__(self, home: str, random: Random) -> None:
+        self.tree = RadixTree(
+            SLOTS, page_size=2, device=home.split()[0], slot_device="cpu" if home == "cpu apart" else None
+        )
+        self.random = random
+        self.free = list(range(SLOTS))
+        self.locks: list[Any] = []
+        self.cuts = 0
+        self.longest = 0.1 if interpreted(home) else 100e-6
+
+    def keys(self) -> list[list[int]]:
+        return [[self.random.randint(0, 2) for _ in range(2 * self.random.randint(0, 8))] for _ in range(3)]
+
+    def names(self) -> list[Any]:
+        return [self.random.choice(NAMES) for _ in range(3)]
+
+    def done(self, act: Callable[[], Any]) -> bool:
+        """Whether a call has been done, which a timer may cut short."""
+        changes = self.tree.changes
+        try:
+            with timer(self.random.uniform(1e-6, self.longest)):
+                act()
+        except Cut:
+            self.cuts += 1
+        return self.tree.changes != changes
+
+    def insert(self) -> None:
+        keys, names = self.keys(), self.names()
+        count = sum(map(len, keys))
+        if len(self.free) < count and self.done(lambda: self.tree.evict(count)):
+            self.free += self.tree.last_result.slots.tolist()  # type: ignore[union-attr]
+        if len(self.free) < count:
+            return
+        taken, self.free = self.free[:count], self.free[count:]
+        rest = iter(taken)
+        slots = [[next(rest) for _ in key] for key in keys]
+        held: set[int] = set()
+        if self.done(lambda: self.tree.insert(keys, slots, namespace=names)):
+            held = {slot for node in nodes_of(self.tree.content()) for slot in node.slots}
+        self.free += [slot for slot in taken if slot not in held]
+
+    def lock(self) -> None:
+        keys, names = self.keys(), self.names()
+        if self.done(lambda: self.tree.match(keys, names, lock=True)):
+            self.locks.append(self.tree.last_result)
+
+    def unlock(self) -> None:
+        if self.locks and self.done(lambda: self.tree.unlock(self.locks[0])):
+            self.locks.pop(0)
+
+    def step(self) -> None:
+        self.random.choice((self.insert, self.insert, self.lock, self.unlock))()
+
+    def check(self) -> None:
+        self.tree.check()
+        self.free += self.tree.evict(0).slots.tolist()  # of an eviction that was cut short
+        held = [slot for node in nodes_of(self.tree.content()) for slot in node.slots]
+        assert Counter([*held, *self.free]) == Counter(range(SLOTS))
+        locks = sum(node.own_locks for node in nodes_of(self.tree.content()))
+        assert locks == sum(int((place.lengths > 0).sum()) for place in self.locks)
+
+
+def test_timers(home: str) -> None:
+    flatradix.warm_up(home.split()[0], page_size=2)
+    books = Books(home, Random(home))
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        for _ in range(5):
+            books.step()
+        books.check()
+    assert books.cuts > (2 if interpreted(home) else 100)
+
+
+class Handler:
+    """What a signal handler does with the tree that it interrupts."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act = act
+        self.served = self.refused = 0
+
+    def __call__(self) -> None:
+        try:
+            self.act()
+            self.served += 1
+        except RuntimeError as error:
+            assert "from within another call" in str(error)
+            self.refused += 1
+
+
+def test_a_handler_cannot_come_in_between(home: str) -> None:
+    """Its call is refused, or done before the one that it interrupts begins: that has the same result either way."""
+    flatradix.warm_up(home.split()[0], page_size=2)
+    random = Random(home)
+    counts = [0, 0]
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        books = Books(home, random)
+        keys = [[number, number, number % 3, 7] for number in range(40)]
+        names = [str(number % 4) for number in range(40)]
+        books.tree.insert(keys, [range(4 * number, 4 * number + 4) for number in range(40)], namespace=names)
+        handler = Handler(lambda tree=books.tree: tree.insert([[90, 91]], [[398, 399]], namespace="handler"))
+        with timer(random.uniform(1e-6, books.longest), handler):
+            found = books.tree.match(keys, names)
+            slots = books.tree.slots(found).to_list()
+            freed = books.tree.evict(40).slots.tolist()
+        books.tree.check()
+        assert slots == [list(range(4 * number, 4 * number + 4)) for number in range(40)]
+        assert [slot for slot in freed if slot < 398] == list(range(40))
+        counts[0] += handler.served
+        counts[1] += handler.refused
+    assert min(counts) > 0 or interpreted(home)
+
+
+def test_another_thread_is_told(home: str) -> None:
+    """One that comes while a call is under way; here it is in a policy's function."""
+    told: list[Exception] = []
+
+    def score(nodes: Any) -> Any:
+        thread = threading.Thread(target=intrude)
+        thread.start()
+        thread.join()
+        return nodes.tick
+
+    def intrude() -> None:
+        try:
+            tree.insert([8, 8], [8, 8])
+        except RuntimeError as error:
+            told.append(error)
+
+    tree = RadixTree(16, page_size=2, device=home.split()[0], policy=score)
+    tree.insert([[1, 2], [3, 4]], [[1, 2], [3, 4]])
+    assert tree.evict(2).slots.tolist() == [1, 2]
+    assert "another thread is in a call" in str(told[0])
+    tree.check()
+
+
+def test_a_policy_cannot_call_its_tree(home: str) -> None:
+    def score(nodes: Any) -> Any:
+        tree.evict(1)
+
+    tree = RadixTree(16, page_size=2, device=home.split()[0], policy=score)
+    tree.insert([[1, 2], [3, 4]], [[1, 2], [3, 4]])
+    with pytest.raises(RuntimeError, match="from within another call of the same object"):
+        tree.evict(2)
+    assert (tree.total_tokens, tree.match([1, 2]).length) == (4, 2)
+    tree.check()
