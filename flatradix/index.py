@@ -137,7 +137,6 @@ class Index(ABC):
     @abstractmethod
     def nbytes(self) -> int: ...
 
-    @property
     @abstractmethod
     def changes(self) -> int: ...
 

@@ -22,7 +22,7 @@ from flatradix.inspect.content import Content, saved_of
 from flatradix.results import EvictResult, InsertResult, MatchResult
 
 # Bound to each tree as its index has them: a call in between would be a part of a short match that one can see.
-_HOT = ("match", "match_array", "path_slots", "lock", "unlock", "insert", "evict")
+_HOT = ("match", "match_array", "path_slots", "lock", "unlock", "insert", "evict", "changes")
 
 
 class RadixTree:
@@ -234,13 +234,12 @@ class RadixTree:
         """Bytes of the tree's tensors, those that nothing has touched yet included."""
         return self._index.nbytes
 
-    @property
     def changes(self) -> int:
         """Another number after each call that has locked, unlocked, inserted, evicted or reset, and was not taken back.
 
         For a caller that is cut short itself, and wants to know whether a call that it was in has been done.
         """
-        return self._index.changes
+        return self._index.changes()
 
     @property
     def last_result(self) -> MatchResult | InsertResult | EvictResult | None:

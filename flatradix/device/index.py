@@ -519,7 +519,6 @@ class DeviceIndex(Index):
     def num_nodes(self) -> int:
         return self._counter(mail.NODES)
 
-    @property
     @public_call
     def changes(self) -> int:
         if self._open:

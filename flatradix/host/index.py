@@ -503,7 +503,6 @@ class HostIndex(Index):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._state) + self._slots.values.nbytes
 
-    @property
     @public_call
     def changes(self) -> int:
         if self._open:

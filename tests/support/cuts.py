@@ -42,11 +42,12 @@ class Cut(BaseException):
 class Tracer:
     """Counts the bytecodes that run in flatradix's files, and raises Cut before the one numbered `at`.
 
-    Left out are kernels in Python, numba's and Triton's own code.
+    Left out are kernels in Python, numba's and Triton's own code. room: where alone to count, a folder in flatradix/.
     """
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, room: str) -> None:
         self.at = at
+        self.room = OURS / room
         self.count = 0
         self.where = ""
         self._launching = 0
@@ -58,6 +59,8 @@ class Tracer:
         if code.co_name == "_first" and is_launch(code.co_filename):
             self._launching += 1
             return self._leaving
+        if self.room != OURS and self.room not in Path(code.co_filename).parents:
+            return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         return self._local
@@ -83,9 +86,9 @@ class Outcome(NamedTuple):
     where: str
 
 
-def cut_at(at: int, call: Callable[[], Any]) -> Outcome:
-    """Run a call and end it before its bytecode number `at`; `where` is empty if it has no so many."""
-    tracer = Tracer(at)
+def cut_at(at: int, call: Callable[[], Any], room: str = "") -> Outcome:
+    """Run a call and end it before its bytecode number `at`; `where` is empty if it has fewer."""
+    tracer = Tracer(at, room)
     before = sys.gettrace()
     sys.settrace(tracer)
     try:
@@ -96,9 +99,9 @@ def cut_at(at: int, call: Callable[[], Any]) -> Outcome:
         sys.settrace(before)
 
 
-def bytecodes(call: Callable[[], Any]) -> int:
+def bytecodes(call: Callable[[], Any], room: str = "") -> int:
     """How many a call has."""
-    tracer = Tracer(-1)
+    tracer = Tracer(-1, room)
     before = sys.gettrace()
     sys.settrace(tracer)
     try:

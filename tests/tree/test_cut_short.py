@@ -123,11 +123,11 @@ class Judge:
         """cut: runs a call and cuts it short; what it returns is returned."""
         scene = Scene(self.home)
         tree = scene.tree
-        changes = tree.changes
+        changes = tree.changes()
         outcome = cut(lambda: self.act(scene))
         for _ in range(random.choice((0, 0, 1, 2))):
             cut_at(random.randrange(400), tree.raise_pending)  # it may be cut short again
-        done = tree.changes != changes
+        done = tree.changes() != changes
         tree.check()
         told = tree.last_result if done else None
         freed = told.slots.tolist() if isinstance(told, EvictResult) else []

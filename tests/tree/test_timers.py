@@ -53,13 +53,13 @@ class Books:
 
     def done(self, act: Callable[[], Any]) -> bool:
         """Whether a call has been done, which a timer may cut short."""
-        changes = self.tree.changes
+        changes = self.tree.changes()
         try:
             with timer(self.random.uniform(1e-6, self.longest)):
                 act()
         except Cut:
             self.cuts += 1
-        return self.tree.changes != changes
+        return self.tree.changes() != changes
 
     def insert(self) -> None:
         keys, names = self.keys(), self.names()
@@ -120,7 +120,8 @@ class Handler:
             self.act()
             self.served += 1
         except RuntimeError as error:
-            assert "from within another call" in str(error)
+            if "from within another call" not in str(error):
+                raise
             self.refused += 1
 
 

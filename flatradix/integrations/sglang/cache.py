@@ -23,9 +23,9 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 
 from flatradix.inspect.draw import draw
+from flatradix.integrations.sglang.checkpoint import LOCK, SPLIT, UNLOCK, Checkpoint, free_slots
 from flatradix.integrations.sglang.events import KvEvents
 from flatradix.integrations.sglang.index import make_tree, up_to
-from flatradix.integrations.sglang.once import Once
 from flatradix.integrations.sglang.order import depth_first_by_weight
 from flatradix.results import Places
 
@@ -57,6 +57,7 @@ class FlatRadixCache(BasePrefixCache):
         self.device = torch.device(params.token_to_kv_pool_allocator.device)
         self._tree = make_tree(params, device)
         self.tree = self._tree.tree
+        self._changes = self.tree.changes
         self.root_node = self._tree.match(_NO_TOKENS, None, None)
         _ = self.root_node.length  # a GPU keeps what it has to tell of a call for a while only
         self.kv_events = KvEvents(params)
@@ -92,31 +93,47 @@ class FlatRadixCache(BasePrefixCache):
 
     # Locks
 
+    # Cut short after its change, each takes that back: the caller knows nothing of it.
+
     def lock(self, node: Places) -> TreeLock:
-        lock = TreeLock(node, _RECEIPT)
-        self._tree.lock(node)
-        return lock
+        before = self._changes()
+        try:
+            self._tree.lock(node)
+            return TreeLock(node, _RECEIPT)
+        except BaseException:
+            if self._changes() != before:
+                self._tree.unlock(node)
+            raise
 
     def unlock(self, lock: TreeLock | None) -> None:
-        if lock is not None:
+        if lock is None:
+            return
+        before = self._changes()
+        try:
             self._tree.unlock(lock.node)
+        except BaseException:
+            if self._changes() != before:
+                self._tree.lock(lock.node)
+            raise
 
     def inc_lock_ref(self, node: Places) -> IncLockRefResult:
-        before = self.tree.evictable_tokens
-        self._tree.lock(node)
+        changes, before = self._changes(), self.tree.evictable_tokens
         try:
+            self._tree.lock(node)
             return IncLockRefResult(delta=self.tree.evictable_tokens - before)
-        except BaseException:  # cut short: nobody will give the lock back
-            self._tree.unlock(node)
+        except BaseException:
+            if self._changes() != changes:
+                self._tree.unlock(node)
             raise
 
     def dec_lock_ref(self, node: Places, params: DecLockRefParams | None = None) -> DecLockRefResult:
-        before = self.tree.evictable_tokens
-        self._tree.unlock(node)
+        changes, before = self._changes(), self.tree.evictable_tokens
         try:
+            self._tree.unlock(node)
             return DecLockRefResult(delta=self.tree.evictable_tokens - before)
         except BaseException:
-            self._tree.lock(node)
+            if self._changes() != changes:
+                self._tree.lock(node)
             raise
 
     # Changes
@@ -151,7 +168,8 @@ class FlatRadixCache(BasePrefixCache):
         start = self._held(req, up_to)
         known = 0 if start is None else start.length
         tokens = req.full_untruncated_fill_ids[known:up_to]
-        step = Checkpoint(req, row, Once(self.tree, self.token_to_kv_pool_allocator))
+        step = Checkpoint(req, row, self._changes)
+        before = self._changes()
         try:
             step.place = self._tree.insert(
                 tokens,
@@ -163,7 +181,8 @@ class FlatRadixCache(BasePrefixCache):
             )
             self._finish(step, start)
         except BaseException:
-            if step.place is not None:
+            if self._changes() != before:
+                step.place = self.tree.last_result if step.place is None else step.place
                 self._finish(step, start)
             raise
 
@@ -175,11 +194,13 @@ class FlatRadixCache(BasePrefixCache):
             step.told = True
             self.kv_events.stored(req, start, place, cached, step.row)
         kv.cache_inserted_len = max(kv.cache_inserted_len, length)
-        self._split_at_prompt(req, place, length)
+        self._split_at_prompt(step, length)
         if cached > kv.cache_protected_len:
             self._take_over(step, kv.cache_protected_len, cached)
-        step.once.change("lock", self._tree.lock, place)
-        step.once.change("unlock", self.unlock, step.lock)
+        if step.is_due(LOCK):
+            self._tree.lock(place)
+        if step.is_due(UNLOCK) and step.lock is not None:
+            self._tree.unlock(step.lock.node)
         req.lock = TreeLock(place, _RECEIPT)
         req.last_node = place
         kv.cache_protected_len = length
@@ -191,15 +212,16 @@ class FlatRadixCache(BasePrefixCache):
         place: Places = req.lock.node
         return place if 0 < place.length <= up_to - self.is_eagle else None
 
-    def _split_at_prompt(self, req: Any, place: Places, length: int) -> None:
+    def _split_at_prompt(self, step: Checkpoint, length: int) -> None:
         """As SGLang does: the output can go without the prompt, and before it, by priority too."""
+        req = step.req
         prompt = len(req.origin_input_ids) - self.is_eagle
         prompt -= prompt % self.page_size
-        if 0 < prompt < length:
+        if 0 < prompt < length and step.is_due(SPLIT):
             self._tree.insert(
                 _NO_TOKENS,
                 _NO_SLOTS,
-                start=self._tree.above(place, prompt),
+                start=self._tree.above(step.place, prompt),
                 priority=min((req.priority or 0) + 1, _GREATEST),
                 inserted_lengths=prompt,
             )
@@ -210,25 +232,30 @@ class FlatRadixCache(BasePrefixCache):
             step.duplicates = step.row[first:cached].clone()
         place = (step.req.kv.req_pool_idx, slice(first, cached))
         self.req_to_token_pool.write(place, self._tree.slots(step.place)[first:cached])
-        step.once.free(step.duplicates, first)
+        allocator = self.token_to_kv_pool_allocator
+        if step.free_before is None or step.free_before == free_slots(allocator):
+            step.free_before = free_slots(allocator)
+            allocator.free_segment(step.duplicates, start_pos=first)
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Free unlocked nodes in the order of the policy until `num_tokens` are free; the slots go to the allocator."""
         if params.num_tokens <= 0:
             return EvictResult()
         began = time.perf_counter()
-        freed = self._tree.evict(params.num_tokens)
-        once = Once(self.tree, self.token_to_kv_pool_allocator)
+        before, free = self._changes(), free_slots(self.token_to_kv_pool_allocator)
         try:
-            self._free(freed, began, once)
-        except BaseException:  # cut short: nobody else knows these slots
-            self._free(freed, began, once)
+            freed = self._tree.evict(params.num_tokens)
+            self._free(freed, began)
+            return EvictResult(num_tokens_evicted=freed.num_tokens)
+        except BaseException:
+            # Cut short: nobody else knows these slots.
+            if self._changes() != before and free == free_slots(self.token_to_kv_pool_allocator):
+                self._free(self.tree.last_result, began)
             raise
-        return EvictResult(num_tokens_evicted=freed.num_tokens)
 
-    def _free(self, freed: Any, began: float, once: Once) -> None:
+    def _free(self, freed: Any, began: float) -> None:
         if freed.num_tokens:
-            once.free(freed.slots, 0)
+            self.token_to_kv_pool_allocator.free_segment(freed.slots, start_pos=0)
             if self.kv_events.enabled:
                 self.kv_events.removed(freed.slots)
             self.update_eviction_metrics(freed.num_tokens, began)
@@ -256,21 +283,6 @@ class FlatRadixCache(BasePrefixCache):
 
 
 _NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
-
-
-class Checkpoint:
-    """How far a checkpoint has come. place: where it ends, None before the tree has the tokens. lock: the old one."""
-
-    __slots__ = ("duplicates", "lock", "once", "place", "req", "row", "told")
-
-    def __init__(self, req: Any, row: torch.Tensor, once: Once) -> None:
-        self.req = req
-        self.row = row
-        self.once = once
-        self.lock = req.lock
-        self.place: Any = None
-        self.duplicates: torch.Tensor | None = None
-        self.told = False
 
 
 def namespace_of(key: Any) -> str | bytes | None:
