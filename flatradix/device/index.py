@@ -112,10 +112,13 @@ class DeviceIndex(Index):
         Looks at what the device has done alone, so it may be cut short itself.
         """
         refuse_reentry(self)
-        if self._calls.is_capturing():
-            raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
         cut = self._open
         assert cut is not None
+        if self._calls.is_capturing():
+            if cut is not _NOTHING_YET:
+                raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
+            self._open = None
+            return
         done = cut_short.take_back(cut, self._arrays, self._calls)
         if cut.operation in (cut_short.EVICT, cut_short.RESET):
             self._untold = cut.slots if done else cut.before
@@ -175,10 +178,9 @@ class DeviceIndex(Index):
             result = self._match_values(keys, namespace, bool(touch), locks, start)
         if lock:
             self.last_result = result
+            self._changes += 1
         elif split:
             self._unlock(self._places(result))
-        if locks:
-            self._changes += 1
         self._open = None
         return result
 
@@ -195,7 +197,6 @@ class DeviceIndex(Index):
         result = self._match_key(key, namespace, True, split)
         if split:
             self._unlock(self._places(result))
-            self._changes += 1
         self._open = None
         return result
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import flatradix
+from tests.support.devices import interpreted
 
 OURS = Path(flatradix.__file__).resolve().parent
 KERNELS = (OURS / "kernels").resolve()
@@ -109,6 +110,19 @@ def bytecodes(call: Callable[[], Any], room: str = "") -> int:
     finally:
         sys.settrace(before)
     return tracer.count
+
+
+def step_for(device: str, total: int) -> int:
+    """From which bytecode to the next to go: each is tried on a CPU, some on a GPU, one where Python runs kernels."""
+    if device != "cuda":
+        return 1
+    return total if interpreted() else max(1, total // 60)
+
+
+def skip_if_slow(device: str) -> None:
+    """Where Python runs kernels, the cuts at bytecodes take long enough."""
+    if interpreted(device):
+        pytest.skip("kernels in Python: calls are cut short at bytecodes alone")
 
 
 ALLOCATORS = {

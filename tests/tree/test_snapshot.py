@@ -46,7 +46,7 @@ def test_digest_does_not_see_rows_or_places(device: str) -> None:
     for i in range(3 if interpreted(device) else 10):
         moved.insert([50 + i, 1], [0, 0], namespace=str(i))
     moved.reset()
-    index_of(moved).content().state.numbers[numbers.CLOCK] = 0
+    index_of(moved)._state.numbers[numbers.CLOCK] = 0
     for tree in (plain, moved):
         tree.insert([[1, 2, 3], [1, 2, 4], [1, 5]], [[1, 2, 3], [1, 2, 4], [1, 5]], namespace="n")
     assert plain.digest() == moved.digest()
