@@ -1,7 +1,7 @@
-"""Where the SGLang backend's index is faster, on the CPU or on the GPU, when the KV slots are on the GPU.
+"""Compare the SGLang backend's index on the CPU with its index on the GPU, when the KV slots are on the GPU.
 
-Single calls as a scheduler makes them, wall clock from Python: until the answer is in Python, or until the slots are
-on their way on the device. Needs no SGLang. Prints a Markdown table.
+Measures single calls of a scheduler by the wall clock, from Python. A call ends when its answer is in Python, or when
+the kernels that deliver its slots are enqueued. Needs no SGLang. Prints a Markdown table.
 
   python3 -m bench.index                        half a minute
 """
@@ -27,7 +27,7 @@ CHECKPOINTS = 64
 
 
 class Desk:
-    """An index with one request's context cached in chunks, and the row that its slots are read from."""
+    """An index that caches the context of one request in chunks, and the row of slots for the inserts."""
 
     def __init__(self, where: str, context: int, gpu: torch.device) -> None:
         tokens = context + 2 * CHECKPOINTS * CHUNK
@@ -58,7 +58,7 @@ class Desk:
         return self.index.slots(self.end)
 
     def checkpoints(self) -> list[Callable[[], int]]:
-        """Each stores a chunk of its own behind the context."""
+        """Lock the context; return calls that each insert a different chunk after it."""
         self.index.lock(self.end)
         tails = [random_key(CHUNK, seed=2 + number) for number in range(CHECKPOINTS)]
         first = len(self.key)
@@ -75,14 +75,14 @@ class Desk:
 
 
 def measure(setup: Setup, where: str, context: int) -> Iterator[tuple[str, float]]:
-    """(work, seconds) in the order of the table."""
+    """Yield (work, seconds) in the order of the table."""
     desk = Desk(where, context, setup.device)
     settled = torch.cuda.synchronize
     yield "look-up", wall_seconds(setup, [desk.look_up], settled)
     yield "lock and unlock", wall_seconds(setup, [desk.lock_and_unlock], settled)
     yield "slots", wall_seconds(setup, [desk.slots], settled)
     first, *others = desk.checkpoints()
-    first()  # compiles what it needs
+    first()  # compiles the kernels
     yield f"checkpoint of {CHUNK}", wall_seconds(setup, others, settled, once=True)
     yield f"evict {CHUNK}", wall_seconds(setup, [desk.evict] * (CHECKPOINTS // 8), settled, once=True)
 

@@ -1,9 +1,9 @@
-"""Every row of a trace's reference figures, replayed and compared to the token; exits with 1 if one differs.
+"""Replay a trace with the settings of each reference row and compare the figures exactly. Exits with 1 if one differs.
 
     python3 -m bench.reference [FOLDER] [--device cuda]
 
 FOLDER holds conversation_trace.jsonl and conversation_reference.json (default: ../shared/traces beside the checkout).
-About a minute, most of it for making 145M tokens out of the trace's hash ids nine times.
+Takes about a minute, most of it to make 145M tokens from the trace's hash ids nine times.
 """
 
 from __future__ import annotations

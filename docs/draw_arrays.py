@@ -1,4 +1,4 @@
-"""Draw docs/arrays.svg, the picture of the README, from the arrays of a real tree.
+"""Draw docs/arrays.svg, the picture in the README, from the arrays of a real tree.
 
 python docs/draw_arrays.py [OUT.svg]
 """
@@ -52,7 +52,7 @@ def label(
 
 
 def draw_tree(axes: Axes, tree: RadixTree, x: float, y: float) -> None:
-    """The logical tree, each node in the colour of its row."""
+    """Draw the logical tree. Each node has the colour of its row."""
     state = tree.content().state
     label(axes, x, y + 1.0, "the tree", 10.5, muted=False)
     label(axes, x + 1.7, y + 1.0, "(black border: locked)")

@@ -1,4 +1,4 @@
-"""A small engine: a transformers model, KV in pages, and a PrefixCache that says which slot holds what."""
+"""A small engine: a transformers model, paged KV memory, and a PrefixCache that assigns the slots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flatradix.cache.request import Request
 
 @dataclass
 class Job:
-    """A prompt to continue, and what came of it."""
+    """A prompt to continue, and its result."""
 
     prompt: list[int]
     new_tokens: int
@@ -26,7 +26,7 @@ class Job:
     output: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)  # float32 [vocabulary] for each token of the output
     cached: int = 0  # tokens of the prompt that needed no prefill
-    first_token: float = 0.0  # seconds from its begin
+    first_token: float = 0.0  # seconds from the begin of its request
     request: Request | None = None
 
     @property
@@ -37,8 +37,8 @@ class Job:
 class Engine:
     """Greedy generation for many prompts at once. Prefill goes first, one prompt at a time; decoding is batched.
 
-    num_slots: KV slots, in pages of `page_size`. chunk: tokens that a forward of a prefill takes at most.
-    index: the device of the PrefixCache's index. reuse: False computes all of every prompt, to compare with.
+    num_slots: KV slots, in pages of `page_size`. chunk: the most tokens that one forward pass of a prefill takes.
+    index: the device of the PrefixCache's index. reuse: False computes every prompt in full, for comparison.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Engine:
         self.device, self.dtype = weight.device, weight.dtype
         self.cache = PrefixCache(num_slots, page_size, max_requests, max_length, kv_device=self.device, device=index)
         self.kv = PagedKV(model.config, num_slots, self.dtype, self.device)
-        # transformers renamed the argument.
+        # The name of the argument depends on the version of transformers.
         known = inspect.signature(model.forward).parameters
         self._cache_argument = "cache" if "cache" in known else "past_key_values"
         self._waiting: deque[Job] = deque()
-        self._may_fit = True  # the first that waits; false from its refusal until another has ended
+        self._may_fit = True  # whether the first waiting job may fit; False from its refusal until another job ends
         self._running: list[Job] = []
         self._unshared = count()
         self.preempted = 0
@@ -75,10 +75,10 @@ class Engine:
         namespaces: Sequence[str | None] | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[Job]:
-        """Continue each prompt by `new_tokens` tokens; `progress` hears how many prompts are done, after each step.
+        """Continue each prompt by `new_tokens` tokens; after each step, `progress` gets the number of prompts done.
 
         Raises RuntimeError if a prompt and its output do not fit in the pool even alone, and ValueError if they are
-        longer than max_length; nothing is running after either.
+        longer than max_length. After either error nothing is running.
         """
         if new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, not {new_tokens}")
@@ -90,7 +90,7 @@ class Engine:
         self._waiting.extend(jobs)
         try:
             while self._waiting or self._running:
-                # Begin one only when the one before has committed: they may share a prefix.
+                # A job begins only when the job before it has committed: the two may share a prefix.
                 if not (self._waiting and self._may_fit and self._begin()):
                     self._decode()
                 progress(sum(job.done for job in jobs))
@@ -103,13 +103,13 @@ class Engine:
         return jobs
 
     def _begin(self) -> bool:
-        """Start the first that waits, if it fits by now."""
+        """Start the first waiting job if it fits; return whether it started."""
         job = self._waiting[0]
         started = time.perf_counter()
         namespace = job.namespace if self.reuse else f"unshared {next(self._unshared)}"
         (job.request,) = self.cache.begin([job.prompt + job.output], namespace)
         if job.request.state == "refused":
-            if not self._running:  # there is nothing to wait for
+            if not self._running:  # no running job will free slots
                 raise RuntimeError(f"a prompt of {job.request.num_tokens} tokens does not fit: {job.request.refusal}")
             self._may_fit = False
             return False
@@ -123,7 +123,7 @@ class Engine:
         return True
 
     def _prefill(self, request: Request) -> torch.Tensor:
-        """Compute what is not cached, in chunks. Returns the logits of the last token."""
+        """Compute the tokens that are not cached, in chunks. Return the logits of the last token."""
         for begin in range(request.cached_length, request.num_tokens, self.chunk):
             end = min(begin + self.chunk, request.num_tokens)
             logits = self._forward([request], [request.tokens[begin:end].tolist()], [begin])
@@ -131,17 +131,17 @@ class Engine:
         return logits
 
     def _decode(self) -> None:
-        """One more token for each that is running."""
+        """Generate one more token for each running job."""
         self._make_room([job.request for job in self._running])
         requests = [job.request for job in self._running]
-        # The KV of the newest token is what this forward computes.
+        # This forward pass computes the KV of the newest token.
         begins = [request.length - 1 for request in requests]
         logits = self._forward(requests, [job.output[-1:] for job in self._running], begins)
         self._take(self._running, logits)
         self._finish_done()
 
     def _make_room(self, requests: list[Request]) -> None:
-        """A slot more for each, at the cost of the youngest of those that get none."""
+        """Give each request one more slot. While some get none, preempt the youngest of these."""
         while requests := self.cache.extend(requests):
             if len(self._running) == 1:
                 raise RuntimeError(
@@ -150,8 +150,10 @@ class Engine:
             self._preempt(requests.pop())
 
     def _preempt(self, request: Request) -> None:
-        """End a request and let it wait. It was not extended, so all that has a slot is computed; that stays cached
-        as long as there is room, and beginning again is cheap.
+        """End a request and put its job back to the front of the queue.
+
+        The request was not extended, so the KV of all its slots is computed. That KV stays cached until it is evicted,
+        so that a new begin is cheap.
         """
         (job,) = [job for job in self._running if job.request is request]
         self._running.remove(job)
@@ -168,19 +170,19 @@ class Engine:
 
     @staticmethod
     def _unknown(job: Job) -> list[int]:
-        """The output that the cache has not been told. The last token has no KV yet, and is not committed."""
+        """Return the output that the cache does not know yet. The last token has no KV, and is not committed."""
         return job.output[job.request.num_tokens - len(job.prompt) :]
 
     @staticmethod
     def _take(jobs: list[Job], logits: torch.Tensor) -> None:
-        """The likeliest token of each. With a model on a GPU this is where the engine waits for it."""
+        """Append the likeliest token to the output of each job. With a model on a GPU, the engine waits for it here."""
         for job, row, token in zip(jobs, logits, logits.argmax(-1).tolist(), strict=True):
             job.logits.append(row)
             job.output.append(token)
 
     @torch.inference_mode()
     def _forward(self, requests: list[Request], tokens: list[list[int]], begins: list[int]) -> torch.Tensor:
-        """Run the model on as many new tokens for each request. Returns the logits of the last ones, float32 [B, V]."""
+        """Run the model on equally many new tokens of each request. Return the last logits of each, float32 [B, V]."""
         rows = torch.tensor([request.row for request in requests], device=self.device)
         new = len(tokens[0])
         view = PagedForward(

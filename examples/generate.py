@@ -1,10 +1,10 @@
-"""Generates with a transformers model whose KV is in pages, shared between requests by a flatradix PrefixCache.
+"""Generate with a transformers model whose KV is paged, and shared between requests by a flatradix PrefixCache.
 
-Some conversations begin with the same system prompt and go on for some turns. Each turn's prompt is the whole
-conversation so far, and is answered twice: with what earlier requests left in the cache, and computing all of it. The
-report compares outputs, logits, and time to first token: the median, from the begin of a request, so that its waiting
-for others does not count. Prompts are random tokens, and so are the weights without --model: nothing is downloaded.
-Wants transformers: pip install -c constraints.txt transformers
+Several conversations begin with the same system prompt and go on for some turns. The prompt of each turn is the whole
+conversation so far. It is answered twice: with the KV that earlier requests left in the cache, and without any reuse.
+The report compares outputs, logits, and the median time to first token. That time runs from the begin of a request, so
+waiting for other requests does not count. Prompts are random tokens, and without --model the weights are random too:
+nothing is downloaded. Needs transformers: pip install -c constraints.txt transformers
 
   python examples/generate.py                             a small model on the CPU, in less than a minute
   python examples/generate.py --device cuda               0.5B parameters on a GPU, long prompts
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from examples.engine import Engine, Job
 
-# By device; the longer prompts are for a GPU, where a short prefill costs little more than its launches.
+# By device. A GPU gets longer prompts, as a short prefill there costs little more than its launches.
 DEFAULTS = {
     "cpu": {"size": "small", "system": 512, "message": 48, "new": 12, "chunk": 128},
     "cuda": {"size": "0.5b", "system": 8192, "message": 512, "new": 32, "chunk": 1024},
@@ -76,7 +76,7 @@ def positive(text: str) -> int:
 
 
 def tokens_of(chosen: argparse.Namespace) -> int:
-    """How long a conversation is in the end."""
+    """Return the number of tokens of a conversation after its last turn."""
     return chosen.system + chosen.turns * (chosen.message + chosen.new)
 
 
@@ -98,7 +98,7 @@ def load(chosen: argparse.Namespace) -> torch.nn.Module:
 
 
 def engines_for(chosen: argparse.Namespace, model: torch.nn.Module) -> tuple[Engine, Engine]:
-    """One that reuses KV, and one that does not."""
+    """Return an engine that reuses KV, and an engine that does not, both warmed up."""
     import flatradix
     from examples.engine import Engine
 
@@ -123,13 +123,13 @@ def random_tokens(rows: int, count: int, vocabulary: int, seed: int) -> list[lis
 
 
 def show_progress(text: str) -> None:
-    """On the line below the report, where somebody looks."""
+    """Show a text on the line below the report, if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
 def run(chosen: argparse.Namespace, with_reuse: Engine, without: Engine) -> float:
-    """All turns, a line each. Returns the largest difference of logits."""
+    """Run all turns and print a line for each. Return the largest difference of logits."""
     vocabulary = with_reuse.model.config.vocab_size
     (system,) = random_tokens(1, chosen.system, vocabulary, chosen.seed + 1)
     talks = [list(system) for _ in range(chosen.conversations)]
@@ -152,7 +152,7 @@ def run(chosen: argparse.Namespace, with_reuse: Engine, without: Engine) -> floa
 
 
 def report_turn(turn: int, shared: list[Job], alone: list[Job]) -> float:
-    """Print a line. Returns the largest difference of logits."""
+    """Print the line of a turn. Return the largest difference of logits."""
     equal, outputs, difference = compare(shared, alone)
     with_reuse, without = (median(job.first_token for job in jobs) for jobs in (shared, alone))
     show_progress("")
@@ -174,9 +174,10 @@ def report_turn(turn: int, shared: list[Job], alone: list[Job]) -> float:
 
 
 def compare(shared: list[Job], alone: list[Job]) -> tuple[int, int, float]:
-    """Equal output tokens, output tokens, and the largest difference of logits between two runs of the same prompts.
+    """Compare two runs of the same prompts.
 
-    Behind the first token that differs, the two runs continue different texts, and nothing is compared.
+    Return the number of equal output tokens, the number of output tokens, and the largest difference of logits. After
+    the first token that differs, the two runs continue different texts, so the rest of that output is not compared.
     """
     equal, difference = 0, 0.0
     for one, other in zip(shared, alone, strict=True):

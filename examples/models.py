@@ -1,4 +1,4 @@
-"""Models for the example: random weights from a config, or a folder with a checkpoint."""
+"""Models for the example: random weights from a config, or a checkpoint in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = {
 
 
 def config_of(size: str) -> Qwen2Config:
-    """A Qwen2 config; the two larger ones have the shapes of Qwen2-0.5B and Qwen2-1.5B."""
+    """Return a Qwen2 config. The two larger sizes have the shapes of Qwen2-0.5B and Qwen2-1.5B."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[size]
     return Qwen2Config(
         vocab_size=vocabulary,
@@ -29,7 +29,7 @@ def config_of(size: str) -> Qwen2Config:
         max_position_embeddings=32768,
         tie_word_embeddings=True,
         use_sliding_window=False,
-        # Larger than to train with: so far from zero, what a token attends to matters to its logits.
+        # Larger than for training: with such weights the logits depend clearly on the tokens attended to.
         initializer_range=2 / hidden**0.5,
     )
 
@@ -41,7 +41,7 @@ def random_model(size: str, seed: int, dtype: torch.dtype, device: torch.device)
 
 
 def model_from(folder: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """A checkpoint on disk; nothing is downloaded. ValueError if there is none."""
+    """Load a checkpoint from disk; nothing is downloaded. Raises ValueError if the folder has none."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} is no folder with a model: it has no config.json")
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")

@@ -1,4 +1,4 @@
-"""KV memory in pages for a transformers model: a pool of slots, and what attention sees of it in one forward."""
+"""Paged KV memory for a transformers model: a pool of slots, and the part that attention reads in a forward pass."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import DynamicCache, PretrainedConfig
 
 
 class PagedKV:
-    """Room for the keys and values of `num_slots` tokens in every layer of a model.
+    """Memory for the keys and values of `num_slots` tokens in every layer of a model.
 
-    keys, values: [layers, num_slots, KV heads, head size]. What each slot holds is known to the PrefixCache alone.
+    keys, values: [layers, num_slots, KV heads, head size]. Only the PrefixCache knows which token a slot holds.
     """
 
     def __init__(self, config: PretrainedConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -19,7 +19,7 @@ class PagedKV:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, num_slots, heads, size)
-        # Zeros: a slot that is masked still takes part with weight 0, and 0 times a NaN of raw memory is NaN.
+        # Zeros: attention gives a masked slot weight 0, and 0 times a NaN from uninitialised memory is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -29,7 +29,7 @@ class PagedKV:
 
 
 def require_full_attention(config: PretrainedConfig) -> None:
-    """ValueError for a model with layers that do not keep the KV of every token, or that keep something else."""
+    """Raise ValueError for a model with a layer that does not keep the KV of every token, or keeps something else."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds != {"full_attention"} or window:
@@ -40,12 +40,12 @@ def require_full_attention(config: PretrainedConfig) -> None:
 
 
 class PagedForward(DynamicCache):
-    """The KV of some requests during one forward: new KV goes to its slots, and each request's own is gathered.
+    """The KV of a batch of requests during one forward pass: writes new KV to its slots, and gathers all KV.
 
     table: int32 [B, at least `longest`]: the slots of each request. begins: int64 [B]: its tokens computed so far.
-    count: new tokens, as many for each. longest: tokens of the longest request, the new ones included.
+    count: new tokens of each request, equally many. longest: tokens of the longest request, new ones included.
 
-    An engine with a kernel for paged attention gives it the table, and gathers nothing.
+    An engine with a paged-attention kernel passes the table to that kernel, and gathers nothing.
     """
 
     def __init__(self, kv: PagedKV, table: torch.Tensor, begins: torch.Tensor, count: int, longest: int) -> None:
@@ -58,7 +58,7 @@ class PagedForward(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the new KV of a layer, [B, KV heads, count, head size]; return all of it, with `longest` for `count`."""
+        """Store a layer's new KV, [B, KV heads, count, head size]. Return all its KV, with `longest` for `count`."""
         keys, values = self.kv.keys[layer_idx], self.kv.values[layer_idx]
         keys[self.write] = key_states.transpose(1, 2)
         values[self.write] = value_states.transpose(1, 2)
@@ -68,9 +68,9 @@ class PagedForward(DynamicCache):
         return self.read.shape[1] - self.positions.shape[1]
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Additive, [B, 1, count, longest]: a token sees itself and what is before it in its own request.
+        """Return an additive mask, [B, 1, count, longest]: a token sees itself and the tokens before it in its request.
 
-        Given whole, as every version of transformers takes it; what a shorter request has behind its end is masked too.
+        Every version of transformers takes a full mask. The mask also hides the columns after the end of a request.
         """
         at = torch.arange(self.read.shape[1], device=self.read.device)
         hidden = at > self.positions[:, None, :, None]

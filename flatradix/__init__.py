@@ -1,4 +1,4 @@
-"""flatradix: the radix tree behind an LLM server's KV prefix cache, as flat tensors, a whole batch at a time."""
+"""flatradix: the index of an LLM server's KV prefix cache. A radix tree in flat tensors; each call takes a batch."""
 
 from flatradix.cache.prefix_cache import PrefixCache
 from flatradix.cache.request import Request

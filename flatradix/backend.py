@@ -1,4 +1,4 @@
-"""Where a tree lives: from a device to the class of its index, in the order of preference, with the reasons."""
+"""Choosing the index of a tree: from a device to an index class. `auto` falls back to the CPU and logs the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatradix.layout.handles import GENERATION_BITS
 
 
 def index_class(device: torch.device) -> type[Index]:
-    """The class of an index on a device; imports its compiler."""
+    """Return the index class for a device. Imports the compiler of its kernels."""
     if device.type == "cpu":
         from flatradix.host.index import HostIndex
 
@@ -25,16 +25,16 @@ def index_class(device: torch.device) -> type[Index]:
 
 
 def open_index(options: Options, device: str | torch.device) -> Index:
-    """An empty index on the first device that has room for it.
+    """Return an empty index on the first candidate device that can hold it.
 
-    Raises DeviceUnavailableError or ValueError for a device that cannot be used, and what the last candidate raises.
+    Raises DeviceUnavailableError or ValueError for a device that cannot be used, and the error of the last candidate.
     """
     candidates = devices.candidates(device)
-    # Random, so that a handle of one tree is stale in another, also in one that was saved by another process.
+    # Random, so that a handle of one tree is stale in every other tree, even in one that another process saved.
     generation = secrets.randbits(GENERATION_BITS)
     for candidate, fallback in zip(candidates, [*candidates[1:], None], strict=True):
         try:
-            with torch.inference_mode(False):  # its tensors would belong to that mode for ever
+            with torch.inference_mode(False):  # else the tensors would be inference tensors forever
                 return index_class(candidate)(options, candidate, generation)
         except (torch.OutOfMemoryError, TooLargeForDeviceError) as error:
             if fallback is None:

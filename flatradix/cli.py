@@ -80,7 +80,7 @@ Seed = Annotated[
 
 
 class Source(NamedTuple):
-    """Where prompts come from."""
+    """A named sequence of prompts. requests: how many there are."""
 
     name: str
     requests: int
@@ -129,9 +129,9 @@ def replay(
 ) -> None:
     """Replay requests through a prefix cache and report hit rate, evictions and the time of each operation.
 
-    Each prompt is matched and its match locked; if it would not fit, the excess is evicted; then it is inserted with
-    new slots, and its path stays locked for the next HOLD requests. All operations are single calls, timed one by one;
-    with --batch, so many requests take each step together, in one call.
+    Each prompt is matched, and its match is locked. If the prompt does not fit, the excess is evicted. Then the prompt
+    is inserted with new slots, and its path stays locked for the next HOLD requests. Every operation is a single call
+    and is timed. With --batch N, N requests take each step together, in one call.
     """
     with _plain_errors():
         settings = Settings(page_size, capacity, hold, policy, device, batch)
@@ -166,9 +166,9 @@ def tree(
 ) -> None:
     """Replay a few requests and draw the tree that they leave: lengths, locks and ticks of each node.
 
-    A line begins with the place of the node's edge on the path (start+length, in tokens) and its first tokens. "locks"
-    counts the requests that hold the node, "own" those whose path ends at it; "tick" is the time of its last use, on a
-    clock that goes up by 2 with each match and each insert.
+    Each line begins with the position of the node's edge on its path (start+length, in tokens) and the edge's first
+    tokens. "locks" counts the requests that hold the node, "own" counts the requests with a path that ends there.
+    "tick" is the time of the last use, on a clock that goes up by 2 with each match and each insert.
     """
     with _plain_errors():
         settings = Settings(page_size, capacity, hold, policy, device)
@@ -198,7 +198,7 @@ def info() -> None:
 
 
 def main() -> None:
-    """The entry point: exits with 0, 2 (something is wrong with the call) or 130 (Ctrl-C)."""
+    """Run the command line. The exit code is 0, 2 (a bad call) or 130 (Ctrl-C)."""
     try:
         app(prog_name="flatradix")
     except KeyboardInterrupt:
@@ -207,7 +207,7 @@ def main() -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Turn the errors that a user can do something about into one red line and an exit code."""
+    """Turn errors that a user can correct into one red line and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
@@ -228,7 +228,7 @@ def _fail(reason: str) -> NoReturn:
 
 
 def _check_outputs(trace: Path | None, json_path: Path | None, plot_path: Path | None) -> None:
-    """Raise before the work what would be raised after it."""
+    """Check the output paths before the replay, so that a bad path fails before the work."""
     files = [path for path in (json_path, plot_path) if path is not None and str(path) != STDOUT]
     if plot_path is not None:
         plotting.require(plot_path)
@@ -275,7 +275,7 @@ def _open(
 
 
 def _run(source: Source, settings: Settings) -> Report:
-    """Replay with a progress bar on a terminal, and after one line elsewhere."""
+    """Replay with a progress bar on a terminal; elsewhere print one line first."""
     err = Console(stderr=True, highlight=False)
 
     def go(progress: replaying.Progress | None) -> Report:
@@ -287,7 +287,7 @@ def _run(source: Source, settings: Settings) -> Report:
         return go(None)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rate = TextColumn("hit rate {task.fields[rate]:.1%}")
-    # A thread that redraws would take the interpreter's lock in the middle of what is timed.
+    # No auto-refresh: its thread would take the GIL during timed calls.
     with Progress(*columns, rate, console=err, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("compiling kernels", total=source.requests, rate=0.0)
         bar.refresh()

@@ -1,10 +1,10 @@
-"""The errors that flatradix raises on purpose. All leave the tree as it was."""
+"""The errors that flatradix raises on purpose. All of them leave the tree unchanged."""
 
 from __future__ import annotations
 
 
 class QueryError(ValueError):
-    """One query of a batch is wrong. `query` is its number, from 0; a single sequence is query 0."""
+    """One query of a batch is wrong. `query` is its index in the batch; a single sequence is query 0."""
 
     def __init__(self, message: str, query: int) -> None:
         super().__init__(message)
@@ -15,7 +15,7 @@ class QueryError(ValueError):
 
 
 class StaleHandleError(QueryError):
-    """A handle names a node that has been evicted, or a node of another tree. `query` is the number of its query."""
+    """A handle names a node that has been evicted, or a node of another tree. `query` is the index of its query."""
 
 
 class CapacityError(RuntimeError):
@@ -35,4 +35,4 @@ class DeviceUnavailableError(RuntimeError):
 
 
 class TooLargeForDeviceError(ValueError):
-    """A tree of this capacity can live in host memory only."""
+    """A tree of this capacity fits into host memory only."""

@@ -1,9 +1,10 @@
-"""Index: what any home of a tree must do, and how a call that was cut short is told from one that is under way.
+"""Index: the operations that every index of a tree implements, and the detection of interrupted calls.
 
 A signal handler, a timer or a lack of memory may end a call between any two steps of its Python. So a call that changes
-a tree says that it begins, changes the tree, and says that it has ended as the last thing it does. Where the next call
-finds one that has begun and not ended, it takes back what that one did. An eviction cannot be taken back: its slots
-come with the next one; a reset stays done. So any other call that raises has changed nothing but times of use and cuts.
+a tree first records that it has begun, then changes the tree, and last records that it has ended. If the next call
+finds a call that has begun and not ended, it undoes that call. An eviction cannot be undone: the next eviction returns
+its slots. A reset is not undone. Any other call that raises leaves at most new times of use, hit counts, priorities and
+splits of edges.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _calls: set[CodeType] = set()
 
 
 def public_call(method: F) -> F:
-    """Mark a method as a call that may be under way; costs nothing."""
+    """Mark a method as a call that may be under way. The mark adds no cost to the call."""
     _calls.add(method.__code__)
     return method
 
 
 def _is_under_way(home: object, frame: FrameType | None, besides: int) -> bool:
-    """Whether a call of `home`, more than `besides` of them, is among a frame and those that called it."""
+    """Return whether more than `besides` calls of `home` are on the stack, from `frame` outwards."""
     while frame is not None:
         if frame.f_code in _calls and frame.f_locals.get("self") is home:
             besides -= 1
@@ -45,10 +46,10 @@ def _is_under_way(home: object, frame: FrameType | None, besides: int) -> bool:
 
 
 def refuse_reentry(home: object) -> None:
-    """Raise RuntimeError if another call of `home` is under way than the one that asks.
+    """Raise RuntimeError if a call of `home` other than the caller's is under way.
 
-    Looks at the stacks of all threads: it is asked for only where a call has not ended. Nothing else could tell a call
-    that was cut short from one that a signal handler has interrupted.
+    Inspects the stacks of all threads. It runs only when a recorded call has not ended. Nothing else can tell whether
+    that call was interrupted for good, or is paused while a signal handler runs.
     """
     if _is_under_way(home, sys._getframe(1), besides=1):
         raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
@@ -59,7 +60,7 @@ def refuse_reentry(home: object) -> None:
 
 
 class Index(ABC):
-    """The operations of a tree in one place, as `RadixTree` says what they mean."""
+    """The operations of a tree on one kind of device. `RadixTree` defines what they mean."""
 
     options: Options
     device: torch.device
@@ -67,7 +68,7 @@ class Index(ABC):
 
     @abstractmethod
     def __init__(self, options: Options, device: torch.device, generation: int) -> None:
-        """An empty tree. generation: where those of its handles begin."""
+        """Make an empty tree. generation: the first generation of its handles."""
 
     @abstractmethod
     def match(
@@ -142,7 +143,7 @@ class Index(ABC):
 
     @abstractmethod
     def compact(self) -> None:
-        """Bring all edges to the front of the pools, without gaps. O(cached tokens)."""
+        """Move all edges to the front of the pools, without gaps. O(cached tokens)."""
 
     @abstractmethod
     def digest(self) -> str: ...
@@ -155,8 +156,8 @@ class Index(ABC):
 
     @abstractmethod
     def content(self) -> Content:
-        """Everything the tree holds, to be read only. Waits for the device."""
+        """Return everything the tree holds, read-only. Waits for the device."""
 
     @abstractmethod
     def restore(self, saved: Saved) -> None:
-        """Fill an empty tree with what another was saved as; what follows from it is made anew."""
+        """Fill an empty tree with the arrays of a saved tree, and rebuild the arrays that follow from them."""

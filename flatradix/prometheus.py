@@ -1,4 +1,4 @@
-"""The counters of a PrefixCache for Prometheus: needs prometheus_client (pip install 'flatradix[prometheus]')."""
+"""Prometheus metrics of a PrefixCache. Needs prometheus_client (pip install 'flatradix[prometheus]')."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SLOTS = ("free", "evictable", "protected", "held")
 
 
 class CacheCollector(Collector):
-    """Tells what the counters of caches were at the last `update`.
+    """The counters of caches as of the last `update`.
 
-    Prometheus asks from a thread of its own, and a cache is for one thread: so that one calls `update`, as often as
-    the counters should be fresh.
+    Prometheus collects from its own thread, but a cache serves one thread at a time. So the thread that uses the caches
+    calls `update`, as often as the counters should be fresh.
     """
 
     def __init__(self, caches: Mapping[str, PrefixCache]) -> None:
@@ -36,11 +36,11 @@ class CacheCollector(Collector):
         self.update()
 
     def update(self) -> None:
-        """Read the counters; with an index on a GPU that waits for the device."""
+        """Read the counters of all caches. With an index on a GPU this waits for the device."""
         self._counts = {name: cache.counts() for name, cache in self._caches.items()}
 
     def describe(self) -> list[Metric]:
-        """The metrics without values, from which a registry sees that it has them already."""
+        """Return the metrics without values. A registry uses them to find duplicates."""
         return _metrics({})
 
     def collect(self) -> list[Metric]:
@@ -63,13 +63,13 @@ def _metrics(counts: Mapping[str, Counts]) -> list[Metric]:
 
 
 def export(registry: CollectorRegistry = REGISTRY, **caches: PrefixCache) -> CacheCollector:
-    """Have a registry export the counters of caches: `export(main=cache)` has them under the label cache="main".
+    """Register the counters of caches for export: `export(main=cache)` gives them the label cache="main".
 
-    Call `update` of what is returned now and then, from the thread that uses the caches.
+    Call `update` of the returned collector from time to time, from the thread that uses the caches.
 
     Metrics: flatradix_{requests,refused,prompt_tokens,cached_tokens,evicted_tokens,duplicate_tokens}_total,
-    flatradix_running_requests, flatradix_slots{where="free" | "evictable" | "protected" | "held"}. To export others,
-    `registry.unregister` it first. Raises ValueError where the registry has these metrics.
+    flatradix_running_requests, flatradix_slots{where="free" | "evictable" | "protected" | "held"}. To export other
+    caches, first pass the collector to `registry.unregister`. Raises ValueError if the registry has these metrics.
     """
     collector = CacheCollector(caches)
     registry.register(collector)

@@ -1,7 +1,7 @@
-"""What the operations return: one class for each, however late its numbers come.
+"""The results of the operations: one class for each operation, no matter when its numbers become known.
 
-A result of one key on the CPU holds Python integers, and makes tensors only when asked for them. All others have their
-numbers from elsewhere (`late`): from tensors, or from a kernel that may not have run yet.
+A result of one key on the CPU holds Python integers, and makes tensors only when a caller asks for them. All other
+results take their numbers from a source (`late`): from tensors, or from a kernel that may not have run yet.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 class Late(Protocol):
-    """Where a result has its numbers from. The integers are for a batch of one."""
+    """The source of a result's numbers. The methods that return an integer need a batch of one."""
 
     def lengths(self) -> torch.Tensor: ...
 
@@ -37,7 +37,7 @@ def _only(values: torch.Tensor) -> int:
 
 
 class Tensors:
-    """Numbers of a batch: int32 [B] lengths and prefix lengths, int64 [B] handles."""
+    """The numbers of a batch as tensors: int32 [B] lengths and prefix lengths, int64 [B] handles."""
 
     __slots__ = ("_handles", "_lengths", "_prefix_lengths")
 
@@ -71,13 +71,13 @@ def _tensor(number: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Places:
-    """A place in the tree for each query: a path length and the handle that it goes with.
+    """A place in the tree for each query: a handle, and a length from the root on the path of its node.
 
     lengths: int32 [B] on the tree's device, in tokens (pairs with bigrams), whole pages.
-    handles: int64 [B]. `RadixTree.lock` writes a new handle into it where it has to split an edge.
-    length, handle: the same as Python integers, for a batch of one.
+    handles: int64 [B] on the tree's device. `RadixTree.lock` and `split` write new handles where they split edges.
+    length, handle: the same numbers as Python integers, for a batch of one.
 
-    late: None while the numbers are the two integers.
+    late: the source of the numbers; None while the result itself holds the two integers.
     """
 
     __slots__ = ("handle", "late", "length")
@@ -90,7 +90,7 @@ class Places:
         self.late = Tensors(lengths, handles, None)
 
     def __getattr__(self, name: str) -> Any:
-        """The integers, where they are not known yet: an empty slot asks here."""
+        """Return an integer that is not set yet: Python calls this method when the attribute's slot is empty."""
         if name == "length" or name == "handle":
             late = self.late
             assert late is not None
@@ -102,7 +102,7 @@ class Places:
         if late is None:
             late = Tensors(_tensor(self.length, torch.int32), _tensor(self.handle, torch.int64), None)
             self.late = late
-            del self.length, self.handle  # from now on the tensors are asked
+            del self.length, self.handle  # from now on `__getattr__` reads the tensors
         return late
 
     @property
@@ -127,10 +127,10 @@ class MatchResult(Places):
 
 
 class InsertResult(Places):
-    """The end of each inserted key, and how much of it was there before.
+    """The end of each inserted key, and how much of the key was cached before.
 
-    prefix_lengths: int32 [B]; the caller frees its own slots for that part. prefix_length: the same as a Python
-    integer, for a batch of one.
+    prefix_lengths: int32 [B]. The caller frees its own slots for that part of each key. prefix_length: the same number
+    as a Python integer, for a batch of one.
     """
 
     __slots__ = ("prefix_length",)
@@ -167,7 +167,7 @@ _new_match, _new_insert = MatchResult.__new__, InsertResult.__new__
 
 
 def one_match(length: int, handle: int) -> MatchResult:
-    """A result of one key, of Python integers."""
+    """Return the result of one key from Python integers."""
     result = _new_match(MatchResult)
     result.length = length
     result.handle = handle
@@ -176,7 +176,7 @@ def one_match(length: int, handle: int) -> MatchResult:
 
 
 def one_insert(prefix_length: int, length: int, handle: int) -> InsertResult:
-    """A result of one key, of Python integers."""
+    """Return the result of one key from Python integers."""
     result = _new_insert(InsertResult)
     result.prefix_length = prefix_length
     result.length = length
@@ -186,14 +186,14 @@ def one_insert(prefix_length: int, length: int, handle: int) -> InsertResult:
 
 
 def late_match(late: Late) -> MatchResult:
-    """A result whose numbers are told later."""
+    """Return a result that takes its numbers from `late`."""
     result = _new_match(MatchResult)
     result.late = late
     return result
 
 
 def late_insert(late: Late) -> InsertResult:
-    """A result whose numbers are told later."""
+    """Return a result that takes its numbers from `late`."""
     result = _new_insert(InsertResult)
     result.late = late
     return result
@@ -202,8 +202,9 @@ def late_insert(late: Late) -> InsertResult:
 class EvictResult(NamedTuple):
     """The KV slots that an eviction freed.
 
-    slots: [K] of the tree's slot_dtype on the slot device, node by node in the order of eviction, root to leaf inside a
-        node. Those of an eviction that was cut short come first in the next one.
+    slots: [K] of the tree's slot_dtype on the slot device, node by node in the order of eviction, and inside a node in
+        the order of its tokens. The slots of an earlier, interrupted eviction come first.
+    num_tokens: K. num_nodes: nodes that this eviction freed, without those of an interrupted one.
     """
 
     slots: torch.Tensor

@@ -1,6 +1,6 @@
-"""RadixTree: the prefix cache's index, one class whatever the device. Says what every operation means.
+"""RadixTree: the tree of a prefix cache, one class for all devices. Its docstrings define every operation.
 
-Its index does the work: `host/index.py` or `device/index.py`.
+An index does the work: `host/index.py` or `device/index.py`.
 """
 
 from __future__ import annotations
@@ -21,42 +21,46 @@ from flatradix.inspect.check import check
 from flatradix.inspect.content import Content, saved_of
 from flatradix.results import EvictResult, InsertResult, MatchResult
 
-# Bound to each tree as its index has them: a call in between would be a part of a short match that one can see.
+# Bound to each tree from its index: one more Python call would be a visible part of the time of a short match.
 _HOT = ("match", "match_array", "path_slots", "lock", "unlock", "insert", "evict", "changes")
 
 
 class RadixTree:
-    """A radix tree over token ids that holds a KV slot for each cached token.
+    """A radix tree over token ids. It holds a KV slot for each cached token.
 
-    Every operation takes a batch and means what a loop of single calls in batch order would mean. A batch of one stays
-    cheap (on the CPU 1 us from Python to Python for a short key). Not thread-safe: one thread at a time.
+    Every operation takes a batch and means the same as single calls in batch order. A batch of one stays cheap: on the
+    CPU, a call with a short key takes 1 us from Python to Python. Not thread-safe: one thread at a time.
 
-    max_tokens: how many tokens can be cached. The pools for 1.25 times as many are committed at once, 10 bytes for each
-        of max_tokens (bigrams: 15), on a GPU twice that; up to 160 bytes for each page only as nodes use them (on a
-        GPU 250, at once).
-    page_size: tokens a page. Keys are cut down to whole pages and all lengths are multiples of it.
-    device: where the index lives: "cpu", "cuda", "cuda:1" or "auto" (the variable FLATRADIX_DEVICE speaks for "auto").
-    policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo", "priority", with SGLang's meaning of
-        each, `flatradix.slru(protected_threshold=...)`, or a function from `flatradix.Nodes` to a tensor of scores, of
-        which the lowest goes first (equal scores: the least recent). On the CPU a function and "mru" score every node
-        at each eviction; the others cost O(log n) a node.
-    slot_device: None keeps the slots beside the index. With an index on the CPU, a device keeps them there, in a pool
-        of their own; with one on a GPU, it is where slots are returned.
-    bigram: keys of EAGLE: unit i is the pair (t[i], t[i + 1]), n tokens are n - 1 units. All lengths count units; an
-        insert still takes one slot a token, and ignores the last.
-    slot_dtype: torch.int32 takes slots up to 2**31 - 1 in 4 bytes each, torch.int64 any in 8. Slots are returned so.
-    check_slots: whether an insert looks at slots that lie on a slot device, for which it waits for that device. False
-        where they are known to be good: an index on the CPU then never waits for a GPU. Other slots are always checked.
+    max_tokens: the number of tokens that can be cached. The tree commits two pools for 1.25 times as many tokens at
+        once: 10 bytes for each of max_tokens (15 with bigrams), twice that on a GPU. Nodes take up to 160 bytes for
+        each page, committed only as nodes use them. On a GPU they take 250 bytes for each page, committed at once.
+    page_size: tokens in a page. Keys are cut down to whole pages, and all lengths are multiples of `page_size`.
+    device: where the index lives: "cpu", "cuda", "cuda:1" or "auto". The variable FLATRADIX_DEVICE overrides "auto".
+    policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo" or "priority", as SGLang defines them;
+        `flatradix.slru(protected_threshold=...)`; or a function from `flatradix.Nodes` to a tensor of scores. The
+        node with the lowest score goes first; of equal scores, the least recently used node. On the CPU, "mru" and a
+        function score every node at each eviction; the other policies cost O(log n) a node.
+    slot_device: where the slots are. None keeps the slots beside the index. An index on the CPU keeps them in a pool on
+        this device. An index on a GPU keeps them beside itself and returns them on this device.
+    bigram: keys for EAGLE. Unit i is the pair (t[i], t[i + 1]), so n tokens are n - 1 units. All lengths count units.
+        An insert still takes one slot a token and ignores the last slot.
+    slot_dtype: the dtype of stored and returned slots. torch.int32 holds slots up to 2**31 - 1 in 4 bytes each,
+        torch.int64 holds any slot in 8 bytes.
+    check_slots: whether an insert checks slots that lie on a slot device. The check waits for that device. With False,
+        an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
+        are always checked.
 
     On a GPU, match, lock, unlock, split, insert and write_slots enqueue their kernels on torch's current stream and
-    return; results are tensors on the device. What only the device can know is then found by the kernels: a call with a
-    bad query has no effect, its places are -1, and the error is raised by the next operation that waits for the device:
-    `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and `length` and the like of a
-    result. A CUDA graph can hold match, lock and unlock, once a batch of that size has been run outside it.
+    return. Their results are tensors on the device. Some errors in a query are found only by the kernels. A call with
+    such an error has no effect, and its lengths and handles are -1. The next operation that waits for the device raises
+    the error: `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and `length`, `handle` and
+    `prefix_length` of a result. A CUDA graph can hold match, lock and unlock, after a batch of the same size has run
+    outside the graph.
 
-    A call that raises has changed nothing, also where a signal handler or a lack of memory ended it: what it had done
-    is taken back by the next call. There remain times of use, and edges that were cut; the slots of an eviction come
-    with the next one; a reset stays done. A call from a signal handler, within another call, raises RuntimeError.
+    A call that raises has changed nothing, even if a signal handler or a lack of memory interrupted it: the next call
+    undoes what the interrupted call did. Times of use, hit counts, priorities and splits of edges are not undone. The
+    slots that an interrupted eviction freed are returned by the next eviction. An interrupted reset is not undone. A
+    call from a signal handler within another call raises RuntimeError.
 
     Raises ValueError for arguments out of range, DeviceUnavailableError for a device that cannot be used.
     """
@@ -97,81 +101,86 @@ class RadixTree:
         start: Any = None,
         split: bool = False,
     ) -> MatchResult:
-        """The longest cached prefix of each query.
+        """Find the longest cached prefix of each query.
 
-        q: a Ragged, a list of integer sequences (lists, `array`, numpy, tensors), or one flat sequence; an empty list
-            is one empty sequence, a batch of none an empty Ragged. int32 and int64 buffers are read in place. With a
-            tree on a GPU, tensors there and pinned ones are read after the call has returned: in the order of the
-            stream, and for pinned ones until `raise_pending`.
-        namespace: None, a str or bytes for all queries, or a list with one for each.
-        touch: whether the path becomes the most recently used. Without it, the call leaves no trace.
-        lock: also lock each path as soon as it is found, as `lock` would.
-        start: places to continue from, the result of a match or insert: then q holds only what follows them, and only
-            that is compared. Lengths and ticks are those of the whole key. An empty start is the root, and knows no
-            namespace: pass `namespace` every time. (With bigrams the first token of q is the last one of its start.)
-        split: also end an edge where a match ends, as `split` would.
+        q: a Ragged, a list of integer sequences (lists, `array`, numpy, tensors), or one flat sequence. An empty list
+            is one empty sequence; an empty Ragged is a batch of none. int32 and int64 buffers are read in place. A tree
+            on a GPU reads tensors on the device, and pinned tensors, in stream order after the call has returned. So
+            leave a pinned tensor unchanged until `raise_pending`.
+        namespace: None, a str or bytes for all queries, or a list with one for each query.
+        touch: whether each path becomes the most recently used. Without `touch`, `lock` and `split`, a call leaves no
+            trace.
+        lock: also lock each path when it is found, as `lock` does.
+        start: places to continue from: the result of a match or insert. q then holds only the tokens after these
+            places, and only these tokens are compared. Lengths still count from the root, and a touch still reaches the
+            whole path. A start of length 0 is the root and knows no namespace: pass `namespace` every time. With
+            bigrams, the first token of q is the last token of its start.
+        split: also split an edge where a match ends, as `split` does.
 
-        O(length of the match) a query; 0.12 ns a token where an edge is long. Without `lock` and `split` the tree's
-        shape stays. A key is checked only as far as it is read, so up to and including the first page that is not
-        cached.
+        O(length of the match) a query; 0.12 ns a token on a long edge. Without `lock` and `split`, the shape of the
+        tree does not change. A key is checked only as far as it is read: up to and including the first page that is
+        not cached.
 
-        Raises QueryError (a bad token or query), StaleHandleError (a start that is gone); then nothing has changed.
+        Raises QueryError (a bad token or query), StaleHandleError (a start that is gone). Then nothing has changed.
         """
         return self._index.match(q, namespace, touch, lock, start, split)
 
     def match_array(
         self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
     ) -> MatchResult:
-        """`match` of the first `limit` tokens (None: of all) of one `array` of int64 ("q"), which is not copied.
+        """Match the first `limit` tokens (None: all) of one `array` of int64 ("q"). A tree on the CPU does not copy it.
 
-        For look-ups that must cost as little as can be. Raises as `match`, ValueError for another array.
+        For look-ups that must cost as little as possible. Raises the errors of `match`, and ValueError for an array of
+        another type.
         """
         return self._index.match_array(tokens, limit, namespace, split)
 
     def slots(self, places: Any) -> Ragged:
-        """The KV slots of each match: a Ragged of slot_dtype on the slot device, one value a token of its length.
+        """Return the KV slots of each place: a Ragged of slot_dtype on the slot device, one value a unit of length.
 
-        places: a result of match or insert, or anything with .handles and .lengths. O(slots). Raises QueryError,
+        places: a result of match or insert, or any object with .handles and .lengths. O(slots). Raises QueryError,
         StaleHandleError.
         """
         return self._index.slots(places)
 
     def path_slots(self, place: Any) -> torch.Tensor:
-        """The KV slots of a single place, [length] of slot_dtype on the slot device. Otherwise as `slots`."""
+        """Return the KV slots of a single place: [length] of slot_dtype on the slot device. Raises as `slots`."""
         return self._index.path_slots(place)
 
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
-        """Write the KV slots of each match into a row of a table, as an engine keeps them for its running requests.
+        """Write the KV slots of each place into a row of `table`, such as an engine's table of its running requests.
 
-        places: as for `slots`. table: int32 or int64 [N, width] on the slot device, rows of contiguous elements;
-            `table[rows[i], :length]` are written, the rest stays. rows: int32 or int64 [B] (or a list), all different.
+        places: as for `slots`. table: int32 or int64 [N, width] on the slot device; the elements of a row are
+            contiguous. `table[rows[i], :length]` is written, the rest stays. rows: int32 or int64 [B] (or a list), all
+            different.
 
-        On a GPU one launch, no synchronisation; a tree on the CPU waits for rows that lie on a GPU. O(slots). Raises
-        QueryError (a row outside the table, a place longer than a row), ValueError (int32 for slots of 64 bits),
-        StaleHandleError; then nothing is written.
+        On a GPU: one launch, no synchronisation. A tree on the CPU waits if `rows` lies on a GPU. O(slots). Raises
+        QueryError (a row outside the table, a place longer than a row), ValueError (an int32 table for int64 slots),
+        StaleHandleError. Then nothing is written.
         """
         self._index.write_slots(places, table, rows)
 
     def lock(self, places: Any) -> None:
-        """Protect each path, from its place to the root, from eviction, once more.
+        """Add one lock to each path, from its place up to the root. Locked nodes are not evicted.
 
-        places: as for `slots`. `places.handles` is written to where a place lies inside an edge: the edge is split
-        there, and the new handle names the part that is locked. Unlock with the same object. O(nodes on the paths).
-        Raises QueryError, StaleHandleError; then nothing is locked.
+        places: as for `slots`. If a place lies inside an edge, the edge is split there, and the handle of the locked
+        part is written to `places.handles`. Unlock with the same object. O(nodes on the paths). Raises QueryError,
+        StaleHandleError. Then nothing is locked.
         """
         self._index.lock(places)
 
     def unlock(self, places: Any) -> None:
-        """Take back one lock for each place. O(nodes on the paths).
+        """Remove one lock from each path, from its place up to the root. O(nodes on the paths).
 
-        Raises QueryError where no lock ends at a place, StaleHandleError; then nothing is unlocked.
+        Raises QueryError (no lock ends at a place), StaleHandleError. Then nothing is unlocked.
         """
         self._index.unlock(places)
 
     def split(self, places: Any) -> None:
-        """End an edge at each place, as a lock would, and lock nothing: what is evicted later ends there.
+        """Split the edge at each place, as `lock` does, but lock nothing.
 
-        places: as for `lock`; handles are renewed. Raises as `lock`.
+        A later eviction can then free what is below a place and keep what is above. places: as for `lock`; handles are
+        renewed. Raises as `lock`.
         """
         self._index.split(places)
 
@@ -184,28 +193,32 @@ class RadixTree:
         start: Any = None,
         inserted_lengths: Any = 0,
     ) -> InsertResult:
-        """Cache each key with its slots; what is there already keeps the slots it has.
+        """Cache each key with its slots. Tokens that are cached already keep their slots.
 
-        q, namespace, start: as for `match`. slots: one slot for each token of q, as Ragged, list of integer sequences,
-        or one flat sequence. priority: int, or one a query; a path keeps the greatest. inserted_lengths: int, or one a
-        query: no hit is counted on nodes that end within it (what the same request inserted before).
+        q, namespace, start: as for `match`. slots: one slot for each token of q, as a Ragged, a list of integer
+        sequences, or one flat sequence. priority: an int, or one a query; each node of the path keeps the greatest.
+        inserted_lengths: an int, or one a query: the length that the same request inserted before. No hit is counted on
+        nodes that end within this length.
 
-        Where several queries of the batch share something new, the first of them owns it. O(length of the key), from
-        `start` on; 131072 new tokens take about 0.1 ms.
+        If several queries of the batch share new tokens, the slots of the first of these queries are stored. O(length
+        of the key), counted from `start`; 131072 new tokens take about 0.1 ms.
 
-        Raises QueryError, StaleHandleError, CapacityError (the batch as a whole does not fit); then nothing has
+        Raises QueryError, StaleHandleError, CapacityError (the batch as a whole does not fit). Then nothing has
         changed.
         """
         return self._index.insert(q, slots, namespace, priority, start, inserted_lengths)
 
     def evict(self, num_tokens: int) -> EvictResult:
-        """Free whole nodes, in the order of the policy, until `num_tokens` tokens are free or all is locked.
+        """Free whole nodes, in the order of the policy, until `num_tokens` tokens are freed or the rest is locked.
 
-        Nodes without children and locks go first; a parent can go when its last child went. No more nodes are freed
-        than needed. Returns the slots freed, in order. On the CPU O(log n) a node (O(n) in all with mru or a function);
-        on a GPU a pass over all rows, with other policies than lru two sorts of them, and it waits for the device.
-        Raises ValueError for a negative number, and MemoryError or torch.OutOfMemoryError where there is no memory for
-        the slots (up to the longest node more than is wanted); then nothing has changed.
+        Only nodes without children and locks are freed; a parent can follow once its last child is freed. No more nodes
+        are freed than needed. Returns the freed slots in the order of eviction.
+
+        On the CPU: O(log n) a node; O(n) in all with mru or a function. On a GPU: one pass over all rows, and two sorts
+        of all rows with policies other than lru; the call waits for the device.
+
+        Raises ValueError for a negative number. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
+        the returned slots, which can exceed `num_tokens` by the longest node. Then nothing has changed.
         """
         return self._index.evict(num_tokens)
 
@@ -231,52 +244,54 @@ class RadixTree:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tree's tensors, those that nothing has touched yet included."""
+        """Bytes of the tree's tensors, including memory that has not been touched yet."""
         return self._index.nbytes
 
     def changes(self) -> int:
-        """Another number after each call that has locked, unlocked, inserted, evicted or reset, and was not taken back.
+        """Return a number that is different after each call that locked, unlocked, inserted, evicted or reset.
 
-        For a caller that is cut short itself, and wants to know whether a call that it was in has been done.
+        A call that was interrupted and undone does not count. For a caller that was interrupted itself, inside a call:
+        the number tells whether that call took effect.
         """
         return self._index.changes()
 
     @property
     def last_result(self) -> MatchResult | InsertResult | EvictResult | None:
-        """What the last `insert`, `evict` or `match` with `lock=True` returned.
+        """The result of the last `insert`, `evict` or `match` with `lock=True`.
 
-        For a caller that was cut short before it had the result: `changes` tells whether there is one.
+        For a caller that was interrupted before it received the result. `changes` tells whether there is a new result.
         """
         return self._index.last_result
 
     def compact(self) -> None:
-        """Bring all edges to the front of the pools, without gaps; an insert does it when it must. O(cached tokens)."""
+        """Move all edges to the front of the pools, without gaps. `insert` does so when it must. O(cached tokens)."""
         self._index.compact()
 
     def content(self) -> Content:
-        """The tree as arrays in host memory, to be read only: for tools. With a tree on a GPU a copy of all of it."""
+        """Return the tree as arrays in host memory, for tools. Do not write to them. A tree on a GPU is copied."""
         return self._index.content()
 
     def check(self) -> None:
-        """Verify every invariant; raises AssertionError with the first that does not hold. O(cached tokens), slow."""
+        """Verify every invariant. Raises AssertionError for the first that does not hold. O(cached tokens), slow."""
         check(self._index.content())
 
     def digest(self) -> str:
-        """32 hex digits over the logical tree: paths, namespaces, slots, locks, ticks, priorities, hit counts.
+        """Return 32 hex digits over the logical tree: paths, namespaces, slots, locks, ticks, priorities, hit counts.
 
-        Equal for trees that went through the same calls, on any device; row numbers and places in the pools do not
-        count. O(cached tokens).
+        Trees that went through the same calls have equal digests, on any device. Row numbers and positions in the pools
+        do not count. O(cached tokens).
         """
         return self._index.digest()
 
     def reset(self) -> None:
-        """Drop everything, locked nodes too. Handles go stale, that of the root excepted; the clock goes on."""
+        """Drop everything, including locked nodes. All handles but the root's become stale. The clock goes on."""
         self._index.reset()
 
     def to(self, device: str | torch.device) -> RadixTree:
-        """The tree on another device, a copy; itself if it is there. Handles stay good, digests are equal.
+        """Return a copy of the tree on another device, or the tree itself if it is there already.
 
-        Waits for the device. O(cached tokens). A slot_device goes along. Raises DeviceUnavailableError.
+        Handles stay valid in the copy, and digests are equal. The copy has the same slot_device. Waits for the device.
+        O(cached tokens). Raises DeviceUnavailableError.
         """
         target = devices.preferred(device)
         if isinstance(self._index, backend.index_class(target)) and (target == self.device or devices.interpreted()):
@@ -297,7 +312,7 @@ class RadixTree:
         raise TypeError("a RadixTree is neither pickled nor copied: use save() and RadixTree.load()")
 
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
-        """Write the tree to a file or an open binary file, all but a policy function. O(cached tokens)."""
+        """Write the tree to a file or an open binary file. A policy function is not saved. O(cached tokens)."""
         snapshot.write(path, self._compacted())
 
     @staticmethod
@@ -307,10 +322,10 @@ class RadixTree:
         slot_device: str | torch.device | None = None,
         policy: Score | None = None,
     ) -> RadixTree:
-        """The tree of a file that `save` wrote. The handles that the saved tree had given out are good in it.
+        """Return the tree of a file that `save` wrote. Handles of the saved tree are valid in it.
 
-        policy: the function of a tree that was saved with one. Files are trusted: load only your own.
-        Raises ValueError for a file that is damaged or none.
+        policy: the policy function, if the saved tree had one. Files are trusted: load only your own.
+        Raises ValueError for a file that is damaged or that `save` did not write.
         """
         settings, saved = snapshot.read(path, policy)
         with snapshot.damaged(path):
@@ -319,9 +334,9 @@ class RadixTree:
         return tree
 
     def raise_pending(self) -> None:
-        """Wait for all calls so far and raise the error of the first that was refused since the last time, if any.
+        """Wait for all calls so far, and raise the error of the first refused call that was not reported yet, if any.
 
-        On the CPU there is nothing to wait for: every error was raised by its own call.
+        On the CPU there is nothing to wait for: every call raises its own errors.
         """
         self._index.raise_pending()
 

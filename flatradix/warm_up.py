@@ -1,4 +1,4 @@
-"""Compiling, or reading from disk, everything that a tree runs, before it is wanted."""
+"""Compiling everything that a tree runs, or reading it from disk, before it is needed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def warm_up(
     bigram: bool = False,
     slot_device: str | torch.device | None = None,
 ) -> None:
-    """Run every operation once on a small tree: on a CPU, no later call of this process compiles anything.
+    """Run every operation once on a small tree. On a CPU, no later call of this process then compiles anything.
 
-    The first time on a machine it takes 20 s on one core; numba keeps the machine code on disk, and later processes
-    take half a second. Without it, each operation pays its own share at its first call. On the CPU, which options a
-    tree has makes no difference.
+    The first warm-up on a machine takes 20 s on one core. numba keeps the machine code on disk, so later processes take
+    half a second. Without a warm-up, the first call of each operation compiles that operation. On the CPU, page size
+    and bigrams make no difference.
 
-    On a GPU, kernels are compiled for each page size, for bigrams, and for what calls bring (the types of tokens and
-    slots, names and priorities for each query): this compiles the common ones for `page_size` and `bigram`, and each
-    other one takes a second or two at its first call. Triton keeps them on disk too. As many threads as there are cores
-    compile; what that took is in bench/RESULTS.md.
+    On a GPU, kernels are compiled for each page size, for bigrams, and for each form of the arguments (dtypes of tokens
+    and slots, one name or priority for each query). The warm-up compiles the common kernels for `page_size` and
+    `bigram`. Each other kernel takes a second or two at its first call. Triton keeps kernels on disk too. As many
+    threads as there are cores compile; bench/RESULTS.md has the times.
 
-    slot_device: as of RadixTree, for a tree on the CPU: slots on a GPU have a kernel of their own.
+    slot_device: as for RadixTree, for a tree on the CPU. Slots on a GPU need a kernel of their own.
 
-    Raises as RadixTree does for a device that cannot be used.
+    Raises the errors of RadixTree for a device that cannot be used.
     """
     found = devices.preferred(device)
     if found.type == "cuda":

@@ -20,7 +20,7 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 settings.register_profile("soak", parent=settings.get_profile("ci"), derandomize=False, max_examples=3000)
-# Where Python runs the kernels of a GPU, a step takes half a second: too long to search for a shorter program.
+# With interpreted GPU kernels a step takes half a second: too long to shrink a failing program.
 settings.register_profile(
     "interpreted",
     parent=settings.get_profile("ci"),
@@ -41,7 +41,7 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def usable(name: str) -> str:
-    """The device; its test is skipped where there is none."""
+    """Return the device name; skip the test if the device cannot be used."""
     reason = why_not_cuda() if name == "cuda" else ""
     if reason:
         pytest.skip(reason)
@@ -56,19 +56,19 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[GPU])
 def cuda(request: pytest.FixtureRequest) -> str:
-    """A GPU, or the interpreter of Triton in its place."""
+    """A GPU, or Triton's interpreter in its place."""
     return usable(request.param)
 
 
 @pytest.fixture
 def gpu(cuda: str) -> str:
-    """A GPU, nothing else."""
+    """A GPU, never the interpreter."""
     if interpreted():
         pytest.skip("needs a GPU: an interpreter has no streams, no graphs and no compiled kernels")
     return cuda
 
 
-# Where index and slots are: both beside one another on a device, or an index on the CPU with the slots elsewhere.
+# Devices of index and slots: both in one index on a device, or (apart) an index on the CPU with a separate slot pool.
 WHERE = ["cpu", "apart", GPU, pytest.param("cuda apart", marks=pytest.mark.gpu)]
 
 

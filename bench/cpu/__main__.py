@@ -1,13 +1,13 @@
-"""flatradix on one CPU core against SGLang's default tree (`UnifiedRadixCache` with its Rust core).
+"""Compare flatradix on one CPU core with SGLang's default tree (`UnifiedRadixCache` with its Rust core).
 
-Both are called through their Python interfaces, alternately in one process on one core, and the medians are compared.
-SGLang gets its parameter objects ready-made. Where SGLang is not installed, only our side is measured; see
-bench/support/sglang_trees.py for how to install it. The rows on a trace need one in Mooncake's format.
+One process calls both trees alternately on one core, through their Python interfaces, and compares the medians.
+SGLang's parameter objects are built before the timed call, except in the replay rows. Without SGLang, only flatradix
+is measured; bench/support/sglang_trees.py says how to install SGLang. Rows on a trace need one in Mooncake's format.
 
-  python3 -m bench.cpu                          everything: about three minutes, 5 GB of memory
-  python3 -m bench.cpu --quick                  shorter, and without the slowest rows: about a minute
-  python3 -m bench.cpu --only match lock-1      the rows whose names begin so
-  python3 -m bench.cpu --list                   the names
+  python3 -m bench.cpu                          all rows: about three minutes, 5 GB of memory
+  python3 -m bench.cpu --quick                  fewer repetitions, without the slowest rows: about a minute
+  python3 -m bench.cpu --only match lock-1      the rows whose names begin with one of these
+  python3 -m bench.cpu --list                   the names of the rows
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _chosen(names: list[str] | None) -> list[Row]:
 
 
 def _peer() -> bool:
-    """Whether SGLang's default tree runs here; says why not."""
+    """Return whether SGLang's default tree runs here; print the reason if it does not."""
     try:
         sglang_trees.RustTree(1)
     except sglang_trees.PeerMissing as reason:

@@ -1,4 +1,4 @@
-"""Rows that need a process of their own: memory, and how long the first use takes."""
+"""Rows that need a fresh process: memory use, and the time of the first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(arguments: list[str], **environment: str) -> float:
-    """What the last line of `bench.cpu.process ARGUMENTS` says, in a fresh process."""
+    """Run `bench.cpu.process ARGUMENTS` in a fresh process; return the number that it prints last."""
     command = [sys.executable, "-m", "bench.cpu.process", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False

@@ -17,7 +17,7 @@ LEAF = 64
 
 
 def _insert_edge(setup: Setup) -> Measured:
-    """Into trees that are full, where each edge takes the place of the oldest one."""
+    """Measure inserts into a full tree. After each insert, an untimed eviction frees the oldest edge."""
     both = Both(setup, (HELD + 1) * EDGE, 1)
     keys = [random_key(EDGE, seed) for seed in range(2 * HELD)]
     slots = slot_range(EDGE)
@@ -35,7 +35,7 @@ def _insert_edge(setup: Setup) -> Measured:
 
 
 def _insert_growing(setup: Setup) -> Measured:
-    """Into trees that fill up, where every edge takes memory that the process has not used before."""
+    """Measure inserts into a tree that fills up: each edge takes memory that the process has not used before."""
     keys = [random_key(EDGE, seed) for seed in range(2 * HELD)]
     slots = slot_range(EDGE)
     both = Both(setup, len(keys) * EDGE, 1)
@@ -54,7 +54,7 @@ def _insert_growing(setup: Setup) -> Measured:
 
 
 def _insert_chunk(setup: Setup) -> Measured:
-    """One chunk of a chunked prefill: ours goes on from the place the request holds, SGLang's is told its length."""
+    """Measure one chunk of a chunked prefill. Ours continues from the request's place; SGLang gets its length."""
     both = Both(setup, 2 * EDGE, 1)
     key, slots = random_key(EDGE + CHUNK), slot_range(EDGE + CHUNK)
     both.insert_edges(key[:EDGE], [CHUNK] * (EDGE // CHUNK - 2) + [2 * CHUNK])
@@ -94,7 +94,7 @@ def _lock(nodes: int, setup: Setup) -> Measured:
 
 
 def _evict_one(nodes: int, their_calls: int, setup: Setup) -> Measured:
-    """Means of runs in a row, the two sides' runs alternating."""
+    """Measure the mean time of consecutive evictions. Runs of the two trees alternate."""
     both = Both(setup, nodes * LEAF, LEAF)
     both.fill_leaves(nodes, LEAF)
     ours: list[float] = []

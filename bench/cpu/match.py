@@ -1,4 +1,4 @@
-"""Rows: matching, one key at a time and a whole queue at once."""
+"""Rows: matches of one key, and matches of a whole queue of keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUERIES, QUERY_TOKENS, TREE_REQUESTS, TRACE_PAGE = 1024, 4096, 2000, 64
 
 
 def _match_sides(both: Both, key: array[int], expected: int) -> tuple[Side, Side | None]:
-    """One match of `key` on both trees; SGLang gets its parameter objects ready-made."""
+    """Return one match of `key` on each tree. SGLang's parameter object is built before the timed call."""
     assert both.ours.match(key).length == expected
     ours = Side(partial(both.ours.match, key))
     if both.theirs is None:
@@ -39,7 +39,7 @@ def _miss(setup: Setup) -> Measured:
 
 
 def _queue(as_ragged: bool, setup: Setup) -> Measured:
-    """A queue of full hits: as long as the matches can be, which is where batching saves least."""
+    """Measure a queue of full hits. Such matches are the longest possible, so batching saves the least."""
     assert setup.trace is not None
     prompts = read_prompts(setup.trace, TREE_REQUESTS)
     both = Both(setup, sum(map(len, prompts)), TRACE_PAGE)

@@ -1,4 +1,4 @@
-"""The measurements that need a process of their own; `bench.cpu` starts it. Prints one number."""
+"""The measurements that need a fresh process, which `bench.cpu` starts. Prints one number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEAF, LEAVES = 64, 1_000_000
 
 
 def _resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -35,7 +35,7 @@ def _tree(side: str, capacity: int) -> Any:
 
 
 def _growth(side: str, keys: int, tokens: int) -> float:
-    """Resident bytes a key of that many tokens, over `keys` of them, the tree itself included."""
+    """Insert `keys` keys of `tokens` tokens; return the resident bytes for each key, the tree itself included."""
     key = array("q", np.random.default_rng(0).integers(0, 128_000, tokens).tobytes())
     slots = torch.arange(tokens)
     warm = _tree(side, tokens)
@@ -50,7 +50,7 @@ def _growth(side: str, keys: int, tokens: int) -> float:
 
 
 def _compile() -> float:
-    """Seconds until every operation has run once, compiled from nothing."""
+    """Return the seconds of import and warm-up. With an empty numba cache, the warm-up compiles every kernel."""
     start = time.perf_counter()
     import flatradix
 
@@ -59,7 +59,7 @@ def _compile() -> float:
 
 
 def _first_match() -> float:
-    """Seconds from the import of flatradix, torch being there, to the first result."""
+    """Return the seconds from the import of flatradix to the first result; torch is imported before."""
     start = time.perf_counter()
     from flatradix import RadixTree
 

@@ -1,8 +1,14 @@
-"""Rows: the replay of a trace, the time spent inside the tree on each side.
+"""Rows: the replay of a trace, and the time that each tree takes for it.
 
-The protocol, request by request: release what has been held for more than HOLD requests; match and lock the prompt;
-read the slots of the match; evict what it would be short of; insert the prompt, where the match ends; lock what was
-inserted, unlock the match. SGLang is told how much of the key is its own (`prev_prefix_len`), as its scheduler does.
+For each request:
+
+1. unlock the path of the request that came HOLD + 1 requests before;
+2. match the prompt, lock the match, and read its slots;
+3. if the rest of the prompt does not fit, evict the number of tokens that are missing;
+4. if the rest fits, insert it where the match ends, and lock the inserted path;
+5. unlock the match.
+
+SGLang's insert gets the whole key and the length of the match (`prev_prefix_len`), as from SGLang's scheduler.
 """
 
 from __future__ import annotations
@@ -24,12 +30,12 @@ from flatradix import RadixTree
 REQUESTS, QUICK_REQUESTS = 3000, 500
 PAGE = 64
 HOLD = 32
-# The kernels' machine code is read from disk when each is called first.
+# The first call of a kernel reads its machine code from disk. The warm-up keeps these calls out of the time.
 WARM_UP, WARM_UP_CAPACITY = 100, 200_000
 
 
 def _shortage(cached: int, capacity: int, prompt: int, matched: int) -> int:
-    """How many tokens must go before the prompt's whole pages fit."""
+    """Return how many tokens to evict before the prompt's whole pages fit; 0 or less if they fit."""
     return cached + prompt // PAGE * PAGE - matched - capacity
 
 
@@ -102,9 +108,9 @@ class Theirs:
 
 
 def _replay(capacity: int, setup: Setup) -> Measured:
-    """Each request goes to both sides, to each first by turns.
+    """Replay the trace on both trees; which tree serves a request first alternates.
 
-    Its tokens are read once before either is timed: a scheduler has just received them, so they are in the cache.
+    The tokens are read before each timed call: a scheduler has just received them, so they are in the CPU's cache.
     """
     assert setup.trace is not None
     prompts = read_prompts(setup.trace, QUICK_REQUESTS if setup.quick else REQUESTS)

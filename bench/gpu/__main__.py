@@ -1,14 +1,13 @@
-"""The tree on a GPU: the GPU's own time for each operation, the wall clock from Python, and where the CPU is faster.
+"""Measure the tree on a GPU: GPU time of each operation, wall-clock time from Python, and where the CPU is faster.
 
-The GPU's time leaves out the launches (they are queued behind a sleep) and goes over several input sets by turns, so
-that large inputs come from memory and not from L2. Floors are those of this GPU (how fast it copies), targets
-those of an H200.
+The GPU time excludes launches, which are enqueued behind a sleep. The calls cycle over several input sets, so that
+large inputs come from memory and not from L2. Floors follow from the copy speed of this GPU. Targets are for an H200.
 
-  python3 -m bench.gpu                          everything: less than four minutes, compiling included
+  python3 -m bench.gpu                          all rows: less than four minutes, compilation included
   python3 -m bench.gpu --quick                  fewer repetitions, none of the largest inputs: about 90 s
-  python3 -m bench.gpu --only match wall        the rows whose names begin so
-  python3 -m bench.gpu --list                   the names
-  TRITON_INTERPRET=1 python3 -m bench.gpu --tiny     to try the code where there is no GPU
+  python3 -m bench.gpu --only match wall        the rows whose names begin with one of these
+  python3 -m bench.gpu --list                   the names of the rows
+  TRITON_INTERPRET=1 python3 -m bench.gpu --tiny     tries the code without a GPU
 """
 
 from __future__ import annotations
@@ -109,14 +108,14 @@ def _cells(result: dict[str, Any]) -> list[str]:
 
 
 def _table(results: list[dict[str, Any]], clock: str) -> str:
-    """In markdown; empty without rows."""
+    """Return the results of one clock as a Markdown table, or an empty string if there are none."""
     lines = ["| " + " | ".join(_cells(result)) + " |" for result in results if result["clock"] == clock]
     head = f"| {TITLES[clock]}, us | floor | measured | target | met | note |\n|---|---|---|---|---|---|\n"
     return head + "\n".join(lines) + "\n" if lines else ""
 
 
 def _measured(row: Row, setup: Setup) -> dict[str, Any] | None:
-    """A row's result, or None with the reason printed: one that fails does not keep the others from being measured."""
+    """Measure a row and return its result. If it fails, print the traceback and return None: other rows still run."""
     start_afresh(setup)
     begun = time.perf_counter()
     try:
@@ -148,7 +147,7 @@ def _setup(options: argparse.Namespace) -> Setup:
         raise SystemExit(f"no GPU: {reason}; TRITON_INTERPRET=1 with --tiny tries the code without one")
     if devices.interpreted() and not options.tiny:
         raise SystemExit("interpreted kernels are slow: add --tiny")
-    # One thread for the CPU's tree, and nothing of torch that would compete with it.
+    # The CPU's tree runs in one thread; further torch threads would compete with it.
     torch.set_num_threads(1)
     device = torch.device("cpu" if devices.interpreted() else "cuda:0")
     speed = H200_SPEED if devices.interpreted() else copying_speed(device)

@@ -1,4 +1,4 @@
-"""From how many queries on the GPU is faster: the same look-ups on the tree of a GPU and of one CPU thread."""
+"""Find the batch size from which the GPU is faster: the same matches on a GPU's tree and on one CPU thread."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LINES = {"resident": ("#2563eb", "-"), "host": ("#60a5fa", (0, (4, 2))), "cpu":
 
 
 class Point(NamedTuple):
-    """Seconds from Python to lengths on the host; floor: of the memory traffic on the GPU."""
+    """Seconds from Python to lengths on the host, for one batch shape. floor: seconds of the GPU's memory traffic."""
 
     batch: int
     tokens: int
@@ -59,7 +59,7 @@ class Point(NamedTuple):
 
 
 def _look_up(tree: RadixTree, keys: torch.Tensor) -> Callable[[], torch.Tensor | int]:
-    """The cheapest call for so many keys: a single one is no batch."""
+    """Return the cheapest call that matches these keys. A single key is passed as a flat sequence, not as a batch."""
     if len(keys) == 1:
         key = keys[0]
         return lambda: tree.match(key).length
@@ -77,7 +77,7 @@ def _seconds(setup: Setup, tree: RadixTree, batches: list[torch.Tensor]) -> floa
 
 
 def _points(setup: Setup, length: int) -> Iterator[Point]:
-    """One length: the trees hold the keys of the largest batch, and smaller ones are parts of it by turns."""
+    """Yield the points of one key length. The trees cache the largest batch; smaller batches are parts of it."""
     wanted = [batch for batch in BATCHES if batch * length <= MOST_TOKENS]
     wanted = wanted[:2] if setup.tiny else wanted
     shape = setup.shape(wanted[-1], length, 1 if length == 128 else 8)
@@ -96,7 +96,7 @@ def _points(setup: Setup, length: int) -> Iterator[Point]:
 
 
 def measure(setup: Setup) -> list[Point]:
-    """Prints each point as soon as it is there."""
+    """Measure all points; print each one as soon as it is measured."""
     found = []
     lengths = (DRAWN,) if setup.tiny else QUICK_LENGTHS if setup.quick else LENGTHS
     for length in lengths:
@@ -109,7 +109,7 @@ def measure(setup: Setup) -> list[Point]:
 
 
 def table(points: list[Point]) -> str:
-    """In markdown."""
+    """Return the points as a Markdown table."""
     lines = [
         "| batch x tokens, edges | " + " | ".join(WAYS.values()) + " | fastest |",
         "|---|" + "---|" * (len(WAYS) + 1),
@@ -121,7 +121,7 @@ def table(points: list[Point]) -> str:
 
 
 def _first_faster(points: list[Point], way: str) -> int | None:
-    """The batch from which on that way stays faster than the CPU."""
+    """Return the smallest batch from which on this way is always faster than the CPU; None if there is none."""
     first = None
     for point in sorted(points, reverse=True):
         if getattr(point, way) >= point.cpu:
@@ -143,7 +143,7 @@ def _where(points: list[Point], way: str) -> str:
 
 
 def sentence(points: list[Point]) -> str:
-    """From where on the GPU is faster, of the batches that were measured."""
+    """Return a sentence that names the measured batches from which on the GPU is faster."""
     return (
         f"The GPU is faster than one CPU thread, with queries on the device, {_where(points, 'resident')}; "
         f"with queries in pinned host memory, {_where(points, 'host')}."
@@ -151,7 +151,7 @@ def sentence(points: list[Point]) -> str:
 
 
 def draw(points: list[Point], setup: Setup, device: str, path: Path) -> None:
-    """Time against batch size at DRAWN tokens."""
+    """Plot time against batch size, for keys of DRAWN tokens."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

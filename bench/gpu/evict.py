@@ -1,4 +1,4 @@
-"""Rows: eviction from a million leaves of one page of 64 tokens. It waits for the GPU in between."""
+"""Rows: eviction from a million leaves of one page of 64 tokens. An eviction waits for the GPU between launches."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from bench.support.gpu_harness import (
 from flatradix.kernels import gpu
 
 LEAVES, TOKENS, CHUNK = 1_000_000, 64, 100_000
-CANDIDATE = 16  # bytes of a node that selecting reads: its tick, its length and its lock count
+CANDIDATE = 16  # bytes of a node that the selection reads: tick, length and lock count
 
 
 class Leaves:
-    """A tree of leaves under the root, the oldest at `first`."""
+    """A tree of leaves under the root. first: the index of the oldest key."""
 
     def __init__(self, setup: Setup) -> None:
         self.count = 40 if setup.tiny else LEAVES
@@ -50,7 +50,7 @@ class Leaves:
         self.freed = found.slots
 
     def refill(self, leaves: int) -> None:
-        """Put back what was evicted, as the newest; checks that it was the oldest, in order."""
+        """Assert that the oldest leaves were evicted in order; insert them again as the newest."""
         rows = (torch.arange(leaves, device=self.keys.device) + self.first) % self.count
         assert torch.equal(self.freed, self.slots[rows].reshape(-1))
         self.tree.insert(ragged(self.keys[rows]), ragged(self.slots[rows]))
@@ -59,7 +59,7 @@ class Leaves:
 
 
 class Clock:
-    """Takes the GPU's time of each launcher that an eviction calls, in a `with` block."""
+    """Measures the GPU time of each launcher that an eviction calls, in a `with` block."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -91,7 +91,7 @@ class Clock:
 
 
 def _evict(hundredths: int, setup: Setup) -> Measured:
-    """hundredths: per cent of the leaves; 0 for one leaf."""
+    """Measure the eviction of `hundredths` per cent of the leaves, or of one leaf if that is 0."""
     leaves = Leaves(setup)
     some = max(1, leaves.count * hundredths // 100)
     clock = Clock(setup)

@@ -1,4 +1,4 @@
-"""Rows: the GPU's time for match, lock, write_slots and insert, without Python's; queries on the device."""
+"""Rows: GPU time of match, lock, write_slots and insert, without the time of Python. Queries are on the device."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from bench.support.gpu_harness import (
 from flatradix import RadixTree, Ragged
 
 TOKEN = 4  # bytes of a token, and of a slot in the pool
-NODE = 16  # of a node on a path that is locked: its parent is read, its count read and written
+NODE = 16  # bytes of a node that a lock counts: parent and length are read, the lock count is read and written
 LOCK_DEPTH, LOCK_EDGE = 64, 16
 
 
 class Locked:
-    """The places locked since the last `release`."""
+    """Locks places of a tree; `release` unlocks all of them."""
 
     def __init__(self, tree: RadixTree) -> None:
         self.tree = tree
@@ -83,7 +83,7 @@ def _write_slots(setup: Setup) -> Measured:
 
 
 def _lock(same: bool, setup: Setup, first: bool = False) -> Measured:
-    """first: the tree knows nothing of what is above its rows, as after it was loaded."""
+    """Measure locks of paths, all equal with `same`. first: no row has hints of its ancestors, as in a loaded tree."""
     shape = setup.shape(1024, LOCK_DEPTH * max(LOCK_EDGE, setup.page), LOCK_DEPTH)
     keys = random_keys(setup.device, FEWEST_SETS * (1 if same else shape.batch), shape.tokens)
     tree = setup.tree(keys.numel())
@@ -113,7 +113,7 @@ def _lock(same: bool, setup: Setup, first: bool = False) -> Measured:
 
 
 class Inserts:
-    """Batches of which the tree knows the first half of each key; `group` keys after one another are the same."""
+    """Batches whose keys are cached up to their first half. Each key comes `group` times in a row."""
 
     def __init__(self, setup: Setup, group: int) -> None:
         shape = setup.shape(1024, 4096, 2)
@@ -122,13 +122,13 @@ class Inserts:
         different = shape.batch // self.group
         self.known = random_keys(setup.device, different, self.half)
         self.new = different * self.half
-        # Room for twice as much: no insert shall compact.
+        # Twice the capacity that the batches need, so that no insert compacts.
         self.tree = setup.tree(2 * (FEWEST_SETS + 1) * self.new)
         self.batches = [self._batch(setup, seed, different) for seed in range(2, 2 + FEWEST_SETS)]
-        # The first of a group finds half of its key, the others find what the first stored.
+        # The first key of a group matches up to its half. The others match all that the first one stored.
         self.expected = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=setup.device)
         self.expected[:: self.group] = self.half
-        # Every token is read; the known ones are compared, the new ones and their slots stored, all of them once.
+        # All tokens are read, and the cached halves once. New tokens are written; new slots are read and written.
         self.moved = TOKEN * (shape.batch * shape.tokens + self.known.numel() + 3 * self.new)
 
     def _batch(self, setup: Setup, seed: int, different: int) -> tuple[Ragged, Ragged]:

@@ -1,4 +1,4 @@
-"""Rows: the wall clock of Python, for the calls of a scheduler."""
+"""Rows: wall-clock time, from Python, of the calls of a scheduler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INSERTS = 256
 
 
 def _single_keys(setup: Setup, shape: Shape) -> tuple[RadixTree, list[np.ndarray]]:
-    """A tree and keys that it knows, int64 in host memory."""
+    """Return a tree, and keys that it caches, as int64 arrays in host memory."""
     keys = random_keys(setup.device, 2 if setup.tiny else KEYS, shape.tokens)
     tree = setup.tree(2 * keys.numel())
     insert_edges(tree, keys, shape.edges)
@@ -52,7 +52,7 @@ def _pinned(setup: Setup, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _match_pinned(setup: Setup) -> Measured:
-    """The floor is the transfer alone."""
+    """Measure matches of queries in pinned memory. The floor is the transfer alone."""
     shape = setup.shape(1024, 4096, 8)
     tree, _, resident = cached_sets(setup, shape)
     queries = [Ragged(_pinned(setup, q.values), _pinned(setup, q.offsets)) for q in resident]
@@ -88,7 +88,7 @@ def _lock_one(done: bool, setup: Setup) -> Measured:
 
 
 def _insert_one(setup: Setup) -> Measured:
-    """Tokens in host memory, slots on the device, behind a path that is locked."""
+    """Measure inserts after a locked path, with tokens in host memory and slots on the device."""
     context, tail = setup.shape(1, 4096, 8), setup.shape(1, 512, 1).tokens
     count = 3 if setup.tiny else INSERTS
     tree = setup.tree(2 * (context.tokens + count * tail))

@@ -1,12 +1,12 @@
-"""The SGLang backend against SGLang's default cache (`UnifiedRadixCache` with its Rust core), on one CPU core.
+"""Compare the SGLang backend with SGLang's default cache (`UnifiedRadixCache` with its Rust core) on one CPU core.
 
-Both are driven through what SGLang's scheduler calls, alternately in one process, with pages of 64 and chunks of 4096
-tokens, and the medians are compared. Prints a Markdown table. Where SGLang is missing it says so and stops; see
+One process makes the calls of SGLang's scheduler on both caches alternately, and compares the medians. Pages have 64
+tokens, chunks 4096. Prints a Markdown table. Without SGLang, prints the reason and stops; see
 bench/support/sglang_modules.py.
 
-  python3 -m bench.scheduler                       everything: two minutes
-  python3 -m bench.scheduler --quick               less exact: half a minute
-  python3 -m bench.scheduler --only match life-1k  the rows whose names begin so
+  python3 -m bench.scheduler                       all rows: two minutes
+  python3 -m bench.scheduler --quick               fewer repetitions: half a minute
+  python3 -m bench.scheduler --only match life-1k  the rows whose names begin with one of these
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rows: what the SGLang backend costs a scheduler, call by call, against SGLang's default cache.
+"""Rows: the time that each call of a scheduler takes in the SGLang backend and in SGLang's default cache.
 
-Both sides are driven as the scheduler drives them: `match_prefix` with a capped key, `lock`, `checkpoint`, `unlock`,
-`evict`. Requests, keys and the table of slots are SGLang's; the allocator of both takes back slots and does nothing.
+The calls are those of the scheduler: `match_prefix` with a capped key, `lock`, `checkpoint`, `unlock`, `evict`.
+Requests, keys and the slot table are SGLang's. Both caches free slots into an allocator that does nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Allocator(Recorder):
 
 
 class Desk:
-    """A cache and one request's row in SGLang's table."""
+    """A cache, and the row of one request in SGLang's slot table."""
 
     def __init__(self, make_cache: Any, tokens: int, page_size: int = PAGE) -> None:
         self.sglang = sglang_modules.load()
@@ -56,7 +56,7 @@ class Desk:
         return req
 
     def key(self, key: array[int], limit: int | None = None) -> Any:
-        """As the scheduler makes it for each match: all tokens, and how many of them count."""
+        """Return match parameters as the scheduler makes them: all tokens, and a limit of how many count."""
         params = self.sglang.base.MatchPrefixParams(key=self.sglang.radix.RadixKey(key, limit=limit))
         return params
 
@@ -97,7 +97,7 @@ def default(params: Any) -> Any:
 
 
 def _life(desk: Desk, tokens: int) -> Side:
-    """All of a request that finds nothing: match, lock, a checkpoint a chunk, unlock."""
+    """Return a whole request that finds nothing cached: match, lock, one checkpoint for each chunk, unlock."""
     req = desk.request(random_key(tokens))
 
     def call() -> None:
@@ -109,7 +109,7 @@ def _life(desk: Desk, tokens: int) -> Side:
 
 
 def _cached(desk: Desk, tokens: int) -> Any:
-    """A request whose prompt is cached in chunks."""
+    """Cache a prompt in chunks; return its request."""
     req = desk.request(random_key(tokens + PAGE))
     desk.admit(req)
     desk.chunks(req, 0, tokens)
@@ -118,7 +118,7 @@ def _cached(desk: Desk, tokens: int) -> Any:
 
 
 def _match(desk: Desk, tokens: int) -> Side:
-    """A look-up of a waiting request, full hit."""
+    """Return the match of a waiting request, a full hit."""
     req = _cached(desk, tokens)
     params = desk.key(req.full_untruncated_fill_ids, tokens)
     assert desk.cache.match_prefix(params).device_prefix_len == tokens
@@ -132,7 +132,7 @@ def _lock(desk: Desk, tokens: int) -> Side:
 
 
 def _admission(desk: Desk, tokens: int) -> Side:
-    """What the prefill adder does to a request that hits: match, lock, size, lock, unlock; and another unlock."""
+    """Return the prefill adder's calls for a hit (match, lock, size, lock, unlock), and an unlock that undoes them."""
     req = _cached(desk, tokens)
     params = desk.key(req.full_untruncated_fill_ids, tokens)
     cache = desk.cache
@@ -149,7 +149,7 @@ def _admission(desk: Desk, tokens: int) -> Side:
 
 
 def _checkpoint(desk: Desk, tokens: int) -> Side:
-    """One chunk behind so much context that the request holds."""
+    """Return the checkpoint of one chunk after `tokens` tokens that the request has locked."""
     req = desk.request(random_key(tokens + CHUNK))
     desk.admit(req)
     desk.chunks(req, 0, tokens)
@@ -182,7 +182,7 @@ def _full(make_cache: Any, nodes: int) -> Desk:
 
 
 def _evict(tokens: int, calls: int, setup: Setup) -> Measured:
-    """Means of calls in a row, the sides' runs alternating, in trees of 100k nodes at the start."""
+    """Measure the mean of consecutive evictions; runs of the two caches alternate. The trees start with 100k nodes."""
     makers = [flat, *([default] if setup.peer else [])]
     desks = [_full(maker, 100_000) for maker in makers]
     samples: list[list[float]] = [[] for _ in desks]

@@ -1,4 +1,4 @@
-"""What the GPU benchmark's rows are made of: keys and trees on the device, the GPU's clock and the wall clock."""
+"""The parts of the GPU benchmark's rows: keys and trees on the device, GPU time and wall-clock time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from flatradix import RadixTree, Ragged
 from flatradix.replay.traces import VOCABULARY
 
-H200_SPEED = 4.3e12  # bytes a second, read and written, of a copy
+H200_SPEED = 4.3e12  # bytes a second that a copy reads and writes
 COPIED = 1 << 30
-SHORTEST = 4.5e-6  # seconds that any kernel takes, on an H200 as on an H100
+SHORTEST = 4.5e-6  # seconds of the shortest kernel, on an H200 and on an H100
 L2_BYTES = 60e6
 SETS = 8
 FEWEST_SETS = 4
@@ -31,7 +31,7 @@ Call = Callable[[], Any]
 
 
 class Shape(NamedTuple):
-    """So many keys of so many tokens, each a path of so many edges of equal length."""
+    """The shape of a batch: `batch` keys of `tokens` tokens, each a path of `edges` edges of equal length."""
 
     batch: int
     tokens: int
@@ -39,15 +39,15 @@ class Shape(NamedTuple):
 
 
 def arrays_of(tree: RadixTree) -> Any:
-    """The arrays of a tree on a GPU, as its kernels take them."""
+    """Return the arrays of a tree on a GPU, as its kernels take them."""
     return tree._index._arrays
 
 
 class Setup(NamedTuple):
-    """What the rows of a run share.
+    """The settings that all rows of a run share.
 
-    device: where the GPU tree's tensors are; the CPU where kernels are interpreted.
-    speed: of its memory, bytes a second.
+    device: the device of the GPU tree's tensors, or the CPU if kernels are interpreted.
+    speed: of that device's memory, in bytes a second.
     """
 
     quick: bool
@@ -57,7 +57,7 @@ class Setup(NamedTuple):
     speed: float
 
     def shape(self, batch: int, tokens: int, edges: int) -> Shape:
-        """What is asked for, or a tiny stand-in."""
+        """Return this shape, or with `tiny` a small one instead."""
         if not self.tiny:
             return Shape(batch, tokens, edges)
         edges = min(edges, 4)
@@ -76,7 +76,7 @@ class Setup(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Seconds. floor: of memory traffic at full speed, or of whatever else bounds the row; None where nothing does."""
+    """A measured time in seconds. floor: the time of memory traffic at full speed, or another lower bound, or None."""
 
     taken: float
     floor: float | None
@@ -84,8 +84,9 @@ class Measured(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of a table. target: the most microseconds, or with `relative` the most of taken / floor; None for none.
+    """One line of a table.
 
+    target: the highest accepted time in microseconds, with `relative` the highest accepted taken / floor, or None.
     clock: "gpu" (kernels alone, queries on the device) or "wall" (from Python).
     """
 
@@ -99,17 +100,17 @@ class Row(NamedTuple):
 
 
 def number(value: float) -> str:
-    """For a table: three digits, or all before the point."""
+    """Format a value for a table: three digits, or all digits before the decimal point."""
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def floor_of(setup: Setup, read_and_written: float) -> float:
-    """Seconds for so many bytes."""
+    """Return the seconds that this many bytes take, at least those of the shortest kernel."""
     return max(SHORTEST, read_and_written / setup.speed)
 
 
 def copying_speed(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes on a GPU."""
+    """Measure the bytes a second that a large copy on a GPU reads and writes."""
     source = torch.ones(COPIED, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     samples = []
@@ -127,7 +128,7 @@ def copying_speed(device: torch.device) -> float:
 
 
 def random_keys(device: torch.device, count: int, tokens: int, seed: int = 1, first: int = 0) -> torch.Tensor:
-    """int32 [count, tokens]: random keys whose first two tokens number them from `first` on."""
+    """Return random keys, int32 [count, tokens]. The first two tokens of each encode its number, from `first` on."""
     generator = torch.Generator(device).manual_seed(seed)
     keys = torch.randint(VOCABULARY, (count, tokens), dtype=torch.int32, device=device, generator=generator)
     numbers = torch.arange(first, first + count, device=device)
@@ -137,19 +138,19 @@ def random_keys(device: torch.device, count: int, tokens: int, seed: int = 1, fi
 
 
 def ragged(keys: torch.Tensor) -> Ragged:
-    """The rows of a matrix as a batch."""
+    """Return the rows of a matrix as a batch."""
     count, tokens = keys.shape
     return Ragged(keys.reshape(-1), torch.arange(count + 1, device=keys.device) * tokens)
 
 
 def slots_for(keys: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """int32, of the same shape: first, first + 1, ..."""
+    """Return int32 slots in the shape of `keys`: first, first + 1, ..."""
     slots = torch.arange(first, first + keys.numel(), dtype=torch.int32, device=keys.device)
     return slots.view(keys.shape)
 
 
 def insert_edges(tree: RadixTree, keys: torch.Tensor, edges: int) -> None:
-    """Cache the rows of a matrix, which share nothing, as paths of edges of equal length; checks that they are."""
+    """Cache the rows of a matrix, which share no prefix, as paths of equal edges; assert the number of nodes."""
     slots = slots_for(keys)
     step = keys.shape[1] // edges
     ends = None
@@ -160,10 +161,10 @@ def insert_edges(tree: RadixTree, keys: torch.Tensor, edges: int) -> None:
 
 
 def input_sets(setup: Setup, shape: Shape) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """All keys to cache, and the batches to ask for by turns.
+    """Return all keys to cache, and the batches that a benchmark cycles over.
 
-    At most SETS batches of keys of their own, until they and the tokens cached for them are twice L2; where one batch
-    is as large as that, also its keys in other orders, which is memory of its own.
+    At most SETS batches have different keys: as many as make queries and cached tokens twice as large as L2. If these
+    are fewer than FEWEST_SETS, the function adds the same keys in other orders, in separate memory.
     """
     count = shape.batch * shape.tokens
     own = 2 if setup.tiny else min(SETS, -(-int(2 * L2_BYTES) // (8 * count)))
@@ -175,7 +176,7 @@ def input_sets(setup: Setup, shape: Shape) -> tuple[torch.Tensor, list[torch.Ten
 
 
 def cached_sets(setup: Setup, shape: Shape) -> tuple[RadixTree, torch.Tensor, list[Ragged]]:
-    """A tree, all that it caches, and batches that it knows, checked."""
+    """Return a tree, the keys that it caches, and batches of these keys. Asserts that each batch is a full hit."""
     keys, batches = input_sets(setup, shape)
     tree = setup.tree(keys.numel())
     insert_edges(tree, keys, shape.edges)
@@ -186,28 +187,28 @@ def cached_sets(setup: Setup, shape: Shape) -> tuple[RadixTree, torch.Tensor, li
 
 
 def assert_lengths(lengths: torch.Tensor, expected: int) -> None:
-    """A benchmark of wrong results is worth nothing."""
+    """Assert that every length is as expected: the time of a wrong result means nothing."""
     assert lengths.unique().tolist() == [expected], f"lengths {lengths.unique().tolist()} instead of {expected}"
 
 
 def start_afresh(setup: Setup) -> None:
-    """Give the memory of earlier rows back."""
+    """Free the memory of earlier rows, and torch's cache of GPU memory."""
     gc.collect()
     if setup.on_gpu:
         torch.cuda.empty_cache()
 
 
-# The GPU's clock
+# GPU time
 
 
 class Unhidden(RuntimeError):
-    """The GPU waited for Python while its time was taken."""
+    """Raised if the GPU waited for Python during the measured time."""
 
 
 def timed(setup: Setup, run: Call, sleep: float) -> float:
-    """Seconds that the GPU takes for what `run` enqueues while a sleep of `sleep` seconds keeps the GPU busy.
+    """Return the GPU seconds of the work that `run` enqueues while a sleep of `sleep` seconds keeps the GPU busy.
 
-    Raises Unhidden where the sleep was over too soon: launches would be in the time.
+    Raises Unhidden if the sleep ended before `run` returned: the time would include launches.
     """
     if not setup.on_gpu:
         start = time.perf_counter()
@@ -232,9 +233,9 @@ def _run_next(calls: Iterator[Call], count: int) -> None:
 
 
 def gpu_seconds(setup: Setup, calls: Sequence[Call], restore: Call | None = None, once: bool = False) -> float:
-    """Median over rounds of the GPU's seconds a call, the calls made by turns.
+    """Return the median over rounds of the GPU seconds of one call. Rounds cycle over `calls`.
 
-    restore: after each round, outside the time. once: each call must be made once only between two restores.
+    restore: called after each round, outside the measured time. once: make each call only once between two restores.
     """
     turns = itertools.cycle(calls)
     count = len(calls)
@@ -263,7 +264,7 @@ def gpu_seconds(setup: Setup, calls: Sequence[Call], restore: Call | None = None
 def measure(
     setup: Setup, tree: RadixTree, calls: Sequence[Call], moved: float, restore: Call | None = None
 ) -> Measured:
-    """Of calls with different inputs; a note says what the first alone takes, if that is much less or more.
+    """Measure calls with different inputs. A note gives the time of the first one alone, if it differs by over 10 %.
 
     moved: bytes that a call has to read and write. Raises if the tree refused a call.
     """
@@ -274,15 +275,16 @@ def measure(
     return Measured(taken, floor_of(setup, moved), note)
 
 
-# The wall clock
+# Wall-clock time
 
 
 def wall_seconds(
     setup: Setup, calls: Sequence[Call], restore: Call | None = None, once: bool = False, budget: float = 0.4
 ) -> float:
-    """Median of the seconds of single calls, made by turns. restore: after each call, outside the time.
+    """Return the median wall-clock seconds of single calls, cycling over `calls`.
 
-    once: each call is made once at most. budget: seconds to spend (half of it with --quick).
+    restore: called after each call, outside the measured time. once: make each call at most once.
+    budget: seconds to spend (half of it with --quick).
     """
     samples: list[float] = []
     most = 2 if setup.tiny else len(calls) if once else 2000

@@ -1,4 +1,4 @@
-"""What the CPU benchmark's rows are made of, and how two sides are timed against each other."""
+"""The parts of the CPU benchmark's rows, and the timing of two trees against each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flatradix import RadixTree
 
 
 class Setup(NamedTuple):
-    """What the rows of a run share. trace: None where there is none. peer: whether SGLang can be driven."""
+    """The settings that all rows of a run share. trace: None if there is none. peer: whether SGLang runs here."""
 
     quick: bool
     trace: Path | None
@@ -36,7 +36,7 @@ class Setup(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Seconds (or the row's own unit) of both sides; theirs is None where the peer is missing."""
+    """The results of both sides, in seconds, or in bytes if the row counts bytes. theirs: None without SGLang."""
 
     ours: float
     theirs: float | None
@@ -44,9 +44,10 @@ class Measured(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table. unit: "us", "ms", "s" (measured in seconds) or "bytes".
+    """One line of the table.
 
-    target: the most that ours / theirs may be, or, with `absolute`, that ours may be, in `unit`.
+    unit: "us", "ms", "s" (all three measured in seconds) or "bytes".
+    target: the highest accepted ours / theirs, or, with `absolute`, the highest accepted value of ours, in `unit`.
     """
 
     name: str
@@ -60,14 +61,14 @@ class Row(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One contestant. `restore` brings back the state that `call` expects, outside the time that is taken."""
+    """The call of one side. restore: brings back the state that `call` expects, outside the measured time."""
 
     call: Callable[[], Any]
     restore: Callable[[], Any] | None = None
 
 
 def _seconds(side: Side, loops: int) -> float:
-    """Mean seconds a call."""
+    """Return the mean seconds of one call."""
     if side.restore is None:
         start = time.perf_counter()
         for _ in range(loops):
@@ -83,14 +84,14 @@ def _seconds(side: Side, loops: int) -> float:
 
 
 def _loops(side: Side) -> int:
-    """How many calls make about a millisecond. Also warms up."""
+    """Warm up; return how many calls take about a millisecond, from 1 to 1000."""
     for _ in range(3):
         once = _seconds(side, 1)
     return max(1, min(1000, round(1e-3 / max(once, 1e-7))))
 
 
 def compare(setup: Setup, ours: Side, theirs: Side | None) -> Measured:
-    """Median of alternating measurements, ours, theirs, ours, theirs, each of about a millisecond or one call."""
+    """Measure both sides alternately, each time for about a millisecond or one call; return the medians."""
     sides = [side for side in (ours, theirs) if side is not None]
     loops = [_loops(side) for side in sides]
     samples: list[list[float]] = [[] for _ in sides]
@@ -109,12 +110,12 @@ def compare(setup: Setup, ours: Side, theirs: Side | None) -> Measured:
 
 
 def start_afresh() -> None:
-    """Give the memory that earlier rows freed back to the system: whether new memory is at hand decides inserts."""
+    """Return the memory that earlier rows freed to the system, as memory left in the process makes inserts faster."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def slot_range(count: int, first: int = 0) -> torch.Tensor:
-    """int64 [count]: first, first + 1, ..."""
+    """Return int64 [count]: first, first + 1, ..."""
     return torch.arange(first, first + count, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What the benchmarks on a CPU print: the machine, and a row against its target."""
+"""The output of the CPU benchmarks: the machine, and each row against its target."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALE = {"us": 1e6, "ms": 1e3, "s": 1.0, "bytes": 1.0}
 
 
 def pin(core: int | None) -> int | None:
-    """Stay on one core. None where the system cannot do that."""
+    """Pin the process to one core and torch to one thread. Return the core, or None if the system cannot pin."""
     torch.set_num_threads(1)
     if not hasattr(os, "sched_setaffinity"):
         return None

@@ -1,8 +1,8 @@
 """SGLang's scheduler without its server and without a GPU: the real requests, pools, allocators, policies and caches.
 
-For that SGLang is imported as it is, with the packages of requirements/peers.txt; only what draws and shows pictures
-has stand-ins. `bench/support/sglang_trees.py` imports less and has stand-ins for more. In one process the first of the
-two decides, so load this one first.
+`load` imports the real SGLang, with the packages of requirements/peers.txt. Only packages for images and notebooks are
+replaced by stand-ins. `bench/support/sglang_trees.py` imports less and uses more stand-ins. The first of the two that a
+process loads decides, so load this one first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Pictures(_StandIns):
 
 @functools.cache
 def load() -> Any:
-    """SGLang's modules under short names, a default configuration published. Raises PeerMissing with the reason."""
+    """Import SGLang, install a default configuration, and return its modules under short names. Raises PeerMissing."""
     if "sglang" in sys.modules and "sglang.srt.mem_cache.memory_pool" not in sys.modules:
         raise PeerMissing("SGLang was imported with stand-ins before: import bench.support.sglang_modules first")
     folder = find()
@@ -57,12 +57,12 @@ def load() -> Any:
         package = types.ModuleType("sglang")
         package.__path__ = [str(folder)]
         sys.modules["sglang"] = package
-        sys.path.append(str(folder.parent))  # for `kernels`, which SGLang wants too
+        sys.path.append(str(folder.parent))  # for the package `kernels`, which SGLang imports too
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # It must look before the stand-in for torchvision is there, and remembers what it saw.
+            # transformers remembers whether torchvision is installed: it must look before the stand-in exists.
             importlib.import_module("transformers.utils").is_torchvision_available()
             with _Pictures():
                 modules = {name: importlib.import_module(path) for name, path in _MODULES.items()}

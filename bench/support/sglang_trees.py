@@ -1,10 +1,10 @@
-"""SGLang's prefix caches, driven without its server: the Python `RadixCache`, and the default tree with its Rust core.
+"""SGLang's prefix caches without its server: the Python `RadixCache`, and the default tree with its Rust core.
 
-SGLang is taken from where it is installed, else from the folder `.peers` at the repository root, else from the folder
-that the environment variable FLATRADIX_PEERS names (`pip install --no-deps --target FOLDER sglang==0.5.23`). The caches
-themselves need two small packages, `requirements/peers.txt`; everything else that their modules import (KV pools,
-layers, the server's web stack, Triton) is replaced by stand-ins while they are imported, because none of it is run: a
-stand-in whose truth value is asked for raises.
+`find` looks for SGLang among the installed packages, then in the folder `.peers` at the repository root, then in the
+folder that the environment variable FLATRADIX_PEERS names. To fill such a folder:
+`pip install --no-deps --target FOLDER sglang==0.5.23`. The caches need the first two packages of
+`requirements/peers.txt`. Their modules import much more (KV pools, layers, the server's web stack, Triton), which the
+caches never run. Stand-ins replace it during the import; a stand-in raises when its truth value is used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _UNUSED = (
     "sglang.srt.observability.metrics_collector",
     "sglang.srt.server_args",
 )
-# Packages that SGLang's modules import and the trees never use; the real ones go first where they are installed.
+# Packages that SGLang's modules import and the trees never use. An installed package gets no stand-in.
 _OPTIONAL = (
     "PIL",
     "orjson",
@@ -60,11 +60,11 @@ _OPTIONAL = (
 
 
 class PeerMissing(RuntimeError):
-    """SGLang cannot be driven here; the message says why and what to install."""
+    """Raised if SGLang cannot run here. The message says why, and what to install."""
 
 
 class Classes(NamedTuple):
-    """What SGLang offers, under its own names. `radix_module` is the module of the Python tree, for its clock."""
+    """SGLang's classes under their own names. radix_module: the module of the Python tree, to replace its clock."""
 
     CacheInitParams: Any
     ComponentType: Any
@@ -78,7 +78,7 @@ class Classes(NamedTuple):
 
 
 class _StandInType(type):
-    """The class of everything that a stand-in module holds: good for naming, subclassing and decorating only."""
+    """The class of every attribute of a stand-in module: usable only as a name, a base class or a decorator."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **_: Any) -> _StandInType:
         return super().__new__(cls, name, bases, body)
@@ -114,7 +114,7 @@ class _StandInModule(types.ModuleType):
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Offers a stand-in for each module of the two lists above, while it is on `sys.meta_path`."""
+    """An import hook, active in a `with` block, that makes a stand-in for each module of the two lists above."""
 
     def __init__(self) -> None:
         missing = [name for name in _OPTIONAL if importlib.util.find_spec(name) is None]
@@ -145,7 +145,7 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def find() -> Path:
-    """The folder of the package `sglang`. Raises PeerMissing."""
+    """Return the folder of the package `sglang`. Raises PeerMissing."""
     places = []
     spec = importlib.util.find_spec("sglang")
     if spec is not None:
@@ -180,10 +180,10 @@ def _import_caches() -> Classes:
 
 @functools.cache
 def load() -> Classes:
-    """Import SGLang's caches. Raises PeerMissing with the reason where that cannot be done.
+    """Import SGLang's caches and return their classes. Raises PeerMissing with the reason if that fails.
 
-    A process that has imported the real `sglang` before keeps it; otherwise this leaves a bare `sglang` behind, without
-    its front end, in which the modules that had stand-ins are imported anew when something asks for them.
+    If the process has imported `sglang` before, that package stays. Otherwise a bare package `sglang` without its front
+    end stays behind. A later import of a module that had a stand-in then loads the real module.
     """
     if "sglang" in sys.modules:
         return _import_caches()
@@ -194,7 +194,7 @@ def load() -> Classes:
     try:
         with _StandIns():
             classes = _import_caches()
-            # Where the core does not load, RustTree says so when asked for it.
+            # If the core does not load, RustTree raises PeerMissing later.
             with contextlib.suppress(ImportError, RuntimeError, OSError):
                 importlib.import_module("sglang.srt.mem_cache.rust_tree_core.adapter")
             return classes
@@ -205,9 +205,9 @@ def load() -> Classes:
 
 
 class Recorder:
-    """The allocator of a tree that has no KV pool: it remembers which slots were given back, in order.
+    """The allocator of a tree without a KV pool: records the freed slots in order.
 
-    keep: a benchmark sets it to False, so that what the tree gives up is freed at once, as with a real allocator.
+    keep: a benchmark sets it to False, so that the memory of freed slots is released at once, as with a real allocator.
     """
 
     device = torch.device("cpu")
@@ -228,13 +228,13 @@ class Recorder:
         return 0
 
     def take(self) -> torch.Tensor:
-        """All slots given back since the last call, int64 [K]."""
+        """Return all slots that were freed since the last call, int64 [K]."""
         freed, self.freed = self.freed, []
         return torch.cat(freed) if freed else torch.empty(0, dtype=torch.int64)
 
 
 class _Tree:
-    """One method set over both trees. `cache` is SGLang's object, `classes` its parameter classes."""
+    """The common methods of both trees. cache: SGLang's object. classes: SGLang's parameter classes."""
 
     cache: Any
 
@@ -246,7 +246,7 @@ class _Tree:
         return self.classes.RadixKey(tokens, extra_key=namespace)
 
     def match(self, key: array[int], namespace: str | None = None) -> tuple[int, Any]:
-        """(matched length, node). Splits the edge where the match ends inside it."""
+        """Return (matched length, node). Splits the edge if the match ends inside it."""
         result = self.cache.match_prefix(self.classes.MatchPrefixParams(key=self.key(key, namespace)))
         return result.device_prefix_len, result.last_device_node
 
@@ -264,14 +264,14 @@ class _Tree:
         priority: int = 0,
         inserted_len: int = 0,
     ) -> int:
-        """Slots: int64 [len(key)]. Returns how much was there before."""
+        """Insert a key; return the length that was cached before. slots: int64 [len(key)]."""
         params = self.classes.InsertParams(
             key=self.key(key, namespace), value=slots, priority=priority, inserted_len=inserted_len
         )
         return self.cache.insert(params).prefix_len
 
     def evict(self, num_tokens: int) -> torch.Tensor:
-        """The slots that were freed, int64 [K], in the order in which SGLang frees them."""
+        """Evict nodes; return their slots, int64 [K], in the order in which SGLang frees them."""
         self.allocator.take()
         self.cache.evict(self.classes.EvictParams(num_tokens=num_tokens))
         return self.allocator.take()
@@ -305,7 +305,7 @@ class PythonTree(_Tree):
 
 
 class RustTree(_Tree):
-    """SGLang's default, `UnifiedRadixCache` over the Rust tree core. Raises PeerMissing where that does not load."""
+    """SGLang's default, `UnifiedRadixCache` over the Rust core. Raises PeerMissing if the core does not load."""
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The keys and trees that the benchmark runs on."""
+"""Keys and trees for the benchmarks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flatradix.replay.traces import VOCABULARY
 
 
 def random_key(tokens: int, seed: int = 1) -> array[int]:
-    """int64 token ids, uniform over the vocabulary."""
+    """Return int64 token ids, uniform over the vocabulary."""
     return array("q", np.random.default_rng(seed).integers(0, VOCABULARY, tokens).tobytes())
 
 
 class Both:
-    """Our tree and SGLang's default, filled alike. `theirs` is None where SGLang is missing."""
+    """Our tree and SGLang's default tree, with equal content. theirs: None without SGLang."""
 
     def __init__(self, setup: Setup, max_tokens: int, page_size: int) -> None:
         self.ours: RadixTree = setup.tree(max_tokens, page_size)
@@ -35,12 +35,12 @@ class Both:
             self.theirs.insert(key, slots)
 
     def insert_edges(self, key: array[int], lengths: list[int]) -> None:
-        """Cache `key` as a path of edges of these lengths, which add up to the whole key."""
+        """Cache `key` as a path of edges of these lengths, whose sum is the length of the key."""
         for end in itertools.accumulate(lengths):
             self.insert(key[:end])
 
     def fill_leaves(self, leaves: int, tokens: int) -> None:
-        """That many keys of so many tokens each, no two with the first page in common."""
+        """Cache `leaves` keys of `tokens` tokens each, all with different first pages."""
         for first in range(0, leaves, 10_000):
             keys = distinct_keys(first, min(10_000, leaves - first), tokens)
             slots = slot_range(keys.size, first * tokens).reshape(keys.shape)
@@ -51,7 +51,7 @@ class Both:
 
 
 def distinct_keys(first: int, count: int, tokens: int) -> np.ndarray:
-    """int64 [count, tokens]: random keys whose first two tokens number them from `first` on."""
+    """Return random keys, int64 [count, tokens]. The first two tokens of each encode its number, from `first` on."""
     keys = np.random.default_rng(first).integers(0, VOCABULARY, (count, tokens))
     numbers = np.arange(first, first + count)
     keys[:, 0] = numbers % VOCABULARY
@@ -60,5 +60,5 @@ def distinct_keys(first: int, count: int, tokens: int) -> np.ndarray:
 
 
 def read_prompts(trace: Path, count: int) -> list[array[int]]:
-    """The prompts of the first requests of a trace, int64."""
+    """Return the prompts of the first `count` requests of a trace, int64."""
     return [array("q", prompt.astype(np.int64).tobytes()) for prompt in traces.prompts(traces.read_trace(trace, count))]

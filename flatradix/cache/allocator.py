@@ -1,4 +1,4 @@
-"""SlotAllocator: which KV slots are free, page by page."""
+"""SlotAllocator: the free KV slots, page by page."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 class SlotAllocator:
-    """A stack of the free pages among `num_slots // page_size`, on the device of the KV cache.
+    """A stack of the free pages among `num_slots // page_size` pages, on the device of the KV cache.
 
-    Page i is made of the slots i * page_size to (i + 1) * page_size - 1. How many are free is known on the host, so
-    nothing here waits for the device.
+    Page i has the slots i * page_size to (i + 1) * page_size - 1. The host keeps the number of free pages, so nothing
+    here waits for the device.
     """
 
     def __init__(self, num_slots: int, page_size: int, device: torch.device) -> None:
@@ -20,7 +20,7 @@ class SlotAllocator:
         self.reset()
 
     def reset(self) -> None:
-        """All pages are free; the lowest are given out first."""
+        """Free all pages. The lowest pages are allocated first."""
         self.free_pages = self.num_pages
         self._stack.copy_(torch.arange(self.num_pages - 1, -1, -1, device=self._stack.device))
 
@@ -29,31 +29,31 @@ class SlotAllocator:
         return self.free_pages * self.page_size
 
     def take(self, pages: int) -> torch.Tensor:
-        """The slots of so many pages, int64 [pages * page_size]. RuntimeError if there are fewer."""
+        """Allocate pages. Return their slots, int64 [pages * page_size]. Raises RuntimeError if fewer are free."""
         if pages > self.free_pages:
             raise RuntimeError(f"slots were lost: {pages} pages should be free, but {self.free_pages} are")
         left = self.free_pages - pages
         taken = self._stack[left : self.free_pages].flip(0)
         if self.page_size > 1:
             taken = (taken[:, None] * self.page_size + self._within).view(-1)
-        self.free_pages = left  # last: the others may run out of memory
+        self.free_pages = left  # last: the steps above may run out of memory
         return taken
 
     def give(self, slots: torch.Tensor) -> None:
-        """Take back the slots of whole pages, int32 or int64 [K * page_size], each page in one piece.
+        """Free the slots of whole pages, int32 or int64 [K * page_size], page by page.
 
-        RuntimeError if there would be more than there were.
+        Raises RuntimeError if more pages would be free than exist.
         """
         first = slots[:: self.page_size]
         pages = self._stack[self.free_pages : self.free_pages + len(first)]
         if len(pages) < len(first):
             raise RuntimeError(f"{len(first)} pages came back, but only {len(pages)} were out")
-        # Without asking for memory: nobody else knows these slots by now.
+        # Allocates no memory: if an allocation failed, these slots would be lost.
         torch.div(first, self.page_size, rounding_mode="floor", out=pages)
         self.free_pages += len(first)
 
     def set_free(self, pages: torch.Tensor) -> None:
-        """Exactly these pages are free, int64 [K]."""
+        """Make exactly these pages free, int64 [K]. The last page is allocated first."""
         stack = self._stack.clone()
         stack[: len(pages)] = pages
         self.free_pages = 0
@@ -61,6 +61,6 @@ class SlotAllocator:
         self.free_pages = len(pages)
 
     def free_list(self) -> torch.Tensor:
-        """The free slots, int64 [free_slots], in no order."""
+        """Return the free slots, int64 [free_slots], in no particular order."""
         pages = self._stack[: self.free_pages]
         return (pages[:, None] * self.page_size + self._within).view(-1)

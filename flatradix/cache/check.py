@@ -1,4 +1,4 @@
-"""Every invariant of a PrefixCache. For tests; slow."""
+"""Checks of every invariant of a PrefixCache. For tests; slow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flatradix.results import Places
 
 
 def check_slots(counts: Counts, content: Content, free: torch.Tensor, held: Sequence[torch.Tensor]) -> None:
-    """Raise AssertionError unless every slot is in one place: free, cached or held by a request."""
+    """Raise AssertionError unless every slot is exactly one of free, cached or held by a request."""
     check(content)
     live = content.live()
     edges = zip(content.column("start")[live].tolist(), content.column("length")[live].tolist(), strict=True)
@@ -27,7 +27,7 @@ def check_slots(counts: Counts, content: Content, free: torch.Tensor, held: Sequ
 
 
 def check_holders(content: Content, running: Sequence[Request], places: Places) -> None:
-    """Raise AssertionError unless each request holds its place, and nobody else holds any."""
+    """Raise AssertionError unless each request holds a lock at its place, and there are no other locks."""
     equal(places.lengths.tolist(), [request.committed for request in running], "places that requests hold")
     holders = np.bincount(places.handles.cpu().numpy() & ROW_MASK, minlength=content.rows)
     holders[0] = 0  # nothing is locked at the root
@@ -36,7 +36,7 @@ def check_holders(content: Content, running: Sequence[Request], places: Places) 
 
 
 def check_table(table: torch.Tensor, running: Sequence[Request], slots: list[list[int]], free_rows: list[int]) -> None:
-    """Raise AssertionError unless the row of each request is what the tree says, and every row is free or in use."""
+    """Raise AssertionError unless each request's row agrees with the tree, and every row is free or in use."""
     for request, cached in zip(running, slots, strict=True):
         equal(table[request.row, : request.committed].tolist(), cached, f"row {request.row} of the table")
     rows = sorted([*free_rows, *(request.row for request in running)])

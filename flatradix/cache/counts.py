@@ -1,4 +1,4 @@
-"""Counts: what a PrefixCache did, in numbers."""
+"""Counts: the counters of a PrefixCache."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 
 class Counts(NamedTuple):
-    """What a PrefixCache did so far, and where its slots are. See `PrefixCache.counts`."""
+    """The counters of a PrefixCache since its start, and its slots by state. `PrefixCache.counts` returns them."""
 
-    requests: int  # begun, refused ones left out
-    refused: int  # answers of `begin`: a prompt that is passed again counts again
+    requests: int  # requests begun, without refused requests
+    refused: int  # refusals by `begin`: a prompt that is passed again counts again
     running: int
     prompt_tokens: int
-    cached_tokens: int  # of those, found in the cache
+    cached_tokens: int  # prompt tokens that were found in the cache
     evicted_tokens: int
-    duplicate_tokens: int  # computed though cached: by another meanwhile, or the last page for its logits
+    duplicate_tokens: int  # computed though cached: another request committed first, or the last page for its logits
     slots: int
     free: int
     evictable: int
@@ -23,10 +23,10 @@ class Counts(NamedTuple):
 
     @property
     def hit_rate(self) -> float:
-        """The part of all prompt tokens that was cached."""
+        """The share of all prompt tokens that was cached."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def occupancy(self) -> float:
-        """The part of all slots that is in use."""
+        """The share of all slots that is in use."""
         return 1 - self.free / self.slots

@@ -1,4 +1,4 @@
-"""Reading what callers pass to a PrefixCache; all of it is checked before anything changes."""
+"""Reading the arguments of a PrefixCache. All of them are checked before anything changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flatradix.layout.numbers import MAX_TOKEN
 
 
 def _token_ids(sequence: Any, query: int) -> np.ndarray:
-    """A copy, int64."""
+    """Return a copy of a sequence as int64. Raises QueryError for a token out of range."""
     values = np.array(read_one(sequence, "tokens", query)[3], np.int64)
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= MAX_TOKEN:
         bad = np.flatnonzero((values < 0) | (values > MAX_TOKEN))
@@ -30,7 +30,7 @@ def _token_ids(sequence: Any, query: int) -> np.ndarray:
 def read_prompts(
     owner: object, table: torch.Tensor, max_length: int, prompts: Any, namespaces: Any, priority: Any
 ) -> list[Request]:
-    """Requests that have not begun yet."""
+    """Return a new request for each prompt. The requests have not begun yet."""
     if not isinstance(prompts, list | tuple) or (len(prompts) and not is_batch(prompts)):
         raise ValueError("begin takes a list of prompts; wrap a single one: [prompt]")
     names = names_of.spread(namespaces, len(prompts))
@@ -49,7 +49,7 @@ def read_prompts(
 
 
 def check_running(owner: object, operation: str, requests: Sequence[Request]) -> None:
-    """Raise QueryError unless all of them are running in this cache, each once."""
+    """Raise QueryError unless every request is running in this cache and is given once."""
     seen: set[int] = set()
     for query, request in enumerate(requests):
         if request.owner is not owner:
@@ -62,7 +62,7 @@ def check_running(owner: object, operation: str, requests: Sequence[Request]) ->
 
 
 def read_counts(requests: Sequence[Request], n: Any, max_length: int) -> list[int]:
-    """How many tokens longer each request is to be."""
+    """Return how many more tokens each request is to have. Raises QueryError for a bad number."""
     more = per_query(n, len(requests), "n").tolist()
     for query, (request, count) in enumerate(zip(requests, more, strict=True)):
         if count < 0 or request.length + count > max_length:
@@ -75,7 +75,7 @@ def read_counts(requests: Sequence[Request], n: Any, max_length: int) -> list[in
 
 
 def read_tokens(operation: str, requests: Sequence[Request], tokens: Any) -> list[np.ndarray]:
-    """What each request is told to know more, int64 [K] each."""
+    """Return the new tokens of each request, int64 [K] each."""
     if tokens is None:
         return [np.empty(0, np.int64)] * len(requests)
     if len(tokens) != len(requests):
@@ -84,7 +84,7 @@ def read_tokens(operation: str, requests: Sequence[Request], tokens: Any) -> lis
 
 
 def computed_ends(operation: str, requests: Sequence[Request], added: list[np.ndarray], up_to: Any) -> list[int]:
-    """How many tokens of each request are computed: by default all that are known and have slots."""
+    """Return how many tokens of each request are computed: by default all tokens that are known and have slots."""
     most = [min(request.num_tokens + len(new), request.length) for request, new in zip(requests, added, strict=True)]
     if up_to is None:
         return most

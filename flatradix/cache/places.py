@@ -1,4 +1,4 @@
-"""The place in the tree that each running request holds, by its row: Python integers, or tensors beside the index."""
+"""The place that each running request holds, by its row of the slot table: as integers, or as tensors on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flatradix.results import Places, one_match
 
 
 class HostPlaces:
-    """For an index on the CPU. One place alone stays Python integers, which the tree takes without making tensors."""
+    """Places for an index on the CPU. A single place stays Python integers: the tree then makes no tensors for it."""
 
     def __init__(self, rows: int) -> None:
         self._handles = [0] * rows
@@ -32,7 +32,7 @@ class HostPlaces:
 
 
 class DevicePlaces:
-    """For an index on a GPU; nothing waits."""
+    """Places for an index on a GPU. No method waits for the device."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._handles = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -52,7 +52,7 @@ class DevicePlaces:
 
 
 def some_of(places: Places, queries: list[int]) -> Places:
-    """Those of some queries, in order."""
+    """Return the places of some queries. queries: indices, ascending and distinct."""
     if len(queries) == len(places):
         return places
     index = upload_numbers(np.array(queries, np.int64), places.handles.device)

@@ -1,4 +1,4 @@
-"""PrefixCache: KV slots and the life of requests over a RadixTree, for an engine without an allocator of its own."""
+"""PrefixCache: KV slots and the life of requests over a RadixTree, for an engine without its own slot allocator."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from flatradix.layout.numbers import MAX_UNITS
 from flatradix.results import InsertResult, Places
 from flatradix.tree import RadixTree
 
-# Up to so many slots a request, one operation with an index for all of them; beyond, one for each: a guess, not tuned.
+# Up to this many slots a request, one indexed write serves all requests; beyond, each has a write. A guess, not tuned.
 _FEW_SLOTS = 64
 _MOST_PENDING = 64
 
 
 class _Pending(NamedTuple):
-    """A commit of which the device has not yet told how much was there before."""
+    """A commit for which the host does not know yet how many of its tokens were cached before."""
 
     result: InsertResult
     begins: list[int]
-    slots: list[torch.Tensor]  # what each request brought from there on
+    slots: list[torch.Tensor]  # the slots that each request brought for its tokens from `begins` on
 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _whole(method: F) -> F:
-    """A public method, before which a call that was cut short is put in order, and after which it is if it raises.
+    """Wrap a public method: repair the cache before the method if needed, and after the method if it raises.
 
-    Until the method says in `_open` what it does, it only reads.
+    Until the method records its operation in `_open`, it only reads.
     """
 
     @wraps(method)
@@ -68,27 +68,28 @@ def _whole(method: F) -> F:
 
 
 class PrefixCache:
-    """The KV slots of an engine, and which of them hold what: `begin`, `extend`, `commit`, `finish` or `abort`.
+    """The KV slots of an engine, and the tokens that they hold. Calls: `begin`, `extend`, `commit`, `finish`, `abort`.
 
-    Every operation takes a list of requests and serves them in order. The engine owns the KV memory, with
-    `num_slots` places for a token's keys and values in each layer; this says which place each token has.
+    Every operation takes a list of requests and serves them in order. The engine owns the KV memory: in each layer,
+    space for the keys and values of `num_slots` tokens. The cache decides which slot each token has.
 
-    num_slots: KV slots, cut down to whole pages. page_size: slots a page; requests share whole pages only.
-    max_requests: that run at once. max_length: tokens of the longest request, prompt and output.
-    kv_device: where the KV cache is, and so the free list and the table.
-    device: where the index is; "cpu", the default, works beside a KV cache on a GPU without waiting for it.
+    num_slots: KV slots, cut down to whole pages. page_size: slots in a page; requests share whole pages only.
+    max_requests: the most requests that run at once. max_length: the most tokens of a request, prompt and output.
+    kv_device: the device of the KV cache, and so of the free list and the table.
+    device: the device of the index. "cpu", the default, serves a KV cache on a GPU without waiting for the GPU.
     policy: what is evicted first, as for RadixTree.
 
-    table: int32 [max_requests, max_length in whole pages] on kv_device: the slots of each running request in its row,
-        as paged attention takes them.
+    table: int32 [max_requests, max_length in whole pages] on kv_device. Each running request has its slots in its own
+        row, as paged attention takes them.
 
-    Everything on a GPU goes to torch's current stream: a forward that runs on another must be waited for before a
+    All work on a GPU goes to torch's current stream. If a forward pass runs on another stream, wait for it before a
     `commit`, `finish` or `abort` of a request that it reads.
 
-    A call that raises leaves every slot in one place and no lock that no request holds, also where a signal handler or
-    a lack of memory ended it: the next call sees to that, in O(slots). A `begin` then has begun nothing; requests of
-    another call are as before or, all of them, as after it: `num_tokens`, `committed` and `state` tell. A call from a
-    signal handler, within another call, raises RuntimeError.
+    After a call that raises, every slot is exactly one of free, cached or held, and every lock belongs to a request.
+    This holds even if a signal handler or a lack of memory interrupted the call: the cache is then repaired, at once or
+    in the next call, in O(slots). An interrupted `begin` has begun nothing. Requests of any other interrupted call are
+    all as before the call, or all as after it: `num_tokens`, `committed` and `state` tell which. A call from a signal
+    handler within another call raises RuntimeError.
 
     Not thread-safe. Raises ValueError for arguments out of range, DeviceUnavailableError.
     """
@@ -110,13 +111,13 @@ class PrefixCache:
             raise ValueError(f"num_slots must be from one page ({page_size}) to {MAX_UNITS}, not {num_slots}")
         self.page_size = page_size
         self.max_length = max_length
-        kv = torch.empty(0, device=kv_device).device  # with its number
+        kv = torch.empty(0, device=kv_device).device  # with its index
         index = devices.preferred(device)
         slots = num_slots // page_size * page_size
         self.tree = RadixTree(slots, page_size, index, policy, _slot_device(index, kv), check_slots=False)
-        # Whether what the tree finds is known only when its device is waited for.
+        # Whether results of the tree are known only after a wait for its device.
         self._waits = index.type != "cpu"
-        with torch.inference_mode(False):  # its tensors would belong to that mode for ever
+        with torch.inference_mode(False):  # else the tensors would be inference tensors forever
             self.table = torch.zeros(max_requests, self._in_pages(max_length), dtype=torch.int32, device=kv)
             self._allocator = SlotAllocator(slots, page_size, kv)
             self._places = DevicePlaces(max_requests, self.tree.device) if self._waits else HostPlaces(max_requests)
@@ -130,7 +131,7 @@ class PrefixCache:
         self._begun = self._refused = self._prompt = self._cached = self._evicted = self._duplicate = 0
 
     def _in_pages(self, tokens: int) -> int:
-        """So many tokens, rounded up to whole pages."""
+        """Round a number of tokens up to whole pages."""
         return -(-tokens // self.page_size) * self.page_size
 
     @property
@@ -139,13 +140,13 @@ class PrefixCache:
 
     @property
     def running(self) -> list[Request]:
-        """The requests that run. For an engine that was cut short before `begin` could return some of them."""
+        """The running requests. For an engine that was interrupted before it received the requests of a `begin`."""
         return list(self._running.values())
 
-    # Calls that were cut short
+    # Interrupted calls
 
     def _recover(self) -> None:
-        """Put everything in its one place after a call that was cut short; RuntimeError where it is still under way."""
+        """Repair the cache after an interrupted call. Raises RuntimeError if that call is still under way."""
         refuse_reentry(self)
         cut = self._open
         assert cut is not None
@@ -174,26 +175,27 @@ class PrefixCache:
 
     @_whole
     def begin(self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0) -> list[Request]:
-        """Start requests: find what is cached of each prompt, protect it, and give slots to the rest.
+        """Start requests: find the cached part of each prompt, lock it, and allocate slots for the rest.
 
         prompts: a list of token sequences (lists, `array`, numpy, tensors), none of them empty.
-        namespaces, priority: one for all, or a list with one for each.
+        namespaces, priority: one for all, or a list with one for each prompt.
 
-        Of each prompt at least the last token is left to compute, as its logits are wanted.
+        At least the last token of each prompt is left to compute, because its logits are needed.
 
-        Returns a Request for each prompt. `cached_length` tokens need not be computed, `slots` says where the KV of all
-        of them is or goes. A request that does not fit, even if all that is evictable goes, is `refused` and holds
-        nothing: `refusal` says why, `missing` how many slots were lacking. Pass its prompt again when others
-        have ended. Requests are served in order, and one that is refused keeps no smaller one behind it from starting.
+        Returns a Request for each prompt. The first `cached_length` tokens need not be computed. `slots` has the slot
+        of each token. A request is refused if it does not fit even after all evictable tokens are evicted. A refused
+        request holds nothing: `refusal` says why, `missing` how many slots were lacking. Pass its prompt again when
+        other requests have ended. Requests are served in order; a smaller request after a refused request can start.
 
-        Evicts what is needed. O(prompt tokens); with an index on a GPU it waits for the answer. Raises QueryError and
-        ValueError, with nothing changed; if a policy or a device without memory raises, nothing is held.
+        Evicts as needed. O(prompt tokens). With an index on a GPU it waits for the device. Raises QueryError and
+        ValueError with nothing changed. If a policy function raises or a device has no memory left, the new requests
+        hold nothing.
         """
         requests = read_prompts(self, self.table, self.max_length, prompts, namespaces, priority)
         self._open = UnderWay(recover.BEGIN, requests)
         self._give_back_duplicates()
         self.tree.raise_pending()
-        # What is cached for one that does not fit must not be kept from the others, so then each comes in its turn.
+        # One by one if they do not fit together: the cached part of a refused request must stay evictable for others.
         if requests and not self._start(requests) and len(requests) > 1:
             for request in requests:
                 self._start([request])
@@ -201,11 +203,14 @@ class PrefixCache:
         return requests
 
     def _start(self, requests: list[Request]) -> bool:
-        """Begin requests if all of them fit; else nothing is held, and a single one is told why."""
+        """Start requests if all of them fit, and return whether they do. Otherwise they hold nothing.
+
+        A single request that does not fit is told why.
+        """
         names = [request.namespace for request in requests]
         keys: Any = [request.tokens[:-1] for request in requests]
-        # A single key is cheaper than a batch of one. What is found counts as used when it is committed: prompts that
-        # are refused again and again would keep it from being evicted.
+        # A single key is cheaper than a batch of one. The match does not touch: a prompt that is refused again and
+        # again would keep its cached part from being evicted. The first commit touches.
         match = self.tree.match(keys if len(keys) > 1 else keys[0], names, touch=False, lock=True)
         cached = [match.length] if len(keys) == 1 else match.lengths.tolist()
         needed = [self._in_pages(request.num_tokens) - length for request, length in zip(requests, cached, strict=True)]
@@ -226,7 +231,7 @@ class PrefixCache:
             request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
 
     def _place(self, requests: list[Request], match: Places, cached: list[int], needed: list[int]) -> None:
-        """Give requests that fit rows and slots."""
+        """Give rows and slots to requests that fit."""
         rows = self._free_rows[len(self._free_rows) - len(requests) :]
         slots = self._take(sum(needed))
         if any(cached):
@@ -246,11 +251,11 @@ class PrefixCache:
         return self._places.get([request.row for request in requests])
 
     def _held_slots(self, request: Request) -> torch.Tensor:
-        """The slots that a request alone holds, in whole pages: a view of its row."""
+        """Return the slots that only this request holds, in whole pages: a view of its row."""
         return self.table[request.row, request.committed : self._in_pages(request.length)]
 
     def _grow(self, requests: Sequence[Request], lengths: list[int]) -> None:
-        """Give running requests slots up to new lengths, for which there is room once enough is evicted."""
+        """Give running requests slots up to new lengths. Enough slots must be free or evictable."""
         begins = [self._in_pages(request.length) for request in requests]
         counts = [self._in_pages(length) - begin for length, begin in zip(lengths, begins, strict=True)]
         if any(counts):
@@ -259,7 +264,7 @@ class PrefixCache:
             request.length = length
 
     def _take(self, num_slots: int) -> torch.Tensor:
-        """Free slots, whole pages, int64; what is lacking is evicted."""
+        """Allocate slots in whole pages, and return them as int64. Evicts tokens if too few slots are free."""
         short = num_slots - self._allocator.free_slots
         if short > 0:
             evicted = self.tree.evict(short)
@@ -268,7 +273,7 @@ class PrefixCache:
         return self._allocator.take(num_slots // self.page_size)
 
     def _write(self, rows: list[int], begins: list[int], counts: list[int], slots: torch.Tensor) -> None:
-        """Write slots to rows of the table, `counts[i]` from `begins[i]` on."""
+        """Write slots to the table: the next `counts[i]` of `slots` to row `rows[i]`, from column `begins[i]` on."""
         if sum(counts) > _FEW_SLOTS * len(rows):
             for row, begin, part in zip(rows, begins, slots.split(counts), strict=True):
                 self.table[row, begin : begin + len(part)] = part
@@ -282,14 +287,14 @@ class PrefixCache:
 
     @_whole
     def extend(self, requests: Sequence[Request], n: int | Sequence[int] = 1) -> list[Request]:
-        """Give running requests slots for `n` more tokens each (or a list with one number for each), as for decoding.
+        """Give each running request slots for `n` more tokens, as for decoding. n: one number, or a list with one each.
 
-        Returns those that did not fit, in order; `missing` of each says how many slots were lacking, and nothing has
-        changed for it: abort or finish some request, and try again. The others have grown, `length` and `slots` too.
+        Returns the requests that did not fit, in order. `missing` of each says how many slots were lacking; nothing
+        else has changed for these requests. Abort or finish some request, and try again. All other requests have grown,
+        including `length` and `slots`.
 
-        Evicts what is needed. O(requests), and no waiting for a device unless something must be evicted from an index
-        on a GPU. Raises QueryError (a request that is not running, or would be longer than max_length), with nothing
-        changed.
+        Evicts as needed. O(requests). It waits for the device only if the index is on a GPU and too few slots are free.
+        Raises QueryError (a request that is not running, or would be longer than max_length) with nothing changed.
         """
         check_running(self, "extend", requests)
         more = read_counts(requests, n, self.max_length)
@@ -317,15 +322,17 @@ class PrefixCache:
 
     @_whole
     def commit(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
-        """Tell that the KV of requests is there, so that others can reuse it: after a chunk of a prefill, or at will.
+        """Declare the KV of requests as computed, so that others can reuse it: after a chunk of a prefill, or any time.
 
-        up_to: how many tokens of each are computed: one number, or a list. None: all that are known and have slots; so
-            say it where that is not so, as in the middle of a prefill, or with slots for tokens only proposed.
-        tokens: a list with what each request has generated since, if anything, to be known from now on.
+        up_to: how many tokens of each request are computed: one number, or a list. None means all tokens that are known
+            and have slots. Pass `up_to` if fewer are computed: in the middle of a prefill, or if tokens are only
+            proposed.
+        tokens: a list with the tokens that each request has generated since, if any. They are known from now on.
 
-        Whole pages only go to the tree. Where another request committed the same meanwhile, its slots take the place of
-        this one's, which become free: read `slots` anew. It goes on from the place that the request holds, in O(new
-        tokens + nodes on the path). With an index on a GPU nothing waits. Raises QueryError and ValueError, with
+        Only whole pages go to the tree. If another request has committed the same tokens meanwhile, its slots replace
+        the slots of this request, which become free: read `slots` again. The commit continues from the place that the
+        request holds: O(new tokens + nodes on the path). With an index on a GPU it does not wait for the device, except
+        when more than 64 commits are pending since the last call that waited. Raises QueryError and ValueError with
         nothing changed.
         """
         check_running(self, "commit", requests)
@@ -338,7 +345,7 @@ class PrefixCache:
         for request, tokens in zip(requests, added, strict=True):
             request.append(tokens)
         whole = [end // self.page_size * self.page_size for end in ends]
-        # The first commit of a request counts its hits, also where it adds nothing.
+        # The first commit of a request counts its hits, even if it adds nothing.
         growing = [
             (request, max(end, request.committed))
             for request, end in zip(requests, whole, strict=True)
@@ -349,7 +356,7 @@ class PrefixCache:
         chosen = [request for request, _ in growing]
         rows, begins = [request.row for request in chosen], [request.committed for request in chosen]
         brought = [self.table[request.row, request.committed : end] for request, end in growing]
-        if self._waits:  # until it is known what of them was there already, rows have changed
+        if self._waits:  # the rows change before the host knows which of these slots are duplicates
             brought = [slots.clone() for slots in brought]
         before = self._places.get(rows)
         result = self._insert(growing, brought, before)
@@ -381,7 +388,7 @@ class PrefixCache:
         )
 
     def _take_over(self, result: InsertResult, rows: list[int], begins: list[int], brought: list[torch.Tensor]) -> None:
-        """Write the tree's slots to the rows of requests that brought others for what was there, and free these."""
+        """Replace the slots that requests brought for tokens cached before by the tree's slots, and free the former."""
         prefixes = [result.prefix_length] if len(rows) == 1 else result.prefix_lengths.tolist()
         queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
         if queries:
@@ -395,7 +402,7 @@ class PrefixCache:
             self._duplicate += len(slots)
 
     def _give_back_duplicates(self) -> None:
-        """Free the slots that commits brought for what was there already; waits for an index on a GPU."""
+        """Free the slots that pending commits brought for tokens cached already. Waits for an index on a GPU."""
         while self._pending:
             result, begins, brought = self._pending[0]
             prefixes = result.prefix_lengths.tolist()
@@ -407,11 +414,11 @@ class PrefixCache:
 
     @_whole
     def finish(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
-        """Commit (as `commit`, `up_to` included) and end the requests: what they cached becomes evictable.
+        """Commit, with `up_to` and `tokens` as for `commit`, and end the requests. Cached tokens become evictable.
 
-        Give `up_to`, or `abort`, where a prefill was cut short: what is committed is served to others.
+        If a prefill did not complete, pass `up_to`, or call `abort`: committed KV is served to other requests.
 
-        Slots behind the last whole page become free. Raises QueryError and ValueError, with nothing changed.
+        Slots after the last whole page become free. Raises QueryError and ValueError with nothing changed.
         """
         check_running(self, "finish", requests)
         added = read_tokens("finish", requests, tokens)
@@ -422,7 +429,10 @@ class PrefixCache:
 
     @_whole
     def abort(self, requests: Sequence[Request]) -> None:
-        """End requests and forget what was not committed. Raises QueryError, with nothing changed."""
+        """End requests, and free their uncommitted slots. Committed tokens become evictable.
+
+        Raises QueryError with nothing changed.
+        """
         check_running(self, "abort", requests)
         self._open = recover.begun(recover.END, requests)
         self._release(requests)
@@ -444,9 +454,9 @@ class PrefixCache:
 
     @_whole
     def counts(self) -> Counts:
-        """Counters since the beginning, and where all slots are: free + evictable + protected + held = slots.
+        """Return the counters since the start, and all slots by state: free + evictable + protected + held = slots.
 
-        With an index on a GPU it waits for it.
+        With an index on a GPU it waits for the device.
         """
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
@@ -471,13 +481,13 @@ class PrefixCache:
 
     @_whole
     def check(self) -> None:
-        """Verify that each slot is in exactly one place and each table row what the tree says. Slow.
+        """Verify that each slot is exactly one of free, cached or held, and that table rows agree with the tree. Slow.
 
-        Raises AssertionError with the first that does not hold.
+        Raises AssertionError for the first check that fails.
         """
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
-        self._open = recover.READING  # what it finds wrong is to stay so
+        self._open = recover.READING  # a failed check must not start a repair
         running = self.running
         places, content = self._held_places(running), self.tree.content()
         check_slots(self._count(), content, self._allocator.free_list(), [*map(self._held_slots, running)])
@@ -486,7 +496,7 @@ class PrefixCache:
 
     @_whole
     def reset(self) -> None:
-        """Abort all requests and forget everything that is cached; counters begin anew."""
+        """Abort all requests, and drop everything that is cached. All counters restart at 0."""
         requests = list(self._running.values())
         self._open = UnderWay(recover.BEGIN, requests)
         self.tree.reset()
@@ -504,7 +514,7 @@ class PrefixCache:
 
 
 def _slot_device(index: torch.device, kv: torch.device) -> torch.device | None:
-    """Where the tree keeps slots: None where that is beside the index."""
+    """Return the tree's slot device, or None to keep slots beside the index. Raises ValueError for two devices."""
     if index.type == "cpu":
         return None if kv.type == "cpu" else kv
     if index != kv and not devices.interpreted():

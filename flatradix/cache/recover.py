@@ -1,7 +1,7 @@
-"""Putting a PrefixCache in order after a call that was cut short.
+"""Repairing a PrefixCache after an interrupted call.
 
-Nothing is remembered of how far the call came. What the tree holds and which requests run say where each slot is and
-which locks there must be; a request whose slots the tree has was committed so far.
+No record tells how far the call came. The content of the tree and the running requests determine where each slot is,
+and which locks must exist. If the tree holds a request's own slots, the request was committed up to these slots.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BEGIN, EXTEND, COMMIT, END, OTHER = "begin", "extend", "commit", "end", "other"
 
 
 class UnderWay(NamedTuple):
-    """A call that has begun: its requests, and what they had before it."""
+    """A call that has begun: its requests, and their numbers before the call."""
 
     operation: str
     requests: Sequence[Request] = ()
@@ -31,11 +31,11 @@ class UnderWay(NamedTuple):
     committed: Sequence[int] = ()
 
 
-READING = UnderWay("reading")  # has changed nothing so far
+READING = UnderWay("reading")  # a call that has changed nothing so far
 
 
 def begun(operation: str, requests: Sequence[Request]) -> UnderWay:
-    """A call on running requests."""
+    """Return the record of a call on running requests."""
     return UnderWay(
         operation,
         requests,
@@ -46,7 +46,10 @@ def begun(operation: str, requests: Sequence[Request]) -> UnderWay:
 
 
 def requests_left(cut: UnderWay, running: dict[int, Request]) -> list[Request]:
-    """The requests that still run: none that a `begin` has begun. Those that do not are told so."""
+    """Return the requests that run on. End the other requests of the call, and all that an interrupted `begin` started.
+
+    After an `extend`, the lengths from before the call are restored.
+    """
     left = list(running.values())
     if cut.operation == BEGIN:
         began = set(map(id, cut.requests))
@@ -64,9 +67,9 @@ def requests_left(cut: UnderWay, running: dict[int, Request]) -> list[Request]:
 def find_committed(
     tree: RadixTree, table: torch.Tensor, requests: list[Request], page: int
 ) -> tuple[Places, list[int]]:
-    """A place on the path of each request, and how many of its tokens are in the tree, in whole pages.
+    """Return a place on the path of each request, and how many of its tokens are in the tree, in whole pages.
 
-    Beyond what it knows of, those up to the last slot of its own that the tree has.
+    At least `request.committed` tokens are in the tree, and those up to the last slot of its own that the tree holds.
     """
     device = tree.device
     if not requests:
@@ -86,7 +89,7 @@ def find_committed(
 
 
 def forget_tokens(cut: UnderWay, committed: dict[int, int]) -> None:
-    """Of a commit that did not come to the tree, none of the tokens is known. committed: by the id of a request."""
+    """Drop the new tokens of an interrupted commit, unless it reached the tree. committed: by the id of a request."""
     if cut.operation not in (COMMIT, END):
         return
     before = zip(cut.requests, cut.committed, strict=True)
@@ -96,7 +99,7 @@ def forget_tokens(cut: UnderWay, committed: dict[int, int]) -> None:
 
 
 def lock_exactly(tree: RadixTree, places: Places) -> None:
-    """Have one lock for each of these places and no other; their handles are renewed."""
+    """Change the locks of the tree to one for each of these places. Renew the handles of `places`."""
     tree.split(places)
     content = tree.content()
     rows = places.handles.cpu().numpy() & ROW_MASK
@@ -114,8 +117,8 @@ def lock_exactly(tree: RadixTree, places: Places) -> None:
 
 
 def free_pages(tree: RadixTree, held: list[torch.Tensor], pages: int, page: int) -> torch.Tensor:
-    """int64 [K]: the pages whose slots are neither in the tree nor held by a request, the lowest last."""
-    tree.evict(0)  # slots of an eviction that was cut short are in no node any more, and so are found here
+    """Return the pages with slots that are neither in the tree nor held by a request: int64 [K], the lowest last."""
+    tree.evict(0)  # drops the slots of an interrupted eviction from the tree: no node holds them, so they are free
     content = tree.content()
     used = np.zeros(pages, np.bool_)
     for row in content.live().tolist():

@@ -1,4 +1,4 @@
-"""Request: what PrefixCache knows of one request, from `begin` to `finish` or `abort`."""
+"""Request: the state of one request of a PrefixCache, from `begin` to `finish` or `abort`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ RUNNING, REFUSED, ENDED = "running", "refused", "ended"
 
 
 class Request:
-    """A request of a PrefixCache; made by `PrefixCache.begin`, and changed by its other operations only.
+    """A request of a PrefixCache. `PrefixCache.begin` makes it, and only the operations of the cache change it.
 
-    state: "running", "refused" (it did not fit: nothing is held for it) or "ended".
-    refusal: why it was refused; empty if it was not. missing: slots that were lacking in its last call, 0 if none.
-    row: its row of `PrefixCache.table`; -1 unless it is running.
-    cached_length: tokens of the prompt that were cached: their KV need not be computed.
-    length: tokens that have slots; `slots[:length]`.
-    committed: tokens that are in the tree by now, whole pages; others can reuse them.
-    counted: tokens on which an insert of this request counted its hit.
+    state: "running", "refused" (it did not fit and holds nothing) or "ended".
+    refusal: why the request was refused; empty if it was not. missing: slots that were lacking in the last `begin` or
+        `extend`; 0 if none.
+    row: the request's row of `PrefixCache.table`; -1 unless it is running.
+    cached_length: prompt tokens that were cached. Their KV need not be computed.
+    length: tokens that have slots, `slots[:length]`.
+    committed: tokens that are in the tree, whole pages. Other requests can reuse them.
+    counted: tokens for which an insert of this request has counted a hit.
     """
 
     __slots__ = (
@@ -28,7 +29,7 @@ class Request:
     )  # fmt: skip
 
     def __init__(self, owner: object, table: torch.Tensor, tokens: np.ndarray, namespace: Any, priority: int) -> None:
-        """owner: the cache. table: its table."""
+        """owner: the cache. table: `PrefixCache.table`."""
         self.owner = owner
         self._table = table
         self._tokens = tokens
@@ -42,15 +43,15 @@ class Request:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The known tokens, int64 [num_tokens]: the prompt and what was told since. A view."""
+        """The known tokens, int64 [num_tokens]: the prompt, and what `commit` or `finish` received since. A view."""
         return self._tokens[: self.num_tokens]
 
     @property
     def slots(self) -> torch.Tensor:
-        """The KV slot of each token so far, int32 [length] on the device of the KV cache: a view of the table.
+        """The KV slot of each token so far: int32 [length] on the device of the KV cache, a view of the table.
 
-        The first `cached_length` of them hold KV already. A `commit` may exchange slots for those of another request
-        that computed the same; so read it anew after one.
+        The first `cached_length` slots hold KV already. A `commit` may replace slots by those of another request that
+        computed the same tokens, so read `slots` again after a commit. Raises ValueError unless the request is running.
         """
         if self.row < 0:
             raise ValueError(f"a request that {self.why_not_running()} has no slots")
@@ -60,7 +61,7 @@ class Request:
         return f"was refused ({self.refusal})" if self.state == REFUSED else "has ended"
 
     def append(self, tokens: np.ndarray) -> None:
-        """Know more tokens, int64 [K]. Amortised O(K)."""
+        """Append known tokens, int64 [K]. Amortised O(K)."""
         end = self.num_tokens + len(tokens)
         if end > len(self._tokens):
             grown = np.empty(max(end, 2 * len(self._tokens)), np.int64)
@@ -70,7 +71,7 @@ class Request:
         self.num_tokens = end
 
     def end(self) -> None:
-        """No longer running; what it committed stays cached."""
+        """End the request. The tokens that it committed stay cached."""
         self.state, self.length = ENDED, self.committed
         self.row = -1
 

@@ -1,4 +1,4 @@
-"""Calls: what a tree on a GPU must know of its calls, which nobody waits for: their numbers, errors and sizes."""
+"""Calls: the numbers, errors and sizes of the calls of a tree on a GPU, which return before their kernels have run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from flatradix.layout import mail, reasons
 
 
 class Calls:
-    """Numbers the calls of one tree, and waits for them when somebody asks for what they found.
+    """Numbers the calls of one tree, and waits for their results when a caller asks for them.
 
-    mailbox: where kernels tell. names_given: namespace codes that were given out since the host last looked; unsure:
-    whether one went to a key that may be empty.
+    mailbox: the words that kernels write. names_given, unsure: unused; `Names` keeps its own.
     """
 
     def __init__(self, options: Options, device: torch.device) -> None:
@@ -31,7 +30,7 @@ class Calls:
     # Enqueueing
 
     def is_capturing(self) -> bool:
-        """Whether a CUDA graph is being captured."""
+        """Return whether a CUDA graph is being captured on the tree's device."""
         device = self._device
         if device.type != "cuda":
             return False
@@ -41,20 +40,20 @@ class Calls:
             return torch.cuda.is_current_stream_capturing()
 
     def next(self) -> int:
-        """A number for a call that is about to be enqueued."""
+        """Return the number of a call that is about to be enqueued."""
         self._last = self._last % mail.CALL_MASK + 1
         return self._last
 
     def enqueued(self, call: int, changes: bool = True) -> None:
-        """Wait for this call from now on; `changes`: whether it may change a size. Not before it is really enqueued."""
+        """Make every later wait include `call`, which is enqueued by now. changes: whether it may change a size."""
         if self.is_capturing():
-            # It will tell its numbers whenever the graph is replayed, so from now on the host asks for them.
+            # The host does not see replays of the graph, so every later wait has the device write the numbers anew.
             self._captured = True
         else:
             self.enqueued_outside(call, changes)
 
     def enqueued_outside(self, call: int, changes: bool) -> None:
-        """The same where no graph is being captured."""
+        """Do what `enqueued` does, if no graph is being captured."""
         self.mailbox.last = call
         if changes:
             self.mailbox.last_change = call
@@ -62,7 +61,10 @@ class Calls:
     # Waiting
 
     def wait(self, tell: Callable[[int], None]) -> int:
-        """Wait for all calls so far; how many were refused. tell: has the device tell its numbers under a number."""
+        """Wait for all calls so far. Return how many were refused.
+
+        tell: launches a kernel that writes the tree's numbers under a call number.
+        """
         if self._captured:
             self.tell(tell)
         return self.mailbox.refusals()
@@ -73,7 +75,7 @@ class Calls:
         self.enqueued(call)
 
     def raise_refusal(self) -> None:
-        """Raise the error of the first call that was refused and is not told yet, if any; all count as told."""
+        """Raise the error of the first refusal not reported yet, if any. All refusals then count as reported."""
         refusal, others = self.mailbox.first_refusal()
         if refusal is None:
             return

@@ -1,6 +1,6 @@
-"""Taking back what a call on a GPU did whose Python was cut short.
+"""Undoing a call on a GPU after its Python was interrupted.
 
-The kernels themselves tell whether it was done: nothing else runs then, and each leaves the number of its call.
+The device tells whether the call took effect: each call's kernels leave its number, and no other call runs meanwhile.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET = range(6)
 
 
 class Done(NamedTuple):
-    """A call that may have been cut short, and what it is taken back by.
+    """A call that may have been interrupted, and the data to undo it.
 
-    call: the number of the launch that makes its change. changes: of the index before it. places: of a lock or unlock.
-    batch: queries of an insert. slots: where an eviction puts them. before: those among them, or left by a reset, that
-    an eviction before could not return. owner: keeps memory alive.
+    call: the number of the launch that makes the change. changes: the index's count of changes before the call. places:
+    of a lock or unlock. batch: queries of an insert. slots: the tensor to which an eviction writes. before: slots that
+    an earlier, interrupted eviction did not return; an eviction copies them to the front of `slots`, a reset drops
+    them. owner: keeps memory alive.
     """
 
     operation: int
@@ -41,9 +42,10 @@ class Done(NamedTuple):
 
 
 def take_back(done: Done, arrays: Arrays, calls: Calls) -> bool:
-    """Undo what the device has done of a call, but for evictions and resets; whether it had done anything.
+    """Undo what the device did for a call, except an eviction or a reset. Return whether the call took effect.
 
-    Waits for the device. May be cut short itself: what is taken back is no longer the last that the device has done.
+    Waits for the device. May itself be interrupted: once the undo has run, `call` is no longer the device's last call,
+    so it is not undone twice.
     """
     device = arrays.state.parent.device
     if device.type == "cuda":
@@ -60,7 +62,7 @@ def take_back(done: Done, arrays: Arrays, calls: Calls) -> bool:
 
 
 def _finish_second_launch(done: Done, arrays: Arrays, calls: Calls) -> None:
-    """Locks and unlocks of many places take two launches: do the second where only the first was done."""
+    """Locks and unlocks of many places take two launches. Do the second launch if only the first was done."""
     started = int(arrays.scratch.counters[STARTED])
     call = abs(started)
     last, _refusals = calls.mailbox.latest(mail.ERRORS)
@@ -71,7 +73,7 @@ def _finish_second_launch(done: Done, arrays: Arrays, calls: Calls) -> None:
 
 
 def _remove_new(arrays: Arrays, batch: int, call: int) -> None:
-    """Free the nodes that the last call, an insert of `batch` queries, has made, but for pieces of edges it has cut."""
+    """Free the nodes that the last call, an insert of `batch` queries, has made. Pieces of split edges stay."""
     state = arrays.state
     found = state.numbers.cpu().numpy()
     rows = int(found[numbers.ROWS])
@@ -80,7 +82,7 @@ def _remove_new(arrays: Arrays, batch: int, call: int) -> None:
     live[0] = False
     new = live & (created > found[numbers.CLOCK] - 2 * batch)
     above = np.unique(parent[live & ~new])
-    while (above := above[above > 0]).size:  # what an older node hangs below stays
+    while (above := above[above > 0]).size:  # a new node above an older node is a piece of a split edge
         new[above] = False
         above = np.unique(parent[above])
     victims = torch.from_numpy(np.flatnonzero(new)).to(state.parent.device)

@@ -1,4 +1,4 @@
-"""DeviceIndex: the index on a GPU. Enqueues kernels, and waits for none of them unless it returns what they found."""
+"""DeviceIndex: the index on a GPU. It enqueues kernels, and waits for them only where it returns their results."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _NOTHING_YET = Done(NOTHING, 0, 0)
 
 
 class DeviceIndex(Index):
-    """A tree on a GPU; Triton kernels do the work.
+    """A tree on a GPU. Triton kernels do the work.
 
-    mailbox: where kernels tell the host what they found.
+    mailbox: the pinned words by which kernels tell the host their results.
     """
 
     def __init__(self, options: Options, device: torch.device, generation: int) -> None:
@@ -76,21 +76,24 @@ class DeviceIndex(Index):
         self._stages = Stages(device, self.mailbox)
         self._singles = Singles(device)
         self._by_tick = options.order.score is None and options.order.code == numbers.LRU
-        self._unbooked: deque[tuple[int, int]] = deque()
+        self._unbooked: deque[tuple[int, int]] = deque()  # (call, units) of inserts after the last known ROOM word
         self._retired: list[Scratch] = []
         self._state = state
         scratch = enlarge(allocate_scratch(len(state.parent), self.mailbox.words, device), _SMALLEST_BATCH)
         self._arrays = gpu.arrays_of(state, scratch, self._pool, options.page_size, options.bigram)
         self._open: Done | None = None  # the call that has begun and not ended
-        self._untold: torch.Tensor | None = None
+        self._untold: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if hasattr(self, "_stages") and not is_finalizing():  # else there was no memory for it, or all is going
+        if hasattr(self, "_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
             abandon(self.mailbox, self._stages)
 
     def _room_for(self, batch: int) -> None:
-        """Have scratch for a batch. Its memory stays until the tree goes: a stream may still work in the old one."""
+        """Make the scratch arrays large enough for a batch.
+
+        Old arrays are kept until the tree is deleted: a stream may still use them.
+        """
         scratch = self._arrays.scratch
         if batch <= scratch.batch:
             return
@@ -104,12 +107,12 @@ class DeviceIndex(Index):
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self._state) + self._arrays.scratch.nbytes + self._pool.nbytes
 
-    # Calls that were cut short, and waiting
+    # Interrupted calls, and waiting
 
     def _recover(self) -> None:
-        """Take back what a call did that was cut short; RuntimeError where it is still under way.
+        """Undo what an interrupted call did. Raises RuntimeError if that call is still under way.
 
-        Looks at what the device has done alone, so it may be cut short itself.
+        Depends only on what the device has done, so this method may itself be interrupted.
         """
         refuse_reentry(self)
         cut = self._open
@@ -136,7 +139,7 @@ class DeviceIndex(Index):
         gpu.tell(self._arrays, call)
 
     def _wait(self) -> int:
-        """Wait for all calls so far; how many were refused. Names given out for nothing are forgotten."""
+        """Wait for all calls so far. Return how many were refused. Free the namespace codes that no insert used."""
         refused = self._calls.wait(self._tell)
         if self._names.given:
             self._names.look(self._state.namespace_children, refused > 0)
@@ -201,7 +204,7 @@ class DeviceIndex(Index):
         return result
 
     def _match_key(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
-        """One key in host memory; a short one is read by the kernel from pinned memory."""
+        """Match one key in host memory. The kernel reads a short key from pinned memory."""
         address, count, wide, _owner = key
         if count * 8 > STAGED_BYTES:
             return self._match_values(of_key(key, self.device), namespace, touch, lock, None)
@@ -229,7 +232,7 @@ class DeviceIndex(Index):
             return MatchResult(*self._tensors(0))
         self._room_for(keys.batch)
         if keys.offsets == 0 and self._calls.is_capturing():
-            keys = as_batch(keys, self.device)  # a single key answers, and each replay would answer again
+            keys = as_batch(keys, self.device)  # a single key's kernel would write its answer again at each replay
         call = self._calls.next()
         result, out = self._match_output(keys, call)
         places = Places(out.handles, out.lengths, keys.batch)
@@ -240,7 +243,7 @@ class DeviceIndex(Index):
         return result
 
     def _match_output(self, keys: Values, call: int) -> tuple[MatchResult, Output]:
-        """A result, and where its numbers go."""
+        """Return a new result, and the addresses to which the kernel writes its numbers."""
         if keys.offsets == 0:
             awaited = self._singles.take(self, call)
             return late_match(awaited), awaited.output()
@@ -248,14 +251,14 @@ class DeviceIndex(Index):
         return MatchResult(lengths, handles), Output(handles.data_ptr(), lengths.data_ptr())
 
     def _tensors(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 [B] lengths and int64 [B] handles, uninitialised."""
+        """Return int32 [B] lengths and int64 [B] handles, uninitialised."""
         lengths = torch.empty(batch, dtype=torch.int32, device=self.device)
         return lengths, torch.empty(batch, dtype=torch.int64, device=self.device)
 
     # Lock
 
     def _places(self, places: Any) -> Places:
-        """Places as addresses; those of a single key where its kernel leaves them."""
+        """Return the addresses of places. A single key's place is read where its kernel leaves it."""
         late = getattr(places, "late", None)
         if isinstance(late, Awaited) and late.device == self.device:
             out = late.output()
@@ -275,7 +278,7 @@ class DeviceIndex(Index):
         self._renew(places, self._split)
 
     def _renew(self, places: Any, operation: Callable[[Places], None]) -> None:
-        """Do what may give places new handles, and write these back."""
+        """Run an operation that may renew the handles of places, and write the new handles back."""
         late = getattr(places, "late", None)
         if isinstance(late, Awaited) and late.device == self.device:
             operation(self._places(places))
@@ -299,7 +302,7 @@ class DeviceIndex(Index):
             self._calls.enqueued(call)
 
     def _unlock(self, places: Places) -> None:
-        """Without a word of how it is taken back."""
+        """Unlock places without a record of how to undo it: `_open` still describes the lock that this call removes."""
         if places.batch:
             self._room_for(places.batch)
             call = self._calls.next()
@@ -392,7 +395,7 @@ class DeviceIndex(Index):
         inserted = read_numbers(inserted_lengths, keys.batch, device, "inserted_lengths")
         starts = starts_on(start, keys.batch, device)
         if keys.batch == 0:
-            namespaces.spread(namespace, 0)  # raises for what is no namespace
+            namespaces.spread(namespace, 0)  # raises for a bad namespace
             return InsertResult(torch.empty(0, dtype=torch.int32, device=device), *self._tensors(0))
         if self._calls.is_capturing():
             raise RuntimeError(
@@ -414,7 +417,7 @@ class DeviceIndex(Index):
         return result
 
     def _insert_output(self, keys: Values, call: int) -> tuple[InsertResult, Output]:
-        """A result, and where its numbers go."""
+        """Return a new result, and the addresses to which the kernels write its numbers."""
         if keys.offsets == 0:
             awaited = self._singles.take(self, call)
             return late_insert(awaited), awaited.output()
@@ -424,7 +427,7 @@ class DeviceIndex(Index):
         return InsertResult(prefixes, lengths, handles), out
 
     def _may_compact(self, total: int) -> bool:
-        """Whether the pools may have no room for so many units, as far as the host knows by now."""
+        """Return whether the pools may lack space for `total` units, as far as the host knows now."""
         told, room = self.mailbox.latest(mail.ROOM)
         while self._unbooked and not is_later(self._unbooked[0][0], told):
             self._unbooked.popleft()
@@ -442,7 +445,7 @@ class DeviceIndex(Index):
         before = self._untold
         known = 0 if before is None else len(before)
         tokens, nodes = self._select(max(wanted - known, 0))
-        # All memory before anything changes: slots must not be lost.
+        # Allocate all memory before the tree changes: a later failure would lose slots.
         slots = torch.empty(known + tokens, dtype=self.options.slot_dtype, device=self.device)
         where = self.options.slot_device
         returned = None if where is None else torch.empty_like(slots, device=where)
@@ -463,7 +466,7 @@ class DeviceIndex(Index):
         return result
 
     def _select(self, wanted: int) -> tuple[int, int]:
-        """Find the victims: their tokens, and how many they are."""
+        """Find the nodes to evict. Return their tokens and their number."""
         if wanted == 0:
             return 0, 0
         if not self._by_tick:
@@ -482,7 +485,7 @@ class DeviceIndex(Index):
             self._names.known.forget(released, self._state.namespace_children.cpu().numpy())
 
     def _scores(self) -> torch.Tensor:
-        """int64 [R]: what the policy orders by, before the tick; smaller goes first."""
+        """Return int64 [R]: the scores of the policy. The lowest goes first; the tick breaks ties."""
         s = self._state
         nodes = Nodes(s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
         order = self.options.order
@@ -581,4 +584,4 @@ class DeviceIndex(Index):
         self._names.known.restore(saved["names"])
         gpu.rebuild(self._arrays)
         self._calls.tell(self._tell)
-        self._finish_all()  # the next insert goes by the room that is told now
+        self._finish_all()  # the next insert relies on the ROOM word that is written here

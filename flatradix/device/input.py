@@ -1,4 +1,4 @@
-"""Bringing what callers hand in to a GPU: in place where it is there, through pinned memory where it is not."""
+"""Bringing the inputs of callers to a GPU: in place if they are there, through pinned memory if not."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from flatradix.layout.queries import NO_PLACES, PerQuery, Places, Values
 
 
 def is_host_key(q: Any) -> bool:
-    """Whether `q` is one flat sequence in host memory."""
+    """Return whether `q` is one flat sequence in host memory."""
     return not (isinstance(q, torch.Tensor) and not q.is_cpu) and not is_batch(q)
 
 
 def read_counts(values: Values) -> np.ndarray:
-    """The counts of a batch; synchronises where only the device knows them. Of wrong offsets, whatever they say."""
+    """Return the counts of a batch. Synchronises if only the device knows them. Offsets are not checked here."""
     if values.counts is not None:
         return values.counts
     return np.diff(values.owner[1].cpu().numpy())
 
 
 def as_batch(values: Values, device: torch.device) -> Values:
-    """A single sequence as a batch of one, with offsets on the device."""
+    """Return a single sequence as a batch of one, with offsets on the device."""
     offsets = torch.arange(2, device=device) * values.total
     return values._replace(offsets=offsets.data_ptr(), owner=(values.owner, offsets))
 
 
 def _in_place(values: torch.Tensor, what: str, query: int = 0) -> torch.Tensor:
-    """A 1-D tensor on the device as int32 or int64, next to each other."""
+    """Return a 1-D tensor on the device as contiguous int32 or int64. Raises QueryError for other shapes and dtypes."""
     if values.dim() != 1:
         raise QueryError(f"{what} of query {query}: a tensor of shape {tuple(values.shape)}; a sequence is 1-D", query)
     if values.dtype not in (torch.int32, torch.int64):
@@ -60,12 +60,12 @@ def _of_ragged(ragged: Ragged, device: torch.device, what: str) -> Values:
         ragged.validate()
         counts = np.diff(offsets.numpy())
         if values.dtype not in (torch.int32, torch.int64):
-            read_one(values[:0], what)  # raises for what is no integer
+            read_one(values[:0], what)  # raises if the dtype is no integer
     return _ragged_values(_in_place(upload(values, device), what), upload(offsets, device).contiguous(), counts, None)
 
 
 def of_key(key: Buffer, device: torch.device) -> Values:
-    """One sequence of host memory."""
+    """Bring one sequence from host memory to the device."""
     _address, count, wide, owner = key
     values = upload(torch.from_numpy(np.asarray(owner)), device)
     return Values(values.data_ptr(), wide, 0, count, 1, np.array([count]), (values, owner))
@@ -78,7 +78,7 @@ def _of_tensor(values: torch.Tensor, what: str) -> Values:
 
 
 def _of_host_batch(batch: Batch, device: torch.device) -> Values:
-    """Host sequences, one after another in pinned memory and on their way to the device."""
+    """Concatenate host sequences in pinned memory, and enqueue their copy to the device."""
     parts = [np.asarray(buffer[3]) for buffer in batch.owner]
     kind = torch.int64 if batch.wide else torch.int32
     pinned = torch.empty(int(batch.counts.sum()), dtype=kind, device="cpu", pin_memory=device.type == "cuda")
@@ -90,7 +90,7 @@ def _of_host_batch(batch: Batch, device: torch.device) -> Values:
 
 
 def _of_mixed(sequences: Sequence[Any], device: torch.device, what: str) -> Values:
-    """A list of sequences of which at least one is on a device."""
+    """Bring a list of sequences to the device; at least one of them is on a device."""
     tensors = []
     for query, part in enumerate(sequences):
         if isinstance(part, torch.Tensor) and not part.is_cpu:
@@ -105,7 +105,7 @@ def _of_mixed(sequences: Sequence[Any], device: torch.device, what: str) -> Valu
 
 
 def read_values(sequences: Any, device: torch.device, what: str) -> Values:
-    """A batch in any of the forms that the operations take. `what` is named in errors ("tokens", "slots")."""
+    """Read a batch in any form that the operations take. `what` ("tokens", "slots") is named in errors."""
     if isinstance(sequences, Ragged):
         return _of_ragged(sequences, device, what)
     if isinstance(sequences, torch.Tensor) and not sequences.is_cpu:
@@ -118,7 +118,7 @@ def read_values(sequences: Any, device: torch.device, what: str) -> Values:
 
 
 def read_slots(slots: Any, keys: Values, device: torch.device) -> Values:
-    """The slots of a batch; a batch of one may come as one sequence, and a single sequence as a batch of one."""
+    """Read the slots of a batch. A batch of one may come as one sequence, and a single sequence as a batch of one."""
     source = read_values(slots, device, "slots")
     check_slot_queries(keys.batch, source.batch)
     if keys.counts is not None and source.counts is not None:
@@ -130,7 +130,7 @@ def read_slots(slots: Any, keys: Values, device: torch.device) -> Values:
 
 
 def read_numbers(value: Any, batch: int, device: torch.device, what: str) -> PerQuery:
-    """A priority or the like."""
+    """Read one integer, or one a query, such as priorities. A tensor on the device is not copied to the host."""
     if isinstance(value, torch.Tensor) and not value.is_cpu:
         if value.shape != (batch,) or value.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{what} must be an integer, or {batch} integers, one a query")
@@ -140,7 +140,7 @@ def read_numbers(value: Any, batch: int, device: torch.device, what: str) -> Per
 
 
 def numbers_of(found: np.ndarray, device: torch.device) -> PerQuery:
-    """int64 [B] of host memory; one number for all where they are equal."""
+    """Bring int64 [B] from host memory to the device. Equal numbers become one number for all queries, not copied."""
     if len(found) == 0 or (found == found[0]).all():
         return PerQuery(0, int(found[0]) if len(found) else 0)
     numbers = upload_numbers(found, device)
@@ -148,14 +148,14 @@ def numbers_of(found: np.ndarray, device: torch.device) -> PerQuery:
 
 
 def places_on(places: Any, device: torch.device) -> Places:
-    """Places whose tensors are on the device."""
+    """Return the addresses of places. Their tensors must be on the device."""
     lengths, handles = read_places(places, device)
     handles = handles.contiguous()
     return Places(handles.data_ptr(), lengths.data_ptr(), len(handles), (lengths, handles))
 
 
 def starts_on(start: Any, batch: int, device: torch.device) -> Places:
-    """Places to continue from; without addresses where there are none."""
+    """Return the places to continue from, or NO_PLACES for None."""
     if start is None:
         return NO_PLACES
     places = places_on(start, device)

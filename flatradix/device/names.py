@@ -1,4 +1,4 @@
-"""Names: the namespaces of a tree on a GPU, which learns late what an insert has stored."""
+"""Names: the namespaces of a tree on a GPU. The host learns late whether an insert has stored anything."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from flatradix.layout.queries import PerQuery, Values
 
 
 class Names:
-    """Codes of namespaces as kernels take them: code * 2 + (1 if the caller gave a name).
+    """Namespace codes as kernels take them: code * 2 + (1 if the caller gave a name).
 
-    known: the names and their codes. `unused` are those that were given out since the host last looked.
+    known: the names and their codes. Codes allocated since the host last waited may turn out to be unused.
     """
 
     def __init__(self, codes: int, smallest: int, device: torch.device) -> None:
-        """codes: how many the state has room for. smallest: tokens of the shortest key that stores something."""
-        # Names are compared on the host; only the digest wants their hashes on the device.
+        """codes: the number of codes that the state can hold. smallest: tokens of the shortest key that is stored."""
+        # Names are compared on the host. Only the digest needs hashes on the device, and it copies them there.
         self.known = Namespaces(np.zeros(codes, np.int64))
         self._codes = codes
         self._smallest = smallest
         self._device = device
         self._given: set[int] = set()
-        self._unsure = False  # whether one was given to a key that may store nothing
+        self._unsure = False  # whether a code was given to a key that may store nothing
 
     def find(self, namespace: Any, batch: int) -> PerQuery:
-        """For a match: one name, or a list with one a query."""
+        """Return the codes of one name, or of a list with one name a query, for a match."""
         if not isinstance(namespace, list | tuple):
             namespaces.check(namespace)
             return PerQuery(0, 2 * self.known.find(namespace) + (namespace is not None))
@@ -39,14 +39,17 @@ class Names:
         return self._packed([self.known.find(name) for name in names], names)
 
     def give(self, namespace: Any, keys: Values, wait: Callable[[], object]) -> PerQuery:
-        """For an insert: new names get codes. wait: brings the host up to date, which may free codes."""
+        """Return the codes of names for an insert. New names get new codes.
+
+        wait: waits for all calls so far and then frees unused codes.
+        """
         many = isinstance(namespace, list | tuple)
         names = namespaces.spread(namespace, keys.batch) if many else [namespaces.only(namespace)]
         counts = keys.counts
         if len(self.known) + len(names) > self._codes:
-            wait()  # inserts that were refused may have been given names for nothing
+            wait()  # refused inserts may hold codes that nothing uses
             if len(self.known) + len(names) > self._codes:
-                counts = read_counts(keys)  # more names than pages: only keys that store something may have one
+                counts = read_counts(keys)  # more names than pages: only keys that store something get a code
         if counts is not None and not many:
             counts = counts.max(keepdims=True)
         codes = [self._give_one(name, None if counts is None else counts[query]) for query, name in enumerate(names)]
@@ -67,13 +70,13 @@ class Names:
         return numbers_of(np.array(packed, np.int64), self._device)
 
     def look(self, children: torch.Tensor, refused: bool) -> None:
-        """Forget the names that were given to inserts which stored nothing; the inserts so far are done.
+        """Free the codes that were allocated for inserts which stored nothing. All inserts so far must be done.
 
-        children: `TreeState.namespace_children`. refused: whether one of them may have been refused.
+        children: `TreeState.namespace_children`. refused: whether one of these inserts may have been refused.
         """
         if (refused or self._unsure) and self._given:
             codes = sorted(self._given)
-            # A batch that does not fit may have been given codes beyond the array.
+            # A batch that did not fit may have been given codes beyond the array.
             places = torch.tensor(codes, device="cpu").clamp(max=len(children) - 1).to(children.device)
             found = np.zeros(max(codes) + 1, np.int64)
             found[codes] = children[places].cpu().numpy()
@@ -87,5 +90,5 @@ class Names:
 
     @property
     def given(self) -> bool:
-        """Whether the host has not looked since names were given out."""
+        """Whether codes were allocated since the host last looked."""
         return bool(self._given)

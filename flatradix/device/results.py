@@ -1,4 +1,4 @@
-"""Results of single keys on a GPU: tensors on the device, and Python integers as soon as the kernel has told them."""
+"""Results of single keys on a GPU: tensors on the device, and Python integers once the kernel has written them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 4096
 
 
 class Chunk(NamedTuple):
-    """int32 [2, N] lengths and prefix lengths, int64 [N] handles, and where they are."""
+    """Device memory for N single keys: int32 [2, N] lengths and prefix lengths, int64 [N] handles, and addresses."""
 
     lengths: torch.Tensor
     handles: torch.Tensor
@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
 
 
 class Home(Protocol):
-    """The index whose kernel gives the answer."""
+    """The index that enqueued the kernel of a single key."""
 
     mailbox: Mailbox
 
@@ -31,7 +31,7 @@ class Home(Protocol):
 
 
 class Awaited:
-    """The numbers of one key, which its kernel leaves in a chunk and tells in the mail (`results.Late`)."""
+    """The numbers of one key, a `results.Late`. The kernel writes them to a chunk and to the mailbox."""
 
     __slots__ = ("_answer", "_call", "_chunk", "_home", "_place", "_renewed")
 
@@ -44,7 +44,7 @@ class Awaited:
         self._renewed = False
 
     def _await(self) -> tuple[int, int, int]:
-        """(length, handle, prefix length)."""
+        """Wait for the kernel. Return (length, handle, prefix length). Raises the error of a refused call."""
         if self._answer is None:
             answers = self._home.mailbox.answers(self._call)
             if answers is None:
@@ -63,11 +63,11 @@ class Awaited:
         return int(self._chunk.handles[self._place])
 
     def forget_handle(self) -> None:
-        """A lock may have renewed it."""
+        """Read the handle from the device from now on: a lock may have renewed it there."""
         self._renewed = True
 
     def output(self) -> Output:
-        """Where the numbers are on the device."""
+        """Return the addresses of the numbers on the device."""
         place, lengths = self._place, self._chunk.length_address
         return Output(self._chunk.handle_address + 8 * place, lengths + 4 * place, lengths + 4 * (_CHUNK + place))
 
@@ -98,16 +98,16 @@ class Awaited:
 
 
 class Singles:
-    """Device memory for the results of single keys, given out one by one: a tensor for each would cost 3 us a call."""
+    """Device memory for results of single keys, reserved one by one. Separate tensors would cost 3 us a call."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._used = _CHUNK
-        # The last ones are kept, so that no memory is given to somebody else while a stream may still write to it.
+        # The last chunks are kept: torch must not reuse their memory while a stream may still write to it.
         self._chunks: deque[Chunk] = deque(maxlen=4)
 
     def take(self, home: Home, call: int) -> Awaited:
-        """Where the numbers of a call will be."""
+        """Reserve device memory for the numbers of a call."""
         if self._used == _CHUNK:
             lengths = torch.empty((2, _CHUNK), dtype=torch.int32, device=self._device)
             handles = torch.empty(_CHUNK, dtype=torch.int64, device=self._device)

@@ -1,4 +1,4 @@
-"""Pinned buffers for single keys, which kernels read where they are: a copy costs a launch of its own, 5 us."""
+"""Pinned buffers for single keys. Kernels read them in place: a copy would need its own launch, 5 us."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STAGES = 32
 
 
 class Stages:
-    """Thirty-two buffers of STAGED_BYTES, used in turn, and one on the device, to which a kernel brings its key."""
+    """32 pinned buffers of STAGED_BYTES, used in turn, and one device buffer to which a kernel copies its key."""
 
     def __init__(self, device: torch.device, mailbox: Mailbox) -> None:
         self._buffers = torch.empty(
@@ -27,18 +27,21 @@ class Stages:
         self._next = 0
 
     def put(self, address: int, size: int) -> int:
-        """Copy `size` bytes; returns where they are now. Without a `commit` the next key takes the same buffer."""
+        """Copy `size` bytes to the next buffer and return their address. Waits until no kernel reads that buffer.
+
+        Without a `commit`, the next key takes the same buffer.
+        """
         if self._calls[self._next]:
-            self._mailbox.await_answer(self._calls[self._next])  # then the kernel that read this buffer is done
+            self._mailbox.await_answer(self._calls[self._next])  # a kernel answers after it has read its buffer
         target = self._address + self._next * STAGED_BYTES
         ctypes.memmove(target, address, size)
         return target
 
     def commit(self, call: int) -> None:
-        """The kernel of `call`, which is to answer, reads what was put last."""
+        """Reserve the buffer of the last `put` until the kernel of `call` has answered."""
         self._calls[self._next] = call
         self._next = (self._next + 1) % _STAGES
 
     def free_all(self) -> None:
-        """Nothing is under way: no kernel reads any of them."""
+        """Mark all buffers as free. No kernel may be under way."""
         self._calls = [0] * _STAGES

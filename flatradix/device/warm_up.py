@@ -1,4 +1,4 @@
-"""Compiling what a tree on a GPU runs: side by side, as it is a minute's work for one core."""
+"""Compiling the kernels of a tree on a GPU, in parallel: one core would need about a minute."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from flatradix.layout.handles import pack_handle
 from flatradix.tree import RadixTree
 
 _KINDS = (torch.int32, torch.int64)
-_BEYOND_ONE_LAUNCH = 9  # locks of up to 8 places take one
+_BEYOND_ONE_LAUNCH = 9  # a lock of up to 8 places takes one launch
 
 
 def warm_up_device(device: torch.device, page_size: int, bigram: bool) -> None:
-    """Single keys of host memory, and batches of int32 and int64 tokens on the device (with its index).
+    """Compile for single keys in host memory, and for batches of int32 and int64 tokens on the device.
 
-    A thread for each operation: compilers do their work without the GIL. An interpreter of kernels takes one at a time.
+    device: with its index. Operations run in as many threads as there are cores: compilers work without the GIL.
+    Interpreted kernels run in one thread.
     """
     tokens = page_size + bigram
     in_python = interpreted()
 
     def run(operation: Callable[[RadixTree], object]) -> None:
-        with nullcontext() if in_python else torch.cuda.device(device):  # a thread begins with cuda:0
+        with nullcontext() if in_python else torch.cuda.device(device):  # a new thread's current device is cuda:0
             tree = RadixTree(64 * page_size, page_size, device=device, bigram=bigram)
             operation(tree)
             tree.raise_pending()
@@ -44,10 +45,10 @@ def warm_up_device(device: torch.device, page_size: int, bigram: bool) -> None:
 
 
 def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
-    """Each for an empty tree of its own, and most at its root, so that none waits for what another compiles.
+    """Yield operations, each for its own empty tree, and most at the root: none waits for what another compiles.
 
-    Most of what PrefixCache calls is among them: keys of int64 with slots of int32, behind a start and not, with what
-    differs from query to query one at a time.
+    They cover most calls of PrefixCache: int64 keys with int32 slots, with and without a start, and with one argument
+    at a time that differs from query to query.
     """
     one = np.arange(tokens)
     yield partial(_fill_and_empty, key=one)
@@ -61,7 +62,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_match, how=how, key=one)
         yield from (partial(_match_batch, how=how, kind=kind, tokens=tokens) for kind in _KINDS)
     yield partial(_match, how={"touch": False, "lock": True, "namespace": [None, "a"]}, key=[one, one])
-    long = np.zeros(STAGED_BYTES // 8 + 1, np.int64)  # of more tokens than a kernel reads from pinned memory
+    long = np.zeros(STAGED_BYTES // 8 + 1, np.int64)  # more tokens than a kernel reads from pinned memory
     for touch in (False, True):
         yield partial(_match, how={"touch": touch, "lock": True}, key=long)
     yield partial(_insert_keys, key=one, names=None, started=True, options={"inserted_lengths": [0, 1]})

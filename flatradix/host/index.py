@@ -1,4 +1,4 @@
-"""HostIndex: the index in host memory. Everything happens at once, so every error is raised by its own call."""
+"""HostIndex: the index in host memory. A call returns when its work is done, so it raises its own errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flatradix.layout.handles import NO_HANDLE
 from flatradix.layout.state import FREE_ROW, allocate, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
 
-_READING = -1  # in the place of a call's number: one that changes nothing, and reads more than once
+_READING = -1  # `_open` in a call that takes several steps and leaves nothing to undo
 _NO_SCORES = np.empty(0, np.int64)
 _EVICTABLE, _PROTECTED, _NODES = numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES
 _RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers.LONGEST, numbers.LAST_CALL
@@ -38,12 +38,12 @@ _RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers
 class HostIndex(Index):
     """A tree in host memory; numba kernels do the work.
 
-    Each kernel changes the tree at once and notes the number of its call last, so that a call which is cut short can be
-    taken back from its results. A match that locks nothing needs no number.
+    Python cannot interrupt a kernel. Its last step is to store the number of its call, so the next call can tell what
+    an interrupted call did, and undo it from its results. A match without lock needs no number.
     """
 
     def __init__(self, options: Options, device: torch.device, generation: int) -> None:
-        """generation: where those of the handles begin."""
+        """generation: added to the generation of each row in its handles."""
         self.options = options
         self.device = device
         state = allocate(options.max_tokens, options.page_size, options.bigram, generation)
@@ -61,26 +61,29 @@ class HostIndex(Index):
             self._slots = HostSlots(units, options.slot_dtype, self._addresses)
         else:
             self._slots = SlotsApart(units, options.slot_dtype, options.slot_device, self._addresses)
-        self._calls = 0  # so many were numbered
-        self._open = 0  # the number of the call that has begun and not ended
+        self._calls = 0  # the last number given to a call
+        self._open = 0  # the number of the call that has begun and not ended, _READING, or 0
         self._results = 0, _NO_SCORES, _NO_SCORES, _NO_SCORES
         self._eviction: Eviction | None = None
         self._untold: torch.Tensor | None = None
-        self._fresh: list[int] = []  # namespace codes that the last insert was given
+        self._fresh: list[int] = []  # namespace codes that the last insert gave out
 
-    # Calls that were cut short
+    # Interrupted calls
 
     def _begin(self, handles: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray) -> int:
-        """Begin a call on a batch, which these arrays allow to take back; of a single key the state's numbers do."""
+        """Begin a call on a batch and return its number. Its result arrays are kept to undo it.
+
+        A call on a single key is undone from the state's numbers instead.
+        """
         call = self._calls + 1
         self._results = call, handles, lengths, prefix_lengths
         self._open = self._calls = call
         return call
 
     def _recover(self) -> None:
-        """Take back what a call did that was cut short, or finish it; RuntimeError where it is still under way.
+        """Undo what an interrupted call did, or finish it. Raise RuntimeError if that call is still running.
 
-        Looks at the tree alone, so it may be cut short itself.
+        Only the state of the tree decides, so this can start again if it is interrupted itself.
         """
         refuse_reentry(self)
         if self._numbers[_LAST_CALL] == self._open:
@@ -158,7 +161,7 @@ class HostIndex(Index):
         return self._match_one(address, True, count, code, True, False, split)
 
     def _code(self, namespace: Any) -> int:
-        """Of a single query; good for as long as no other call comes in between."""
+        """Return the namespace code of a single query. It is valid until another call begins."""
         self._open = _READING
         return self._namespaces.find(namespaces.only(namespace))
 
@@ -256,7 +259,7 @@ class HostIndex(Index):
             self._recover()
         try:
             late = places.late
-        except AttributeError:  # no result of ours; asking for its class takes longer
+        except AttributeError:  # not a result of this library; isinstance would take longer
             late = places
         if late is None:
             self._open = call = self._calls = self._calls + 1
@@ -283,7 +286,7 @@ class HostIndex(Index):
             self._recover()
         try:
             late = places.late
-        except AttributeError:  # no result of ours; asking for its class takes longer
+        except AttributeError:  # not a result of this library; isinstance would take longer
             late = places
         if late is None:
             self._open = call = self._calls = self._calls + 1
@@ -303,7 +306,7 @@ class HostIndex(Index):
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
         renewed = handles.contiguous()
-        self._open = _READING  # nothing that is to be taken back
+        self._open = _READING  # a split is not undone
         reason = cpu.split(self._addresses, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("split", reason)
@@ -404,7 +407,7 @@ class HostIndex(Index):
         return result
 
     def _code_to_insert(self, name: namespaces.Namespace, count: int, start: int) -> int:
-        """The code of a key's namespace; a new one only where the key will store something."""
+        """Return the code of a key's namespace; give out a new code only if the key stores units."""
         code = self._namespaces.find(name)
         if code < 0 and start == 0 and count - self.options.bigram >= self.options.page_size:
             code = self._namespaces.give(name)
@@ -412,7 +415,7 @@ class HostIndex(Index):
         return code
 
     def _refuse_insert(self, reason: int, slots: Any) -> NoReturn:
-        """Names that were given out for the insert are forgotten. slots: one sequence a query."""
+        """Forget the namespace codes that the insert gave out, and raise its error. slots: one sequence per query."""
         self._namespaces.forget(self._fresh, self._arrays.namespace_children)
         if reason == reasons.BAD_SLOT:
             self._open = 0
@@ -447,7 +450,10 @@ class HostIndex(Index):
         return result
 
     def _room_for(self, before: torch.Tensor | None, wanted: int) -> Eviction:
-        """Memory for an eviction, which frees less than one node more than is wanted."""
+        """Allocate memory for `before` and for the slots of an eviction.
+
+        The eviction frees fewer tokens than `wanted` plus the longest edge.
+        """
         most, most_nodes = self._numbers[_EVICTABLE], self._numbers[_NODES]
         if wanted == 0:
             most = most_nodes = 0

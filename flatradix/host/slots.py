@@ -1,4 +1,4 @@
-"""The slot pool of an index in host memory: the slot of each cached token, where the token is in the token pool."""
+"""The slot pool of an index in host memory. A token and its slot have the same index in their pools."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SlotBatch(NamedTuple):
 
 
 class Eviction(ABC):
-    """Memory for what an eviction may free, taken before the index changes: its slots must not be lost.
+    """Memory for the slots that an eviction may free. It is allocated before the index changes, so no slot is lost.
 
-    starts, lengths, target: what the kernel is told of it.
+    starts, lengths, target: arguments of the kernel: arrays for pool ranges, and the address for slots.
     """
 
     starts: np.ndarray = NO_RANGES
@@ -38,14 +38,15 @@ class Eviction(ABC):
 
     @abstractmethod
     def slots(self, tokens: int, nodes: int) -> torch.Tensor:
-        """The slots of before and those that the kernel freed, [before + tokens]."""
+        """Return the slots of `before`, then those of the `nodes` nodes that the kernel freed, [before + tokens]."""
 
 
 class SlotPool(ABC):
-    """Where the slots of an index in host memory are, and what the index wants of them.
+    """The slots of an index in host memory, and the operations that the index needs on them.
 
-    values: the pool, [units]. pool: its address for kernels, 0 where it is not in host memory; wide: int64; limit: the
-    greatest slot. Methods that take places return a reason instead where one of them is refused.
+    values: the pool, [units]. pool: its address for kernels, 0 if it is not in host memory; kernels then ignore `wide`
+    (whether slots are int64) and `limit` (the greatest slot). Methods that take places return a reason if they refuse
+    one.
     """
 
     values: torch.Tensor
@@ -59,47 +60,47 @@ class SlotPool(ABC):
 
     @abstractmethod
     def refuse_capture(self) -> None:
-        """RuntimeError while a CUDA graph is captured, where a call would not be the same on replay."""
+        """Raise RuntimeError while a CUDA graph is captured, if a replay would not repeat the call."""
 
     @abstractmethod
     def read_one(self, slots: Any, check: bool) -> Buffer:
-        """The slots of one query."""
+        """Return the slots of one query."""
 
     @abstractmethod
     def read(self, slots: Any, check: bool) -> SlotBatch:
-        """The slots of a batch."""
+        """Return the slots of a batch."""
 
     @abstractmethod
     def store_one(self, source: Buffer, begin: int, end: int, start: int) -> None:
-        """Bring slots `begin` to `end` of a query to the pool, from `start` on; kernels have done it in host memory."""
+        """Write slots `begin` to `end` of a query to the pool from `start` on. In host memory the kernel did that."""
 
     @abstractmethod
     def store(self, source: SlotBatch, begins: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
-        """The same for each query of a batch."""
+        """Write `counts` slots of each query, from `begins` on, to the pool from `starts` on. See `store_one`."""
 
     @abstractmethod
     def of_place(self, handle: int, length: int) -> torch.Tensor | int:
-        """The slots of one place, [length] of the pool's type."""
+        """Return the slots of one place, [length] of the pool's dtype."""
 
     @abstractmethod
     def of_places(self, handles: np.ndarray, lengths: np.ndarray) -> Ragged | int:
-        """The slots of a batch of places."""
+        """Return the slots of a batch of places."""
 
     @abstractmethod
     def write_rows(self, handles: np.ndarray, lengths: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> int:
-        """Write the slots of places that were checked into the rows of a table. 0, or the reason."""
+        """Write the slots of checked places to rows of an engine's table; return 0, or the reason."""
 
     @abstractmethod
     def evict_into(self, before: torch.Tensor | None, most: int, most_nodes: int) -> Eviction:
-        """Memory for `before`, which is copied there, and behind it for `most` slots of `most_nodes` nodes."""
+        """Allocate memory for `before`, which is copied there, and then for `most` slots of `most_nodes` nodes."""
 
     @abstractmethod
     def compact(self, call: int, nodes: int) -> None:
-        """Slide index and slots to the front of the pools, under the number of a call."""
+        """Slide all `nodes` edges and their slots to the front of the pools, under the call number `call`."""
 
     @abstractmethod
     def finish_compaction(self) -> None:
-        """What `compact` does after its kernel, where it was cut short; may be called again."""
+        """Do what `compact` does after its kernel, if it was interrupted there. May be called again."""
 
 
 class HostEviction(Eviction):
@@ -120,7 +121,7 @@ class HostSlots(SlotPool):
     """Slots in host memory, int32 or int64 [units]. Kernels read, check and write them."""
 
     def __init__(self, units: int, dtype: torch.dtype, addresses: int) -> None:
-        """addresses: where the index's table of addresses is."""
+        """addresses: the address of the index's address table."""
         self._addresses = addresses
         self.values = committed(units, dtype)
         self.pool = self.values.data_ptr()

@@ -1,6 +1,6 @@
-"""The slot pool of an index in host memory where the engine keeps its slots on another device.
+"""The slot pool of an index in host memory when the engine keeps its slots on another device.
 
-Their values never come to the index, which deals in ranges of the pool only.
+The index handles only ranges of the pool, never the values of slots.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Ranges(NamedTuple):
 
 
 class RangeList(NamedTuple):
-    """Memory for what the copying kernel is told of N ranges: int64 [3, N], pinned, and on the device."""
+    """Memory for the description of N ranges that the copying kernel reads: int64 [3, N], pinned and on the device."""
 
     pinned: torch.Tensor
     uploaded: torch.Tensor
 
 
 class ApartBatch(NamedTuple):
-    """Slots of a batch, one after another on the slot device, and where those of each query begin: int64 [B + 1].
+    """The slots of a batch, concatenated on the slot device. offsets: int64 [B + 1], where those of each query begin.
 
-    ranges: for the ranges that will be written, one a query; None where torch writes them.
+    ranges: memory for the ranges that a store writes, one per query; None if torch writes them.
     """
 
     values: torch.Tensor
@@ -68,9 +68,8 @@ class ApartEviction(Eviction):
 class SlotsApart(SlotPool):
     """Slots on a device of their own, int32 or int64 [units].
 
-    On a GPU a kernel copies all ranges of a call at once, where there are several. Torch copies single ranges, and all
-    of them elsewhere and where Triton is missing, with a dozen launches to gather, one a query to write, one a node to
-    evict.
+    On a GPU, one kernel copies all ranges of a call if there are several. Torch copies a single range. Without a GPU or
+    without Triton, torch copies all ranges: a dozen launches to gather, one per query to write, one per node to evict.
     """
 
     pool = 0
@@ -91,7 +90,7 @@ class SlotsApart(SlotPool):
             self._compile()
 
     def _compile(self) -> None:
-        """Launch every variant, now: later the index has changed before it would turn out that one does not compile."""
+        """Launch every variant now. In a later call, the index would have changed before a variant fails to compile."""
         one = Ranges(np.zeros(1, np.int32), np.ones(1, np.int32), 1)
         for kind in (torch.int32, torch.int64):
             other = torch.zeros(1, dtype=kind, device=self.device)
@@ -99,7 +98,7 @@ class SlotsApart(SlotPool):
             self._copy(self.values, one, other, 0, self.range_list(1))
 
     def refuse_capture(self) -> None:
-        """RuntimeError while a CUDA graph is captured, which would hold memory that is used for this call only."""
+        """Raise RuntimeError while a CUDA graph is captured: the graph would hold memory of this call only."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph cannot hold a call of a tree on the CPU: the tree would not change on replay"
@@ -108,7 +107,7 @@ class SlotsApart(SlotPool):
     # Reading
 
     def _batch(self, values: torch.Tensor, counts: np.ndarray, check: bool) -> SlotBatch:
-        """With `check`, raise QueryError if a slot is out of range, which synchronises with the slot device."""
+        """Return a batch. With `check`, wait for the slot device and raise QueryError if a slot is out of range."""
         self.refuse_capture()
         offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
@@ -124,18 +123,18 @@ class SlotsApart(SlotPool):
         return SlotBatch(np.zeros(len(counts), np.int64), counts, True, owner)
 
     def _is_here(self, slots: Any) -> bool:
-        """Whether these slots are on the slot device already, and must not visit the host."""
+        """Return whether slots are on the slot device already, and must not pass through the host."""
         if not isinstance(slots, torch.Tensor) or slots.device.type == "cpu":
             return False
         return slots.device == self.device and slots.dtype in (torch.int32, torch.int64) and slots.dim() == 1
 
     def read_one(self, slots: Any, check: bool) -> Buffer:
-        """One query's slots; waits for the slot device with `check`."""
+        """Return the slots of one query. With `check`, wait for the slot device."""
         owner = self.read(slots if self._is_here(slots) else [slots], check).owner
         return 0, len(owner.values), True, owner
 
     def read(self, slots: Any, check: bool) -> SlotBatch:
-        """The slots of a batch. Waits for the slot device with `check`, and where they come as a Ragged there."""
+        """Return the slots of a batch. Wait for the slot device with `check`, and for a Ragged on that device."""
         if self._is_here(slots):
             return self._batch(slots, np.array([len(slots)]), check)
         if isinstance(slots, Ragged) and self._is_here(slots.values):
@@ -149,7 +148,7 @@ class SlotsApart(SlotPool):
             ragged = Ragged.from_sequences(slots if is_batch(slots) else [slots], "slots")
         return self._batch(ragged.values.to(self.device, torch.int64), np.diff(ragged.offsets.cpu().numpy()), check)
 
-    # Storing, once the index has taken an insert
+    # Storing, after the index has changed
 
     def store_one(self, source: Buffer, begin: int, end: int, start: int) -> None:
         self.values[start : start + end - begin].copy_(source[3].values[begin:end])
@@ -169,7 +168,7 @@ class SlotsApart(SlotPool):
     # Copying ranges
 
     def _indices(self, ranges: Ranges) -> torch.Tensor:
-        """int64: every unit of the ranges, in order."""
+        """Return int64 [total]: the pool index of every unit of the ranges, in order."""
         counts = upload_numbers(ranges.lengths, self.device)
         first = upload_numbers(ranges.starts, self.device) - counts.cumsum(0) + counts
         shift = torch.repeat_interleave(first, counts, output_size=ranges.total)
@@ -182,11 +181,14 @@ class SlotsApart(SlotPool):
     def _copy(
         self, source: torch.Tensor, ranges: Ranges, target: torch.Tensor, shifts: np.ndarray | int, memory: RangeList
     ) -> None:
-        """Ranges of `source`, one after another into the memory of `target`, each `shifts` [N] further on than that."""
+        """Copy ranges of `source` to `target`, one after another, but each range further on by its shift.
+
+        shifts: one for all ranges, or one per range, [N].
+        """
         count = len(ranges.starts)
         if count == 0:
             return
-        if count < memory.pinned.shape[1]:  # memory for more; a view costs a microsecond or two
+        if count < memory.pinned.shape[1]:  # memory for more ranges; a view costs 1 or 2 us
             memory = RangeList(*(part.view(-1)[: 3 * count].view(3, count) for part in memory))
         ends, starts, places = memory.pinned.numpy()
         np.cumsum(ranges.lengths, out=ends)
@@ -199,7 +201,10 @@ class SlotsApart(SlotPool):
         )  # fmt: skip
 
     def gather_into(self, out: torch.Tensor, ranges: Ranges, memory: RangeList | None) -> None:
-        """The slots of the ranges one after another, without asking for memory: it was taken for as many."""
+        """Copy the slots of the ranges to `out`, one after another.
+
+        Allocates no device memory: `memory` is for at least as many ranges.
+        """
         assert ranges.total == len(out)
         if memory is not None and self._copy_ranges is not None:
             self._copy(self.values, ranges, out, 0, memory)
@@ -209,7 +214,7 @@ class SlotsApart(SlotPool):
             out[place : place + count].copy_(self.values[start : start + count])
 
     def gather(self, ranges: Ranges) -> torch.Tensor:
-        """The slots of the ranges one after another, [total]."""
+        """Return the slots of the ranges, one after another, [total]."""
         self.refuse_capture()
         if len(ranges.starts) == 1:
             start = int(ranges.starts[0])
@@ -231,7 +236,7 @@ class SlotsApart(SlotPool):
         return nodes if nodes < 0 else self.gather(Ranges(starts[:nodes], lengths[:nodes], length))
 
     def _of_paths(self, handles: np.ndarray, lengths: np.ndarray) -> tuple[Ranges, np.ndarray] | int:
-        """The ranges of the paths to places, and where among them those of each begin: int64 [B + 1]; or the reason."""
+        """Return the pool ranges of the paths to places, and int64 [B + 1] offsets of their slots; or the reason."""
         total, nodes = cpu.count_paths(self._addresses, handles, lengths)
         if total < 0:
             return int(total)
@@ -257,7 +262,7 @@ class SlotsApart(SlotPool):
         return 0
 
     def write_ranges(self, ranges: Ranges, offsets: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> None:
-        """The slots of the ranges into rows of a table; those of row i begin at offsets[i] among them."""
+        """Write the slots of the ranges to rows of an engine's table. offsets: where the slots of each row begin."""
         if self._copy_ranges is None:
             parts = self.gather(ranges).split(np.diff(offsets).tolist())
             for row, part in zip(rows.tolist(), parts, strict=True):
@@ -268,7 +273,7 @@ class SlotsApart(SlotPool):
             shifts = rows[query] * table.stride(0) - offsets[query]
             self._copy(self.values, ranges, table, shifts, self.range_list(len(begins)))
 
-    # What changes the index
+    # Eviction and compaction
 
     def evict_into(self, before: torch.Tensor | None, most: int, most_nodes: int) -> Eviction:
         self.refuse_capture()
@@ -277,7 +282,7 @@ class SlotsApart(SlotPool):
     def compact(self, call: int, nodes: int) -> None:
         sources, targets, lengths = np.empty((3, nodes), np.int32)
         cpu.plan_compaction(self._addresses, sources, targets, lengths)
-        # All of it aside, as the pool may change only when the index has.
+        # Copy all slots aside: the pool may change only after the index has.
         self._moved = self.gather(Ranges(sources, lengths, int(np.sum(lengths, dtype=np.int64))))
         cpu.compact(self._addresses, call, 0, False)
         self.finish_compaction()

@@ -1,4 +1,4 @@
-"""Compiling what a tree in host memory runs, or reading it from disk."""
+"""Warm-up of a tree in host memory: compiles its kernels, or reads them from disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatradix.tree import RadixTree
 
 
 def warm_up_host(slot_device: str | torch.device | None) -> None:
-    """Run every operation once on a small tree: on a CPU, which options a tree has makes no difference."""
+    """Run every operation once on a small tree. Trees on a CPU use the same compiled kernels whatever their options."""
     tree = RadixTree(16, page_size=2, device="cpu")
     one = tree.insert([1, 2, 3, 4], [0, 1, 2, 3])
     found = tree.match([1, 2, 9])
@@ -39,7 +39,7 @@ def warm_up_host(slot_device: str | torch.device | None) -> None:
 
 
 def _take_back() -> None:
-    """What only follows a call that was cut short."""
+    """Run the kernel that only an interrupted call needs."""
     table = cpu.address_table(allocate(2, 1, False, 0))
     nothing = np.empty(0, np.int32)
     cpu.take_back_insert(address_of(table), nothing, nothing, nothing.astype(np.int64))

@@ -1,1 +1,1 @@
-"""From what callers pass to what the operations take: checked, and as memory that a kernel can read."""
+"""Reading the arguments of callers: checked, and as memory that a kernel can read."""

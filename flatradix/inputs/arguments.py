@@ -1,4 +1,4 @@
-"""Checking what callers pass besides the queries, and giving it the one type that the kernels are compiled for."""
+"""Checking the arguments other than queries, and converting each to the one type that the kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 
 
 def check_counts(tokens: np.ndarray, slots: np.ndarray) -> None:
-    """One slot a token, query by query."""
+    """Raise QueryError unless each query has one slot a token. tokens, slots: counts, int64 [B]."""
     check_slot_queries(len(tokens), len(slots))
     unequal = np.flatnonzero(tokens != slots)
     if len(unequal):
@@ -35,7 +35,7 @@ def to_int64(value: Any, what: str) -> int:
 
 
 def token_count(value: Any) -> int:
-    """How many tokens to evict."""
+    """Return the number of tokens to evict, checked."""
     try:
         count = operator.index(value)
     except TypeError:
@@ -46,7 +46,7 @@ def token_count(value: Any) -> int:
 
 
 def per_query(value: Any, queries: int, what: str) -> np.ndarray:
-    """int64 [B] from one integer or one a query."""
+    """Return int64 [B] from one integer for all queries, or from one integer a query."""
     if isinstance(value, int | np.integer):
         return np.full(queries, to_int64(value, what), np.int64)
     values = np.asarray(value)
@@ -58,7 +58,7 @@ def per_query(value: Any, queries: int, what: str) -> np.ndarray:
 
 
 def check_table(table: Any, rows: Any, queries: int, device: torch.device, slot_dtype: torch.dtype) -> torch.Tensor:
-    """The rows to write to as an int64 tensor, where they are; the table is checked."""
+    """Check the arguments of write_slots. Return `rows` as a contiguous int64 tensor on the device where they are."""
     if not isinstance(table, torch.Tensor) or table.dim() != 2 or table.dtype not in (torch.int32, torch.int64):
         raise ValueError("write_slots: the table must be an int32 or int64 tensor [rows, width]")
     if table.device != device:

@@ -1,4 +1,4 @@
-"""Which devices can be used here, and why not another."""
+"""Which devices can be used here, and the reason if a device cannot."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ VARIABLE = "FLATRADIX_DEVICE"
 
 
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1 stands in for a GPU: its kernels then run in Python, on tensors in host memory."""
+    """Return whether TRITON_INTERPRET=1 replaces the GPU. Triton kernels then run in Python, on host memory."""
     wanted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     return wanted and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def why_not_cuda() -> str:
-    """Why no tree can live on a GPU here; an empty string if one can. Compiles and runs a kernel to see."""
+    """Return why no tree can live on a GPU here, or "" if one can. Compiles and runs a kernel, once a process."""
     if interpreted():
         return ""
     if not torch.cuda.is_available():
@@ -41,19 +41,19 @@ def why_not_cuda() -> str:
 
 
 def asked_for() -> str:
-    """What the environment says of `device="auto"`: a device, or "auto" where it is left to us."""
+    """Return the device that FLATRADIX_DEVICE gives for `device="auto"`, or "auto" if the variable is not set."""
     return os.environ.get(VARIABLE) or "auto"
 
 
 def why_not_auto() -> str:
-    """Why `auto` does not take CUDA, an empty string if it does."""
+    """Return why `auto` does not take CUDA, or "" if it does."""
     if interpreted():
         return "kernels are interpreted (TRITON_INTERPRET), which only who asks for cuda wants"
     return why_not_cuda()
 
 
 def auto_reason() -> str:
-    """What `device="auto"` takes, and why, in one sentence."""
+    """Return which device `device="auto"` takes, and why, in one sentence."""
     wanted = asked_for()
     if wanted != "auto":
         try:
@@ -70,10 +70,10 @@ def _tell_once(reason: str) -> None:
 
 
 def candidates(device: str | torch.device) -> list[torch.device]:
-    """The devices on which a tree may live, the preferred one first: one if it was asked for by name.
+    """Return the devices on which a tree may live, the preferred device first. A device given by name is alone.
 
-    device: "cpu", "cuda", "cuda:1", or "auto", for which FLATRADIX_DEVICE may speak. Raises DeviceUnavailableError if
-    the device cannot be used here, ValueError if it is none.
+    device: "cpu", "cuda", "cuda:1", or "auto", which FLATRADIX_DEVICE overrides. Raises DeviceUnavailableError if the
+    device cannot be used here, ValueError if it is not a device.
     """
     if device != "auto":
         return [named(device, f'device="{device}"')]
@@ -85,12 +85,12 @@ def candidates(device: str | torch.device) -> list[torch.device]:
 
 
 def preferred(device: str | torch.device) -> torch.device:
-    """The first of `candidates`."""
+    """Return the first of `candidates`."""
     return candidates(device)[0]
 
 
 def named(device: str | torch.device, asked: str) -> torch.device:
-    """A device that was asked for by name; `asked` is how, for the errors."""
+    """Return the device that was given by name, with its index. asked: the request as quoted in errors."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -106,7 +106,7 @@ def named(device: str | torch.device, asked: str) -> torch.device:
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """With its number: torch.device("cuda") is not torch.device("cuda:0")."""
+    """Return a CUDA device with its index: torch.device("cuda") is not equal to torch.device("cuda:0")."""
     if interpreted():
         return torch.device("cuda", 0)
     count = torch.cuda.device_count()
@@ -117,6 +117,6 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def explain() -> list[tuple[str, str]]:
-    """(device, whether it can be used or why not) for each kind of device."""
+    """Return (device, "usable" or the reason why not) for each kind of device."""
     reason = why_not_cuda()
     return [("cpu", "usable"), ("cuda", f"not usable: {reason}" if reason else "usable")]

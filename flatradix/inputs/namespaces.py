@@ -1,4 +1,4 @@
-"""Namespaces: names to small codes, held only while something of theirs is cached."""
+"""Namespaces: small integer codes for names. A name keeps its code only while something is cached in it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Namespace = str | bytes | None
 
 
 def check(name: Any, query: int = 0, where: str = "") -> None:
-    """Raise QueryError for what is no name."""
+    """Raise QueryError unless `name` is None, a str or bytes."""
     if not (name is None or isinstance(name, str | bytes)):
         raise QueryError(f"the namespace{where} is a {type(name).__name__}; it must be None, a str or bytes", query)
 
 
 def name_hash(name: Namespace) -> int:
-    """64 bits of a name for the digest, signed; "a" and b"a" differ."""
+    """Return a signed hash of 64 bits of a name, for the digest. "a" and b"a" differ."""
     if name is None:
         data = b"n"
     elif isinstance(name, str):
@@ -33,25 +33,28 @@ def name_hash(name: Namespace) -> int:
 
 
 class Namespaces:
-    """The codes of the names in use. Code 0 is None, for ever; others are given out, and taken back when empty.
+    """The codes of the names in use. Code 0 is always None. Other codes are allocated, and freed when they are empty.
 
-    The lowest free code goes first, so that the codes of names that are cached stay below the number of pages.
+    The lowest free code is allocated first, so the codes of cached names stay below the number of pages.
     Names are compared, never their hashes: namespaces are a security boundary.
 
-    `_codes` alone is the truth: what a call that was cut short left of the rest is made anew by `repair`.
+    Only `_codes` is valid after an interrupted call: `repair` rebuilds the other fields from it.
     """
 
     def __init__(self, hashes: np.ndarray) -> None:
-        """hashes: int64 [N], filled with `name_hash` for each code given out; writable, the state's own."""
+        """hashes: int64 [N], the state's own array. `name_hash` of each allocated code is written to it."""
         self._hashes = hashes
         self.clear()
 
     def find(self, name: Namespace) -> int:
-        """The code of a name, UNKNOWN_NAMESPACE if nothing of it is cached."""
+        """Return the code of a name, or UNKNOWN_NAMESPACE if nothing is cached in it."""
         return self._codes.get(name, numbers.UNKNOWN_NAMESPACE)
 
     def give(self, name: Namespace) -> int:
-        """The code of a name, a new one if it has none. The insert fails for want of room if it is beyond the array."""
+        """Return the code of a name. Allocate one if it has none.
+
+        The code may lie beyond `hashes`: the insert is then refused for lack of capacity.
+        """
         code = self._codes.get(name)
         if code is None:
             code = heapq.heappop(self._free) if self._free else len(self._names)
@@ -65,21 +68,24 @@ class Namespaces:
             self._hashes[code] = name_hash(name)
 
     def take_back(self, code: int) -> None:
-        """Forget an empty namespace."""
+        """Free the code of an empty namespace."""
         del self._codes[self._names[code]]
         del self._names[code]
         heapq.heappush(self._free, code)
 
     def forget(self, codes: Iterable[int], children: np.ndarray) -> None:
-        """Forget those of some namespaces that are in use and have no child, whoever asks for them how often."""
+        """Free those of `codes` that are in use and have no child. A code may be given more than once.
+
+        children: int [N], the number of children of each code.
+        """
         for code in codes:
             if code in self._names and (code >= len(children) or children[code] == 0):
                 self.take_back(code)
 
     def repair(self, children: np.ndarray) -> None:
-        """Forget every namespace without a child, and make anew what follows from the names that are left.
+        """Free the code of every namespace without a child, and rebuild the other fields from the names that are left.
 
-        children: int [N], of each code.
+        children: int [N], the number of children of each code.
         """
         codes = {
             name: code for name, code in self._codes.items() if code == 0 or (code < len(children) and children[code])
@@ -96,14 +102,14 @@ class Namespaces:
         return self._names[code]
 
     def __len__(self) -> int:
-        """Names in use, None among them."""
+        """Return the number of names in use, including None."""
         return len(self._codes)
 
     def items(self) -> list[tuple[int, Namespace]]:
         return sorted((code, name) for name, code in self._codes.items())
 
     def restore(self, items: Iterable[tuple[int, Namespace]]) -> None:
-        """Take over the names and codes of another tree."""
+        """Replace all names and codes by those of another tree."""
         self._set(items)
         for code, name in self.items():
             self._note(code, name)
@@ -114,7 +120,7 @@ class Namespaces:
 
 
 def only(namespace: Any) -> Namespace:
-    """The name of a single query."""
+    """Return the name of a single query, checked."""
     if isinstance(namespace, list | tuple):
         return spread(namespace, 1)[0]
     check(namespace)
@@ -122,7 +128,7 @@ def only(namespace: Any) -> Namespace:
 
 
 def spread(namespace: Any, queries: int) -> Sequence[Namespace]:
-    """One name a query: `namespace` is one for all, or a list with one for each."""
+    """Return one name a query, checked. namespace: one name for all, or a list with one for each."""
     if isinstance(namespace, list | tuple):
         if len(namespace) != queries:
             raise ValueError(f"{len(namespace)} namespaces for {queries} queries; give one, or one a query")

@@ -1,4 +1,4 @@
-"""Options: what a tree is made with, checked."""
+"""Options: the arguments of a tree, checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatradix.layout.state import pool_units, row_capacity
 
 
 class Options(NamedTuple):
-    """As of `RadixTree`, whose docstring says what each means. order: what `policy` means."""
+    """The arguments of `RadixTree`, explained in its docstring. order: how `policy` orders nodes."""
 
     max_tokens: int
     page_size: int
@@ -35,7 +35,10 @@ def read_options(
     slot_dtype: torch.dtype,
     check_slots: bool,
 ) -> Options:
-    """Raises ValueError for an option out of range, DeviceUnavailableError for a slot device that cannot be used."""
+    """Check the arguments of a tree.
+
+    Raises ValueError for an option out of range, DeviceUnavailableError for a slot device that cannot be used.
+    """
     _check_sizes(max_tokens, page_size)
     if slot_dtype not in (torch.int32, torch.int64):
         raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")

@@ -1,4 +1,4 @@
-"""Reading the places that callers pass: results, or anything with handles and lengths."""
+"""Reading the places that callers pass: results, or any object with handles and lengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HOST = torch.device("cpu")
 
 
 def read_places(places: Any, device: torch.device = _HOST) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lengths, int32 and contiguous, and the handles of a result, or of anything that has both.
+    """Return the lengths (int32 [B], contiguous) and the handles (int64 [B]) of a result, or of any object with both.
 
     Raises ValueError for a wrong dtype, shape or device.
     """
@@ -38,19 +38,19 @@ def read_places(places: Any, device: torch.device = _HOST) -> tuple[torch.Tensor
 
 
 def refuse_shared_handles(handles: torch.Tensor) -> None:
-    """Raise ValueError for handles that a lock cannot renew one by one."""
+    """Raise ValueError for handles that share memory: a lock cannot renew each of them."""
     if len(handles) > 1 and handles.stride(0) == 0:
         raise ValueError("lock: the handles share memory, and each may be renewed; pass handles.clone()")
 
 
 def read_starts(start: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [B] handles and lengths in host memory to continue from; NO_HANDLE where that is the root."""
+    """Return the places to continue from as handles and lengths, int64 [B] in host memory; NO_HANDLE is the root."""
     if start is None:
         return np.full(queries, NO_HANDLE, np.int64), np.zeros(queries, np.int64)
     lengths, handles = read_places(start)
     check_starts(len(handles), queries)
     given = handles.numpy().copy()
-    given[given < 0] = NO_HANDLE - 1  # no handle that was ever given out
+    given[given < 0] = NO_HANDLE - 1  # never a valid handle: a caller's -1 must not mean the root
     return given, lengths.numpy().astype(np.int64)
 
 

@@ -1,7 +1,7 @@
-"""Eviction policies: what goes first among the nodes without children and locks.
+"""Eviction policies: which of the nodes without children and locks goes first.
 
-The built-in ones mean what SGLang's `mem_cache/evict_policy.py` (0.5.23) means by the same names. A policy of one's own
-is a function from the node arrays to a score for each.
+The built-in policies mean what SGLang's `mem_cache/evict_policy.py` (0.5.23) means by the same names. A custom policy
+is a function from the node arrays to a score for each node.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from flatradix.layout import numbers
 
 
 class Nodes(NamedTuple):
-    """What a policy sees: one entry a row, in tensors that are the tree's own and must not be written to.
+    """The input of a policy function: one entry a row. The tensors belong to the tree and must not be written to.
 
     Rows that hold no node have arbitrary values, and their scores are ignored.
     """
 
-    tick: torch.Tensor  # int64: last use; grows by 2 with each query
-    created: torch.Tensor  # int64: the tick at which the node came to be
+    tick: torch.Tensor  # int64: last use; the clock goes up by 2 with each query
+    created: torch.Tensor  # int64: the tick at which the node was made
     priority: torch.Tensor  # int64
     hit_count: torch.Tensor  # int32: inserts that passed the node
     lock_ref: torch.Tensor  # int32
@@ -34,7 +34,7 @@ Score = Callable[[Nodes], torch.Tensor]
 
 
 class Slru(NamedTuple):
-    """The policy slru with a threshold of its own; made by `slru`."""
+    """The policy slru with a given threshold. `slru` makes it."""
 
     protected_threshold: int
 
@@ -43,9 +43,9 @@ class Slru(NamedTuple):
 
 
 def slru(protected_threshold: int = 2) -> Slru:
-    """The policy slru: nodes that at least so many inserts have passed go after all others.
+    """Return the policy slru: nodes that `protected_threshold` or more inserts have passed go after all others.
 
-    Raises ValueError unless it is an integer of at least 1. With 2, the default, it is the same as "slru".
+    Raises ValueError unless the threshold is an integer of at least 1. With 2, the default, the policy equals "slru".
     """
     if isinstance(protected_threshold, bool) or not isinstance(protected_threshold, int) or protected_threshold < 1:
         raise ValueError(f"slru: protected_threshold must be an integer of at least 1, not {protected_threshold!r}")
@@ -58,7 +58,7 @@ Policy = str | Slru | Score
 
 
 def most_recent(nodes: Nodes) -> torch.Tensor:
-    """mru. A touch makes a node go sooner, which the lazy queue of the other policies cannot follow."""
+    """Return the scores of mru. A touch makes a node go sooner; the lazy queue of other policies cannot follow that."""
     return -nodes.tick
 
 
@@ -66,7 +66,7 @@ NAMES = ("lru", "lfu", "slru", "fifo", "mru", "filo", "priority")
 
 
 class Order(NamedTuple):
-    """How a tree orders nodes for eviction. code: numbers.LRU and the like. score: the function behind SCORES."""
+    """How a tree orders nodes for eviction. code: numbers.LRU and the like. score: the function if code is SCORES."""
 
     code: int
     score: Score | None
@@ -74,7 +74,7 @@ class Order(NamedTuple):
 
 
 def order_of(policy: Policy) -> Order:
-    """What a policy means. Raises ValueError for what is none."""
+    """Return how a policy orders nodes. Raises ValueError for an unknown policy."""
     threshold = slru().protected_threshold
     if isinstance(policy, Slru):
         return Order(numbers.SLRU, None, policy.protected_threshold)
@@ -91,7 +91,7 @@ def order_of(policy: Policy) -> Order:
 
 
 def built_in_scores(order: Order, nodes: Nodes) -> torch.Tensor:
-    """int64: what a built-in policy other than mru orders by, before the tick; smaller goes first."""
+    """Return int64 scores of a built-in policy other than lru and mru. The lowest goes first; the tick breaks ties."""
     if order.code == numbers.LFU:
         return nodes.hit_count.to(torch.int64)
     if order.code == numbers.SLRU:
@@ -104,7 +104,10 @@ def built_in_scores(order: Order, nodes: Nodes) -> torch.Tensor:
 
 
 def scores_of(score: Score, nodes: Nodes, live: torch.Tensor) -> torch.Tensor:
-    """Call a policy; its scores as int64 that order the same way. `live`: bool, whether a row holds a node."""
+    """Call a policy function. Return its scores as int64 of the same order. live: bool [R], whether a row holds a node.
+
+    Raises ValueError for a result of the wrong shape or dtype, or with NaN for a node.
+    """
     scores = score(nodes)
     rows = len(nodes.tick)
     if not isinstance(scores, torch.Tensor) or scores.shape != (rows,):

@@ -1,4 +1,4 @@
-"""Ragged: a batch of sequences of unequal length in two tensors."""
+"""Ragged: a batch of sequences of different lengths in two tensors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Ragged:
     """B sequences of integers: sequence i is `values[offsets[i]:offsets[i + 1]]`.
 
     values: 1-D tensor of any integer dtype, on any device; int32 and int64 are read without a copy.
-    offsets: int64 [B + 1] on the same device, from 0 up to len(values), never falling.
+    offsets: int64 [B + 1] on the same device. They begin at 0, never fall, and end at len(values).
 
-    Neither is copied. Raises ValueError if they do not fit together; what only a device knows is checked by `validate`,
-    which the operations on host memory call.
+    Neither tensor is copied. Raises ValueError if they do not fit together. Offsets on another device than the CPU are
+    not read here: `validate` reads and checks them, and operations of a tree on the CPU call it.
     """
 
     __slots__ = ("offsets", "values")
 
     def __init__(self, values: torch.Tensor | np.ndarray, offsets: torch.Tensor | np.ndarray) -> None:
-        # A tensor stays where it is, and numpy in host memory, whatever torch's default device is.
+        # Tensors stay on their device and numpy arrays in host memory, whatever torch's default device is.
         self.values, self.offsets = (
             part if isinstance(part, torch.Tensor) else torch.as_tensor(part, device="cpu")
             for part in (values, offsets)
@@ -44,7 +44,7 @@ class Ragged:
 
     @classmethod
     def trusted(cls, values: torch.Tensor, offsets: torch.Tensor) -> Ragged:
-        """Without the checks, for results whose parts are known to fit."""
+        """Make a Ragged without checks, from tensors that are known to fit together."""
         self = cls.__new__(cls)
         self.values = values
         self.offsets = offsets
@@ -67,7 +67,8 @@ class Ragged:
     def from_sequences(cls, sequences: Sequence[Any], what: str = "values") -> Ragged:
         """Copy sequences (lists, `array`, numpy, tensors) into one Ragged in host memory.
 
-        int32 if all of them are, else int64. `what` names them in the ValueError for something that is no sequence.
+        The dtype is int32 if all sequences are int32, else int64. `what` names the sequences in errors. Raises
+        ValueError for an item that is not a sequence.
         """
         if not isinstance(sequences, list | tuple):
             sequences = list(sequences)
@@ -85,7 +86,7 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Sequence `index` as a view. Reads two offsets from the device."""
+        """Return sequence `index` as a view. Reads two offsets from the device."""
         count = len(self)
         if not -count <= index < count:
             raise IndexError(f"query {index} of a batch of {count}")
@@ -119,9 +120,9 @@ def _read_ragged(ragged: Ragged, what: str) -> Batch:
 
 
 def read_batch(queries: Any, what: str) -> Batch:
-    """A batch in host memory: a Ragged, a list of sequences, or one flat sequence, which is a batch of one.
+    """Read a Ragged, a list of sequences, or one flat sequence (a batch of one) as a batch in host memory.
 
-    `what` is named in errors ("tokens", "slots"). Raises QueryError.
+    `what` ("tokens", "slots") is named in errors. Raises QueryError, or ValueError for bad offsets.
     """
     if isinstance(queries, Ragged):
         return _read_ragged(queries, what)

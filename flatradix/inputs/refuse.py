@@ -1,4 +1,4 @@
-"""What the kernels' reasons for refusal mean to a caller: the messages."""
+"""The error messages for the reasons with which kernels refuse a call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MESSAGES = {
 
 
 def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
-    """Raise the error of a reason; `value` is a length, or the position of a token, or two counts."""
+    """Raise the error of a reason. value: a length, position, row, or two counts of 32 bits, as the reason needs."""
     if reason == reasons.UNEQUAL:
         refuse_unequal(query, value >> 32, value & 0xFFFFFFFF)
     if reason == reasons.NO_ROOM:
@@ -38,7 +38,7 @@ def refuse_unequal(query: int, tokens: int, slots: int) -> NoReturn:
 
 
 def refuse_slot(value: int, query: int, position: int, dtype: object) -> NoReturn:
-    """A slot that is negative, or too large for the pool."""
+    """Raise QueryError for a slot that is negative, or too large for the pool."""
     where = f"slots of query {query}: {value} at position {position}"
     if value < 0:
         raise QueryError(f"{where} is negative", query)
@@ -46,7 +46,7 @@ def refuse_slot(value: int, query: int, position: int, dtype: object) -> NoRetur
 
 
 def refuse_unseen_slot(position: int, query: int, dtype: object, largest: int) -> NoReturn:
-    """The same where only the device knows the slot."""
+    """Raise QueryError for a slot out of range, if only the device knows the slot."""
     raise QueryError(
         f"slots of query {query}: the slot at position {position} is negative, or does not fit the pool's {dtype} "
         f"(at most {largest})",

@@ -1,4 +1,4 @@
-"""Bringing tensors of host memory to another device without waiting."""
+"""Copying tensors from host memory to another device without waiting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ HOST_IN_GRAPH = "a CUDA graph cannot hold inputs in host memory: pass tensors on
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device, without waiting; torch uses pinned memory again only when the copy is done."""
+    """Return a tensor on the device, without waiting. torch reuses pinned memory only after the copy is done.
+
+    Raises RuntimeError while a CUDA graph is captured, if there is host memory to copy.
+    """
     if values.device == device:
         return values
     if not values.is_cpu or device.type != "cuda":
@@ -21,5 +24,5 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def upload_numbers(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The same for int64 numbers, one a query."""
+    """Return int64 numbers on the device, without waiting. Raises as `upload`."""
     return upload(torch.from_numpy(np.ascontiguousarray(values, np.int64)), device)

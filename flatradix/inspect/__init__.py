@@ -1,1 +1,1 @@
-"""Looking at a tree: its content as arrays, every invariant, a drawing, a file."""
+"""Inspection of a tree: its content as arrays, a check of its invariants, a drawing, and a file."""

@@ -1,4 +1,4 @@
-"""Every invariant of a tree. For tests and for looking; slow, in plain numpy."""
+"""A check of every invariant of a tree, for tests and debugging. Slow, in plain numpy."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ def _check_relations(content: Content, a: Any) -> None:
 
 
 def _entries(content: Content, a: Any) -> tuple[np.ndarray, int]:
-    """The child table as int64 [entries] of (tag, row), tombs included, and its mask."""
+    """Return the child table as int64 [entries] of (tag, row), tombs included, and its mask.
+
+    Checks the edges that a child table on a GPU holds beside its rows.
+    """
     mask = content.number(numbers.TABLE_MASK)
     table = content.state.child_table
     if content.is_on_host:

@@ -1,4 +1,4 @@
-"""Content: a tree as arrays in host memory, to be read only. `check`, `draw` and `save` see nothing else of it."""
+"""Content: a tree as read-only arrays in host memory. `check`, `draw` and `save` use nothing else of the tree."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flatradix.inputs.options import Options
 from flatradix.layout import numbers
 from flatradix.layout.state import COLUMNS, FREE_ROW, TreeState
 
-# Of a saved tree, by name: arrays, settings and names. `snapshot` says what is in it.
+# A saved tree: arrays, numbers and namespace names, by the keys of `saved_of`. `snapshot` adds the settings.
 Saved = dict[str, Any]
 
 
 class Content(NamedTuple):
-    """state: the arrays of the tree, numpy. slots: the slot pool, [P] as the token pool.
+    """A tree as arrays in host memory. slots: the slot pool, as long as the token pool.
 
-    first: where the part of the pools that is in use begins, not 0 on a GPU. evictable, protected, nodes: the sizes
-    that the tree tells.
+    first: the pool index where the part in use begins; on a GPU it may be the second half. evictable, protected, nodes:
+    the sizes that the tree reports.
     """
 
     options: Options
@@ -33,36 +33,36 @@ class Content(NamedTuple):
     nodes: int
 
     def number(self, place: int) -> int:
-        """One of `TreeState.numbers`."""
+        """Return one of `TreeState.numbers`."""
         return int(self.state.numbers[place])
 
     @property
     def rows(self) -> int:
-        """Rows that were ever in use."""
+        """How many rows were ever in use, with the root."""
         return self.number(numbers.ROWS)
 
     def column(self, name: str) -> np.ndarray:
-        """A column of the rows that were ever in use."""
+        """Return a column, cut down to the rows that were ever in use."""
         column: np.ndarray = getattr(self.state, name)
         return column[: self.rows]
 
     def live(self) -> np.ndarray:
-        """int64 [N]: the rows that hold a node."""
+        """Return int64 [N]: the rows that hold a node."""
         return 1 + np.flatnonzero(self.column("parent")[1:] != FREE_ROW)
 
     @property
     def is_on_host(self) -> bool:
-        """Whether the tree has what only one in host memory has: a bitmap of its pools and an eviction queue."""
+        """Whether the tree is in host memory, and so has a bitmap of its pools and an eviction queue."""
         return len(self.state.used) > 0
 
 
 def as_numpy(state: TreeState) -> Any:
-    """The arrays of a state as a TreeState of numpy, in place where they are in host memory, else copied."""
+    """Return a state as a TreeState of numpy arrays: views if it is in host memory, else copies."""
     arrays: list[Any] = [tensor.numpy(force=True) for tensor in state]
     return TreeState(*arrays)
 
 
-# `queued` belongs to the eviction queue, which a tree on a GPU has not.
+# `queued` belongs to the eviction queue, which a tree on a GPU does not have.
 KEPT_COLUMNS = tuple(name for name in COLUMNS if name != "queued")
 _KEPT_NUMBERS = (
     numbers.GENERATION, numbers.CLOCK, numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES, numbers.ROWS,
@@ -71,7 +71,7 @@ _KEPT_NUMBERS = (
 
 
 def saved_of(content: Content) -> Saved:
-    """What is kept of a tree whose pools were just compacted: copies of the rows and pools in use."""
+    """Return copies of the rows and pool units in use of a tree whose pools were just compacted."""
     state, first = content.state, content.first
     units = content.evictable + content.protected
     last_code = max(code for code, _ in content.names)
@@ -94,7 +94,7 @@ def saved_of(content: Content) -> Saved:
 
 
 def fill(state: TreeState, slots: torch.Tensor, saved: Saved) -> None:
-    """Write what was saved into the arrays of an empty tree, and the slots into its pool."""
+    """Write a saved tree into the arrays of an empty tree, and its slots into the slot pool."""
     for name in (*KEPT_COLUMNS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
         values = saved[name]
         getattr(state, name)[: len(values)] = values.to(state.numbers.device)

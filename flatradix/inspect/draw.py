@@ -1,4 +1,4 @@
-"""The tree as text: one line a node, for looking at small trees."""
+"""Drawing of a small tree as text: one line per node."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _FIRST_TOKENS = 4
 
 
 def draw(content: Content, max_nodes: int = 60, details: bool = False) -> str:
-    """The tree in lines, each namespace below a line of its own, siblings in the order of their making.
+    """Return the tree as lines: each namespace below a line of its own, siblings in the order of their creation.
 
-    max_nodes: of more nodes, those nearest to the root are drawn, and lines say how many are left out.
-    details: also ticks of creation, hit counts and priorities. Raises ValueError unless max_nodes is positive.
+    max_nodes: if the tree has more nodes, only the nodes nearest to the root are drawn, and lines say how many are left
+    out. details: also draw ticks of creation, hit counts and priorities. Raises ValueError unless max_nodes is
+    positive.
     """
     if max_nodes < 1:
         raise ValueError(f"max_nodes {max_nodes}: it must be 1 or more")
@@ -34,7 +35,7 @@ def draw(content: Content, max_nodes: int = 60, details: bool = False) -> str:
 
 
 class _Entry(NamedTuple):
-    """What a line is about: a node, or `hidden` nodes that are left out."""
+    """The subject of one line: a node, or `hidden` nodes that are left out."""
 
     node: NodeView | None
     hidden: int
@@ -42,7 +43,7 @@ class _Entry(NamedTuple):
 
 
 class _Forest:
-    """Nodes by parent."""
+    """The nodes of a tree, grouped by parent."""
 
     def __init__(self, nodes: list[NodeView]) -> None:
         self.tops: dict[Namespace, list[NodeView]] = {}
@@ -58,14 +59,14 @@ class _Forest:
         return self._below.setdefault(row, [])
 
     def breadth_first(self) -> Iterator[NodeView]:
-        """All nodes, those nearest to the root first."""
+        """Yield all nodes, those nearest to the root first."""
         level = [node for tops in self.tops.values() for node in tops]
         while level:
             yield from level
             level = [child for node in level for child in self.below(node.row)]
 
     def entries(self, siblings: list[NodeView], shown: set[int]) -> list[_Entry]:
-        """The siblings that are shown, then one entry for all others and what is below them."""
+        """Return the siblings that are shown, then one entry for all other siblings and the nodes below them."""
         visible = [node for node in siblings if node.row in shown]
         hidden = sum(self._sizes[node.row] for node in siblings if node.row not in shown)
         entries = [_Entry(node, 0, node is visible[-1] and not hidden) for node in visible]
@@ -73,7 +74,7 @@ class _Forest:
 
 
 def _lines(forest: _Forest, tops: list[NodeView], shown: set[int], details: bool) -> Iterator[str]:
-    """The lines of some siblings and all below them. Not recursive: a path may be thousands of nodes deep."""
+    """Yield the lines of siblings and all nodes below them. Not recursive: a path may be thousands of nodes deep."""
     stack = [("", entry) for entry in reversed(forest.entries(tops, shown))]
     while stack:
         indent, entry = stack.pop()

@@ -1,4 +1,4 @@
-"""The nodes of a tree, read out one by one."""
+"""The nodes of a tree as Python objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatradix.layout.state import COLUMNS
 
 
 class NodeView(NamedTuple):
-    """One node, read out. `path` holds all units from the root to the node's end: ints, or pairs with bigrams."""
+    """One node as Python values. `path` holds all units from the root to its end: ints, or pairs with bigrams."""
 
     row: int
     parent: int  # row, -1 at the top
@@ -32,14 +32,14 @@ class NodeView(NamedTuple):
 
 
 def columns_of(content: Content) -> Any:
-    """The columns of the rows that were ever in use by name, the live ones among them (`live`), and the token pools."""
+    """Return by name: the columns of the rows that were ever in use, the live rows (`live`), and the token pools."""
     columns = {name: content.column(name) for name in COLUMNS}
     state = content.state
     return SimpleNamespace(**columns, live=content.live(), tokens=state.tokens, seconds=state.seconds)
 
 
 def units_of(a: Any, row: int) -> list:
-    """The units on the edge of a row."""
+    """Return the units on the edge of a row."""
     begin = int(a.start[row])
     end = begin + int(a.length[row])
     first = a.tokens[begin:end].tolist()
@@ -49,7 +49,7 @@ def units_of(a: Any, row: int) -> list:
 
 
 def nodes_of(content: Content) -> list[NodeView]:
-    """All nodes, parents before their children. O(sum of the path lengths)."""
+    """Return all nodes, parents before their children. O(sum of the path lengths)."""
     a = columns_of(content)
     pool = content.slots
     known_names = dict(content.names)

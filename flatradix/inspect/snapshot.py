@@ -1,4 +1,4 @@
-"""Saving a tree to a file and loading it: the rows and pools in use; what can be derived is made anew."""
+"""Saving a tree to a file and loading it. The file holds the rows and pool units in use; the rest is rebuilt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ File = str | os.PathLike[str] | IO[bytes]
 
 
 def write(path: File, content: Content) -> None:
-    """Write a tree whose pools were just compacted."""
+    """Write a tree to a file. Its pools must just have been compacted."""
     saved = saved_of(content)
     options = content.options
     file = saved | {
@@ -37,21 +37,21 @@ def write(path: File, content: Content) -> None:
     if not isinstance(path, str | os.PathLike):
         torch.save(file, path)
         return
-    # Written aside first: a process that dies here leaves the old file as it was.
+    # Write a second file first: if the process dies here, the old file is intact.
     aside = f"{os.fspath(path)}.part"
     torch.save(file, aside)
     os.replace(aside, path)
 
 
 def _written_policy(policy: Policy) -> str | int | None:
-    """A name, the threshold of slru, or None for a function."""
+    """Return the name of a policy, the threshold of an `Slru`, or None for a function."""
     if isinstance(policy, Slru):
         return policy.protected_threshold
     return policy if isinstance(policy, str) else None
 
 
 def _written_name(name: Namespace) -> tuple[str, str]:
-    """A name as plain text, which any reader of the file takes."""
+    """Return (kind, hex digits) of a name: plain text, which every reader of the file can load."""
     if name is None:
         return "none", ""
     if isinstance(name, str):
@@ -88,7 +88,7 @@ def _read_policy(path: File, written: str | int | None, given: Score | None) -> 
 
 
 def read(path: File, policy: Score | None) -> tuple[dict[str, Any], Saved]:
-    """The keyword arguments of the tree in a file, and what was saved of it. Raises ValueError for a bad file."""
+    """Return the keyword arguments of the tree in a file, and the saved tree. Raises ValueError for a bad file."""
     file = _read_file(path)
     with damaged(path):
         settings = dict(file["settings"])
@@ -100,7 +100,7 @@ def read(path: File, policy: Score | None) -> tuple[dict[str, Any], Saved]:
 
 @contextmanager
 def damaged(path: File) -> Iterator[None]:
-    """Around whatever uses the content of a file: what goes wrong there comes of the file."""
+    """Raise ValueError for an error in the body, which uses the content of a file: the file is then damaged."""
     try:
         yield
     except (DeviceUnavailableError, torch.OutOfMemoryError):

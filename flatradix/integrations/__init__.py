@@ -1,1 +1,1 @@
-"""flatradix inside other engines. Each module imports the engine that it is for; `import flatradix` imports none."""
+"""flatradix inside other engines. Each package imports its engine; `import flatradix` imports none of them."""

@@ -1,1 +1,1 @@
-"""The ground floor: what host code and kernels both know. It imports nothing of flatradix and holds no messages."""
+"""Definitions that host code and kernels share. They import nothing else of flatradix and hold no messages."""

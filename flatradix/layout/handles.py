@@ -1,6 +1,6 @@
 """How handles and the entries of the child table are packed.
 
-Plain functions over int64 without calls to one another, so that each compiler can take them as they are.
+Plain functions over int64 that call no other function, so that numba and Triton can compile them unchanged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ NO_HANDLE = -1
 
 
 def pack_handle(row: int, generation: int) -> int:
-    """A handle: 28 bits of row, 35 bits of generation; never negative."""
+    """Return a handle: 35 bits of generation above 28 bits of row. It is never negative."""
     return ((generation & 0x7FFFFFFFF) << 28) | row
 
 
 def pack_entry(tag: int, row: int) -> int:
-    """An entry of the child table: the tag above, the row below. Zero is an empty entry, since row 0 is the root."""
+    """Return an entry of the child table: the tag in the upper half, the row in the lower. Zero means empty.
+
+    No entry has row 0, as that is the root.
+    """
     return (tag << 32) | row

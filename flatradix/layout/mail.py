@@ -1,7 +1,7 @@
-"""Words that the kernels of a GPU leave for the host in pinned memory (`Scratch.mail`). Used as `mail.EVICTABLE`.
+"""Indices of the words that GPU kernels write for the host in pinned memory (`Scratch.mail`). Used as `mail.EVICTABLE`.
 
-Each word carries the number of its call (or of its refusal) in the upper half, so that the host knows without any fence
-whether it has arrived.
+The upper half of each word holds the number of its call, or of its refusal. The host therefore needs no fence to know
+whether the word has arrived.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ANSWER_WORDS = 4
 SIZE = FIRST_ANSWER + ANSWERS * ANSWER_WORDS
 CALL_MASK = 0x7FFFFFFF
 
-# In the word VICTIMS: the victims are the right ones, but not in the order of eviction yet.
+# A bit of the word VICTIMS: the victims are final, but not yet in the order of eviction.
 UNORDERED = 1 << 30
 
 OPERATIONS = ("match", "lock", "unlock", "slots", "write_slots", "insert", "evict")

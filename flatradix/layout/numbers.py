@@ -1,6 +1,6 @@
-"""Places in `TreeState.numbers`, and the codes that are kept there. Used as `numbers.CLOCK`.
+"""Indices into `TreeState.numbers`, and the codes that are stored there. Used as `numbers.CLOCK`.
 
-Plain constants of a module, because every kernel compiler takes those.
+Plain module constants, because every kernel compiler accepts them.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 PAGE = 0
 BIGRAM = 1
 POLICY = 2
-PROTECTED_THRESHOLD = 3  # of slru: inserts that must have passed a node for it to be protected
+PROTECTED_THRESHOLD = 3  # slru protects a node after that many inserts have passed it
 MAX_TOKENS = 4
 ROW_CAPACITY = 5
 POOL_PAGES = 6
 GENERATION = 7
 
-# What `reset` leaves as it is.
+# Kept by `reset`.
 CLOCK = 8
-RELEASED = 9  # entries of `TreeState.released`
+RELEASED = 9  # how many entries `TreeState.released` has
 ERROR_QUERY = 10
 ERROR_VALUE = 11
 
-# What `reset` clears.
+# Set by `reset` to the values of an empty tree. Only ROWS stays: all rows but the root are then free.
 EVICTABLE = 12
 PROTECTED = 13
 NODES = 14
@@ -33,26 +33,26 @@ RUN = 19
 RUN_HEAD = 20
 POOL_CURSOR = 21
 
-# On a GPU alone: the end of the half of the pools in use, and how many calls were refused so far.
+# Only on a GPU: the end of the pool half in use, and the number of calls refused so far.
 POOL_END = 22
 ERRORS = 23
 
-# In host memory alone: which call changed the tree last, and what it did, so that it can be taken back if its Python is
-# cut short; and the longest edge ever, which bounds what an eviction may free.
+# Only in host memory. LAST_CALL to LAST_PREFIX: the last call that changed the tree, and what it did. If its Python is
+# interrupted, the next call undoes it. LONGEST: the longest edge ever, which bounds what an eviction may free.
 LAST_CALL = 24
-CALL_BEFORE = 25  # that changed the tree before the last one
+CALL_BEFORE = 25  # the call that changed the tree before LAST_CALL
 LAST_OPERATION = 26
 LAST_HANDLE = 27
-LAST_LENGTH = 28
-LAST_PREFIX = 29
+LAST_LENGTH = 28  # of an eviction: its tokens
+LAST_PREFIX = 29  # of an eviction: its nodes
 LONGEST = 30
 
 SIZE = 32
 
-# Operations, in the place LAST_OPERATION.
+# Values of LAST_OPERATION.
 LOCKED, UNLOCKED, INSERTED, EVICTED, COMPACTED, RESET = range(1, 7)
 
-# Policies, in the place POLICY. SCORES: a function scores all nodes at each eviction.
+# Values of POLICY. SCORES: a function scores all nodes at each eviction.
 LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)
 
 NO_NAMESPACE = 0

@@ -1,4 +1,4 @@
-"""What the launchers of GPU kernels take: where the parts of a batch lie on the device, as addresses."""
+"""Arguments of the functions that launch GPU kernels: device addresses of the parts of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Values(NamedTuple):
     """A batch of sequences on the device.
 
     address: of int64 (`wide`) or int32 values. offsets: address of int64 [B + 1], 0 for a single sequence.
-    counts: int64 [B] on the host, None where only the device knows them.
+    counts: int64 [B] on the host, None if only the device knows them.
     owner: keeps the memory alive until the kernels are enqueued.
     """
 
@@ -25,7 +25,7 @@ class Values(NamedTuple):
 
 
 class PerQuery(NamedTuple):
-    """A number for each query: the address of int64 [B], or 0 and one number for all. owner: as of Values."""
+    """One number per query: the address of int64 [B], or 0 and one `number` for all queries. owner: as in Values."""
 
     address: int
     number: int
@@ -33,7 +33,7 @@ class PerQuery(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Addresses of int64 [B] handles and int32 [B] lengths, 0 where there are none. owner: as of Values."""
+    """Addresses of int64 [B] handles and int32 [B] lengths, 0 if there are none. owner: as in Values."""
 
     handles: int
     lengths: int
@@ -42,7 +42,7 @@ class Places(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where results go: addresses of int64 [B] handles, int32 [B] lengths and, for inserts, prefix lengths."""
+    """Addresses for the results: int64 [B] handles, int32 [B] lengths and, for inserts, int32 [B] prefix lengths."""
 
     handles: int
     lengths: int
@@ -50,7 +50,7 @@ class Output(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of an engine: `height` rows of `width` elements, int64 (`wide`) or int32, `stride` apart."""
+    """An engine's slot table: `height` rows of `width` elements, int64 (`wide`) or int32, `stride` elements apart."""
 
     address: int
     wide: bool

@@ -1,4 +1,4 @@
-"""Why a kernel refuses a call. Used as `reasons.STALE` on every floor; the messages are in `inputs/refuse.py`."""
+"""Reasons why a kernel refuses a call. Used as `reasons.STALE`; `inputs/refuse.py` has the messages."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ BAD_ROW = -11
 TOO_LONG = -12
 UNEQUAL = -13
 
-# A refusal for want of capacity on a GPU says how much is needed, above, and how much is free, in so many bits below.
+# On a GPU, the value of a NO_CAPACITY refusal is (units needed << FREE_BITS | units free).
 FREE_BITS = 30

@@ -1,4 +1,7 @@
-"""Scratch: what the kernels of a GPU keep beside a TreeState, with a name for each use. Used as `scratch.ARRIVED`."""
+"""Scratch: the tensors that GPU kernels keep beside a TreeState, and the names of their words and rows.
+
+The names are used as `scratch.ARRIVED`.
+"""
 
 from __future__ import annotations
 
@@ -6,67 +9,67 @@ from typing import NamedTuple
 
 import torch
 
-# Places in `Scratch.counters`, eight apart so that counters that many programs add to share no cache sector.
-ARRIVED = 0  # programs of the launch that are done
-WAITING = 8  # programs that have come to a barrier
+# Indices into `Scratch.counters`. Counters that many programs add to are eight words apart, to share no cache sector.
+ARRIVED = 0  # programs of the launch that have finished; from bit 32 on, those with a bad query
+WAITING = 8  # programs of the launch that have reached a barrier
 ERROR = 16  # the first refusal of the call: 64 * query - reason, or NO_ERROR
-NEWLY = 24  # tokens that became protected, or evictable
-CUTS = 32  # whether queries end inside edges, which are to be cut
-OPEN = 40  # queries of an insert whose new part is not settled; one place for each parity of the round
+NEWLY = 24  # tokens that the call made protected, or evictable
+CUTS = 32  # above 0 if queries end inside edges, which must be cut
+OPEN = 40  # queries of an insert whose new part is not settled; its rounds use two words in turn
 NEEDED = 56  # units that an insert stores
-COMPACT = 64  # whether the pools must be compacted
-COUNT = 80  # of the queries that cut
-TOTAL = 88
-HINT = 96  # three words that an eviction leaves for the next: a guess
-STARTED = 104  # the call whose first launch of two was done last, negative if it unlocks
+COMPACT = 64  # 1 if the pools must be compacted
+COUNT = 80  # queries that cut; in an unlock, above 0 if a row has fewer locks than unlocks
+TOTAL = 88  # nodes that the call makes
+HINT = 96  # three words that an eviction leaves as a guess for the next one
+STARTED = 104  # the last call whose first launch of two has run, negative if it unlocks
 COUNTERS = 128
 NO_ERROR = 1 << 62
 
 PARTIALS = 8192
 MOST_PROGRAMS = PARTIALS // 2
 
-# Rows of `Scratch.query`, one column a query.
+# Rows of `Scratch.query`, which has one column per query.
 (Q_ROW, Q_CUT, Q_LIST, Q_PLACE, Q_FIRST, Q_ABOVE, Q_BELOW, Q_SAME, Q_PASS, Q_LAST, Q_NEW, Q_EDGE, Q_AT, Q_BEGIN,
  Q_END, Q_OPEN, Q_GROUP, Q_ROUND, Q_LEAF, Q_OFFSET) = range(20)  # fmt: skip
 QUERY_COLUMNS = 20
 
-HINTS = 8  # rows above each row that `Scratch.above` knows, 32 bytes
+HINTS = 8  # how many rows above each row `Scratch.above` holds: 32 bytes
 
 
 class Scratch(NamedTuple):
-    """Tensors beside a state: only `entry`, zeros and hints outlive a call.
+    """Tensors beside a state. From call to call, only `entry`, hints and cleared words keep their meaning.
 
-    R rows, B queries of the largest batch so far, C places of a table of claims. Two pairs share their memory, as no
-    call uses both of a pair: `old_tick` and `tokens_before`, `eviction_key` and `old_start`.
+    R rows, B queries of the largest batch so far, C entries of each table of claims. `old_tick` shares its memory with
+    `tokens_before`, and `eviction_key` with `old_start`: no call uses both of a pair.
     """
 
-    entry: torch.Tensor  # int32 [R]: where the row's entry stands in the child table
-    old_tick: torch.Tensor  # int64 [R]: the tick from before the call, of the rows that the call touched
-    tokens_before: torch.Tensor  # int64 [R]: of each victim of an eviction: the tokens of those before it
-    above: torch.Tensor  # int32 [HINTS * R]: the rows above each row as last seen, 0 where none is
-    eviction_key: torch.Tensor  # int64 [R]: what eviction orders by, with other policies than lru
-    old_start: torch.Tensor  # int64 [R]: during a compaction, (units before the edge << 32 | where it began before)
+    entry: torch.Tensor  # int32 [R]: the index of the row's entry in the child table
+    old_tick: torch.Tensor  # int64 [R]: for the rows that the call touched, the tick from before the call
+    tokens_before: torch.Tensor  # int64 [R]: for each victim of an eviction, the tokens of the victims before it
+    above: torch.Tensor  # int32 [HINTS * R]: hints, the rows above each row as last seen, 0 where there is none
+    eviction_key: torch.Tensor  # int64 [R]: the key by which policies other than lru order the victims
+    old_start: torch.Tensor  # int64 [R]: in a compaction, (units on the edges before << 32 | old start of the edge)
     counters: torch.Tensor  # int64 [COUNTERS]: shared by the programs of a launch
-    partial: torch.Tensor  # int64 [PARTIALS]: sums of single programs
+    partial: torch.Tensor  # int64 [PARTIALS]: sums or extreme keys of single programs
     query: torch.Tensor  # int32 [QUERY_COLUMNS, B]
     value: torch.Tensor  # int64 [B]: a number for the message of a refusal
-    claims: torch.Tensor  # int32 [2, C]: the lowest query of each group, -1 where nobody is
-    victims: torch.Tensor  # int32 [2, R]: rows that an eviction takes
-    mail: torch.Tensor  # int64 [mail.SIZE]: in pinned memory, where kernels leave numbers for the host
+    claims: torch.Tensor  # int32 [2, C]: two hash tables with the lowest query of each group, -1 where empty
+    victims: torch.Tensor  # int32 [2, R]: the rows that an eviction frees, and the rows that it may free
+    mail: torch.Tensor  # int64 [mail.SIZE]: pinned memory, in which kernels leave numbers for the host
 
     @property
     def batch(self) -> int:
-        """Queries of the largest batch that it serves."""
+        """The largest batch for which the arrays suffice."""
         return int(self.value.shape[0])
 
     @property
     def nbytes(self) -> int:
-        """Bytes, memory that is shared counted once."""
+        """Bytes of all tensors. Shared memory counts once."""
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in self if tensor.nbytes}.values())
 
 
 def allocate_scratch(rows: int, mail: torch.Tensor, device: torch.device) -> Scratch:
-    """For a tree of so many rows, and no batch at all."""
+    """Allocate scratch for a tree of `rows` rows, with nothing per query yet: `enlarge` adds that."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -92,7 +95,7 @@ def allocate_scratch(rows: int, mail: torch.Tensor, device: torch.device) -> Scr
 
 
 def enlarge(scratch: Scratch, batch: int) -> Scratch:
-    """The same for batches of up to so many queries, a power of two: what depends on that is made anew."""
+    """Return scratch for batches of up to `batch` queries, a power of two. Only the tensors per query are new."""
     device = scratch.value.device
     return scratch._replace(
         query=torch.zeros((QUERY_COLUMNS, batch), dtype=torch.int32, device=device),
@@ -102,7 +105,7 @@ def enlarge(scratch: Scratch, batch: int) -> Scratch:
 
 
 def clean(scratch: Scratch) -> None:
-    """Leave nothing of a call that was interrupted between its launches; nothing may be under way."""
+    """Clear what a call left that was interrupted between its launches. No kernel may be running."""
     scratch.counters.zero_()
     scratch.counters[ERROR] = NO_ERROR
     scratch.claims.fill_(-1)

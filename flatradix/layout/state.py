@@ -1,12 +1,12 @@
 """TreeState: the tree as one tuple of flat tensors, the same on every backend.
 
-A node is a row. Its edge is `length` units at `start` in the token pool, and it ends `end` units from the root. Row 0
-is the root; it holds nothing. A top-level node has no row for a parent but the code of its namespace, `~ns`, so that
-walking up ends at the first negative parent. Children are found in one open-addressed table keyed by (parent, first
-page); there are no child lists. Edges are ranges of a pool: splitting one moves no token.
+A node is a row. Its edge is `length` units from `start` on in the token pool, and ends `end` units from the root. Row 0
+is the root, which holds no units. The parent of a top-level node is not a row but `~ns`, where `ns` is the code of its
+namespace, so a climb ends at the first negative parent. There are no child lists: one open-addressed table, keyed by
+(parent, first page), finds the children. Edges are ranges of a pool, so splitting an edge moves no token.
 
-The annotations of TreeState are the one table of its fields: allocation on both devices, the kernels' access to the
-addresses, `check` and snapshots all follow it.
+The annotations of TreeState are the only list of its fields. Allocation on both devices, the kernels' access to the
+arrays, `check` and snapshots all follow from it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 from flatradix.layout import numbers
 
 FREE_ROW = -(2**31)
-# The pool is a quarter larger than the tree may be. Freed ranges are taken again in place; the slack is what makes a
-# range long enough easy to find (compactions with other slacks: bench/RESULTS.md).
+# The pool is larger than the tree may be by 1 / POOL_SLACK. Freed ranges are reused in place, and the slack makes it
+# likely that one of them is long enough (bench/RESULTS.md has the compactions with other slacks).
 POOL_SLACK = 4
 SMALLEST_TABLE = 64
 
 
 class Sizes(NamedTuple):
-    """What the sizes of a tree's arrays follow from. units: of each pool; entries: of the child table."""
+    """The numbers that determine the lengths of a tree's arrays. units: of each pool; entries: of the child table."""
 
     rows: int
     units: int
@@ -45,30 +45,31 @@ Memory = Callable[[int, torch.dtype], torch.Tensor]
 
 
 def untouched(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised memory that the system commits where it is touched; numpy asks for huge pages from 4 MiB on."""
+    """Allocate uninitialised memory, which the system commits when touched. numpy asks for huge pages from 4 MiB on."""
     return torch.from_numpy(np.empty(count, _NUMPY[dtype]))
 
 
 def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros, committed as they are touched too: numpy uses calloc, torch.zeros would write."""
+    """Allocate zeros, which are also committed when touched: numpy uses calloc, while torch.zeros would write them."""
     return torch.from_numpy(np.zeros(count, _NUMPY[dtype]))
 
 
 def committed(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a pool, touched here and now: the page faults would cost the first inserts more than all else."""
+    """Allocate zeros for a pool and touch them now: later, the page faults would dominate the first inserts."""
     return untouched(count, dtype).zero_()
 
 
 def multipliers(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Odd numbers, drawn anew for each tree, so that nobody can prepare prompts that collide."""
+    """Draw odd numbers, anew for each tree, so that nobody can prepare prompts whose hashes collide."""
     drawn = np.random.default_rng().integers(-(2**63), 2**63, count, dtype=np.int64) | 1
     return torch.from_numpy(drawn).to(dtype)
 
 
 class Array(NamedTuple):
-    """One field: its dtype, its length on each device, how host memory is made, and how kernels on the CPU see it.
+    """One field: its dtype, its length on each device, how its host memory is allocated, and how CPU kernels see it.
 
-    column: whether it says something of each node. address: kernels calculate with its address, not with places.
+    column: whether the field has a value for each node. address: CPU kernels get an address to calculate with, not a
+    typed pointer.
     """
 
     dtype: torch.dtype
@@ -157,19 +158,19 @@ class TreeState(NamedTuple):
     own_locks: Column32  # [R]: locks that end exactly here
     hit_count: Column32  # [R]
     tag: Column32  # [R]: hash of (parent, first page), the low 32 bits
-    queued: HostColumn8  # [R], on a GPU [0]: 1 while the row has its entry in the eviction queue
+    queued: HostColumn8  # [R], on a GPU [0]: 1 while the row has an entry in the eviction queue
     tick: Column64  # [R]: last use
     created: Column64  # [R]
     priority: Column64  # [R]
     generation: Column64  # [R]: goes up when the row is freed
     free_rows: Rows32  # [R]: a stack
-    queue_score: Queue64  # [2 R], on a GPU [0]: candidates for eviction, a heap and behind it a sorted ring
+    queue_score: Queue64  # [2 R], on a GPU [0]: candidates for eviction, a heap [R] and a sorted ring [R]
     queue_tick: Queue64  # [2 R]
     queue_row: Queue32  # [2 R]
     child_table: Table  # [T]: (tag, row), 0 where empty; on a GPU [2 T], each followed by (length, start)
     tokens: Pool  # [P], on a GPU [2 P] as all pools: the first token of each unit
     seconds: BigramPool  # [P], [0] without bigrams: the second token of each unit
-    used: Bitmap  # [P / page / 64], on a GPU [0]: one bit a pool page
+    used: Bitmap  # [P / page / 64], on a GPU [0]: one bit for each pool page, 1 if an edge holds it
     namespace_children: Counts32  # [R], by namespace code
     namespace_hash: Rows64  # [R], by namespace code
     released: Rows32  # [R]: namespaces that lost their last node, for the host to forget
@@ -184,12 +185,12 @@ COLUMNS = tuple(name for name, array in FIELDS.items() if array.column)
 
 
 def row_capacity(max_tokens: int, page_size: int) -> int:
-    """Rows that a tree can need: one a page, and the root."""
+    """Return how many rows a tree can need: one for each page, and the root."""
     return max_tokens // page_size + 1
 
 
 def pool_units(max_tokens: int, page_size: int) -> int:
-    """Units in the token and slot pools: the capacity and a quarter, in whole pages."""
+    """Return the units of the token and slot pools: the capacity and a quarter more, in whole pages."""
     pages = max_tokens // page_size
     return (pages + -(-pages // POOL_SLACK)) * page_size
 
@@ -199,7 +200,7 @@ def _power_of_two(count: int) -> int:
 
 
 def _initial_numbers(sizes: Sizes, max_tokens: int, generation: int, entries: int) -> torch.Tensor:
-    """`TreeState.numbers` of an empty tree that uses so many entries of its child table."""
+    """Return `TreeState.numbers` of an empty tree that uses `entries` entries of its child table."""
     found = torch.zeros(numbers.SIZE, dtype=torch.int64, device="cpu")
     found[numbers.PAGE] = sizes.page
     found[numbers.BIGRAM] = sizes.bigram
@@ -213,9 +214,9 @@ def _initial_numbers(sizes: Sizes, max_tokens: int, generation: int, entries: in
 
 
 def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> TreeState:
-    """An empty tree's arrays in host memory. Rows that no node has used cost address space, not memory."""
+    """Allocate an empty tree's arrays in host memory. Rows that no node has used cost address space, not memory."""
     rows, units = row_capacity(max_tokens, page_size), pool_units(max_tokens, page_size)
-    # An insert makes room for two nodes more than it may need, in a table that is at most half full.
+    # An insert grows the table for two nodes more, whether it needs them or not, and keeps it at most half full.
     sizes = Sizes(rows, units, page_size, bigram, _power_of_two(2 * (rows + 2)))
     arrays = {name: array.memory(array.on_host(sizes), array.dtype) for name, array in FIELDS.items()}
     state = TreeState(**arrays)
@@ -227,11 +228,11 @@ def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> 
 
 
 def allocate_device(max_tokens: int, page_size: int, bigram: bool, generation: int, device: torch.device) -> TreeState:
-    """An empty tree's arrays on a GPU.
+    """Allocate an empty tree's arrays on a GPU.
 
-    What differs from host memory: each pool has two halves of P units, of which one is in use, filled from its
-    beginning, and compaction copies what is live to the other; the child table holds the edge beside the row and has
-    room for two entries a pool page, so that entries of evicted nodes can wait for the next compaction.
+    Two things differ from host memory. Each pool has two halves of P units: one is in use and fills from its beginning,
+    and compaction copies the live units to the other. The child table holds the edge beside the row, and has at least
+    two entries for each pool page, so that entries of evicted nodes can stay until the next compaction.
     """
     rows, units = row_capacity(max_tokens, page_size), pool_units(max_tokens, page_size)
     sizes = Sizes(rows, units, page_size, bigram, _power_of_two(2 * (units // page_size)))

@@ -1,1 +1,1 @@
-"""Replaying request traces through a tree, and what they come to: figures, tables, pictures."""
+"""Replaying request traces through a tree, and reporting the results: figures, tables, plots."""

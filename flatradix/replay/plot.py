@@ -1,4 +1,4 @@
-"""The picture of a replay: hit rate and occupancy over the requests, latencies of each operation."""
+"""The plot of a replay: hit rate and occupancy over the requests, latencies of each operation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PlotUnavailableError(RuntimeError):
 
 
 def require(path: str | Path) -> None:
-    """Raise PlotUnavailableError without matplotlib, ValueError for a name that says no known format."""
+    """Raise PlotUnavailableError without matplotlib, ValueError for a file name without a suffix of SUFFIXES."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PlotUnavailableError("a plot needs matplotlib: pip install 'flatradix[plot]'")
     if Path(path).suffix.lower() not in SUFFIXES:
@@ -50,7 +50,7 @@ def save(report: Report, path: str | Path, title: str = "") -> None:
 
 
 def figure(report: Report, title: str = "") -> Figure:
-    """The figure, with a canvas of its own (no pyplot, no window)."""
+    """Return the figure of a report, with its own canvas (no pyplot, no window)."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -112,7 +112,7 @@ def _occupancy(axes: Axes, report: Report) -> None:
 
 
 def _latencies(axes: Axes, report: Report) -> None:
-    """A row for each operation: how its calls are spread over time (log), with p50 and p99."""
+    """Draw a row for each operation: the distribution of its call times (log scale), with p50, p99 and the maximum."""
     _head(axes, "Latency of each call", "height: share of the calls; line: p50, dot: p99, tick: the slowest")
     operations = [(name, times / 1e3) for name, times in report.latencies.items() if len(times)]
     axes.set_yticks(range(len(operations)), [name for name, _ in operations], color=INK, fontsize=10)
@@ -157,12 +157,12 @@ def _head(axes: Axes, title: str, subtitle: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """A legend above the axes, at the right of the title."""
+    """Add a legend above the axes, to the right of the title."""
     axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.01, 0.985), labelcolor=INK, fontsize=8)
 
 
 def _thinned(*series: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Request numbers from 1 and the values there, of no more requests than can be told apart."""
+    """Return request numbers, from 1, and the values of these requests, at most _POINTS: a plot shows no more."""
     length = len(series[0])
     places = np.unique(np.linspace(0, length - 1, min(length, _POINTS)).astype(np.int64))
     return places + 1, tuple(values[places] for values in series)

@@ -1,18 +1,18 @@
-"""Replaying requests through a tree the way an engine would, and the figures that come of it.
+"""Replaying requests through a tree as an engine would, and collecting the figures.
 
-Request by request:
+For each request:
 
 1. unlock the paths of requests that have been held for more than `hold` later requests, oldest first;
 2. match the prompt and lock the match;
 3. if the cached tokens and the new ones (whole pages) exceed the capacity, evict the excess;
 4. if they still do, count the request as rejected and unlock the match;
-5. else insert what follows the match, with new slots;
+5. else insert the tokens after the match, with new slots;
 6. lock the inserted path, unlock the match.
 
-With batches of B, B requests take each step together, in one call: those held too long are released, all are matched
-and locked, room is made for all, all are inserted and their paths locked. What requests of one batch have in common is
-therefore no hit, yet stored once: the first of them owns it, and the others give their slots back. A batch that does
-not fit as a whole is inserted request by request.
+With batches of B, B requests take each step together, in one call: old requests are released, all B are matched and
+locked, space is freed for all, all are inserted and their paths are locked. So tokens that several requests of a batch
+share are no hit, but are stored once: the slots of the first request are stored, and the others free theirs. A batch
+that does not fit as a whole is inserted request by request.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ _SECONDS_BETWEEN_REPORTS = 0.1
 
 
 class SlotList:
-    """A stack of the free slots among `count`. Memory is committed for those that were ever out only."""
+    """A stack of the free slots among `count`. Memory is committed only for slots that have been allocated."""
 
     def __init__(self, count: int) -> None:
         self._stack = np.empty(count, np.int32)
-        self._written = count  # the stack holds count - 1 - i at place i below this, without it being there
+        self._written = count  # entries below this index are not written yet: entry i stands for slot count - 1 - i
         self.free = count
 
     def take(self, count: int) -> np.ndarray:
-        """`count` free slots, int32: a view that holds until the next `give`. RuntimeError if there are fewer."""
+        """Allocate `count` slots. Return them as int32, a view that is valid until the next `give`.
+
+        Raises RuntimeError if fewer slots are free.
+        """
         if count > self.free:
             raise RuntimeError(f"slots were lost: {count} are needed and should be free, but {self.free} are")
         self.free -= count
@@ -58,14 +61,14 @@ class SlotList:
         return self._stack[self.free : self.free + count]
 
     def give(self, slots: np.ndarray) -> None:
-        """Take back slots, [K] of any integer dtype. RuntimeError if there would be more than there were."""
+        """Free slots, [K] of any integer dtype. Raises RuntimeError if more slots would be free than exist."""
         if self.free + len(slots) > len(self._stack):
             raise RuntimeError(f"{len(slots)} slots came back, but only {len(self._stack) - self.free} were out")
         self._stack[self.free : self.free + len(slots)] = slots
         self.free += len(slots)
 
     def is_whole(self) -> bool:
-        """Whether every slot is back, exactly once."""
+        """Return whether every slot is free, exactly once."""
         back = np.sort(self._stack[self._written :])
         return self.free == len(self._stack) and bool((back == np.arange(len(back))).all())
 
@@ -80,9 +83,9 @@ def replay(
     progress: Progress | None = None,
     batch: int = 1,
 ) -> Report:
-    """Replay prompts (1-D integer sequences) through a new tree of `capacity` tokens.
+    """Replay prompts (1-D integer sequences) through a new tree of `capacity` tokens, and return the report.
 
-    progress: called with the number of requests done and the hit rate so far, some 10 times a second and at the end.
+    progress: called with the number of requests done and the hit rate so far, about 10 times a second and at the end.
     Raises ValueError and DeviceUnavailableError for bad arguments, RuntimeError if slots were lost or doubled.
     """
     settings = Settings(page_size, capacity, hold, policy, device, batch)
@@ -96,7 +99,7 @@ def replay(
 
 
 class Replay:
-    """A replay under way: a tree, its slots, and the requests that hold locks."""
+    """A replay in progress: a tree, its slots, and the requests that hold locks."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -111,7 +114,7 @@ class Replay:
         self._latencies = {name: array("q") for name in OPERATIONS}
 
     def feed(self, prompts: Iterable[np.ndarray], progress: Progress | None = None) -> None:
-        """Replay prompts one by one."""
+        """Replay prompts, one batch after another."""
         due = perf_counter() + _SECONDS_BETWEEN_REPORTS
         for batch in _batches(prompts, self.settings.batch):
             if self.settings.batch == 1:
@@ -163,7 +166,7 @@ class Replay:
             self._record(len(prompt), hit)
 
     def _hold_all(self, rests: list[np.ndarray], match: MatchResult, now: int) -> None:
-        """Insert what follows each match, with new slots, and lock the paths."""
+        """Insert the tokens after each match, with new slots, and lock the paths."""
         slots = self._slots.take(sum(map(len, rests)))
         bounds = np.cumsum([0, *map(len, rests)]).tolist()
         parts = [slots[begin:end] for begin, end in pairwise(bounds)]
@@ -186,7 +189,7 @@ class Replay:
         return match
 
     def _make_room(self, new: int) -> bool:
-        """Whether `new` tokens fit, after an eviction where one is needed."""
+        """Return whether `new` tokens fit. Evict the excess first, if there is any."""
         excess = self.tree.total_tokens + new - self.settings.capacity
         if excess <= 0:
             return True
@@ -231,7 +234,7 @@ class Replay:
             )
 
     def finish(self, seconds: float, warm_up_seconds: float = 0.0) -> Report:
-        """The report. Then drains the tree."""
+        """Make the report, drain the tree, and return the report. Raises as `drain`."""
         report = Report(
             settings=self.settings,
             device=_device_name(self.tree.device),

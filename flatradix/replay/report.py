@@ -1,4 +1,4 @@
-"""What a replay gives: the figures, the samples and the latencies, and how they are written as JSON."""
+"""The report of a replay: figures, samples and latencies, and their form as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _JSON_SAMPLES = 100
 
 @dataclass(frozen=True)
 class Settings:
-    """How to replay. Capacity in tokens; hold: later requests for which a request keeps its path locked.
+    """The settings of a replay. capacity: in tokens. hold: later requests for which a request keeps its path locked.
 
     batch: how many requests are matched, inserted and released together.
     """
@@ -47,11 +47,11 @@ class Settings:
 
 @dataclass
 class Report:
-    """What a replay gave. Arrays with one entry a request are in the order of the requests.
+    """The results of a replay. Arrays with one entry a request are in the order of the requests.
 
-    prompt_lengths, hits: int64 [N] tokens. cached, locked: int64 [N], tokens in the tree after the request.
-    latencies: int64 ns of each call, by operation; on a GPU until the device was done with it.
-    seconds: of the whole replay, making the prompts included; warm_up_seconds: of compiling before it.
+    prompt_lengths, hits: int64 [N], in tokens. cached, locked: int64 [N], tokens in the tree after each request.
+    latencies: int64 ns of each call, by operation. On a GPU a call counts until the device is done with it.
+    seconds: the whole replay, including the time to make the prompts. warm_up_seconds: compiling before the replay.
     digest: `RadixTree.digest()` of the final tree.
     """
 
@@ -78,15 +78,15 @@ class Report:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the prompt tokens that were found in the cache."""
+        """The share of the prompt tokens that were found in the cache."""
         return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
 
     def operations(self) -> dict[str, dict[str, float]]:
-        """calls, p50_us, p99_us, max_us and total_seconds of each operation that was called."""
+        """Return calls, p50_us, p99_us, max_us and total_seconds of each operation that was called."""
         return {name: summarise(times) for name, times in self.latencies.items() if len(times)}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it but for the arrays, of which a hundred samples are kept."""
+        """Return the report as JSON data. Arrays are reduced to up to 100 samples, latencies to `operations`."""
         s = self.settings
         return {
             "page": s.page_size,
@@ -124,16 +124,16 @@ class Report:
         }
 
     def cumulative_hit_rate(self) -> np.ndarray:
-        """float64 [N]: the hit rate of all requests up to each."""
+        """Return float64 [N]: the hit rate of all requests up to and including each."""
         return np.cumsum(self.hits) / np.maximum(1, np.cumsum(self.prompt_lengths))
 
     def windowed_hit_rate(self, window: int) -> np.ndarray:
-        """float64 [N]: the hit rate of the `window` requests up to each (fewer at the beginning)."""
+        """Return float64 [N]: the hit rate of the `window` requests up to and including each, fewer at the start."""
         return _window_sums(self.hits, window) / np.maximum(1, _window_sums(self.prompt_lengths, window))
 
 
 def summarise(times: np.ndarray) -> dict[str, float]:
-    """Calls and times of one operation, from int64 [K > 0] nanoseconds."""
+    """Return the number of calls and the times of one operation, from int64 [K > 0] nanoseconds."""
     p50, p99 = np.percentile(times, [50, 99]) / 1e3
     return {
         "calls": len(times),
@@ -145,7 +145,7 @@ def summarise(times: np.ndarray) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """What the figures of a replay depend on besides flatradix, by name."""
+    """Return the versions on which the figures of a replay depend, by name."""
     found = {
         "flatradix": VERSION,
         "python": platform.python_version(),

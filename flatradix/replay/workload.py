@@ -1,12 +1,12 @@
-"""A workload for when there is no trace: deterministic, made up, in the three shapes in which prefixes come back.
+"""Built-in workloads for use without a trace: synthetic and deterministic, with three patterns of prefix reuse.
 
-chat: conversations; each turn sends all that came before it. Few system prompts, shared by all.
-agents: tasks; a long prefix of instructions and tools shared by all tasks of one agent, then a growing log of steps.
-documents: long documents, a few of them much asked for, with short questions behind each.
+chat: conversations. Each turn sends everything before it. All conversations share a few system prompts.
+agents: tasks. All tasks of an agent share a long prefix of instructions and tools; a growing log of steps follows.
+documents: long documents, a few of them in high demand, each followed by short questions.
 mix: a third of each.
 
-Sessions of all kinds run side by side and their requests are interleaved, so that what a session left in the cache
-ages before it comes back. The same arguments give the same tokens everywhere.
+Sessions of all kinds run side by side, and their requests are interleaved. So the cached tokens of a session age before
+the session's next request. The same arguments give the same tokens everywhere.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ AGENTS = 12
 DOCUMENTS = 120
 
 Session = Iterator[np.ndarray]
-# The first number of a seed sequence, so that no two streams of random numbers are the same.
+# The first number of each seed sequence, so that no two streams of random numbers are equal.
 _CHOICES, _CHAT, _AGENTS, _DOCUMENTS, _SHARED = range(5)
 
 
 def prompts(kind: str = "mix", requests: int = 3000, seed: int = 0) -> Iterator[np.ndarray]:
-    """`requests` prompts, int32 [length] each, of a few dozen to some 30,000 tokens.
+    """Return an iterator over `requests` prompts, int32 [length] each, of a few dozen to about 30,000 tokens.
 
     Raises ValueError for an unknown kind or a negative number.
     """
@@ -49,7 +49,7 @@ def _interleave(kind: str, requests: int, seed: int) -> Iterator[np.ndarray]:
 
 
 class _Stream:
-    """The running sessions of one kind; one that ends is followed by a new one."""
+    """The running sessions of one kind. A new session replaces a session that ends."""
 
     def __init__(self, name: str, seed: int) -> None:
         self._begin = _BEGINNINGS[name]
@@ -70,12 +70,12 @@ class _Stream:
 
 
 def _text(rng: np.random.Generator, shortest: int, longest: int) -> np.ndarray:
-    """Random tokens of a length between the two."""
+    """Return random tokens, from `shortest` to `longest` of them."""
     return rng.integers(0, VOCABULARY, rng.integers(shortest, longest + 1)).astype(np.int32)
 
 
 def _shared(seed: int, kind: int, index: int, shortest: int, longest: int) -> np.ndarray:
-    """The text number `index` that sessions of one kind have in common."""
+    """Return text `index` of the texts that sessions of one kind share."""
     return _text(np.random.default_rng([_SHARED, seed, kind, index]), shortest, longest)
 
 
@@ -98,7 +98,7 @@ def _agent(seed: int, number: int) -> Session:
 
 def _document(seed: int, number: int) -> Session:
     rng = np.random.default_rng([_DOCUMENTS, seed, number])
-    favoured = int(rng.integers(0, DOCUMENTS, 3).min())  # the first tenth takes a quarter of the sessions
+    favoured = int(rng.integers(0, DOCUMENTS, 3).min())  # the first tenth of the documents gets a quarter of sessions
     document = _shared(seed, _DOCUMENTS, favoured, 2000, 24000)
     for _ in range(rng.integers(1, 7)):
         yield np.concatenate([document, _text(rng, 15, 80)])

@@ -1,4 +1,4 @@
-"""The operations on a machine without a GPU, compiled by numba at their first use."""
+"""The operations of a tree on the CPU, compiled by numba at their first use."""
 
 from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.digest import digest

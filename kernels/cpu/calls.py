@@ -1,4 +1,4 @@
-"""What a kernel leaves about its call: why it was refused, or what it changed."""
+"""What a kernel stores about its call: why it was refused, or what it changed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from flatradix.layout import numbers
 
 @helper
 def refuse(s, query, value):
-    """Note which query is refused, and a number that the message wants."""
+    """Store which query is refused, and a number for the error message."""
     s.numbers[numbers.ERROR_QUERY] = query
     s.numbers[numbers.ERROR_VALUE] = value
 
 
 @helper
 def note(s, call, operation, handle, length, prefix):
-    """Note what a call changed, the last thing that a kernel does: if its Python is cut short, it is taken back.
+    """Store what a call changed, as the last step of its kernel: if the call is interrupted then, it can be undone.
 
-    Of a batch, the caller keeps handles, lengths and prefix lengths. Call 0 takes the last one back.
+    For a batch, the caller keeps handles, lengths and prefix lengths. Call 0 is the undoing of the last call.
     """
     if call == 0:
         s.numbers[numbers.LAST_CALL] = s.numbers[numbers.CALL_BEFORE]

@@ -1,7 +1,7 @@
 """The child table: open addressing with linear probing over (tag, row) entries, keyed by (parent, first page).
 
-Only `mask + 1` entries of the table are in use; it doubles when half full, so that a small tree stays in the cache
-whatever its capacity. A row keeps its tag, so neither growth nor removal hashes tokens again.
+Only `mask + 1` entries are in use. This part doubles when it is half full, so that the table of a small tree stays in
+the CPU cache whatever its capacity. A row keeps its tag, so neither growth nor removal hashes tokens again.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def tag_of(s, first, second, wide, parent):
 
 @helper
 def find_child(s, parent, key, wide, limit):
-    """(row, units in common) of the child of `parent` that begins with the first page of `key`; (0, 0) if none.
+    """Return (row, units in common) of the child of `parent` that begins with the first page of `key`, or (0, 0).
 
-    `key` is an address and has `limit` >= page units. The units in common are whole pages.
+    `key` is an address of `limit` units, at least one page. The units in common are whole pages.
     """
     page = s.numbers[numbers.PAGE]
     bigram = s.numbers[numbers.BIGRAM] != 0
@@ -55,7 +55,7 @@ def find_child(s, parent, key, wide, limit):
 
 @helper
 def add_child(s, row, tag):
-    """Enter a row whose page no sibling begins with."""
+    """Enter a row. No sibling may begin with the same page."""
     s.tag[row] = np.int32(tag)
     mask = s.numbers[numbers.TABLE_MASK]
     at = tag & mask
@@ -83,7 +83,7 @@ def replace_child(s, row, successor):
 
 @helper
 def remove_child(s, row):
-    """Take the entry of `row` out and close the gap, so that no probe ends early."""
+    """Remove the entry of `row` and close the gap, so that no probe ends early."""
     mask = s.numbers[numbers.TABLE_MASK]
     gap = _entry_of(s, row)
     at = gap
@@ -101,7 +101,7 @@ def remove_child(s, row):
 
 @helper
 def refill(s, mask):
-    """Clear `mask + 1` entries and enter every row anew."""
+    """Clear the first `mask + 1` entries, use only these, and enter every live row again."""
     s.numbers[numbers.TABLE_MASK] = mask
     for at in range(mask + 1):
         s.child_table[at] = 0
@@ -112,7 +112,7 @@ def refill(s, mask):
 
 @helper
 def grow_table(s, additional):
-    """Keep the table at most half full with that many more children."""
+    """Grow the table until it is at most half full with `additional` more children."""
     entries = s.numbers[numbers.TABLE_MASK] + 1
     wanted = 2 * (s.numbers[numbers.NODES] + additional)
     if wanted > entries:

@@ -1,4 +1,4 @@
-"""Compaction: slide every live edge to the front of the pools, when no free range is long enough."""
+"""Compaction: slide every live edge to the front of the pools. An insert needs it when no free range is long enough."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatradix.layout.state import FREE_ROW
 
 @helper
 def _ones(word):
-    """The bits that are set in a word (Hacker's Delight, 5-1)."""
+    """Return how many bits are set in a word (Hacker's Delight, 5-1)."""
     word = word - ((word >> 1) & 0x5555555555555555)
     word = (word & 0x3333333333333333) + ((word >> 2) & 0x3333333333333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -22,10 +22,11 @@ def _ones(word):
 
 @helper
 def _rows_by_start(s):
-    """int32 [nodes]: the live rows in the order of their edges in the pools. O(nodes + pool pages / 64).
+    """Return int32 [nodes]: the live rows in the order of their edges in the pools. O(rows + pool pages / 64).
 
-    No two edges begin on one page: marked in a bitmap, each edge has as many before it as bits are set below its own. A
-    comparison sort took seconds for the rotated order in which next fit leaves them (bench/RESULTS.md).
+    No two edges begin on the same page, so a bitmap marks the pages where edges begin. The position of an edge in the
+    order is the number of bits set below its own. A comparison sort takes seconds for the rotated order in which next
+    fit leaves the edges.
     """
     page = s.numbers[numbers.PAGE]
     words = (s.numbers[numbers.POOL_PAGES] + 63) // 64
@@ -64,7 +65,7 @@ def _slide_wide(values, source, target, count):
 
 @kernel
 def plan_compaction(addresses, sources, targets, lengths):
-    """Fill what will move where, int32 [nodes] each, in ascending order; no target is above its source."""
+    """Fill the arrays, int32 [nodes], with all moves in ascending order. No target is above its source."""
     s = open_state(addresses)
     end = np.int64(0)
     at = 0
@@ -76,9 +77,9 @@ def plan_compaction(addresses, sources, targets, lengths):
 
 @kernel
 def compact(addresses, call, pool, pool_wide):
-    """Slide the tokens, and the slots at the address `pool` unless it is 0: somebody else moves those.
+    """Slide the tokens, and the slots of the pool at the address `pool`. If it is 0, the caller moves the slots.
 
-    O(cached tokens). All memory is asked for before anything changes.
+    O(cached tokens). All memory is allocated before anything changes.
     """
     s = open_state(addresses)
     order = _rows_by_start(s)

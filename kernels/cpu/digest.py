@@ -1,7 +1,8 @@
-"""Digest: an order-independent hash of the logical tree, blind to rows and places in the pool.
+"""Digest: an order-independent hash of the logical tree. Row numbers and positions in the pools do not count.
 
-A path is hashed as the sum of one term for each (position, unit), so a node's path hash is its parent's plus its own
-sum, and any order of work gives the same. The digest is the sum of one term for each node, 128 bits in two lanes.
+The hash of a path is the sum of one term for each (position, unit). The path hash of a node is therefore its parent's
+plus the sum of its own edge, and every order of work gives the same result. The digest is the sum of one term for each
+node, 128 bits in two lanes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ mix = helper(hashing.mix)
 
 @helper
 def _edge_sum(s, row, lane):
-    """The node's own part of its path hash."""
+    """Return the sum of the terms of a node's own edge."""
     tokens = int32_at(s.tokens + 4 * np.int64(s.start[row]))
     seconds = int32_at(s.seconds + 4 * np.int64(s.start[row]))
     bigram = s.numbers[numbers.BIGRAM] != 0
@@ -34,7 +35,7 @@ def _edge_sum(s, row, lane):
 
 @helper
 def _path_sums(s, lane):
-    """int64 [rows]: the hash of the path from the root to each node's end."""
+    """Return int64 [rows]: the hash of the path from the root to each node's end."""
     rows = s.numbers[numbers.ROWS]
     sums = np.zeros(rows, np.int64)
     order = np.empty(rows, np.int64)
@@ -67,7 +68,7 @@ def _slot_sum(slots, wide, begin, count):
 
 @kernel
 def digest(addresses, slots, slots_wide, lane):
-    """One lane of the digest, int64; `slots` is the address of the slot pool in host memory."""
+    """Return one lane of the digest, int64. `slots` is the address of the slot pool in host memory."""
     s = open_state(addresses)
     sums = _path_sums(s, lane)
     total = np.int64(0)

@@ -22,7 +22,7 @@ def _score(s, scores, row):
 
 @helper
 def _fill_queue(s, scores):
-    """Enter every candidate, for policies whose scores are made anew for each eviction."""
+    """Enter every candidate, for policies that score all nodes at each eviction."""
     for row in range(1, s.numbers[numbers.ROWS]):
         if s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0:
             push(s, row, scores[row])
@@ -39,7 +39,10 @@ def _empty_queue(s):
 
 @helper
 def _detach(s, row, scores):
-    """Take a victim from its parent, which may become a candidate, or its namespace, which may be empty now."""
+    """Remove a victim from its parent, which may become a candidate, or from its namespace.
+
+    A namespace that is empty now goes to `released`, except that of no name.
+    """
     parent = s.parent[row]
     if parent >= 0:
         s.children[parent] -= 1
@@ -55,9 +58,10 @@ def _detach(s, row, scores):
 
 @helper
 def _take_first(s, at, scores):
-    """Take the entry at `at` out; returns its row if it can be evicted now, else 0.
+    """Remove the queue's first entry, which is at `at`; return its row if it can be evicted now, else 0.
 
-    An entry whose row has been used since is put back where it belongs by now.
+    If the row has been used since it was entered, it is entered again with its present score and tick. If it has
+    children or locks by now, it is not.
     """
     row = np.int64(s.queue_row[at])
     score = s.queue_score[at]
@@ -73,7 +77,7 @@ def _take_first(s, at, scores):
 
 @helper
 def _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots):
-    """Copy the slots of the rows freed last to `slots`; without a `pool` fill the ranges where they are."""
+    """Copy the slots of the `nodes` rows freed last to `slots`. If `pool` is 0, fill their pool ranges instead."""
     step = 8 if pool_wide else 4
     first = s.numbers[numbers.FREE_ROWS] - nodes
     for at in range(nodes):
@@ -88,11 +92,12 @@ def _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots):
 
 @single("(int64, int64, int64, int64[::1], int64, boolean, int32[::1], int32[::1], int64)")
 def evict(addresses, call, wanted, scores, pool, pool_wide, starts, lengths, slots):
-    """Free nodes until `wanted` tokens are free or no candidate is left; returns (tokens, nodes).
+    """Free nodes until `wanted` tokens are free or no candidate is left; return (tokens, nodes).
 
-    scores: int64 [rows], or [0] for the policies that the queue knows, and where nothing is wanted. The slots freed, in
-    order, go to the address `slots`, of the type of the slot pool at the address `pool`; where that is 0, the ranges of
-    the pool to `starts` and `lengths`, int32. Each has room for all that may be freed. Nothing is allocated.
+    scores: int64 [rows], or [0] if the policy needs no scores or nothing is wanted. The freed slots are copied, in
+    order, from the slot pool at the address `pool` to the address `slots`, with the same dtype. If `pool` is 0,
+    `starts` and `lengths`, int32, get the pool ranges instead. Each array has space for all that may be freed. Nothing
+    is allocated.
     """
     s = open_state(addresses)
     by_scores = wanted > 0 and s.numbers[numbers.POLICY] == numbers.SCORES

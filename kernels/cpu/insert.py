@@ -1,8 +1,8 @@
 """Insert: store the part of each key that is not cached yet.
 
-First every query is walked and checked and the room for the whole batch is found, with nothing written. Then the
-queries are carried out in order, each from the target that its first walk reached: what earlier queries of the batch
-added or split since is found from there.
+First, every query is walked and checked, and free pool units for the whole batch are found. The tree does not change
+yet. Then the queries are carried out in order. Each walks on from the place that its first walk reached, and finds what
+earlier queries of the batch have added or split there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flatradix.layout.handles import NO_HANDLE
 
 @helper
 def _plan(s, query, key, wide, tokens, namespace, named, start_handle, start):
-    """Walk one query; returns (row, length reached, length of the whole key), row negative if refused."""
+    """Walk one query; return (row, length reached, length of the whole key). A negative row is a reason to refuse."""
     row = begin(s, start_handle, start, namespace, named, key, wide, tokens)
     if row < 0:
         refuse(s, query, start)
@@ -36,7 +36,7 @@ def _plan(s, query, key, wide, tokens, namespace, named, start_handle, start):
 
 @helper
 def _refuse_outside(s, query, values, wide, begin, end, limit, reason):
-    """The reason, with the target of the first value of `values[begin:end]` outside [0, limit], or 0."""
+    """Refuse the first value of `values[begin:end]` outside [0, limit]; return `reason`, or 0 if there is none."""
     bad = first_bad(values, wide, begin, end, limit)
     if bad < 0:
         return np.int64(0)
@@ -46,7 +46,7 @@ def _refuse_outside(s, query, values, wide, begin, end, limit, reason):
 
 @helper
 def _reserve(s, needed):
-    """Where `needed` units will go in the pool: 0 if none are needed, or why they cannot."""
+    """Find `needed` free units, move the cursor behind them, and return their start (0 if none), or the reason."""
     if s.numbers[numbers.EVICTABLE] + s.numbers[numbers.PROTECTED] + needed > s.numbers[numbers.MAX_TOKENS]:
         refuse(s, 0, needed)
         return np.int64(reasons.NO_CAPACITY)
@@ -61,7 +61,7 @@ def _reserve(s, needed):
 
 @helper
 def _cut(s, row, length, tick):
-    """End the edge of `row` at `length`; returns the row that ends there."""
+    """End the edge of `row` at `length`; return the row that ends there."""
     if row == 0 or length == s.end[row]:
         return row
     upper = split_edge(s, row, length, tick)
@@ -71,9 +71,9 @@ def _cut(s, row, length, tick):
 
 @helper
 def _add_leaf(s, parent, end, key, wide, count, target, tick, priority):
-    """A new node of `count` units behind `parent`, a row or a namespace's code; `key` begins with its first unit.
+    """Add a node of `count` units below `parent`, a row or ~namespace; return its row. `key` begins with them.
 
-    What the pools hold at `target` is the caller's to write.
+    The caller writes the units and slots at `target` in the pools.
     """
     step = 8 if wide else 4
     row = take_row(s)
@@ -101,7 +101,10 @@ def _add_leaf(s, parent, end, key, wide, count, target, tick, priority):
 
 @helper
 def _use_path(s, row, tick, priority, inserted):
-    """What an insert does to each node of its path: SGLang counts no hit on what the request itself had inserted."""
+    """Update tick, priority and hit count of each node on an insert's path.
+
+    As in SGLang, a node that ends within `inserted` gets no hit: the request itself inserted it before.
+    """
     row = np.int64(row)
     while row > 0:
         s.tick[row] = tick
@@ -113,9 +116,9 @@ def _use_path(s, row, tick, priority, inserted):
 
 @helper
 def _carry_out(s, row, length, end, key, wide, start, namespace, priority, inserted, target):
-    """Insert one planned query; returns (row of its end, length that was there).
+    """Insert one planned query; return (row of its end, length that was cached before).
 
-    Units of the key from the length that was there to `end` are put at `target` in the pool.
+    The units from that length to `end` get the pool range from `target` on, which `_store` fills.
     """
     s.numbers[numbers.CLOCK] += 2
     tick = s.numbers[numbers.CLOCK]
@@ -137,9 +140,9 @@ def _carry_out(s, row, length, end, key, wide, start, namespace, priority, inser
 
 @helper
 def _store(s, key, wide, target, count, slots, slots_wide, pool, pool_wide, limit):
-    """Write new units and their slots into the pools; negative if a value is out of range.
+    """Write new units and their slots into the pools; return a negative number if a value is out of range.
 
-    `key` and `slots` begin with the first that is new. `pool` 0: the slots are stored by somebody else.
+    `key` and `slots` begin with the first new unit. If `pool` is 0, the caller stores the slots.
     """
     outside = copy_checked(key, wide, s.tokens + 4 * target, False, count, numbers.MAX_TOKEN)
     if s.numbers[numbers.BIGRAM] != 0:
@@ -152,7 +155,7 @@ def _store(s, key, wide, target, count, slots, slots_wide, pool, pool_wide, limi
 
 @helper
 def _check(s, query, key, wide, slots, slots_wide, pool, limit, known, tokens):
-    """0, or the reason: a token from `known` on, or any slot, is out of range. What is cached already is in range."""
+    """Return 0, or the reason if a token from `known` on or any slot is out of range. Cached tokens are in range."""
     reason = _refuse_outside(s, query, key, wide, known, tokens, numbers.MAX_TOKEN, reasons.BAD_TOKEN)
     if reason == 0 and pool != 0:
         reason = _refuse_outside(s, query, slots, slots_wide, np.int64(0), tokens, limit, reasons.BAD_SLOT)
@@ -167,10 +170,10 @@ def insert_one(
     addresses, call, key, wide, tokens, namespace, named, start_handle, start, priority, inserted,
     slots, slots_wide, pool, pool_wide, limit,
 ):  # fmt: skip
-    """Insert one key; returns (length that was there, length of the whole key, handle, start of the rest in the pools).
+    """Insert one key; return (length cached before, length of the whole key, handle, pool index of the new units).
 
-    A negative first number is the reason why nothing changed; NO_ROOM asks for a compaction. What is new is copied to
-    free units and checked on the way; only then does the tree take it.
+    A negative first number is the reason why nothing changed; NO_ROOM asks for a compaction. The new units are copied
+    to a free pool range and checked in the same pass. Only then does the tree change.
     """
     s = open_state(addresses)
     zero = np.int64(0)
@@ -206,10 +209,10 @@ def insert(
     addresses, call, keys, wide, counts, namespaces, named, start_handles, start_lengths, priorities, inserted,
     slots, slots_wide, pool, pool_wide, limit, prefix_lengths, lengths, handles, pool_starts,
 ):  # fmt: skip
-    """Insert a batch in order, all of it or nothing; returns 0 or the reason.
+    """Insert a batch in order, all of it or nothing; return 0 or the reason.
 
-    `keys` and `slots` int64 [B] are addresses, `counts` tokens, `namespaces` codes. Fills `prefix_lengths` and
-    `lengths` int32 [B], `handles` int64 [B], and `pool_starts` int64 [B]: where the new units begin in the pools.
+    `keys` and `slots`, int64 [B], are addresses; `counts` are in tokens; `namespaces` are codes. Fills `prefix_lengths`
+    and `lengths`, int32 [B], `handles`, int64 [B], and `pool_starts`, int64 [B]: the pool index of the new units.
     """
     s = open_state(addresses)
     needed = np.int64(0)
@@ -259,7 +262,7 @@ def insert(
 
 @helper
 def _remove_leaf(s, row):
-    """Free a node that no lock holds and that nothing is below; leaves its entry in the queue. Returns its parent."""
+    """Free a node without locks and children; return its parent. Its entry in the queue stays."""
     parent = np.int64(s.parent[row])
     if parent >= 0:
         s.children[parent] -= 1
@@ -272,9 +275,10 @@ def _remove_leaf(s, row):
 
 @kernel
 def take_back_insert(addresses, prefix_lengths, lengths, handles):
-    """Remove what the last call inserted; its results say what that is. Cuts and times of use remain. O(rows).
+    """Remove the nodes that the last call inserted, given its results. O(rows).
 
-    From the last query to the first, each from its end up: what later ones hung below it is then gone.
+    Cuts, ticks, priorities and hit counts remain. Goes from the last query to the first, and from the end of each up:
+    the nodes that later queries added below a node are then gone.
     """
     s = open_state(addresses)
     for query in range(len(handles) - 1, -1, -1):

@@ -1,7 +1,7 @@
-"""How the CPU kernels are compiled, called, and how they reach the arrays.
+"""How the CPU kernels are compiled and called, and how they access the arrays.
 
-A numba call pays about 80 ns for each array argument, so a kernel gets one address, that of a table of all addresses
-(`address_table`), and opens the state itself (`open_state`).
+A numba call costs about 80 ns for each array argument. A kernel therefore takes one address, that of a table of the
+addresses of all arrays (`address_table`), and opens the state itself (`open_state`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
 
 
 def _source_stamp() -> str:
-    """A digest of every file that is compiled into a kernel.
+    """Return a digest of every file that is compiled into a kernel.
 
-    numba looks at the kernel's own file alone and would go on using machine code with an old helper inside.
+    numba checks only the kernel's own file, and would still use machine code that contains an old helper.
     """
     folders = [Path(__file__).parent, Path(str(layout.__file__)).parent]
     digest = hashlib.blake2b(digest_size=16)
@@ -44,10 +44,10 @@ _STAMP = _source_stamp()
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile at the first call and keep the machine code on disk for later processes.
 
-    Each version of the sources has files of its own: two of them may run side by side with one cache folder.
+    Each version of the sources has its own files, so two versions can run side by side with one cache folder.
     """
     dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
-    # A numba that keeps it elsewhere goes by its own stamp, the time and size of the kernel's file.
+    # A numba without these attributes uses its own stamp, the time and size of the kernel's file.
     with contextlib.suppress(AttributeError):
         cache = dispatcher._cache
         name = f"{cache._impl.filename_base}-{_STAMP}"
@@ -56,10 +56,10 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 class Single:
-    """A kernel whose arguments have the same types in every call: integers, booleans and arrays without gaps.
+    """A kernel whose arguments have the same types in every call: integers, booleans and contiguous arrays.
 
-    call: from the second time on it goes past numba's dispatcher, whose look at the types takes longer than a short
-        match (bench/RESULTS.md). Types are converted, not looked at: whoever calls must pass the right ones.
+    call: from the second call on, it bypasses numba's dispatcher, whose type check takes longer than a short match.
+        Types are converted, not checked: the caller must pass the right ones.
     """
 
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
@@ -74,19 +74,19 @@ class Single:
 
 
 def single(signature: str) -> Callable[[Callable[..., Any]], Single]:
-    """Decorator of a `Single` with these types, in numba's notation: "(int64, boolean)"."""
+    """Return a decorator that makes a `Single` with these argument types, in numba's notation: "(int64, boolean)"."""
     return lambda function: Single(function, signature)
 
 
 def helper(function: Callable[..., Any]) -> Any:
-    """A function that kernels call: compiled into each of them."""
+    """Compile a function that kernels call. Its machine code becomes a part of each of them."""
     return numba.njit(**_OPTIONS)(function)
 
 
 def _pointer_to(element: Any) -> Any:
-    """A function from an address to a typed pointer: indexed without a bound, and never from the end.
+    """Return a function from an address to a typed pointer. Indexing has no bound check; -1 is not the last element.
 
-    One LLVM value where an array has seven, which the compiler has to carry through every call.
+    A pointer is one LLVM value. An array is seven, which the compiler has to carry through every call.
     """
 
     def at(typingctx: Any, address: Any) -> Any:
@@ -103,7 +103,7 @@ int64_at = _pointer_to(types.int64)
 
 
 def address_table(state: TreeState) -> np.ndarray:
-    """int64 [len(TreeState)]: where each tensor of the state begins. The state must outlive it."""
+    """Return int64 [len(TreeState)]: the address of each tensor of the state. The state must outlive the table."""
     return np.array([tensor.data_ptr() for tensor in state], dtype=np.int64)
 
 
@@ -114,7 +114,7 @@ _OPENED = types.NamedTuple(
 
 
 def _open_state(typingctx, addresses):
-    """The state with a pointer in the place of each tensor, from the address of an address table.
+    """Return the state with a pointer instead of each tensor, from the address of an address table.
 
     `tokens` and `seconds` are plain addresses: kernels calculate with them.
     """

@@ -1,7 +1,7 @@
 """Lock and unlock: reference counts on every node from a place to the root. Split: cut the edges on which places lie.
 
-`*_one` take and return scalars, for a look-up from Python that must stay cheap; the others take a batch. `call` is the
-number under which the change is noted, 0 where it takes another one back.
+`*_one` take and return scalars, to keep a single call from Python cheap. The others take a batch. `call` is the number
+under which the change is stored, 0 if the change undoes the last call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flatradix.layout import numbers, reasons
 
 @helper
 def end_at(s, row, length):
-    """The row that ends at path length `length` on the edge of `row`, which is split there if it goes on."""
+    """Return the row that ends at path length `length` on the edge of `row`; split the edge there if it goes on."""
     if row > 0 and length < s.end[row]:
         grow_table(s, 1)
         row = split_edge(s, row, length, s.numbers[numbers.CLOCK] + 1)
@@ -27,7 +27,7 @@ def end_at(s, row, length):
 
 @helper
 def lock_place(s, row, length):
-    """Lock the path that ends at path length `length` on the edge of `row`, split there; returns the end's row."""
+    """Lock the path to path length `length` on the edge of `row`; return the row of its end. May split the edge."""
     row = end_at(s, row, length)
     if row == 0:
         return row
@@ -62,13 +62,13 @@ def _unlock_row(s, row):
 
 @helper
 def _relock_row(s, row):
-    """Undo `_unlock_row`; an entry that it made in the queue is dropped there when its turn comes."""
+    """Undo `_unlock_row`. If that made an entry in the queue, the entry is dropped when its turn comes."""
     lock_place(s, row, np.int64(s.end[row]))
 
 
 @helper
 def _locked_row(s, handle, length):
-    """The row whose end a lock holds, 0 for the root, or why there is none."""
+    """Return the row at whose end the lock of a place lies, 0 for the root, or the reason why there is none."""
     row = resolve(s, handle, length)
     if row > 0 and (s.end[row] != length or s.own_locks[row] == 0):
         return np.int64(reasons.NOT_LOCKED)
@@ -77,7 +77,7 @@ def _locked_row(s, handle, length):
 
 @single("(int64, int64, int64, int64)")
 def lock_one(addresses, call, handle, length):
-    """Lock one path; returns the handle of its end, changed if an edge was split, or the reason for refusal."""
+    """Lock one path; return the handle of its end, which is new if an edge was split, or the reason for refusal."""
     s = open_state(addresses)
     row = resolve(s, handle, length)
     if row < 0:
@@ -103,7 +103,7 @@ def unlock_one(addresses, call, handle, length):
 
 @helper
 def _check(s, handles, lengths):
-    """0, or why a place is refused."""
+    """Return 0, or the reason why a place is refused."""
     for query in range(len(handles)):
         row = resolve(s, handles[query], np.int64(lengths[query]))
         if row < 0:
@@ -114,7 +114,7 @@ def _check(s, handles, lengths):
 
 @kernel
 def lock(addresses, call, handles, lengths):
-    """Lock a batch in order; `handles` int64 [B] is updated where an edge was split. Returns 0, or the reason."""
+    """Lock a batch in order; return 0, or the reason. `handles`, int64 [B], is updated where an edge was split."""
     s = open_state(addresses)
     reason = _check(s, handles, lengths)
     if reason < 0:
@@ -129,7 +129,7 @@ def lock(addresses, call, handles, lengths):
 
 @kernel
 def split(addresses, handles, lengths):
-    """End an edge at each place of a batch; `handles` int64 [B] is updated. Returns 0, or the reason."""
+    """End an edge at each place of a batch; return 0, or the reason. `handles`, int64 [B], is updated."""
     s = open_state(addresses)
     reason = _check(s, handles, lengths)
     if reason < 0:
@@ -142,7 +142,7 @@ def split(addresses, handles, lengths):
 
 @kernel
 def unlock(addresses, call, handles, lengths):
-    """Unlock a batch in order, all of it or, with the reason returned, nothing."""
+    """Unlock a batch in order, all of it or nothing; return 0, or the reason."""
     s = open_state(addresses)
     for query in range(len(handles)):
         row = _locked_row(s, handles[query], np.int64(lengths[query]))

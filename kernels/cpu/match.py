@@ -16,7 +16,7 @@ from flatradix.layout.handles import NO_HANDLE
 
 @helper
 def _bad_token(s, key, wide, units, done):
-    """Where the page that ended the walk holds an invalid id, or -1. A cached page holds none."""
+    """Return the position of the first invalid token in the page that ended the walk, or -1. Cached pages have none."""
     if done >= units:
         return -1
     return first_bad(key, wide, done, done + s.numbers[numbers.PAGE] + s.numbers[numbers.BIGRAM], numbers.MAX_TOKEN)
@@ -36,7 +36,7 @@ def _finish(s, row, length, touch, lock, split):
 
 @single("(int64, int64, int64, boolean, int64, int64, boolean, boolean, boolean)")
 def match_one(addresses, call, key, wide, tokens, namespace, touch, lock, split):
-    """Match one key from the root; returns (length, handle), or (the reason, the position of the bad token)."""
+    """Match one key from the root; return (length, handle), or (the reason, the position of the bad token)."""
     s = open_state(addresses)
     units = whole_pages(s, tokens)
     row, length = walk(s, key, wide, units, namespace, np.int64(0), np.int64(0))
@@ -52,7 +52,7 @@ def match_one(addresses, call, key, wide, tokens, namespace, touch, lock, split)
 
 @helper
 def _look(s, query, keys, wide, counts, namespaces, named, start_handles, start_lengths):
-    """Walk one query of a batch from its start; returns the row, negative if refused, and the length."""
+    """Walk one query of a batch from its start; return (row, length). A negative row is the reason for refusal."""
     key = keys[query]
     start = np.int64(0)
     if start_handles[query] != NO_HANDLE:
@@ -77,10 +77,10 @@ def match(
 ):  # fmt: skip
     """Match a batch in order.
 
-    `keys` int64 [B] are addresses, `counts` tokens, `namespaces` codes, `named` whether the caller gave one. Fills
-    `lengths` int32 [B] and `handles` int64 [B]. Returns 0, or the reason why nothing was touched or locked. A match
-    does not change what another finds, so all walks come first; a lock may split an edge that a later query ended on,
-    which then looks up its place again.
+    `keys`, int64 [B], are addresses; `counts` are in tokens; `namespaces` are codes; `named` says whether the caller
+    gave a namespace. Fills `lengths`, int32 [B], and `handles`, int64 [B]. Returns 0, or the reason why nothing was
+    touched or locked. A match does not change what another match finds, so all walks come first. A lock may split the
+    edge on which a later query ends; the later query then finds the row of its place again.
     """
     s = open_state(addresses)
     for query in range(len(keys)):

@@ -1,7 +1,7 @@
-"""The token pool's free space: one bit a page, taken by next fit.
+"""The free pages of the pools: one bit for each page, allocated by next fit.
 
-Least-recently-used eviction frees roughly in the order of allocation, so the cursor mostly finds what was just freed
-ahead of it, and the compaction that a bump allocator needs once a lap (copying every live token) does not happen.
+Least-recently-used eviction frees pages roughly in the order of their allocation, so the cursor mostly finds freed
+pages right ahead. A bump allocator would instead need a compaction in each lap, which copies every live token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flatradix.layout import numbers
 
 @helper
 def _range_mask(begin, end):
-    """Bits [begin, end) of a word, 0 <= begin < end <= 64."""
+    """Return a word in which bits [begin, end) are set, 0 <= begin < end <= 64."""
     width = end - begin
     if width == 64:
         return np.int64(-1)
@@ -40,7 +40,7 @@ def mark(s, start, length, taken):
 
 @helper
 def _search(used, begin, end, count):
-    """First page of the first run of `count` free pages inside [begin, end), or -1."""
+    """Return the first page of the first run of `count` free pages inside [begin, end), or -1."""
     run = np.int64(0)
     at = begin
     while at < end:
@@ -64,7 +64,7 @@ def _search(used, begin, end, count):
 
 @helper
 def find_free(s, units):
-    """Start of `units` contiguous free pool units, whole pages, or -1. Nothing is marked, the cursor stays."""
+    """Return the start of `units` contiguous free pool units, whole pages, or -1. Marks nothing, keeps the cursor."""
     page = s.numbers[numbers.PAGE]
     pages = s.numbers[numbers.POOL_PAGES]
     cursor = s.numbers[numbers.POOL_CURSOR]

@@ -1,12 +1,12 @@
-"""The eviction queue: candidate rows in the order (score, tick), kept up lazily.
+"""The eviction queue: candidate rows in the order (score, tick), updated lazily.
 
-A row enters when it becomes childless and unlocked, once (`queued`). Its score and tick only ever grow under the
-policies that use the queue, so an entry is never too late: whoever takes it looks again, and puts it back if the row
-has been used since. A look-up thus costs the queue nothing.
+A row enters when it becomes childless and unlocked, and has at most one entry (`queued`). Under the policies that use
+the queue, its score and tick never fall, so its entry never comes too late. An eviction that removes an entry compares
+it with the row, and enters the row again if it has been used since. A match therefore costs the queue nothing.
 
-Most rows come in order (under lru all that are inserted do): they are appended to a sorted run, a ring in the upper
-half of the queue's arrays, and taken from its front. The others go to a min-heap in the lower half. So an eviction is
-O(1) a node mostly and O(log n) at worst, whatever the size of the tree.
+Most rows come in order (under lru, all inserted rows). They are appended to a sorted run, a ring in the upper half of
+the queue's arrays, and removed from its front. The others go to a min-heap in the lower half. An eviction is therefore
+mostly O(1) per node and O(log n) at worst, whatever the size of the tree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flatradix.layout.state import FREE_ROW
 
 @helper
 def score_of(s, row):
-    """What the built-in policies order by, before the tick; smaller goes first (SGLang's evict_policy.py)."""
+    """Return the score of a row under a built-in policy, as in SGLang's evict_policy.py. The lowest goes first."""
     policy = s.numbers[numbers.POLICY]
     if policy == numbers.LFU:
         return np.int64(s.hit_count[row])
@@ -37,7 +37,10 @@ def score_of(s, row):
 
 @helper
 def _before(s, score, tick, row, at):
-    """Whether (score, tick, row) goes before the entry at `at`. Equal ticks are on one path: deeper goes first."""
+    """Return whether (score, tick, row) goes before the entry at `at`.
+
+    Rows with equal ticks are on one path: the deeper row goes first.
+    """
     if score != s.queue_score[at]:
         return score < s.queue_score[at]
     if tick != s.queue_tick[at]:
@@ -59,7 +62,7 @@ def _move(s, source, target):
 
 @helper
 def run_at(s, index):
-    """Where the entry of the run with that index stands."""
+    """Return the position of entry `index` of the run in the queue's arrays."""
     capacity = s.numbers[numbers.ROW_CAPACITY]
     at = s.numbers[numbers.RUN_HEAD] + index
     if at >= capacity:
@@ -94,7 +97,7 @@ def _push_heap(s, score, tick, row):
 
 @helper
 def _first_below(s, at, size):
-    """The first in order of the heap's entries right below `at`, or -1."""
+    """Return the position of the first in order among the children of heap entry `at`, or -1."""
     child = numbers.HEAP_ARITY * at + 1
     if child >= size:
         return -1
@@ -124,7 +127,7 @@ def _pop_heap(s):
 
 @helper
 def first_at(s):
-    """Where the first entry in order stands, or -1."""
+    """Return the position of the queue's first entry, or -1."""
     heap = s.numbers[numbers.HEAP]
     if s.numbers[numbers.RUN] == 0:
         return 0 if heap > 0 else -1
@@ -136,7 +139,7 @@ def first_at(s):
 
 @helper
 def drop(s, at):
-    """Take the first entry out, which stands at `at`."""
+    """Remove the queue's first entry, which is at `at`."""
     s.queued[s.queue_row[at]] = 0
     if at == 0:
         _pop_heap(s)
@@ -148,7 +151,7 @@ def drop(s, at):
 
 @helper
 def clear(s):
-    """Forget all entries, leaving their rows marked."""
+    """Remove all entries. `queued` of their rows stays as it is."""
     s.numbers[numbers.HEAP] = 0
     s.numbers[numbers.RUN] = 0
     s.numbers[numbers.RUN_HEAD] = 0
@@ -156,14 +159,14 @@ def clear(s):
 
 @helper
 def offer(s, row):
-    """Enter a row that has become a candidate, unless the policy scores all rows at each eviction."""
+    """Enter a row that has become a candidate, unless it has an entry or each eviction scores all rows."""
     if s.queued[row] == 0 and s.numbers[numbers.POLICY] != numbers.SCORES:
         push(s, row, score_of(s, row))
 
 
 @helper
 def refill_queue(s):
-    """Enter every candidate anew. O(rows), and O(log n) for each candidate that does not come in order."""
+    """Empty the queue and enter every candidate. O(rows), and O(log n) for each candidate that is not in order."""
     clear(s)
     for row in range(1, s.numbers[numbers.ROWS]):
         s.queued[row] = 0

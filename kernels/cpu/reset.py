@@ -1,4 +1,4 @@
-"""Reset, and rebuilding what can be derived after a tree has been loaded."""
+"""Reset of a tree, and rebuilding of the derived arrays of a tree that was just loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flatradix.layout.state import FREE_ROW, SMALLEST_TABLE
 
 @kernel
 def reset(addresses, call):
-    """Drop every node, locked ones too; their handles go stale. The clock goes on."""
+    """Drop every node, also locked ones. Their handles go stale. The clock goes on."""
     s = open_state(addresses)
     for row in range(1, s.numbers[numbers.ROWS]):
         if s.parent[row] != FREE_ROW:
@@ -38,7 +38,7 @@ def reset(addresses, call):
 
 @kernel
 def rebuild(addresses):
-    """Make the child table, the pool's bitmap and the queue from the rows, of a tree that was just loaded."""
+    """Rebuild the child table, the pool's bitmap, LONGEST and the queue from the rows."""
     s = open_state(addresses)
     entries = np.int64(SMALLEST_TABLE)
     while entries < 2 * s.numbers[numbers.NODES]:

@@ -1,4 +1,4 @@
-"""Rows and handles: taking and freeing rows, splitting an edge, finding the place that a handle means."""
+"""Rows and handles: allocating and freeing rows, splitting an edge, finding the row of a place."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def handle_of(s, row):
 
 @helper
 def resolve(s, handle, length):
-    """The row on whose edge the place (handle, length) lies: end - edge length < `length` <= end.
+    """Return the row on whose edge the place (handle, length) lies: end - edge length < `length` <= end.
 
-    The root, row 0, for length 0. STALE or NOT_THERE if there is no such place. Splits above the handle's node moved
-    the place up, never down: the lower part of a split edge keeps its row.
+    For length 0 that is the root, row 0. If there is no such place, return STALE or NOT_THERE. The lower part of a
+    split edge keeps its row, so splits can only move the place to rows above the handle's.
     """
     row = handle & ROW_MASK
     if handle < 0 or row >= s.numbers[numbers.ROWS]:
@@ -55,7 +55,7 @@ def take_row(s):
 
 @helper
 def free_row(s, row):
-    """Free a row: its handles go stale, its `start` and `length` stay readable until the row is taken again."""
+    """Free a row. Its handles go stale; its `start` and `length` stay readable until the row is used again."""
     remove_child(s, row)
     mark(s, s.start[row], s.length[row], False)
     s.parent[row] = FREE_ROW
@@ -68,10 +68,11 @@ def free_row(s, row):
 
 @helper
 def split_edge(s, row, at, created):
-    """Cut the edge of `row` at path length `at`, a page boundary inside it; returns the row of the upper part.
+    """Cut the edge of `row` at path length `at`, a page boundary inside it; return the row of the upper part.
 
-    The lower part keeps the row, so handles to it and below stay good. The upper part takes over the entry in the child
-    table and copies tick, priority, hit_count and lock_ref; the locks that end at the old node go on ending below.
+    The lower part keeps the row, so handles of this row and of rows below stay valid. The upper part takes over the
+    entry in the child table, and copies tick, priority, hit_count and lock_ref. Locks that end at the old node end at
+    the lower part.
     """
     upper = take_row(s)
     inside = at - (s.end[row] - s.length[row])

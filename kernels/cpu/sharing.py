@@ -1,6 +1,6 @@
-"""How many units the queries of one insert batch share among themselves, counted exactly.
+"""Exact count of the new units that the queries of one insert batch share with one another.
 
-Wanted only when the sum of all the new parts does not fit: sharing may still make it fit.
+Needed only if the new parts of all queries together do not fit: with sharing, the batch may still fit.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from flatradix.layout import numbers
 
 @helper
 def _common(s, a, b, keys, wide, namespaces, rows, reached, ends, starts):
-    """Compare the new parts of two queries: (units in common, whole pages; whether `a` goes first).
+    """Compare the new parts of two queries; return (units in common, in whole pages; whether `a` goes first).
 
-    New parts have something in common only where both leave the tree at the same place. The order is any fixed one in
-    which equal beginnings stand together.
+    New parts can share units only if both queries leave the tree at the same place. Any fixed order serves that puts
+    equal beginnings next to one another.
     """
     root_a = ~namespaces[a] if rows[a] == 0 else rows[a]
     root_b = ~namespaces[b] if rows[b] == 0 else rows[b]
@@ -43,7 +43,7 @@ def _common(s, a, b, keys, wide, namespaces, rows, reached, ends, starts):
 
 @helper
 def _sift(order, at, size, s, keys, wide, namespaces, rows, reached, ends, starts):
-    """One step of a heap sort that puts the last in order on top."""
+    """Sift one entry down, in a heap sort that has the last query in order on top."""
     while True:
         child = 2 * at + 1
         if child >= size:
@@ -61,9 +61,9 @@ def _sift(order, at, size, s, keys, wide, namespaces, rows, reached, ends, start
 
 @helper
 def shared_units(s, keys, wide, namespaces, rows, reached, ends, starts):
-    """Units that are new in more than one query, less one query's worth: the batch needs so many fewer.
+    """Return how many units the batch saves by sharing: a unit that is new in n queries counts n - 1 times.
 
-    In sorted order the most that a query shares with any before it is what it shares with the one right before it.
+    In sorted order, no earlier query shares more with a query than the one right before it.
     """
     count = len(keys)
     order = np.arange(count)

@@ -1,4 +1,4 @@
-"""The slots on paths. The slot pool in host memory is an address of int32 or (`pool_wide`) int64 values."""
+"""The slots on paths. `pool` is the address of the slot pool in host memory: int64 if `pool_wide`, else int32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatradix.layout import numbers, reasons
 
 @helper
 def _copy_path(s, row, length, pool, pool_wide, target):
-    """Copy the slots of one path to `target`, of the pool's type, from its end up."""
+    """Copy the slots of one path to `target`, of the pool's dtype. Goes from the end of the path up."""
     step = 8 if pool_wide else 4
     while row > 0:
         begins = np.int64(s.end[row] - s.length[row])
@@ -24,7 +24,7 @@ def _copy_path(s, row, length, pool, pool_wide, target):
 
 @single("(int64, int64, int64, int64, boolean, int64)")
 def path_slots_one(addresses, handle, length, pool, pool_wide, target):
-    """Copy the slots of one place to the address `target`, room for `length` of the pool's type. 0, or the reason."""
+    """Copy the slots of one place to the address `target`, [length] of the pool's dtype; return 0, or the reason."""
     s = open_state(addresses)
     row = resolve(s, handle, length)
     if row < 0:
@@ -45,7 +45,7 @@ def _depth(s, row):
 
 @kernel
 def count_paths(addresses, handles, lengths):
-    """(slots, nodes) on the paths of a batch together; a negative first number is the reason of the first bad place."""
+    """Return (slots, nodes) on all paths of a batch. A negative first number is the reason of the first bad place."""
     s = open_state(addresses)
     slots = np.int64(0)
     nodes = np.int64(0)
@@ -62,7 +62,7 @@ def count_paths(addresses, handles, lengths):
 
 @kernel
 def path_slots(addresses, handles, lengths, pool, pool_wide, target):
-    """Copy the slots of places that `count_paths` took, one after another, to the address `target`."""
+    """Copy the slots of places that `count_paths` accepted, one after another, to the address `target`."""
     s = open_state(addresses)
     step = 8 if pool_wide else 4
     for query in range(len(handles)):
@@ -73,7 +73,7 @@ def path_slots(addresses, handles, lengths, pool, pool_wide, target):
 
 @helper
 def _fill(s, row, length, starts, counts, end):
-    """Write the ranges of one path so that they end before place `end`."""
+    """Write the ranges of one path to `starts` and `counts`, so that the last is at index `end` - 1."""
     while row > 0:
         end -= 1
         begins = np.int64(s.end[row] - s.length[row])
@@ -97,7 +97,7 @@ def path_ranges(addresses, handles, lengths, starts, counts):
 
 @single("(int64, int64, int64, int32[::1], int32[::1])")
 def path_ranges_one(addresses, handle, length, starts, counts):
-    """The same for one path; returns its nodes, with nothing written if there are more than fit, or the reason."""
+    """Fill the ranges of one path; return its number of nodes, or the reason. If they do not fit, write nothing."""
     s = open_state(addresses)
     row = resolve(s, handle, length)
     if row < 0:
@@ -111,7 +111,7 @@ def path_ranges_one(addresses, handle, length, starts, counts):
 
 @helper
 def _check_row(s, query, length, handle, number, height, width):
-    """0, or why a match cannot be written to row `number` of a table."""
+    """Return 0, or the reason why a match cannot be written to row `number` of an engine's table."""
     row = resolve(s, handle, length)
     value = length
     if row >= 0:
@@ -127,7 +127,7 @@ def _check_row(s, query, length, handle, number, height, width):
 
 @helper
 def _write_path(s, row, length, pool, pool_wide, target, wide):
-    """Copy the slots of one path to `target`, of any type, from its end up."""
+    """Copy the slots of one path to `target`, int64 if `wide`, else int32. Goes from the end of the path up."""
     while row > 0:
         begins = np.int64(s.end[row] - s.length[row])
         source = pool + (8 if pool_wide else 4) * np.int64(s.start[row])
@@ -138,9 +138,10 @@ def _write_path(s, row, length, pool, pool_wide, target, wide):
 
 @kernel
 def write_slots(addresses, handles, lengths, rows, pool, pool_wide, target, wide, stride, height, width):
-    """Write the slots of each match into row `rows[i]` (int64 [B]) of a table at the address `target`.
+    """Write the slots of each match to row `rows[i]` (int64 [B]) of an engine's table; return 0, or the reason.
 
-    `height` rows of `width` elements, `stride` apart. All or nothing: returns 0, or the reason. `pool` 0: check only.
+    The table is at the address `target` and has `height` rows of `width` elements, `stride` elements apart. If one
+    match is refused, nothing is written. If `pool` is 0, the matches are only checked.
     """
     s = open_state(addresses)
     for query in range(len(handles)):

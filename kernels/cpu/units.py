@@ -1,7 +1,7 @@
-"""Comparing, hashing, copying and checking units: tokens, or pairs of neighbours with bigrams.
+"""Comparing, hashing, copying and checking units: tokens, or with bigrams pairs of neighbouring tokens.
 
-`first` and `second` are addresses of the first and second tokens of a run of units; `wide` says whether the tokens are
-int64 (a caller's key) or int32 (a key, or the pool). Without bigrams `second` is never read.
+`first` and `second` are the addresses of the first and second tokens of a run of units. `wide` says whether the tokens
+are int64, as a caller's key may be, or int32, as a key may be and the pool is. Without bigrams `second` is never read.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import numpy as np
 
 from flatradix.kernels.cpu.jit import helper, int32_at, int64_at
 
-# Compared without a branch: 64 tokens are 4 + 8 vectors of AVX-512. 131072 equal tokens take 15 us, wide.
+# Tokens compared without a branch: 64 are 4 + 8 vectors of AVX-512. 131072 equal tokens of an int64 key take 15 us.
 BLOCK = 64
 
 
 @helper
 def _common_wide(pool, key, count):
-    """Equal tokens at the beginning of an int32 run and an int64 run."""
+    """Return how many tokens are equal at the beginning of an int32 run and an int64 run."""
     i = 0
     while i + BLOCK <= count:
         a = int32_at(pool + 4 * i)
@@ -83,7 +83,7 @@ def _weighted_sum(multipliers, offset, tokens, wide, count):
 
 @helper
 def page_sum(multipliers, first, second, wide, page, bigram):
-    """Multilinear hash of one page, mod 2**64 (Carter and Wegman 1979): its terms add up in any order.
+    """Return the multilinear hash of one page, mod 2**64 (Carter and Wegman 1979). Its terms add up in any order.
 
     The multipliers are drawn anew for each tree, so nobody can prepare prompts that collide.
     """
@@ -95,7 +95,7 @@ def page_sum(multipliers, first, second, wide, page, bigram):
 
 @helper
 def first_bad(values, wide, begin, end, limit):
-    """Where the first value outside [0, limit] stands in `values[begin:end]`, or -1."""
+    """Return the index in `values` of the first value of `values[begin:end]` outside [0, limit], or -1."""
     if not wide:
         narrow = int32_at(values + 4 * begin)
         lowest = np.int32(0)
@@ -163,9 +163,10 @@ def _copy_widening(source, target, count):
 
 @helper
 def copy_checked(source, wide, target, target_wide, count, limit):
-    """Copy `count` values, int32 or int64 on each side; negative if one lies outside [0, limit].
+    """Copy `count` values, int32 or int64 on each side; return a negative number if one is outside [0, limit].
 
-    In one pass: reading 131072 values once more to check them would take half as long again.
+    int32 values are checked only for their sign: no limit is below 2**31 - 1. Checks in the same pass: an insert of
+    131072 tokens takes 79 us, and 98 us with a second pass (bench/RESULTS.md).
     """
     if wide:
         if target_wide:
@@ -178,7 +179,7 @@ def copy_checked(source, wide, target, target_wide, count, limit):
 
 @helper
 def copy_slots(source, target, wide, count):
-    """Copy `count` slots, of one type on both sides."""
+    """Copy `count` slots between arrays of the same dtype."""
     if wide:
         values, out = int64_at(source), int64_at(target)
         for j in range(count):

@@ -1,4 +1,4 @@
-"""The walk down a key, and back up: what match, lock and insert share."""
+"""The walk down along a key, and the way back up, which match, lock and insert share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatradix.layout.handles import NO_HANDLE
 
 @helper
 def whole_pages(s, tokens):
-    """Units in the whole pages of a key of that many tokens."""
+    """Return how many units the whole pages of a key of `tokens` tokens hold."""
     units = tokens - s.numbers[numbers.BIGRAM]
     if units <= 0:
         return np.int64(0)
@@ -23,7 +23,7 @@ def whole_pages(s, tokens):
 
 @helper
 def _along_edge(s, row, at, key, wide, limit):
-    """Units, whole pages, that `key` has in common with the rest of the edge of `row` from path length `at` on."""
+    """Return how many units, in whole pages, `key` shares with the edge of `row` from path length `at` on."""
     count = min(s.end[row] - at, limit)
     if count == 0:
         return np.int64(0)
@@ -37,10 +37,10 @@ def _along_edge(s, row, at, key, wide, limit):
 
 @helper
 def walk(s, key, wide, units, namespace, row, at):
-    """Follow `units` (whole pages) of `key` from (row, at); returns the last row and the path length reached.
+    """Follow `units` (whole pages) of `key` from (row, at); return the last row and the path length reached.
 
-    `row` 0 stands for the root of `namespace`. Nothing is written. A row that ends beyond the length returned is
-    matched in part.
+    `row` 0 stands for the root of `namespace`. Writes nothing. If the row ends beyond the returned length, only a part
+    of its edge matches.
     """
     step = 8 if wide else 4
     done = np.int64(0)
@@ -73,10 +73,10 @@ def namespace_of(s, row):
 
 @helper
 def begin(s, handle, length, namespace, named, key, wide, tokens):
-    """The row to walk from: the root without a handle, else where (handle, length) lies. Negative: why not.
+    """Return the row to walk from: the root without a handle, else the row where (handle, length) lies; or the reason.
 
-    Where the start is not the root, its own namespace holds; `named` says that the caller gave one, which must then be
-    the same. With bigrams the first token of the key must be the second of the unit before it.
+    A start below the root has its own namespace. If the caller gave a namespace (`named`), it must be the same. With
+    bigrams, the first token of the key must be the second token of the unit before the start.
     """
     if handle == NO_HANDLE:
         return np.int64(0)

@@ -1,4 +1,4 @@
-"""The operations on a GPU, compiled by Triton at their first use."""
+"""The operations of a tree on a GPU, as Triton kernels. Triton compiles each at its first use."""
 
 from flatradix.kernels.gpu.compact import compact, rebuild
 from flatradix.kernels.gpu.digest import digest

@@ -1,4 +1,8 @@
-"""The third launch of an insert: new leaves, cut edges, ticks and hits, once all is known to be good and to fit."""
+"""The third launch of an insert: write new leaves, cut edges, ticks and hits to the tree.
+
+The launches before have checked that the whole batch is valid and fits. If the call is refused, this launch changes
+nothing in the tree, sets the results to -1, and tells the host the refusal.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ def _copy_new(
     s, w, values, offsets, slots, slot_offsets, pool, batch, units, programs,
     BIGRAM: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Bring this program's part of all that is new to the pools, where it lies without a gap, in batch order."""
+    """Copy this program's share of the new units to the pools, where units lie without a gap, in batch order."""
     cursor = tl.load(s.numbers + numbers.POOL_CURSOR)
     places = column(w, batch, scratch.Q_OFFSET)
     first, last = share(units, programs)
@@ -57,7 +61,10 @@ def _copy_new(
 
 @triton.jit
 def _end_of(w, batch, query, rows, active):
-    """The row on which each key's known part ends, once all is cut: (row, 0 for the root)."""
+    """Return for each lane the row at which the known part of its key ends after all cuts; 0 for the root. int64.
+
+    The known part of a key is in the tree, or in the new leaf of another query of the batch.
+    """
     edge = tl.load(column(w, batch, scratch.Q_EDGE) + query, mask=active, other=0)
     owner = tl.load(column(w, batch, scratch.Q_LEAF) + (edge - rows), mask=active & (edge >= rows), other=0)
     row = tl.where(edge >= rows, owner, edge)
@@ -81,7 +88,11 @@ def _add_leaves(
     s, w, values, offsets, names, name, priorities, priority, batch, rows, clock, program, programs,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
 ):  # fmt: skip
-    """Make the new leaves, on edges that are not cut yet, while others still bring their tokens to the pools."""
+    """Write the rows and the table entries of the new leaves.
+
+    The edges above are not cut yet, and other programs may still copy the tokens to the pools. So the tags come from
+    the keys, and the parents from the rows that are reserved for pieces of cut edges.
+    """
     cursor = tl.load(s.numbers + numbers.POOL_CURSOR)
     first = program * LANES
     while first < batch:
@@ -117,7 +128,7 @@ def _add_leaves(
 
 @triton.jit
 def _numbers(many, one, query, active, MANY: tl.constexpr):
-    """A number for each lane: its own, or one for all."""
+    """Return a number for each lane: `many[query]` if MANY, else `one`."""
     number = tl.zeros_like(query).to(tl.int64) + one
     if MANY:
         number = tl.load(many + query, mask=active, other=0)
@@ -126,10 +137,11 @@ def _numbers(many, one, query, active, MANY: tl.constexpr):
 
 @triton.jit
 def _use_path(s, row, time, priority, inserted):
-    """What an insert does to each node of its path, lanes.
+    """Update the ticks, priorities and hits of the nodes on each lane's path.
 
-    A hit is counted on a node that ends beyond `inserted`, as it was when the query's turn came: where a later query
-    has cut it since, which its time of creation tells, it then ended where the next node below does that was there.
+    A loop of single inserts counts a hit on a node that ends beyond `inserted` at the time of the query. If a later
+    query of the batch has cut that node, the upper piece is created after `time`. The piece then counts with the end
+    of the next node below that existed at `time`.
     """
     end = tl.zeros_like(row)
     while tl.max(row) > 0:
@@ -148,7 +160,7 @@ def _use(
     s, w, names, name, priorities, priority, inserteds, inserted, prefix_lengths, lengths, handles, batch, rows, clock,
     program, programs, NAMES: tl.constexpr, PRIORITIES: tl.constexpr, INSERTEDS: tl.constexpr,
 ):  # fmt: skip
-    """Give the paths of all keys their ticks, priorities and hits, and the caller the results."""
+    """Count the new children, update ticks, priorities and hits on the paths of all keys, and write the results."""
     first = program * LANES
     while first < batch:
         query = first + tl.arange(0, LANES)
@@ -186,7 +198,7 @@ def _refused(prefix_lengths, lengths, handles, batch, program, programs):
 
 @triton.jit
 def _book(s, w, batch, clock):
-    """The tree's numbers, by the program that is done last."""
+    """Update the tree's counters and its clock. Only the last program to finish calls this."""
     units = tl.load(w.counters + scratch.NEEDED)
     evictable = tl.load(s.numbers + numbers.EVICTABLE)
     cursor = tl.load(s.numbers + numbers.POOL_CURSOR)
@@ -209,7 +221,7 @@ def build_kernel(
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
     INSERTEDS: tl.constexpr,
 ):  # fmt: skip
-    """Write what `settle_kernel` found to the tree."""
+    """Write the result of `settle_kernel` to the tree, or the refusal to the results."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     error = first_refusal(w)
@@ -261,7 +273,7 @@ def build(
     arrays: Arrays, keys: Values, slots: Values, names: PerQuery, priorities: PerQuery, inserted: PerQuery,
     out: Output, call: int,
 ) -> None:  # fmt: skip
-    """Write to the tree what `settle` found; arguments as for `insert`."""
+    """Write the result of `settle` to the tree. Arguments as for `insert`."""
     programs = resident(arrays, max(-(-keys.batch // LANES.value), -(-keys.total // COPIED.value)))
     _build(
         arrays, programs,

@@ -1,8 +1,9 @@
 """The child table on a GPU: open addressing keyed by (parent, first page), with the edge beside each entry.
 
-A place is two int64: (tag, row), and (length, start) of the row's edge, so that a walk needs no other load before it
-can compare tokens. The entry of an evicted row becomes TOMB, which names no row, until the next compaction builds the
-table anew; until then every entry ever made is of another pool page, so the table cannot fill up.
+A position holds two int64: (tag, row), and (length, start) of the row's edge. So a walk needs no other load before it
+can compare tokens. The entry of an evicted row becomes a tombstone, TOMB, which names no row. The next compaction
+rebuilds the table. Until then each new entry belongs to a different page of the pool, and the table has at least two
+positions for each page, so it cannot fill up.
 """
 
 from __future__ import annotations
@@ -26,14 +27,21 @@ def pack_edge(start, length):
 
 @triton.jit
 def page_at(key, at, units, PAGE: tl.constexpr, WIDTH: tl.constexpr):
-    """The PAGE values of `key` from `at` on, zeros beyond `units`; WIDTH: PAGE, up to a power of two."""
+    """Return the PAGE values of `key` from `at` on, as WIDTH lanes; zeros from `units` on.
+
+    WIDTH: a power of two, at least PAGE. Lanes beyond PAGE are zero.
+    """
     j = tl.arange(0, WIDTH)
     return tl.load(key + at + j, mask=(j < PAGE) & (at + j < units), other=0)
 
 
 @triton.jit
 def tag_of(s, first, second, parent, PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr):
-    """The tag of the child of `parent` that begins with a page: its first tokens and, with bigrams, its second ones."""
+    """Return the tag of the child of `parent` that begins with a page.
+
+    first, second: the first tokens of the page's units and, with bigrams, their second tokens. parent: a row, or ~code
+    of a namespace.
+    """
     j = tl.arange(0, WIDTH)
     inside = j < PAGE
     total = first.to(tl.int64) * tl.load(s.multipliers + j, mask=inside, other=0)
@@ -44,7 +52,10 @@ def tag_of(s, first, second, parent, PAGE: tl.constexpr, WIDTH: tl.constexpr, BI
 
 @triton.jit
 def tags_of_lanes(s, first, second, parent, active, PAGE: tl.constexpr, BIGRAM: tl.constexpr):
-    """The same for lanes, from pointers to the first tokens of each page and, with bigrams, to its second ones."""
+    """Return a tag for each lane, as `tag_of` does for one page.
+
+    first, second: pointers to the first tokens of each lane's page and, with bigrams, to their second tokens.
+    """
     total = tl.zeros_like(parent)
     for j in range(PAGE):
         total += tl.load(first + j, mask=active, other=0).to(tl.int64) * tl.load(s.multipliers + j)
@@ -56,7 +67,7 @@ def tags_of_lanes(s, first, second, parent, active, PAGE: tl.constexpr, BIGRAM: 
 
 @triton.jit
 def probe(s, tag, place, mask):
-    """The first entry with this tag from `place` on: (row, its edge, where it stands); row 0 if there is none."""
+    """Return (row, edge, position) of the first entry with this tag from position `place` on; row 0 if none."""
     entry = tl.load(s.child_table + 2 * place)
     edge = tl.load(s.child_table + 2 * place + 1)
     while (entry != 0) & (((entry & 0xFFFFFFFF) == 0) | (((entry >> 32) & 0xFFFFFFFF) != tag)):
@@ -68,16 +79,17 @@ def probe(s, tag, place, mask):
 
 @triton.jit
 def enter(s, w, row, tag, start, length, active):
-    """Enter rows, one a lane, under their tags, and note the tags and where the entries stand.
+    """Enter rows into the child table, one a lane; store each row's tag and the position of its entry.
 
-    Which of two rows gets the earlier place is chance, and decides nothing: a probe passes over both.
+    Which of two competing rows gets the earlier position varies from run to run. No result depends on it: a probe
+    looks at both.
     """
     mask = tl.load(s.numbers + numbers.TABLE_MASK)
     place = tag & mask
     entry = pack_entry(tag, row)
     waiting = active
     while tl.max(waiting.to(tl.int32)) > 0:
-        # Lanes that have their place look for -1, which no entry is, and change nothing.
+        # A lane that is done compares with -1, which no entry equals, so its compare-and-swap changes nothing.
         empty = tl.where(waiting, tl.zeros_like(entry), tl.zeros_like(entry) - 1)
         before = tl.atomic_cas(s.child_table + 2 * place, empty, entry, sem="relaxed")
         taken = waiting & (before == 0)
@@ -90,7 +102,7 @@ def enter(s, w, row, tag, start, length, active):
 
 @triton.jit
 def hand_over(s, w, row, successor, start, length, active):
-    """Give the entries of `row` to `successor`, which begins with the same page below the same parent."""
+    """Pass the entry of each `row` on to `successor`, whose edge begins with the same page below the same parent."""
     place = tl.load(w.entry + row, mask=active, other=0).to(tl.int64)
     tag = tl.load(s.tag + row, mask=active, other=0)
     tl.store(s.child_table + 2 * place, pack_entry(tag.to(tl.int64) & 0xFFFFFFFF, successor), mask=active)
@@ -101,6 +113,6 @@ def hand_over(s, w, row, successor, start, length, active):
 
 @triton.jit
 def bury(s, w, row, active):
-    """Make the entries of evicted rows tombs."""
+    """Replace the entries of evicted rows by tombstones."""
     place = tl.load(w.entry + row, mask=active, other=0).to(tl.int64)
     tl.store(s.child_table + 2 * place, tl.zeros_like(place) + TOMB, mask=active)

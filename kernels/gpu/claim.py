@@ -1,6 +1,6 @@
-"""Groups among the keys of an insert: those that leave the tree at the same place with the same next page.
+"""Groups of keys of an insert: the keys that leave the tree at the same point with the same next page.
 
-The lowest query of a group stands for it, and owns what is new.
+The lowest query of a group represents the group and owns the new leaf.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flatradix.layout import scratch
 
 @triton.jit
 def key_at(values, offsets, w, batch, query, at, SINGLE: tl.constexpr):
-    """Pointer to the token of a key at path length `at`."""
+    """Return a pointer to the token of a key at path length `at`."""
     begin = tl.zeros([], tl.int64)
     if not SINGLE:
         begin = tl.load(offsets + query)
@@ -26,7 +26,7 @@ def key_at(values, offsets, w, batch, query, at, SINGLE: tl.constexpr):
 
 @triton.jit
 def equal_tokens(a, b, count, BLOCK: tl.constexpr):
-    """Equal tokens at the beginning of two runs, scalar."""
+    """Return how many of the first `count` tokens of `a` and `b` are equal before the first difference; scalar."""
     equal = tl.zeros([], tl.int64)
     going = count > 0
     while going:
@@ -41,7 +41,7 @@ def equal_tokens(a, b, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def claims_of(w, this_round, mask):
-    """The table of a round, `mask` + 1 queries or -1; rounds take two of them by turns."""
+    """Return the claim table of a round: `mask` + 1 queries, -1 where empty. Rounds alternate between two tables."""
     return w.claims + (this_round % 2) * (mask + 1)
 
 
@@ -50,16 +50,16 @@ def claim(
     s, w, values, offsets, names, name, query, batch, key, edge, at, code, this_round, mask,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
-    """Join the group of one's key in a round, with the rest of it, which leaves at (edge, at); Q_GROUP names the group.
+    """Enter a query into the group of its key for this round. Q_GROUP then holds the group's position in the table.
 
-    The query's columns must have been put before: whoever comes next compares with them, maybe while the launch that
-    put them still runs.
+    key: the rest of the key, which leaves the tree at (edge, at). The other columns of the query must be set before:
+    the next query of the group compares its own columns with them, maybe in the same launch.
     """
     claims = claims_of(w, this_round, mask)
     parent = tl.where(edge > 0, edge, ~code.to(tl.int64)) ^ (at << 32)
     page, second = pages_at(key, 0, PAGE, PAGE, WIDTH, BIGRAM)
     place = tag_of(s, page, second, parent, PAGE, WIDTH, BIGRAM) & mask
-    tl.debug_barrier()  # all warps have read the columns that are put below, and what one of them stored is released
+    tl.debug_barrier()  # all warps have read the columns that are set below, and all their stores will be released
     joined = False
     while not joined:
         other = tl.atomic_cas(claims + place, -1, query, sem="release")
@@ -73,7 +73,7 @@ def claim(
                 theirs = key_at(values, offsets, w, batch, other, at, SINGLE)
                 alike = equal_tokens(key, theirs, at * 0 + PAGE + BIGRAM, WIDTH) == PAGE + BIGRAM
             if alike:
-                # Released too, as the next to come may find this query here.
+                # A release too: the next query may find this query here.
                 tl.atomic_min(claims + place, query, sem="acq_rel")
                 joined = other >= 0
             else:
@@ -84,6 +84,6 @@ def claim(
 
 @triton.jit
 def give_up_claim(w, batch, query, this_round, mask):
-    """Leave the table of a round as it was found."""
+    """Remove the claim of a query from the claim table of a round, which must be empty for its next use."""
     if get(w, batch, query, scratch.Q_ROUND) == this_round:
         tl.store(claims_of(w, this_round, mask) + get(w, batch, query, scratch.Q_GROUP), -1)

@@ -1,9 +1,9 @@
-"""Climbing from rows to the root, with a count to change on each row of the way.
+"""Climb from rows to the root, and change the lock count of each row on the way.
 
-A climb that asks row after row for its parent waits for each: over 64 rows, 8 us more (H100, bench/RESULTS.md). So each
-row has hints, the eight rows above it as they were when somebody last looked. A climb asks for the parents of eight
-rows at once; where they are not what the hints say, as edges were cut or rows given out anew, it looks row after row
-and corrects them.
+A climb that loads one parent after another waits for each load: 8 us more for 64 rows (H100, bench/RESULTS.md). So each
+row has hints: the eight rows above it when a climb last looked. A climb loads the parents of eight rows at once and
+compares them with the hints. Hints may be wrong after an edge was cut or a row was used again. The climb then loads
+row after row and corrects the hints.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ import triton.language as tl
 
 from flatradix.layout import scratch
 
-# Paths that climb together, and how many rows of each at once: a lane of a warp for each row. A row's hints are 32
-# bytes, what the memory of a GPU brings at a time.
+# Paths that one warp climbs together, and rows of each path at once: a lane for each row. The hints of a row are 32
+# bytes, one memory sector.
 PATHS = tl.constexpr(4)
 LEVELS = tl.constexpr(scratch.HINTS)
 
 
 @triton.jit
 def parent_of(s, row, on):
-    """The rows above lanes, 0 for the root and for lanes that are not `on`."""
+    """Return the row above each lane's row: 0 if that is the root, and for lanes that are not `on`."""
     return tl.maximum(tl.load(s.parent + row, mask=on & (row > 0), other=0), 0)
 
 
 @triton.jit
 def take_back_locks(s, row, weight):
-    """Take `weight` from the counts of each lane's row and all above, where no sums are wanted. Slow, and rare."""
+    """Subtract `weight` from the lock counts of each lane's row and of all rows above.
+
+    Loads row after row, which is slow, and sums no tokens. Only refused calls need this.
+    """
     while tl.max(row) > 0:
         tl.atomic_add(s.lock_ref + row, -weight, mask=row > 0, sem="relaxed")
         row = parent_of(s, row, row > 0)
@@ -35,13 +38,13 @@ def take_back_locks(s, row, weight):
 
 @triton.jit
 def _levels(row):
-    """0 to LEVELS - 1 for the lanes of each path."""
+    """Return 0 to LEVELS - 1 for the lanes of each path."""
     return tl.zeros_like(row) + tl.arange(0, LEVELS)[None, :]
 
 
 @triton.jit
 def _hints(w, row):
-    """(the rows from each path's row up, one a level; the row after them), as the hints have it."""
+    """Return (LEVELS rows from each path's row up, the row above the last of them) according to the hints."""
     level = _levels(row)
     place = w.above + LEVELS * row.to(tl.int64)
     above = tl.load(place + level - 1, mask=(row > 0) & (level > 0), other=0)
@@ -50,7 +53,7 @@ def _hints(w, row):
 
 @triton.jit
 def _look(s, w, row, on):
-    """The same from the tree, row after row, for the paths that are `on`; renews their hints."""
+    """Load from the tree, row after row, what `_hints` returns, for the paths that are `on`; renew their hints."""
     level = _levels(row)
     rows = row
     above = row
@@ -65,9 +68,10 @@ def _look(s, w, row, on):
 
 @triton.jit
 def _add(s, w, row, rows, after, weight):
-    """Add to the counts of LEVELS rows of each path, from its `row` up, of which hints say that they are `rows`.
+    """Add `weight` to the lock counts of LEVELS rows of each path, from `row` up.
 
-    Returns (the row after them, the hints there, the rows that they really are, and their old counts).
+    rows, after: these rows and the row above them, according to the hints. Returns (true row above them, its two hints
+    as from `_hints`, true rows, their old counts).
     """
     level = _levels(row)
     parent = parent_of(s, rows, rows > 0)
@@ -85,18 +89,19 @@ def _add(s, w, row, rows, after, weight):
 
 @triton.jit
 def _moved(s, rows, before, low):
-    """Tokens of rows that an addition made protected (the count was 0) or evictable (it is 0 now)."""
+    """Return the tokens of rows that an addition made protected (old count 0) or evictable (new count 0)."""
     return tl.load(s.length + rows, mask=(rows > 0) & (before + low == 0), other=0)
 
 
 @triton.jit
 def add_locks(s, w, row, weight):
-    """Add `weight` to the counts of each path's row and all above; returns the tokens that changed sides, scalar.
+    """Add `weight` to the lock counts of each path's row and of all rows above.
 
-    row, weight: int32 [PATHS, LEVELS], the same on all levels; row 0 for no path. A count's old value takes about 1 us
-    to arrive, and is looked at when another group of rows is on its way.
+    Returns the tokens that became protected or evictable, a scalar. row, weight: int32 [PATHS, LEVELS], equal on all
+    levels; row 0 means no path. The old value of a count takes about 1 us to arrive. So the loop uses it only after it
+    has issued the additions to the next group of rows.
     """
-    low = tl.minimum(weight, 0)  # of an unlock: what the old count of a row is that becomes evictable, negated
+    low = tl.minimum(weight, 0)  # of an unlock: minus the old count of a row that becomes evictable
     zero = tl.zeros_like(row)
     moved = zero
     a, b, old_a, old_b = zero, zero, zero, zero

@@ -1,8 +1,9 @@
-"""Compaction: copy every live edge to the other half of the pools, and build the child table anew.
+"""Compaction: copy every live edge to the other half of the pools, and rebuild the child table.
 
-One launch, enqueued wherever the half in use may have no room left; only the device knows whether it has, so mostly
-there is nothing to do. The programs share out rows to find where each edge goes, and then the units of the new half,
-whosever they are, so that a million edges of 64 units and one of 131,072 keep all of them equally busy.
+A compaction is one launch. The host enqueues the launch wherever the half in use may lack space. Only the device knows
+whether space is lacking, so most of these launches do nothing. Each program first takes a share of the rows, to compute
+where their edges go. Then each program copies a share of the units of the new half, regardless of edges. So a million
+edges of 64 units and one edge of 131,072 units both keep all programs equally busy.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from flatradix.kernels.gpu.rows import FREE
 from flatradix.kernels.gpu.share import outer_owners, owners, share
 from flatradix.layout import numbers, scratch
 
-# Rows, or words of the table, that a program handles at once.
+# Rows, or words of the child table, that a program handles at once.
 BLOCK = tl.constexpr(256)
-# Units that a program copies at once: 8 a thread, which leaves the registers for 4 programs a multiprocessor.
+# Units that a program copies at once: 8 a thread, so that registers suffice for 4 programs on a multiprocessor.
 UNITS = tl.constexpr(1024)
-# A unit finds its edge by searching, so those of one page find it together; 16 are 64 bytes, beyond that nothing gains.
+# The edge of a unit is found by a search, so units of one page share a search: up to 16 units, which are 64 bytes.
+# Larger groups gain nothing.
 MOST_TOGETHER = 16
 
 
 @triton.jit
 def clear_table(s, programs):
-    """This program's part of it."""
+    """Clear this program's share of the child table."""
     begin, end = share(2 * (tl.load(s.numbers + numbers.TABLE_MASK) + 1), programs)
     while begin < end:
         j = begin + tl.arange(0, BLOCK)
@@ -37,7 +39,7 @@ def clear_table(s, programs):
 
 @triton.jit
 def _edges(s, first, end):
-    """(row, whether it is live, its length) of the rows from `first` on, one a lane; all int64."""
+    """Return (row, whether it is live, length of its edge) for the rows from `first` on; row and length int64."""
     row = first + tl.arange(0, BLOCK)
     live = (row > 0) & (tl.load(s.parent + row, mask=row < end, other=FREE) != FREE)
     return row, live, tl.load(s.length + row, mask=live, other=0).to(tl.int64)
@@ -51,7 +53,7 @@ def _enter_again(s, w, row, start, length, live):
 
 @triton.jit
 def _finish(w, programs):
-    """Leave the counters of this launch at zero: the next may have another number of programs."""
+    """Reset the counters of this launch: the next launch may have another number of programs."""
     last, _bad = is_last(w, programs)
     if last:
         tl.store(w.counters + scratch.ARRIVED, 0)
@@ -70,7 +72,7 @@ def _live_units(s, first, end):
 
 @triton.jit
 def _sums(w, programs):
-    """(units on the edges of the programs before this one, units on all edges)."""
+    """Return (units on the edges of the programs before this one, units on all edges)."""
     before = tl.zeros([BLOCK], tl.int64)
     total = tl.zeros([BLOCK], tl.int64)
     first = tl.zeros([], tl.int32)
@@ -85,16 +87,16 @@ def _sums(w, programs):
 
 @triton.jit
 def _lay_out(s, w, first, end, before, target):
-    """Give the edges of rows their new starts, in row order, and enter them into the table.
+    """Set the new starts of the edges of rows `first` to `end`, in row order, and enter them into the child table.
 
-    `w.old_start` keeps for each row how many units lie before its edge, and below that, in 32 bits, its old start.
+    Sets `w.old_start` of each row to (units before its edge << 32 | its old start).
     """
     while first < end:
         row, live, length = _edges(s, first, end)
         offset = before + tl.cumsum(length) - length
         start = tl.load(s.start + row, mask=live, other=0).to(tl.int64)
         tl.store(w.old_start + row, (offset << 32) | start, mask=row < end)
-        tl.debug_barrier()  # every lane has the old start
+        tl.debug_barrier()  # every lane has read its old start
         tl.store(s.start + row, (target + offset).to(tl.int32), mask=live)
         _enter_again(s, w, row, target + offset, length, live)
         before += tl.sum(length)
@@ -103,7 +105,7 @@ def _lay_out(s, w, first, end, before, target):
 
 @triton.jit
 def _copy(s, pool, source, place, inside, BIGRAM: tl.constexpr):
-    """Copy single units; the tokens and slots are both on their way before either is waited for."""
+    """Copy units. Both loads, of tokens and slots, are issued before the first store waits for one."""
     tokens = tl.load(s.tokens + source, mask=inside)
     slots = tl.load(pool + source, mask=inside)
     tl.store(s.tokens + place, tokens, mask=inside)
@@ -114,12 +116,12 @@ def _copy(s, pool, source, place, inside, BIGRAM: tl.constexpr):
 
 @triton.jit
 def _copy_units(s, w, pool, target, total, rows, programs, TOGETHER: tl.constexpr, BIGRAM: tl.constexpr):
-    """Copy this program's part of all units, from wherever their edges lay to the new half. Numbers are 32 bits."""
+    """Copy this program's share of all units from their old edges to the new half. Positions are int32."""
     first, last = share(total // TOGETHER, programs)
     begin = first.to(tl.int32)
     end = last.to(tl.int32)
     if begin < end:
-        # Free rows have as many units before them as the live one behind them, and so none.
+        # A free row has as many units before it as the next live row, so `owners` never returns a free row.
         low, high = outer_owners(w.old_start, begin * TOGETHER, end * TOGETHER, rows, 32)
         inner = tl.arange(0, TOGETHER)[None, :]
         while begin < end:
@@ -159,7 +161,10 @@ _compact = Kernel(compact_kernel, ["*w", "i32", "i32"], cooperative=True)
 
 
 def compact(arrays: Arrays, forced: bool) -> None:
-    """Compact the pools if `forced` or if an insert found no room (counters[COMPACT]). Uses `scratch.old_start`."""
+    """Compact the pools if `forced`, or if an insert found too little space in them (counters[COMPACT]).
+
+    Overwrites `scratch.old_start` and `scratch.partial`.
+    """
     together = min(arrays.page & -arrays.page, MOST_TOGETHER)
     programs = resident(arrays, -(-arrays.state.tokens.shape[0] // (2 * UNITS.value)))
     constants = together, arrays.bigram
@@ -183,6 +188,6 @@ _rebuild = Kernel(rebuild_kernel, ["i32"], cooperative=True)
 
 
 def rebuild(arrays: Arrays) -> None:
-    """Make the child table and `scratch.entry` from the rows, of a tree that was just loaded."""
+    """Build the child table and `scratch.entry` of a loaded tree from its rows."""
     programs = resident(arrays, -(-arrays.state.child_table.shape[0] // BLOCK.value))
     _rebuild(arrays, programs, (programs,))

@@ -1,14 +1,14 @@
-"""Cutting edges: what a batch of locks or inserts makes of the edges on which its queries end, all at once.
+"""Cut edges: apply all cuts that a batch of locks or inserts makes to the edges on which its queries end.
 
-Each query may cut one edge at one place. The pieces of an edge, top to bottom, lie between its cuts; the last keeps the
-row, the others get new ones. What a loop of single calls would leave in each has a closed form: a piece is made by the
-first query that cuts at its end, and its tick comes from the first that cuts at its beginning and the last that ends at
-or below its end. So the queries need only be compared with one another, pair by pair, which for 1,024 cuts is a million
-comparisons.
+Each query cuts at most one edge, at one point. The pieces of an edge lie between its cuts. The lowest piece keeps the
+row of the edge; the other pieces get new rows. The pieces are those that a loop of single calls would leave, and they
+have a closed form. The first query that cuts at the end of a piece makes the piece. The tick of a piece comes from the
+first query that cuts at its beginning and from the last query that ends at or below its end. So it suffices to compare
+the queries pair by pair: a million comparisons for 1,024 cuts.
 
-A cutting query has its edge in Q_ROW (a row, or for an insert the row capacity plus the query whose new leaf it is) and
-the path length of its cut in Q_CUT, 0 where it cuts nothing. The list Q_LIST of the cutting queries is in batch order;
-the columns from Q_FIRST to Q_NEW are indexed by places in it.
+Q_ROW holds the edge of a query: its row, or the row capacity plus a query of the insert for that query's new leaf.
+Q_CUT holds the path length of the cut, 0 where the query cuts nothing. Q_LIST lists the cutting queries in batch order.
+The columns from Q_FIRST to Q_NEW are indexed by positions in Q_LIST.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ FAR = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def column(w, batch, C: tl.constexpr):
-    """A column of the scratch that each query has."""
+    """Return a pointer to a column of `w.query`, which has one number for each query."""
     return w.query + C * batch
 
 
 @triton.jit
 def put(w, batch, query, value, C: tl.constexpr):
-    """Set one query's number in a column; scalar."""
+    """Store one query's number in a column; scalar."""
     tl.store(column(w, batch, C) + query, value.to(tl.int32))
 
 
 @triton.jit
 def get(w, batch, query, C: tl.constexpr):
-    """One query's number in a column, int64."""
+    """Return one query's number in a column, int64."""
     return tl.load(column(w, batch, C) + query).to(tl.int64)
 
 
 @triton.jit
 def note_cut(w, batch, query, edge, at, cuts):
-    """For an insert: whether a query cuts the edge on which it ends."""
+    """Store the edge on which a query of an insert ends, and whether the query cuts that edge."""
     put(w, batch, query, edge, scratch.Q_ROW)
     put(w, batch, query, tl.where(cuts, at, 0), scratch.Q_CUT)
     if cuts:
@@ -56,7 +56,10 @@ def note_cut(w, batch, query, edge, at, cuts):
 
 @triton.jit
 def list_cuts(w, batch):
-    """Fill Q_LIST, and Q_PLACE with where each query stands in it; returns how many. By one program."""
+    """Fill Q_LIST, and Q_PLACE with each query's position in it. Return the length of Q_LIST.
+
+    One program calls this.
+    """
     count = tl.zeros([], tl.int32)
     first = tl.zeros([], tl.int32)
     while first < batch:
@@ -74,7 +77,12 @@ def list_cuts(w, batch):
 
 @triton.jit
 def compare_cuts(w, batch, count, program, programs):
-    """Compare each cutting query with all others: who is the first there, and what lies above and below on the edge."""
+    """Compare each cutting query with all others, and store for each position in Q_LIST what they say about its cut.
+
+    Q_FIRST: the first position with the same cut. Q_ABOVE: the first position with the next cut above on the edge, or
+    -1. Q_BELOW: 1 if the edge has a cut below, else 0. Q_SAME: how many queries have the same cut. Q_PASS, Q_LAST: how
+    many queries cut the edge here or below, and the last of these queries.
+    """
     first = program * LANES
     while first < count:
         i = first + tl.arange(0, LANES)
@@ -118,7 +126,10 @@ def compare_cuts(w, batch, count, program, programs):
 
 @triton.jit
 def number_cuts(s, w, batch, count):
-    """Give each piece but the last of its edge a row, in batch order; returns how many. By one program."""
+    """Assign rows to all pieces but the lowest of each edge, in batch order. Return the number of these pieces.
+
+    One program calls this.
+    """
     made = tl.zeros([], tl.int64)
     first = tl.zeros([], tl.int32)
     while first < count:
@@ -135,7 +146,7 @@ def number_cuts(s, w, batch, count):
 
 @triton.jit
 def _cut_of(w, batch, i, active, rows):
-    """(query, edge, cut, place in the list of the nearest cut above, or -1) of places in the list."""
+    """Return (query, row of its edge, its cut, position of the next cut above or -1) of positions in Q_LIST."""
     query = tl.load(column(w, batch, scratch.Q_LIST) + i, mask=active, other=0)
     row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=active, other=0)
     leaf = tl.load(column(w, batch, scratch.Q_LEAF) + (row - rows), mask=active & (row >= rows), other=0)
@@ -155,9 +166,10 @@ def make_pieces(
     s, w, batch, count, rows, clock, program, programs,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, INSERT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Make the upper pieces; the edges' own rows are read only. Returns the tokens newly protected, as lanes.
+    """Write all pieces but the lowest of each edge. Return the newly protected tokens, in lanes.
 
-    STEP: by how much the clock goes on with each query, 2, or 0 for what takes no time.
+    The rows of the edges are only read. STEP: by how much each query advances the clock: 2, or 0 if the call does not
+    advance it.
     """
     newly = tl.zeros([LANES], tl.int64)
     first = program * LANES
@@ -216,7 +228,7 @@ def shorten_edges(
     s, w, batch, count, rows, clock, program, programs,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, INSERT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Leave the last piece of each edge to its own row. After every `make_pieces`."""
+    """Shorten the row of each cut edge to its lowest piece. All programs must have finished `make_pieces` before."""
     first = program * LANES
     while first < count:
         i = first + tl.arange(0, LANES)
@@ -232,7 +244,7 @@ def shorten_edges(
         if INSERT:
             time = time - 1
         tick = tl.load(s.tick + row, mask=active, other=0)
-        tl.debug_barrier()  # each warp has read for itself what one of them is about to write
+        tl.debug_barrier()  # every warp has read what one of them is about to write
         if STEP > 0:
             tl.store(s.tick + row, tl.maximum(tick, time), mask=active)
         tl.store(s.parent + row, piece, mask=active)
@@ -248,10 +260,10 @@ def cut_locked(
     s, w, handles, batch, rows, clock, program, programs,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Cut the edges on which locks end, and lock what is above the cuts on them; by all programs of a launch.
+    """Cut the edges on which locks end, and lock the pieces above the cuts. All programs of a launch call this.
 
-    The handles of the queries that cut are replaced. The protected tokens go to the sum NEWLY. What is left to do is to
-    `book_cuts`, when all are done.
+    Replaces the handles of the queries that cut. Adds the newly protected tokens to the counter NEWLY. `book_cuts` must
+    follow when all programs have finished.
     """
     if program == 0:
         tl.store(w.counters + scratch.COUNT, list_cuts(w, batch).to(tl.int64))
@@ -278,7 +290,7 @@ def cut_locked(
 
 @triton.jit
 def book_cuts(s, w):
-    """Take the rows of the pieces; by one program."""
+    """Mark the rows of the pieces as used, and reset the counters of the cuts. One program calls this."""
     book_rows(s, tl.load(w.counters + scratch.TOTAL))
     tl.store(w.counters + scratch.COUNT, 0)
     tl.store(w.counters + scratch.CUTS, 0)

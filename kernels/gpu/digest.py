@@ -1,6 +1,7 @@
-"""Digest: an order-independent hash of the logical tree, the same numbers as on the CPU (see kernels/cpu/digest.py).
+"""Digest: an order-independent hash of the logical tree, equal to the CPU's (see kernels/cpu/digest.py).
 
-A path's hash is the sum of its edges', so each edge is summed up once, and each row then adds up those above it.
+The hash of a path is the sum of the hashes of its edges. The first kernel hashes each edge once. The second kernel adds
+up, for each row, the hashes of the edges on its path.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from flatradix.layout import hashing, numbers
 
 mix = device_function(hashing.mix)
 
-# Units of an edge at once, and rows at once.
+# Units of an edge, and rows, that a program handles at once.
 UNITS = tl.constexpr(512)
 LANES = tl.constexpr(128)
-# Sums of each row: its edge in either lane of the digest, its slots.
+# Sums of each row: the hash of its edge in both lanes of the digest, and the hash of its slots.
 SUMS = tl.constexpr(3)
 
 
 @triton.jit
 def _sum_edge(s, pool, row, BIGRAM: tl.constexpr):
-    """The parts of one row: its own of the path hash, in both lanes, and its slots'."""
+    """Return (hash of a row's edge in the first lane of the digest, in the second lane, hash of its slots)."""
     start = tl.load(s.start + row).to(tl.int64)
     length = tl.load(s.length + row).to(tl.int64)
     begin = tl.load(s.end + row).to(tl.int64) - length
@@ -61,7 +62,7 @@ def edges_kernel(s, w, sums, pool, BIGRAM: tl.constexpr):
 
 @triton.jit
 def _term(s, row, live, path, slots):
-    """What each lane's row adds to the digest."""
+    """Return what each row adds to one lane of the digest."""
     term = mix(path + tl.load(s.length + row, mask=live, other=0))
     term = mix(term + slots)
     term = mix(term + tl.load(s.lock_ref + row, mask=live, other=0))
@@ -97,7 +98,7 @@ _nodes = Kernel(nodes_kernel, ["*i64", "*i64"])
 
 
 def digest(arrays: Arrays) -> tuple[int, int]:
-    """Both lanes of the digest, signed. Waits for the device."""
+    """Return both lanes of the digest as signed integers. Waits for the device."""
     state = arrays.state
     rows = int(state.numbers[numbers.ROWS])
     sums = torch.empty(SUMS.value * rows, dtype=torch.int64, device=state.numbers.device)

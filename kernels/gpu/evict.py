@@ -1,11 +1,12 @@
-"""Evict: find the nodes that go first, with no heap; `free` then frees them.
+"""Evict: select the victims without a heap. `free` then frees them.
 
-Unlocked nodes in the order (effective key, deeper end first), cut where the tokens suffice, are what a heap of leaves
-gives. The cut is found by counting (`evict_bins`), and the nodes up to it are put in order by comparing each with those
-of its bin (`evict_order`).
+Sort the unlocked nodes by (effective key, deeper end first). The victims are the first nodes in this order, up to the
+node at which the tokens suffice. A heap of leaves gives the same victims in the same order. The end of the victims, the
+cut, is found by counting nodes into bins (`evict_bins`). The nodes up to the cut are then ordered: each is compared to
+the nodes of its bin (`evict_order`).
 
-Such a count also tells up to which key there are some more nodes than were evicted. The next evictions, if they are
-small, list what is not above that key and compare all of it: one pass over the rows.
+The count also gives a hint for later evictions: a key up to which there are some more nodes than were evicted. A small
+eviction then lists the nodes up to that key and compares all of them with one another: one pass over the rows.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ from flatradix.kernels.gpu.finish import is_last, wait_for_all
 from flatradix.kernels.gpu.launch import Arrays, Kernel, current_stream, resident
 from flatradix.layout import numbers, scratch
 
-# A bin in which the cut falls is divided once more if it has more nodes than this.
+# The bin of the cut is divided again if it has more nodes than this.
 CROWD = tl.constexpr(2048)
-# Victims are put in order in the launch unless that takes more comparisons than this, 0.2 ms; sorting takes 0.6 ms.
+# The launch orders the victims itself if that takes at most this many comparisons, 0.2 ms. Else torch sorts, 0.6 ms.
 COMPARISONS = tl.constexpr(33554432)
-# Bins are crowded, for those who compare the nodes in them, with more than this.
+# Bins are crowded if the nodes to be ordered need more comparisons than this on average.
 CROWDED = tl.constexpr(512)
-# A list of nodes that are all compared: how many it may hold, and how many more than are evicted it should.
+# The list of nodes that a hint selects: its capacity, and how many nodes it should hold beyond the evicted ones.
 LIST = tl.constexpr(2048)
 SPARE = tl.constexpr(256)
 
-# Places in `Scratch.counters` that outlive a call, as a guess for the next: a key, and the tokens of the nodes not
-# above it; then SPENT, of those evicted since.
+# Indices into `Scratch.counters` of the hint, which outlives a call: a key, and the tokens of the nodes up to that key.
+# SPENT follows: how many of these tokens the last eviction took.
 HINT = tl.constexpr(scratch.HINT)
 PROMISE = tl.constexpr(scratch.HINT + 1)
 
@@ -69,9 +70,9 @@ _bins_of_streams: dict[tuple[int, int], torch.Tensor] = {}
 
 
 def _bins_of(device: int, stream: int) -> torch.Tensor:
-    """Launches on one stream follow one another, so that they can share it whatever trees they are for.
+    """Return the work array of a stream. All trees share it, because launches on one stream run one after another.
 
-    Threads with trees of their own may ask at once: all get the same one.
+    Threads may ask for it at the same time; all get the same array.
     """
     found = _bins_of_streams.get((device, stream))
     if found is None:
@@ -87,7 +88,11 @@ def _bins(arrays: Arrays) -> int:
 
 @triton.jit
 def _leave_hint(w, work, low, shift, bound, tie, cut):
-    """Look for a key up to which there are SPARE nodes more than up to the cut, and not too many in the cut's bin."""
+    """Store a hint: the highest key up to which there are at most SPARE nodes more than through the bin `cut`.
+
+    The key is the upper limit of a bin. The hint promises no tokens if the bins divide ends instead of keys, or if more
+    than LIST nodes lie in the bins from `cut` to that key.
+    """
     i = tl.arange(0, BINS)
     through = tl.load(work + BEFORE + 1 + i)
     bin = tl.sum((through <= tl.load(work + BEFORE + 1 + cut) + (SPARE << 32)).to(tl.int32)) - 1
@@ -109,7 +114,10 @@ def _clear(words, count, programs):
 
 @triton.jit
 def _collect(s, w, content, rows, capacity, programs, bound, BY_TICK: tl.constexpr):
-    """List the rows not above the bound in `victims[1]`, in any order, and count them, (nodes << 32 | tokens)."""
+    """List the evictable rows with keys up to `bound` in `victims[1]`, in any order; count them in `content`.
+
+    content: (nodes << 32 | tokens). Rows beyond the LIST-th are only counted.
+    """
     block = tl.program_id(0)
     while block * BLOCK < rows:
         row, key, evictable = evictable_block(s, w, block * BLOCK, capacity, BY_TICK)
@@ -125,7 +133,7 @@ def _collect(s, w, content, rows, capacity, programs, bound, BY_TICK: tl.constex
 
 @triton.jit
 def _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TICK: tl.constexpr):
-    """Try the hint of the last call; returns whether it was good."""
+    """Select the victims with the hint of the last eviction. Return 1, or 0 if the hint does not suffice."""
     good = tl.zeros([], tl.int32)
     hint = tl.load(w.counters + HINT)
     if wanted <= tl.load(w.counters + PROMISE) - tl.load(w.counters + SPENT):
@@ -162,7 +170,7 @@ def _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TIC
         lowest, highest = edges_of(cut, low, shift, bound)
         sort_from = tl.where(comparisons <= COMPARISONS, 0, cut)
         reach = tl.where(tie >= 0, tie, highest)
-        # The sample promised too much; or the cut's bin is crowded with different keys, or with one key.
+        # Widen a bound that was too low; divide a crowded bin of different keys; divide a bin of one key by ends.
         widen = (total < wanted) & (bound < HIGHEST)
         divide = (total >= wanted) & (size > CROWD) & (lowest < highest)
         by_end = (total >= wanted) & (size > CROWD) & (lowest == highest) & (tie < 0)
@@ -216,14 +224,15 @@ _select = Kernel(select_kernel, ["*i64", "i64", "i64", "i32"], warps=16, coopera
 
 
 def select(arrays: Arrays, wanted: int, by_tick: bool, call: int) -> None:
-    """Find what to evict until `wanted` tokens are free, or all that can be.
+    """Select the nodes to evict until `wanted` tokens are free, or all evictable nodes if there are fewer tokens.
 
-    The rows are left in `scratch.victims[0]` in the order of eviction, in `scratch.tokens_before` how many tokens go
-    before each, in the mail the tokens and the victims; the number of victims has the bit UNORDERED if ordering them is
-    left to `order_victims`, as it is with more than about 200,000 or where most have nearly the same key. Nothing of
-    the tree is changed. by_tick: the ticks are the keys, else `scratch.eviction_key`. Uses `scratch.partial` and
-    `victims[1]`. Among a million nodes on an H200: 15 us in a row of evictions of up to 100 nodes, else 36 us, for 1 %
-    of them too.
+    Writes the rows of the victims to `scratch.victims[0]` in the order of eviction, the tokens of the victims before
+    each to `scratch.tokens_before`, and the number of tokens and victims to the mail. The number of victims has the bit
+    UNORDERED if `order_victims` must order them. That is so for more than about 200,000 victims, or where most have
+    nearly the same key. Overwrites `scratch.partial` and `scratch.victims[1]`; does not change the tree.
+
+    by_tick: the keys are the ticks, else `scratch.eviction_key`. Among a million nodes on an H200: 15 us in a series of
+    evictions of up to 100 nodes each, else 36 us, also for 1 % of the nodes.
     """
     programs = resident(arrays, -(-arrays.rows // 1024), 1)
     _select(arrays, programs, (_bins(arrays), wanted, call, programs), (by_tick,))

@@ -1,9 +1,9 @@
-"""Counting rows into bins by their keys, to find the bin in which the cut of an eviction falls.
+"""Count rows into bins by their keys, to find the bin in which the cut of an eviction lies.
 
-A sample of the rows bounds what can be a victim. The nodes below the bound are counted into bins, together with their
-tokens, so that of each bin it is known what goes before it; only the nodes of one bin need to be compared with one
-another. One atomic addition costs 27 ps on an H200 if a million nodes make one each, as long as three passes over the
-rows: hence the sample.
+A sample of the rows gives a bound for the keys of the victims. The nodes up to the bound, and their tokens, are counted
+into bins. Sums over the bins give the nodes and tokens before each bin. So only nodes of the same bin must be compared
+with one another. The sample saves atomic additions: each of a million costs 27 ps on an H200, and all together cost as
+much as three passes over the rows.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from flatradix.layout import numbers, scratch
 
 DEEPEST = tl.constexpr(numbers.MAX_UNITS)
 LOW32 = tl.constexpr(0xFFFFFFFF)
-# Rows of the sample that are each program's, taken in runs of 16, which fill the memory sectors that they touch.
+# Rows of each program's part of the sample, taken in runs of 16, so that loads use whole memory sectors.
 SAMPLE = tl.constexpr(512)
 RUN = tl.constexpr(16)
-# The bound is one of so many keys, each the lowest of 8 neighbouring rows: low ones, as most evictions are small.
+# The bound is one of PIVOTS keys. Each is the lowest of 8 neighbouring rows: low keys, as most evictions are small.
 PIVOTS = tl.constexpr(32)
 NEIGHBOURS = tl.constexpr(8)
 BINS = tl.constexpr(2048)
 
-# The work, int64: three sets of bins, used in turn; what goes before each bin; the weights of the pivots, eight
-# words apart so that additions to them do not wait for one another; what the list holds. A launch leaves all but the
-# second at zero.
+# The parts of the work array, int64: three sets of bins, used in turn; the sums before each bin; the weights of the
+# pivots, eight words apart so that additions to them do not wait for one another; the sums of the list. All numbers are
+# (nodes << 32 | tokens), or nodes alone where `scatter` counts. A launch leaves all parts but the second at zero.
 BEFORE = tl.constexpr(3 * BINS.value)
 WEIGHTS = tl.constexpr(4 * BINS.value + 8)
 CONTENT = tl.constexpr(WEIGHTS.value + 8 * PIVOTS.value)
 SCRATCH = CONTENT.value + 1
 
-# Places in `Scratch.partial`: the lowest and the highest key of each program's sample, the lowest of each block.
+# Indices into `Scratch.partial`: from 0 the lowest and from HIGHS the highest key of each program's part of the sample,
+# from MINIMA the lowest key of each block.
 MOST = tl.constexpr(1024)
 HIGHS = tl.constexpr(1024)
 MINIMA = tl.constexpr(2048)
@@ -41,7 +42,11 @@ MINIMA_END = tl.constexpr(scratch.PARTIALS)
 
 @triton.jit
 def value_of(s, row, key, tie, there):
-    """What is divided into bins: the key; where more nodes than a crowd have the same, `tie`, their ends from below."""
+    """Return the value by which a row is counted into a bin: its key if `tie` < 0.
+
+    Else a crowd of nodes has the key `tie`, and bins divide these nodes by their ends, deeper ends first. Rows with
+    lower keys then have the value -1, rows with higher keys HIGHEST.
+    """
     value = key
     if tie >= 0:
         end = tl.load(s.end + row, mask=there & (key == tie), other=0).to(tl.int64)
@@ -51,13 +56,13 @@ def value_of(s, row, key, tie, there):
 
 @triton.jit
 def bin_of(value, low, shift):
-    """Bin 0 holds all below `low`, the last one all above the others."""
+    """Return the bin of a value. Bin 0 holds all values below `low`, the last bin all values above the other bins."""
     return tl.where(value < low, 0, tl.minimum((tl.maximum(value - low, 0) >> shift) + 1, BINS - 1))
 
 
 @triton.jit
 def width_for(low, high):
-    """The bits of a bin's width, so that [low, high] needs none but the bins in between."""
+    """Return the log2 of a bin's width with which [low, high] fits into the bins between the first and the last."""
     shift = tl.zeros([], tl.int64)
     while ((high - low) >> shift) > BINS - 3:
         shift += 1
@@ -66,7 +71,7 @@ def width_for(low, high):
 
 @triton.jit
 def _pivots(s, w, rows, BY_TICK: tl.constexpr):
-    """Keys from all over the rows, the last one above all."""
+    """Return PIVOTS keys from all over the rows; the last is HIGHEST."""
     pivot = tl.arange(0, PIVOTS)
     middle = ((2 * pivot + 1).to(tl.int64) * rows // (2 * PIVOTS)).to(tl.int32)
     row = (middle - middle % NEIGHBOURS)[:, None] + tl.arange(0, NEIGHBOURS)[None, :]
@@ -77,7 +82,10 @@ def _pivots(s, w, rows, BY_TICK: tl.constexpr):
 
 @triton.jit
 def sample(s, w, work, rows, programs, BY_TICK: tl.constexpr):
-    """Add up, for each pivot, what this program's part of the sample has at or below it; returns the pivots."""
+    """Add this program's sampled rows with keys up to each pivot to that pivot's weight. Return the pivots.
+
+    Weights are (nodes << 32 | tokens). Also stores the lowest and the highest key of this program's rows.
+    """
     lane = tl.arange(0, SAMPLE)
     runs = (rows + RUN - 1) // RUN
     taken = programs.to(tl.int64) * (SAMPLE // RUN)
@@ -99,12 +107,15 @@ def sample(s, w, work, rows, programs, BY_TICK: tl.constexpr):
 
 @triton.jit
 def bound_of(s, w, work, pivots, wanted, programs):
-    """(lowest and highest key of the sample, a bound that the victims' keys most likely do not exceed)."""
+    """Return (lowest key, highest key, bound) of the sample and its pivots.
+
+    The keys of the victims most likely do not exceed the bound.
+    """
     weights = tl.load(work + WEIGHTS + 8 * tl.arange(0, PIVOTS))
     tokens = weights & LOW32
     total = tl.max(tokens)
     nodes = tl.maximum(tl.max(weights >> 32), 1)
-    # A quarter more than the share that is wanted, and 16 nodes: few rows of a sample say little of the whole.
+    # A quarter more than the wanted share, and 16 nodes: a few sampled rows say little about all rows.
     share = wanted * total // tl.load(s.numbers + numbers.EVICTABLE)
     enough = tokens >= tl.minimum(share + share // 4 + 16 * total // nodes, total)
     bound = tl.min(tl.where(enough, pivots, HIGHEST))
@@ -117,7 +128,7 @@ def bound_of(s, w, work, pivots, wanted, programs):
 
 @triton.jit
 def count_bins(s, w, bins, rows, capacity, programs, low, shift, bound, tie, BY_TICK: tl.constexpr):
-    """Count the nodes not above the bound into the bins, (nodes << 32 | tokens); notes each block's lowest key."""
+    """Count the nodes with values up to `bound` into bins (nodes << 32 | tokens). Store each block's lowest key."""
     block = tl.program_id(0)
     while block * BLOCK < rows:
         row, key, evictable = evictable_block(s, w, block * BLOCK, capacity, BY_TICK)
@@ -133,9 +144,9 @@ def count_bins(s, w, bins, rows, capacity, programs, low, shift, bound, tie, BY_
 
 @triton.jit
 def find_cut(work, bins, wanted):
-    """(the bin in which the cut falls, its nodes, the comparisons that order the victims, tokens in all bins).
+    """Return (bin of the cut, its nodes, comparisons needed to order the victims, tokens in all bins).
 
-    Each program writes down what goes before each bin, all the same.
+    Every program stores the nodes and tokens before each bin; all store the same numbers.
     """
     i = tl.arange(0, BINS)
     inside = tl.load(bins + i)
@@ -145,13 +156,13 @@ def find_cut(work, bins, wanted):
     nodes = inside >> 32
     size = tl.sum(tl.where(i == cut, nodes, 0))
     comparisons = tl.sum(tl.where(i <= cut, nodes * nodes, 0))
-    tl.debug_barrier()  # other threads read what this one wrote down
+    tl.debug_barrier()  # other threads read what this one has stored
     return cut, size, comparisons, tl.max(through) & LOW32
 
 
 @triton.jit
 def edges_of(cut, low, shift, bound):
-    """The lowest and the highest value that bin `cut` can have."""
+    """Return the lowest and the highest value that bin `cut` can hold."""
     inner = (cut - 1).to(tl.int64)
     lowest = tl.where(cut == 0, 0, low + (inner << shift))
     highest = tl.where(cut == 0, low - 1, low + ((inner + 1) << shift) - 1)
@@ -160,9 +171,9 @@ def edges_of(cut, low, shift, bound):
 
 @triton.jit
 def scatter(s, w, work, counts, rows, capacity, programs, low, shift, bound, tie, reach, cut, BY_TICK: tl.constexpr):
-    """Write the rows of the bins up to the cut's to `victims[1]`, bin after bin, in any order within each.
+    """Write the rows of the bins up to `cut` to `victims[1]`, bin after bin, in any order within a bin.
 
-    `reach`: the highest key among them. Blocks without any are passed over.
+    reach: the highest key that these rows can have. Blocks without such a key are skipped.
     """
     block = tl.program_id(0)
     while block * BLOCK < rows:

@@ -1,7 +1,7 @@
-"""What decides the order of eviction: which rows can go, and the key of each, lowest first.
+"""The order of eviction: which rows are evictable, and the key of each. The lowest key goes first.
 
-The effective key of a node is the greatest key in its subtree, so that nothing goes before what is below it; under lru
-that is the tick as it is.
+The effective key of a node is the greatest key in its subtree, so that no node goes before a node below it. Under lru
+the tick of a node is already its effective key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flatradix.kernels.gpu.rows import FREE
 
 # Above every key; ticks grow by two with each query.
 HIGHEST = tl.constexpr((1 << 62) - 1)
-# Rows that a program handles at once: 8 a thread of 16 warps.
+# Rows that a program handles at once: 8 for each thread of 16 warps.
 BLOCK = tl.constexpr(4096)
 CLIMBERS = tl.constexpr(256)
 
@@ -37,9 +37,9 @@ def is_evictable(s, row, there):
 
 @triton.jit
 def evictable_block(s, w, base, capacity, BY_TICK: tl.constexpr):
-    """(rows, their keys, which can be evicted) of the block at `base`.
+    """Return (rows, their keys, which rows are evictable) of the block at `base`.
 
-    Rows that were never in use are read too, as free ones: a mask would make sixteen loads of four.
+    Rows that were never used are read too, and count as free: a mask would turn four loads into sixteen.
     """
     row = base + tl.arange(0, BLOCK)
     keys = keys_of(s, w, BY_TICK) + row
@@ -56,7 +56,10 @@ def evictable_block(s, w, base, capacity, BY_TICK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def climb_kernel(s, w, rows: tl.int32):
-    """Raise the keys of all above each row to its own. Whoever raised a key further goes on from there."""
+    """Raise the keys of all rows above each evictable row at least to its own key.
+
+    A lane stops at a locked row, and at a row whose key another lane has raised as far: that lane continues upwards.
+    """
     row = tl.program_id(0) * CLIMBERS + tl.arange(0, CLIMBERS)
     climbs = is_evictable(s, row, row < rows)
     key = tl.load(w.eviction_key + row, mask=climbs, other=0)
@@ -76,10 +79,10 @@ _climb = Kernel(climb_kernel, ["i32"])
 
 
 def effective_keys(arrays: Arrays, scores: torch.Tensor) -> None:
-    """Fill `scratch.eviction_key`: by rank in the order (score, tick), the highest of each subtree.
+    """Fill `scratch.eviction_key` with the highest rank in each node's subtree. Ranks follow the order (score, tick).
 
-    scores: int64, one a row, those of free rows arbitrary. 0.9 ms for a million rows on an H200, nearly all of it for
-    two sorts. Nodes that are equal in both lie on one path, where their order decides nothing.
+    scores: int64, one a row; those of free rows are arbitrary. Takes 0.9 ms for a million rows on an H200, nearly all
+    of it in two sorts. Nodes with equal score and tick lie on one path, where the order of their ranks does not matter.
     """
     rows = scores.shape[0]
     order = torch.argsort(arrays.state.tick[:rows], stable=True)

@@ -1,4 +1,4 @@
-"""Putting the victims of an eviction in order, and telling the host how many there are."""
+"""Order the victims of an eviction, and tell the host their number and their tokens."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from flatradix.kernels.gpu.evict_keys import HIGHEST, keys_of
 from flatradix.kernels.gpu.launch import Arrays
 from flatradix.layout import mail, scratch
 
-# Nodes that a program ranks at once, and nodes of their bins that it compares them with at once; the other way round
-# where bins are crowded, since a step takes 1 us however many are compared.
+# Nodes that a program ranks at once, and nodes of its bin with which each is compared in one step. Where bins are
+# crowded, fewer nodes are ranked and each is compared with more: a step takes 1 us, however many nodes are compared.
 RANKED = tl.constexpr(128)
 OTHERS = tl.constexpr(16)
 FEW_RANKED = tl.constexpr(8)
 MANY_OTHERS = tl.constexpr(256)
 
-# A place in `Scratch.counters`: the tokens evicted since the hint was left.
+# Index into `Scratch.counters`: the tokens of the last victims, which the hint still counts.
 SPENT = tl.constexpr(scratch.HINT + 2)
 
 
 @triton.jit
 def _those_before(s, keys, order, row, key, end, first, size, AT_ONCE: tl.constexpr):
-    """(how many nodes of each lane's bin go before it, their tokens); the bin is `order[first:first + size]`."""
+    """Return (number of nodes in each lane's bin that go before the lane's node, their tokens).
+
+    The bin is `order[first:first + size]`.
+    """
     nodes = tl.zeros_like(row)
     tokens = tl.zeros_like(first)
     done = tl.zeros([], tl.int64)
@@ -54,7 +57,7 @@ def tell_victims(w, call, tokens, victims, active):
 
 @triton.jit
 def _listed(s, keys, order, place, there):
-    """(rows, their keys, ends and lengths) of the nodes at these places of the list."""
+    """Return (rows, keys, ends, lengths) of the nodes at positions `place` of the list `order`."""
     row = tl.load(order + place, mask=there, other=0)
     key = tl.load(keys + row, mask=there, other=0)
     end = tl.load(s.end + row, mask=there, other=0)
@@ -63,7 +66,10 @@ def _listed(s, keys, order, place, there):
 
 @triton.jit
 def rank_list(s, w, capacity, programs, found, wanted, call, BY_TICK: tl.constexpr):
-    """Find the place of each of the `found` nodes of the list; the last victim tells the host how many there are."""
+    """Rank all `found` nodes of the list, and store the victims in the order of eviction.
+
+    The lane of the last victim tells the host the number of victims and their tokens.
+    """
     keys = keys_of(s, w, BY_TICK)
     order = w.victims + capacity
     start = tl.program_id(0) * FEW_RANKED
@@ -85,9 +91,10 @@ def rank_bins(
     s, w, work, capacity, programs, found, wanted, call, low, shift, tie, cut, sort_from,
     LANES: tl.constexpr, AT_ONCE: tl.constexpr, BY_TICK: tl.constexpr,
 ):  # fmt: skip
-    """The same for the nodes of the bins up to the cut's, each compared with those of its bin.
+    """Rank the `found` nodes of the bins up to `cut`, each within its bin, and store the victims in order of eviction.
 
-    The nodes of the bins before `sort_from` are victims too, and are left as they stand.
+    The lane of the last victim tells the host the number of victims and their tokens. The nodes of the bins before
+    `sort_from` are victims too; they are stored in the order of the list, unranked.
     """
     keys = keys_of(s, w, BY_TICK)
     order = w.victims + capacity
@@ -114,7 +121,7 @@ def rank_bins(
 
 
 def order_victims(arrays: Arrays, count: int, by_tick: bool) -> None:
-    """Put the `count` victims of `select` in the order of eviction, where it left them UNORDERED."""
+    """Sort the `count` victims that `select` left UNORDERED into the order of eviction."""
     state, beside = arrays.state, arrays.scratch
     rows = beside.victims[0, :count].long()
     rows = rows[torch.argsort(state.end[rows], descending=True, stable=True)]

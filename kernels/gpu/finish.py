@@ -1,7 +1,7 @@
-"""What the programs of a launch have in common: refusing, waiting for one another, and telling the host.
+"""What most kernels share: refuse a query, wait for the other programs of a launch, and tell the host.
 
-A launch does its work at once and undoes it if a query turns out to be bad; whether one did is known to the program
-that is done last, which also leaves the tree's numbers in pinned memory.
+A match, a lock or an unlock starts without checking all queries first, and is undone if one query is invalid. The last
+program to finish knows whether a query is invalid. That program also writes the tree's sizes to pinned memory.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import triton.language as tl
 from flatradix.kernels.gpu.launch import Arrays, Kernel
 from flatradix.layout import mail, numbers, scratch
 
-# What a program with a bad query adds to the count of those that are done.
+# What a program with an invalid query adds to the counter of finished programs.
 BAD = tl.constexpr(1 << 32)
 
 
 @triton.jit
 def refuse(w, query, reason, value):
-    """Note that one query is bad. The lowest query of a call is the one that is told."""
+    """Record that one query is invalid, and why. The host is told the lowest invalid query of a call."""
     tl.store(w.value + query, value)
     tl.atomic_min(w.counters + scratch.ERROR, query * 64 - reason, sem="relaxed")
 
 
 @triton.jit
 def refuse_lanes(w, queries, reasons, values):
-    """The same for lanes; `reasons` int64, 0 where nothing is wrong."""
+    """Record which of the lanes' queries are invalid. reasons: int64, 0 where the query is valid."""
     tl.store(w.value + queries, values, mask=reasons < 0)
     lowest = tl.min(tl.where(reasons < 0, queries * 64 - reasons, scratch.NO_ERROR))
     if lowest < scratch.NO_ERROR:
@@ -34,10 +34,10 @@ def refuse_lanes(w, queries, reasons, values):
 
 @triton.jit
 def acquire(word, least):
-    """From here on all is seen that was written before `word` came to `least`, which it has by now.
+    """Acquire all writes that were released before `word` reached `least`, as it already has.
 
-    The result must be looked at: Triton 3.6 leaves out an atomic addition of 0 that nobody looks at, and with it what
-    throws stale lines out of the L1 cache.
+    The result of the addition must be used. Triton 3.6 drops an atomic addition of 0 whose result is not used, and with
+    it the acquire, which discards stale lines of the L1 cache (bench/RESULTS.md).
     """
     seen = tl.atomic_add(word, 0, sem="acquire")
     while seen < least:
@@ -47,9 +47,10 @@ def acquire(word, least):
 
 @triton.jit
 def wait_for_all(w, programs):
-    """A barrier across the programs of a cooperative launch.
+    """Wait for all programs of a cooperative launch: a barrier across programs.
 
-    0.9 us for 132 or 264 of them on an H200 when Triton 3.6 left out its acquire; by estimate 0.7 us more since.
+    A barrier took 0.9 us for 132 or 264 programs on an H200 when Triton 3.6 dropped the acquire. By estimate it takes
+    0.7 us more now.
     """
     tl.debug_barrier()
     if programs > 1:
@@ -63,10 +64,10 @@ def wait_for_all(w, programs):
 
 @triton.jit
 def is_last(w, programs, bad=False):
-    """(whether this program is the last of its launch, whether it or another was told to be `bad`).
+    """Return (whether this program is the last of its launch to finish, whether any program so far had `bad` set).
 
-    Only the last one sees what the others wrote: an acquire of every program would throw away the whole L1 cache of its
-    multiprocessor, where its neighbours still walk.
+    Only the last program acquires the writes of the others. An acquire by each program would discard the whole L1 cache
+    of its multiprocessor, where other programs still walk.
     """
     tl.debug_barrier()
     mine = tl.where(bad, BAD, 0) + 1
@@ -79,7 +80,7 @@ def is_last(w, programs, bad=False):
 
 @triton.jit
 def first_refusal(w):
-    """The refusal of this call, scratch.NO_ERROR if there is none."""
+    """Return the first refusal of this call (64 * query - reason), or scratch.NO_ERROR."""
     return tl.load(w.counters + scratch.ERROR, volatile=True)
 
 
@@ -101,14 +102,17 @@ def _tell_refusal(s, w, call, error, OPERATION: tl.constexpr):
 
 @triton.jit
 def publish_done(w, call, errors):
-    """By the last program, where nothing was refused and no size has changed: only that the call is done."""
+    """Tell the host that the call is done, and how many calls were refused so far.
+
+    The last program to finish calls this. It suffices where nothing was refused and no size has changed.
+    """
     tl.store(w.mail + mail.ERRORS, ((call.to(tl.int64) & mail.CALL_MASK) << 32) | (errors & 0xFFFFFFFF))
     tl.store(w.counters + scratch.ARRIVED, 0)
 
 
 @triton.jit
 def publish(s, w, call, error, OPERATION: tl.constexpr):
-    """By the last program, after all else: the refusal, if any, and the sizes, for the host to read."""
+    """Tell the host the refusal, if any, and the tree's sizes. The last program to finish calls this at its end."""
     tl.debug_barrier()
     if error != scratch.NO_ERROR:
         _tell_refusal(s, w, call.to(tl.int64), error, OPERATION)
@@ -126,7 +130,7 @@ def publish(s, w, call, error, OPERATION: tl.constexpr):
 
 @triton.jit
 def answer(w, call, length, handle, prefix_length):
-    """Leave the result of a single key where the host looks for it."""
+    """Write the result of a single key to the mail."""
     tag = (call.to(tl.int64) & mail.CALL_MASK) << 32
     place = w.mail + mail.FIRST_ANSWER + (call % mail.ANSWERS) * mail.ANSWER_WORDS
     tl.store(place, tag | (length.to(tl.int64) & 0xFFFFFFFF))
@@ -137,7 +141,7 @@ def answer(w, call, length, handle, prefix_length):
 
 @triton.jit
 def move_protected(s, w, sign):
-    """Book what became protected (sign 1) or evictable (-1) in this launch."""
+    """Move the tokens that this call made protected (sign 1) or evictable (-1) between the tree's counters."""
     tl.debug_barrier()
     tokens = tl.load(w.counters + scratch.NEWLY) * sign
     protected = tl.load(s.numbers + numbers.PROTECTED)
@@ -157,5 +161,5 @@ _tell = Kernel(tell_kernel, ["i64"], warps=1)
 
 
 def tell(arrays: Arrays, call: int) -> None:
-    """Only tell the host the tree's numbers."""
+    """Tell the host the tree's sizes, and do nothing else."""
     _tell(arrays, 1, (call,))

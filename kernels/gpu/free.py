@@ -12,20 +12,20 @@ from flatradix.kernels.gpu.launch import Arrays, Kernel, multi_processors
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.layout import mail, numbers, scratch
 
-# Victims that a program frees at once: with 64, comparing their parents takes 187 registers, and 9 us become 15.
+# Victims that a program frees at once. With 64, comparing their parents takes 187 registers, and 15 us instead of 9.
 FREED = tl.constexpr(32)
-# Slots of one page find their edge together, up to 16, which are two memory sectors of the pool. A program copies this
-# many groups at once, and in smaller groups at least so many slots.
+# Slots of one page share the search for their edge: up to 16 slots, which are two memory sectors of the pool. A program
+# copies GROUPS such groups at once, or more if these have fewer than LEAST_UNITS slots.
 MOST_TOGETHER = 16
 GROUPS = 128
 LEAST_UNITS = 512
-# The branching of the search for the victim that a slot belongs to.
+# The branching factor of the search for the victim that a slot belongs to.
 FAN = tl.constexpr(256)
 
 
 @triton.jit
 def _together(parent):
-    """(how many lanes have this parent, whether this lane is the first of them)."""
+    """Return (how many lanes have the parent of this lane, whether this lane is the first of them)."""
     lane = tl.arange(0, FREED)
     equal = parent[:, None] == parent[None, :]
     count = tl.sum(equal.to(tl.int32), axis=1)
@@ -34,9 +34,10 @@ def _together(parent):
 
 @triton.jit
 def _detach(s, parent):
-    """Take children from parents, or from namespaces, which may be empty then; FREE where a lane has none.
+    """Subtract one child a lane from the counts of parents or namespaces; FREE marks a lane without a child.
 
-    Siblings are taken together, since additions to one count wait for one another: 10,000 leaves may have one parent.
+    Lists namespaces that have become empty in `s.released`. Siblings are subtracted together: 10,000 leaves may have
+    one parent, and additions to one count wait for one another.
     """
     count, is_first = _together(parent)
     below_row = is_first & (parent >= 0)
@@ -52,13 +53,13 @@ def _detach(s, parent):
 
 @triton.jit
 def _free_rows(s, w, victim, count):
-    """Free the rows of victims, one a lane. Of a row only its own lane reads or writes the parent."""
+    """Free the rows of victims, one a lane. Only the lane of a row reads or writes `s.parent` of that row."""
     active = victim < count
     row = tl.load(w.victims + victim, mask=active, other=0).to(tl.int64)
     parent = tl.load(s.parent + row, mask=active, other=FREE)
     generation = tl.load(s.generation + row, mask=active, other=0)
     stack = s.free_rows + tl.load(s.numbers + numbers.FREE_ROWS)
-    tl.debug_barrier()  # every thread has what is about to be overwritten
+    tl.debug_barrier()  # every thread has read what is about to be overwritten
     tl.store(s.parent + row, tl.zeros([FREED], tl.int32) + FREE, mask=active)
     tl.store(s.generation + row, generation + 1, mask=active)
     tl.store(stack + victim, row.to(tl.int32), mask=active)
@@ -68,7 +69,7 @@ def _free_rows(s, w, victim, count):
 
 @triton.jit
 def _owner(w, unit, count):
-    """The last of `count` victims before which no more than `unit` tokens go; scalar."""
+    """Return the last of `count` victims that has at most `unit` tokens before it; scalar."""
     low = tl.zeros([], tl.int64)
     high = count
     while high - low > 1:
@@ -82,9 +83,9 @@ def _owner(w, unit, count):
 
 @triton.jit
 def _copy_slots(s, w, pool, slots, begin, end, count, TOGETHER: tl.constexpr, UNITS: tl.constexpr, EDGES: tl.constexpr):
-    """Copy slots `begin` to `end`, each from its edge. TOGETHER of them are on one edge, and look for it once.
+    """Copy slots `begin` to `end`, each from its edge. TOGETHER slots in a row lie on one edge and share one search.
 
-    EDGES: on how many edges UNITS slots and the one before them can lie.
+    EDGES: on how many edges UNITS slots and the slot before them can lie.
     """
     inner = tl.arange(0, TOGETHER)[None, :]
     low = _owner(w, begin, count)
@@ -109,7 +110,10 @@ def _copy_slots(s, w, pool, slots, begin, end, count, TOGETHER: tl.constexpr, UN
 
 @triton.jit
 def _book(s, w, call, count, tokens):
-    """Set the tree's numbers, by the last program; tell how many namespaces were released."""
+    """Update the tree's counters, and tell the host how many namespaces were released.
+
+    Only the last program to finish calls this.
+    """
     released = tl.load(s.numbers + numbers.RELEASED)
     free = tl.load(s.numbers + numbers.FREE_ROWS)
     nodes = tl.load(s.numbers + numbers.NODES)
@@ -127,7 +131,7 @@ def free_kernel(
     s, w, pool, slots, count: tl.int64, tokens: tl.int64, call: tl.int64, programs: tl.int32, freeing: tl.int32,
     TOGETHER: tl.constexpr, UNITS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """The first `freeing` programs free the rows while the others copy the slots, UNITS at once."""
+    """Free victims: the first `freeing` programs free the rows while the others copy the slots, UNITS at once."""
     count = count.to(tl.int64)
     tokens = tokens.to(tl.int64)
     program = tl.program_id(0).to(tl.int64)
@@ -152,12 +156,12 @@ _free = Kernel(free_kernel, ["*w", "*w", "i64", "i64", "i64", "i32", "i32"])
 
 
 def free(arrays: Arrays, count: int, tokens: int, slots: int, call: int) -> None:
-    """Free the `count` victims of `select`, `tokens` long together, and gather their slots in the order of eviction.
+    """Free the `count` victims of `select`, and gather their slots in the order of eviction.
 
-    slots: address to which they go, [tokens] of the pool's type. The rows freed are the last of `free_rows`, in order;
-    their `start` and `length` stay readable. The mail tells how many namespaces lost their last node: they are the
-    first in `state.released`, in no particular order, until the next eviction. 4 us for one node, 9 us for 8,500 of 64
-    tokens on an H200.
+    tokens: the tokens of all victims. slots: address of the output, [tokens] of the pool's dtype. The freed rows become
+    the last entries of `free_rows`, in order; their `start` and `length` stay readable. The mail tells how many
+    namespaces lost their last node. The codes of these namespaces are the first entries of `state.released`, in any
+    order, until the next eviction. Takes 4 us for one node and 9 us for 8,500 nodes of 64 tokens on an H200.
     """
     page = arrays.page
     at_once = 4 * multi_processors(arrays.device)
@@ -165,7 +169,7 @@ def free(arrays: Arrays, count: int, tokens: int, slots: int, call: int) -> None
     units = max(GROUPS * together, LEAST_UNITS)
     freeing = max(1, min(-(-count // FREED.value), at_once))
     copying = min(-(-tokens // units), 2 * at_once)
-    # The edge of the slot before, and those of so many slots.
+    # EDGES: the edge of the slot before, and the edges of `units` slots.
     constants = (together, units, 1 + -(-units // page))
     arguments = (arrays.pool, slots, count, tokens, call, freeing + copying, freeing)
     _free(arrays, freeing + copying, arguments, constants, (arrays.pool_wide, arrays.pool_wide))

@@ -1,10 +1,11 @@
-"""Insert, in three launches: plan (walk and check every key, and form groups), settle (who owns what is new), build.
+"""Insert, in three launches: plan (walk and check every key, form groups), settle (owners of new units), build (write).
 
-What several keys of a batch have in common and the tree has not is owned by the first of them. That is settled in
-rounds: of the keys that leave the tree at the same place with the same next page, the lowest takes the rest of its key
-as a new leaf; the others compare themselves with it, token by token, and end there or leave it further on, for the next
-round. One round where all that is new differs, two or three mostly. Nothing is written to the tree before all of it is
-known to be good and to fit.
+Several keys of a batch may share a part that the tree does not have. The first query with the part owns it. Ownership
+is settled in rounds. The keys that leave the tree at the same point with the same next page form a group. The lowest
+query of the group takes the rest of its key as a new leaf. The other queries compare their keys with that leaf, token
+by token. Each ends in the leaf, or leaves it further on and takes part in the next round. One round suffices if all new
+parts differ; most batches take two or three. Nothing is written to the tree before the whole batch is known to be valid
+and to fit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from flatradix.layout import reasons, scratch
 from flatradix.layout.queries import Output, PerQuery, Places, Values
 
 CHECKED = tl.constexpr(2048)
-_LARGEST = (2**31 - 1, 2**63 - 1)  # slots, of 32 and of 64 bits
+_LARGEST = (2**31 - 1, 2**63 - 1)  # the largest slot of 32 and of 64 bits
 
 
 @triton.jit(
@@ -48,7 +49,7 @@ def plan_kernel(
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
     NAMES: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    """Walk and check one key: where it leaves the tree, whether tokens and slots are good, and whom it goes with."""
+    """Walk and check one key: where it leaves the tree, whether its tokens and slots are valid; and join a group."""
     query = tl.program_id(0)
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
     slot_place, slot_count, slots_good = key_range(slot_offsets, query, batch, slot_total, SINGLE)
@@ -107,10 +108,10 @@ def insert(
     arrays: Arrays, keys: Values, slots: Values, names: PerQuery, starts: Places, priorities: PerQuery,
     inserted: PerQuery, out: Output, call: int, may_compact: bool,
 ) -> None:  # fmt: skip
-    """Insert a batch, all of it or nothing, in three launches (and those of a compaction, if one may be needed).
+    """Insert a batch, all or nothing, in three launches, and a fourth for a compaction if one may be needed.
 
-    names: as for `match`. slots: as many queries as keys have. inserted: up to which length the same request inserted
-    before. Fills `out`, with -1 where the call is refused.
+    names: as for `match`. slots: as many sequences as `keys`. inserted: the length up to which the same request has
+    inserted before. Fills `out`, with -1 if the call is refused.
     """
     sizes = page_constants(arrays.page, arrays.bigram, 512)
     single = keys.offsets == 0

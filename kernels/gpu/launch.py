@@ -1,10 +1,10 @@
-"""How the GPU kernels are started: compiled once for each set of constants, then launched with raw addresses.
+"""Launch the GPU kernels. Each is compiled once for each set of constants, then launched with raw addresses.
 
-A JIT launch with 16 arguments costs 19 us of Python, the same through the compiled kernel's own launcher 4.4 us (H200
-host, Triton 3.6), and most of that goes into turning Python integers into C. Ours have 50 parameters, most of which
-never change, so they are kept as C and handed to the CUDA driver as they are; only what a call brings is filled in.
-Where the driver or Triton are not as expected, launches go through Triton's launcher or all the public way. Integer
-arguments are never specialised on, because a launcher that was compiled for a 1 goes on using 1.
+A JIT launch with 16 arguments costs 19 us of Python. The launcher of the compiled kernel costs 4.4 us, most of it to
+convert Python integers to C (H200 host, Triton 3.6). Our kernels have about 50 parameters, most of which never change.
+So all parameters are kept as C values, from which the CUDA driver reads them; a call writes only its own arguments. If
+the driver or Triton is not as expected, launches go through Triton's launcher or its public interface. Kernels never
+specialise on integer arguments, because a launcher that was compiled for a 1 goes on using 1.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _CTYPES = {"*i32": ctypes.c_int32, "*i64": ctypes.c_int64}
 
 
 def device_function(function: Callable[..., Any]) -> Any:
-    """A plain function of the layout, as a function that kernels can call."""
+    """Return a plain function of `flatradix.layout` as a function that kernels can call."""
     return function if INTERPRETED else triton.jit(function)
 
 
 class DirectLaunch:
-    """A compiled kernel with the parameters of one tree in C, started by the CUDA driver's own call."""
+    """A compiled kernel and its parameters for one tree as C values; a call launches it through the CUDA driver."""
 
     def __init__(self, compiled: Any, fixed: Sequence[int], changing: int, threads: int, cooperative: bool) -> None:
-        """fixed: what comes first and never changes; changing: how many parameters follow."""
+        """fixed: the first parameters, which never change. changing: how many parameters follow."""
         driver = _driver()
         self._launch = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
         self._function = compiled.function
         self._threads = threads
         self._shared = compiled.metadata.shared
         self._first, self._last = len(fixed), len(fixed) + changing
-        # Behind them come two pointers to scratch memory, which our kernels do not have.
+        # Triton adds two pointers to scratch memory as the last parameters. Our kernels use none: they stay null.
         self._cells = (ctypes.c_int64 * (self._last + 2))(*fixed)
         begin = ctypes.addressof(self._cells)
         places = (begin + 8 * i for i in range(self._last + 2))
@@ -65,7 +65,7 @@ class DirectLaunch:
 
 @functools.cache
 def _driver() -> Any:
-    """The CUDA driver's library; OSError or AttributeError where there is none of the kind we know."""
+    """Return the CUDA driver's library. OSError or AttributeError if it is missing or lacks a function."""
     driver = ctypes.CDLL("libcuda.so.1")
     common: list[Any] = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p]
     driver.cuLaunchCooperativeKernel.argtypes = common
@@ -75,7 +75,7 @@ def _driver() -> Any:
 
 
 def _has_parameters(function: int, count: int) -> bool:
-    """Whether a kernel has just so many parameters, each of at most 8 bytes."""
+    """Return whether a kernel has exactly `count` parameters, each of at most 8 bytes."""
     offset, size = ctypes.c_size_t(), ctypes.c_size_t()
 
     def at(index: int) -> bool:
@@ -85,7 +85,7 @@ def _has_parameters(function: int, count: int) -> bool:
 
 
 def _direct_launch(compiled: Any, arrays: Arrays, changing: int, warps: int, cooperative: bool) -> DirectLaunch | None:
-    """The direct way to start a kernel, or None where something is not as we know it."""
+    """Return the direct launch of a kernel, or None if the kernel or the driver is not as expected."""
     fixed = [address for part in arrays.addresses for address in part]
     try:
         plain = compiled.metadata.num_ctas == 1 and not compiled.metadata.global_scratch_size
@@ -102,8 +102,8 @@ class Arrays(NamedTuple):
     """The arrays of one tree as kernels take them: tensors to compile and interpret with, addresses to launch with.
 
     device: CUDA index, -1 where kernels are interpreted. rows: row capacity. pool: address of the slot pool, [2 P] of
-    int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: launches with the addresses filled in.
-    The tensors must outlive it.
+    int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: the direct launches so far, which hold
+    these addresses. The tensors must outlive the Arrays.
     """
 
     device: int
@@ -135,13 +135,13 @@ def arrays_of(state: TreeState, scratch: Scratch, pool: torch.Tensor, page: int,
 
 
 def no_arrays(device: torch.device) -> Arrays:
-    """For the kernels that have none among their parameters."""
+    """Return the Arrays for kernels that take neither state nor scratch."""
     nothing: Any = None
     return Arrays(_index(device), 0, 1, False, 0, False, nothing, nothing, (), (), {})
 
 
 class Pointer:
-    """An address with a type, in the place of a tensor."""
+    """An address and its dtype, which Triton takes instead of a tensor."""
 
     def __init__(self, address: int, kind: str) -> None:
         self._address = address
@@ -161,12 +161,12 @@ def _typed(address: int, kind: str) -> Any:
 
 
 def current_stream(device: int) -> int:
-    """The handle of torch's current stream; 0.1 us."""
+    """Return the handle of torch's current stream; takes 0.1 us."""
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel, as `Kernel.__call__` was asked for it."""
+    """The arguments of `Kernel.__call__` for one launch, with the default number of warps filled in."""
 
     programs: int
     arguments: Sequence[int]
@@ -177,10 +177,11 @@ class Launch(NamedTuple):
 
 
 class Kernel:
-    """A Triton function `(state, scratch, *arguments, *constants)` and its compiled forms; some know of no tree.
+    """A Triton function `(state, scratch, *arguments, *constants)` and its compiled variants.
 
-    kinds: what each argument is: "*i32" or "*i64" (an address), "*w" (int64 where the call's `wide` says so, in order,
-        else int32), "i32" or "i64" (a number; the function must not specialise on it).
+    Kernels without a tree take neither state nor scratch.
+    kinds: the type of each argument: "*i32" or "*i64" (an address), "*w" (an address of int64 where the next of the
+        call's `wide` is true, else of int32), "i32" or "i64" (a number; the function must not specialise on it).
     warps: the default. cooperative: all programs of a launch run at once, so that they may wait for one another.
     """
 
@@ -204,9 +205,10 @@ class Kernel:
         warps: int = 0,
         registers: int = 0,
     ) -> None:
-        """Enqueue on torch's current stream of the tree's device. `arguments` are addresses and numbers.
+        """Enqueue a launch on torch's current stream of the tree's device.
 
-        registers: the most that a thread may have (CUDA only), 0 for as many as the compiler likes.
+        arguments: addresses and numbers. wide: one for each "*w". registers: the most registers for a thread (CUDA
+        only), 0 for no limit.
         """
         direct = arrays.direct.get((self, constants, wide, warps))
         if direct is None:
@@ -218,7 +220,7 @@ class Kernel:
                 direct(programs, current_stream(arrays.device), arguments)
 
     def _start(self, arrays: Arrays, launch: Launch, asked_warps: int) -> None:
-        """Launch another way: the first time, or where there is no direct one."""
+        """Launch through Triton: the first launches, and all where there is no direct launch."""
         variant = arrays.device, launch.constants, launch.wide, launch.warps
         launcher = self._compiled.get(variant)
         if launcher is None:
@@ -238,12 +240,12 @@ class Kernel:
             arrays.direct[(self, launch.constants, launch.wide, asked_warps)] = direct
 
     def types(self, wide: tuple[bool, ...]) -> list[str]:
-        """The type of each argument, "*w" resolved."""
+        """Return the type of each argument, with "*w" resolved."""
         widths = iter(wide)
         return [("*i64" if next(widths) else "*i32") if kind == "*w" else kind for kind in self.kinds]
 
     def _first(self, arrays: Arrays, launch: Launch) -> Any:
-        """Launch the public way; returns the compiled kernel, None where it is interpreted."""
+        """Launch through Triton's public interface. Return the compiled kernel, None where kernels are interpreted."""
         pairs = zip(launch.arguments, self.types(launch.wide), strict=True)
         typed = [_typed(value, kind) if kind[0] == "*" else value for value, kind in pairs]
         options: dict[str, Any] = {"num_warps": launch.warps}
@@ -260,7 +262,7 @@ class Kernel:
 
 
 def _launcher(compiled: Any) -> tuple[Callable[..., Any], Any, Any] | None:
-    """What starts a compiled kernel directly, or None where this Triton has it otherwise."""
+    """Return (launcher, function, metadata) of a compiled kernel, or None if this Triton does not provide them."""
     try:
         found = compiled.run, compiled.function, compiled.packed_metadata
     except AttributeError:
@@ -270,14 +272,15 @@ def _launcher(compiled: Any) -> tuple[Callable[..., Any], Any, Any] | None:
 
 @functools.cache
 def multi_processors(device: int) -> int:
-    """Of a CUDA device; 1 where kernels are interpreted."""
+    """Return the number of multiprocessors of a CUDA device; 1 where kernels are interpreted."""
     return 1 if device < 0 else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def resident(arrays: Arrays, wanted: int, most: int = 4) -> int:
-    """How many programs of a cooperative launch to start; one, where they are interpreted one after the other.
+    """Return how many programs a cooperative launch has, at most `wanted`; 1 where kernels are interpreted.
 
-    most: programs a multiprocessor that certainly fit; 4 of 4 warps leave each thread 128 registers, 8 leave 64.
+    most: how many programs certainly fit on a multiprocessor. With 4 warps a program, 4 programs leave each thread 128
+    registers, 8 programs leave 64. Interpreted programs run one after the other, so none could wait for another.
     """
     if INTERPRETED:
         return 1
@@ -290,7 +293,7 @@ def _probe_kernel(out):
 
 
 def probe() -> None:
-    """Compile and run one kernel; raises whatever stands in the way."""
+    """Compile and run one kernel. Raises what fails."""
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     _probe_kernel[(1,)](out)
     if int(out) != 1:

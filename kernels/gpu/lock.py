@@ -1,9 +1,9 @@
-"""Lock and unlock: reference counts on every node from a place to the root.
+"""Lock and unlock: lock counts on every node from a place to the root.
 
-Eight programs resolve the same 32 queries, and each climbs for four of them; for up to 8 queries one program does all.
-Those of the 32 that end at the same node climb as one: 1,024 locks of one path of 64 nodes would otherwise be 65,536
-additions on 64 addresses, which take 49 us on an H200. A bad query is found while the others climb; the program that
-is done last then takes everything back.
+Eight programs resolve the same 32 queries, and each climbs for four of them. For up to 8 queries one program does all
+the work. Of the 32 queries, those that end at the same node climb once, together. Otherwise 1,024 locks of one path of
+64 nodes would be 65,536 additions to 64 addresses, which take 49 us on an H200. An invalid query is found while other
+queries climb already. The second launch, or the only program, then undoes the whole call.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ LANES = tl.constexpr(32)
 
 @triton.jit
 def row_or_above(s, row, cut):
-    """The row whose lock each lane's query took: where it cut its edge, the row above, 0 for the root."""
+    """Return the row from which each lane's query locks upwards: the row above where it cuts `row`; 0 for the root."""
     return tl.where(cut > 0, parent_of(s, row, cut > 0), row)
 
 
 @triton.jit
 def _paths(row, first):
-    """Where the lanes from `first` on climb from, and for how many: ([PATHS, 1] rows, [PATHS, 1] counts).
+    """Return the rows from which the lanes from `first` on climb, and for how many queries: both [PATHS, 1].
 
-    Of the lanes with the same row the first climbs for all of them, the others for none.
+    The first of the lanes with the same row climbs for all of them. The others have row 0 and do not climb.
     """
     lane = tl.arange(0, LANES)[None, :]
     own = (first + tl.arange(0, PATHS))[:, None]
@@ -56,7 +56,7 @@ def _remember(w, batch, query, row, cut, active):
 
 @triton.jit
 def _take_back(s, w, batch, SIGN: tl.constexpr):
-    """Undo what all queries of a refused call did: SIGN 1 a lock, -1 an unlock."""
+    """Undo what all queries of a refused call did. SIGN: 1 for a lock, -1 for an unlock."""
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
@@ -70,7 +70,10 @@ def _take_back(s, w, batch, SIGN: tl.constexpr):
 
 @triton.jit
 def _renew(s, w, handles, batch, program, programs):
-    """Name the row on which each lock ends, where it cuts none: the place may have moved up since it was found."""
+    """Replace each handle whose lock cuts no edge by the handle of the row on which the lock ends.
+
+    If the edge was cut since the place was found, the place may now lie on a row above the row of the old handle.
+    """
     first = program * LANES
     while first < batch:
         query = first + tl.arange(0, LANES)
@@ -84,9 +87,9 @@ def _renew(s, w, handles, batch, program, programs):
 def _finish_lock(
     s, w, handles, batch, rows, call, program, programs, PAGE: tl.constexpr, BIGRAM: tl.constexpr, ALONE: tl.constexpr
 ):
-    """What remains once all have climbed: to undo it all, or to cut edges, and the sums.
+    """Finish a lock after all climbs: undo a refused call, or cut edges; then update the tree's counters.
 
-    All programs of the launch find the same numbers here, as these are changed by the last of them only.
+    All programs of the launch read the same refusal and the same CUTS: these change only after all have read them.
     """
     error = first_refusal(w)
     good = error == scratch.NO_ERROR
@@ -113,7 +116,7 @@ def _finish_lock(
 
 @triton.jit
 def _part(ALONE: tl.constexpr):
-    """(which of the paths of LANES queries this program climbs, among how many programs)."""
+    """Return (which part of the paths of LANES queries this program climbs, number of parts)."""
     parts: tl.constexpr = 1 if ALONE else LANES // PATHS
     return tl.program_id(0) % parts, parts
 
@@ -164,10 +167,10 @@ def finish_lock_kernel(
 
 @triton.jit
 def _refuse_surplus(s, w, batch):
-    """An unlock too many: which query is the first, of those that the rows' own locks do not cover. Slow, and rare.
+    """Refuse the unlocks that exceed the own locks of their rows. Slow, and rare.
 
-    The counts were already taken down, so a row lacks as many locks as its count is below zero, and the last so many of
-    its queries are those too many.
+    The counts are already reduced. If the count of a row is -n, the row lacked n locks, and the last n of its queries
+    are refused.
     """
     first = tl.zeros([], tl.int32)
     while first < batch:
@@ -247,13 +250,16 @@ _finish_unlocks = Kernel(finish_unlock_kernel, ["i32", "i64"], warps=1)
 
 
 def _programs(batch: int) -> tuple[int, bool]:
-    """(how many programs climb, whether one does it all: up to two climbs in a row instead of a second launch)."""
+    """Return (number of programs that climb, whether one program does all the work).
+
+    One program makes up to two climbs in a row, which replaces the second launch.
+    """
     alone = batch <= 2 * PATHS.value
     return 1 if alone else -(-batch // LANES.value) * (LANES.value // PATHS.value), alone
 
 
 def lock(arrays: Arrays, places: Places, call: int) -> None:
-    """Lock a batch of places, whose handles are renewed where edges are cut. One launch for up to 8, else two."""
+    """Lock a batch of places and renew their handles, all or nothing. One launch for up to 8 places, else two."""
     programs, alone = _programs(places.batch)
     _lock(
         arrays, programs, (places.handles, places.lengths, places.batch, arrays.rows, call),
@@ -264,13 +270,13 @@ def lock(arrays: Arrays, places: Places, call: int) -> None:
 
 
 def finish_lock(arrays: Arrays, places: Places, call: int) -> None:
-    """The second launch."""
+    """Enqueue the second launch of a lock."""
     programs = resident(arrays, -(-places.batch // LANES.value), 1)
     _finish_locks(arrays, programs, (places.handles, places.batch, arrays.rows, call), (arrays.page, arrays.bigram))
 
 
 def unlock(arrays: Arrays, places: Places, call: int) -> None:
-    """Unlock a batch of places, all or nothing; launches as for `lock`."""
+    """Unlock a batch of places, all or nothing. One launch for up to 8 places, else two."""
     programs, alone = _programs(places.batch)
     _unlock(arrays, programs, (places.handles, places.lengths, places.batch, call), (arrays.page, alone))
     if not alone:
@@ -278,5 +284,5 @@ def unlock(arrays: Arrays, places: Places, call: int) -> None:
 
 
 def finish_unlock(arrays: Arrays, places: Places, call: int) -> None:
-    """The second launch."""
+    """Enqueue the second launch of an unlock."""
     _finish_unlocks(arrays, 1, (places.batch, call))

@@ -1,4 +1,7 @@
-"""Match, and match and lock in one launch: a program walks one key; the one that is done last books for all."""
+"""Match, and match with lock, in one launch.
+
+Each program walks one key; the last program to finish updates the counters.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ from flatradix.layout import mail, numbers, reasons, scratch
 from flatradix.layout.queries import Output, PerQuery, Places, Values
 
 LANES = tl.constexpr(128)
-# A single key in host memory is read in pieces of this many tokens, all of a piece on its way at once.
+# A single key in host memory is read in pieces of this many tokens, with all loads of a piece in flight at once.
 PIECE = tl.constexpr(2048)
 
 
 @triton.jit
 def _stage(source, target, count):
-    """Bring a key from pinned memory to the device: a walk that read it there would wait for PCIe at each step."""
+    """Copy a key from pinned memory to the device. A walk in pinned memory would wait for PCIe at each step."""
     at = tl.zeros([], tl.int64)
     while at < count:
         j = at + tl.arange(0, PIECE)
@@ -47,7 +50,7 @@ def _stage(source, target, count):
 
 @triton.jit
 def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.constexpr):
-    """Nothing of a refused call remains, and its places are none."""
+    """Undo all that a refused call did, and set its lengths and handles to -1."""
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
@@ -69,7 +72,7 @@ def _finish(
     s, w, lengths, handles, batch, rows, call, clock, errors, bad,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the program does that is done last."""
+    """Finish a match: undo a refused call, or cut edges and update the counters. Only the last program calls this."""
     if bad:
         _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
         if LOCK:
@@ -159,7 +162,7 @@ def match_kernel(
     tl.store(lengths + query, length)
     tl.store(handles + query, handle)
     if SINGLE:
-        tl.debug_barrier()  # one thread refuses and stores, all look
+        tl.debug_barrier()  # one thread stores the refusal and the results, all threads read them
         _finish(s, w, lengths, handles, batch, rows, call, clock, errors, bad, PAGE, BIGRAM, TOUCH, LOCK)
         if LOCK:
             tl.debug_barrier()
@@ -178,11 +181,12 @@ _match = Kernel(
 
 
 def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
-    """(tokens a block, warps a program, registers a thread, 0 for any), measured on an H200 (bench/RESULTS.md).
+    """Return (tokens a block, warps a program, registers a thread or 0 for no limit), as measured on an H200.
 
-    A few long keys want many tokens on their way at once, many keys want many programs on a multiprocessor: 8,192 keys
-    of 4,096 tokens take 103 us with blocks of 512, 2 warps and the 80 registers that the compiler likes, 75 us so.
-    What cuts edges wants 148 registers, which the walk, and so its neighbours, would have to wait for.
+    A few long keys need many loads in flight; many keys need many programs on a multiprocessor. 8,192 keys of 4,096
+    tokens take 103 us with blocks of 512, 2 warps and the compiler's 80 registers, but 75 us with the choice below
+    (bench/RESULTS.md). The code that cuts edges needs 148 registers. Without a limit the walk would have to get as
+    many, and fewer programs would fit on a multiprocessor.
     """
     if batch <= 512 and longest >= 1 << 16:
         return 2048, 4, 0
@@ -198,7 +202,7 @@ def match(
 ) -> None:
     """Match a batch in one launch.
 
-    names: code * 2 + (1 if the caller gave a name). Fills the handles and lengths of `out`, with -1 where the call is
+    names: code * 2 + (1 if the caller gave a name). Fills the handles and lengths of `out`, with -1 if the call is
     refused.
     """
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
@@ -226,9 +230,10 @@ def _single_constants(page: int, bigram: bool, touch: bool, lock: bool) -> tuple
 def match_one(
     arrays: Arrays, key: tuple[int, int, bool], name: int, out: Output, stage: int, call: int, touch: bool, lock: bool
 ) -> None:
-    """Match one key in pinned memory from the root; name, out: as for `match`.
+    """Match one key in pinned memory from the root. name, out: as for `match`.
 
-    key: its address, tokens, and whether they are int64. stage: address of device memory to which it is brought first.
+    key: (address, number of tokens, whether they are int64). stage: address of device memory to which the kernel copies
+    the key first.
     """
     address, count, wide = key
     _match(

@@ -1,4 +1,4 @@
-"""Copying ranges of slots on a GPU whose tree is on the CPU, in one launch however many there are."""
+"""Copy ranges of slots on a GPU for a tree on the CPU, any number of ranges in one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLOCK = tl.constexpr(1024)
 
 @triton.jit(do_not_specialize=["ranges", "source", "target", "count", "total"])
 def copy_ranges_kernel(ranges, source, target, count: tl.int32, total: tl.int64):
-    """ranges: int64 [3, count], where each ends among the `total` values, and what leads from there to both places."""
+    """Copy `total` values, of which each program copies BLOCK. ranges: as for `copy_ranges`."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros([BLOCK], tl.int32)
     high = low + count - 1
@@ -33,10 +33,11 @@ _copy_ranges = Kernel(copy_ranges_kernel, ["*i64", "*w", "*w", "i32", "i64"])
 def copy_ranges(
     arrays: Arrays, ranges: int, count: int, total: int, source: int, source_wide: bool, target: int, target_wide: bool
 ) -> None:
-    """Copy `count` ranges, none of them behind a total of 0, from `source` to `target`; arguments are addresses.
+    """Copy `count` ranges with `total` values, at least one, from `source` to `target`.
 
-    ranges: int64 [3, count] on the device: the sum of the lengths up to and with each range; its place in `source`, and
-        that in `target`, both less the sum of the lengths before it.
+    source, target: addresses of int64 (`_wide`) or int32 values. ranges: address of int64 [3, count] on the device. Row
+    0: the sum of the lengths up to and including each range. Row 1: the position of the range in `source`, minus the
+    sum of the lengths before it. Row 2: the same difference for its position in `target`.
     """
     arguments = (ranges, source, target, count, total)
     _copy_ranges(arrays, -(-total // BLOCK.value), arguments, wide=(source_wide, target_wide))

@@ -1,4 +1,7 @@
-"""Reset: drop every node at once. The program that is done last sets the tree's numbers, which the others read."""
+"""Reset: drop every node at once.
+
+The last program to finish sets the tree's counters, because the other programs read them before.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ BLOCK = tl.constexpr(256)
 
 @triton.jit
 def _free_all(s, first, end):
-    """Free the live ones of these rows, and make all of them but the root the stack of free rows."""
+    """Free the live rows of `first` to `end`, and write all of these rows but the root to the stack of free rows."""
     while first < end:
         row = first + tl.arange(0, BLOCK)
         inside = (row > 0) & (row < end)
@@ -26,7 +29,7 @@ def _free_all(s, first, end):
         top = live & (parent < 0)
         tl.store(s.namespace_children + tl.where(top, ~parent, 0), tl.zeros([BLOCK], tl.int32), mask=top)
         generation = tl.load(s.generation + row, mask=live, other=0)
-        tl.debug_barrier()  # every lane has what it frees
+        tl.debug_barrier()  # every lane has read what it is about to overwrite
         tl.store(s.generation + row, generation + 1, mask=live)
         tl.store(s.parent + row, tl.zeros([BLOCK], tl.int32) + FREE, mask=live)
         tl.store(s.free_rows + row - 1, row.to(tl.int32), mask=inside)
@@ -60,6 +63,6 @@ _reset = Kernel(reset_kernel, ["i64", "i32"])
 
 
 def reset(arrays: Arrays, call: int) -> None:
-    """Drop every node, locked ones too; their handles go stale. The clock goes on. The sizes are published."""
+    """Drop every node, also locked nodes; their handles become stale. The clock continues. Publishes the sizes."""
     programs = resident(arrays, -(-arrays.state.child_table.shape[0] // BLOCK.value))
     _reset(arrays, programs, (call, programs))

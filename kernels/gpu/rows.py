@@ -1,4 +1,4 @@
-"""Rows and handles on a GPU: finding the place that a handle means, and giving out rows in an order of their own."""
+"""Rows and handles on a GPU: find the row on which a place lies, and assign rows to new nodes in a fixed order."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ FREE = tl.constexpr(FREE_ROW)
 
 @triton.jit
 def handle_of(s, row):
-    """The handle of a row, int64; scalar or lanes of rows that exist (row 0 is the root)."""
+    """Return the handle of a row, int64; scalar or lanes. The row must exist (row 0 is the root)."""
     return _pack_handle(row.to(tl.int64), tl.load(s.numbers + numbers.GENERATION) + tl.load(s.generation + row))
 
 
 @triton.jit
 def resolve(s, handle, length, active, PAGE: tl.constexpr):
-    """(row, reason) of places, lanes of int64; reason 0, or why there is no such place.
+    """Return (row, reason) of places, lanes of int64. The reason is 0, or says why there is no such place.
 
-    The row is the one on whose edge the place lies: end - edge length < `length` <= end, the root for length 0.
+    The place lies on the edge of the row: end - edge length < `length` <= end. For length 0 the row is the root.
     """
     row = handle & handles.ROW_MASK
     active = active & (handle >= 0) & (row < tl.load(s.numbers + numbers.ROWS))
@@ -50,7 +50,7 @@ def resolve(s, handle, length, active, PAGE: tl.constexpr):
 
 @triton.jit
 def namespace_of(s, row):
-    """The code of a row's namespace; scalar."""
+    """Return the code of a row's namespace; scalar."""
     parent = row
     while parent >= 0:
         parent = tl.load(s.parent + parent)
@@ -59,7 +59,10 @@ def namespace_of(s, row):
 
 @triton.jit
 def row_number(s, number, active):
-    """The row that the new node `number` (lanes, from 0 on) of this call gets: freed ones first, the last first."""
+    """Return the row for the new node `number` of this call, counted from 0; lanes.
+
+    Freed rows come first, the last freed row before the others. Then come rows that were never used.
+    """
     free = tl.load(s.numbers + numbers.FREE_ROWS)
     again = tl.load(s.free_rows + (free - 1 - number), mask=active & (number < free), other=0).to(tl.int64)
     return tl.where(number < free, again, tl.load(s.numbers + numbers.ROWS) + number - free)
@@ -67,7 +70,10 @@ def row_number(s, number, active):
 
 @triton.jit
 def book_rows(s, count):
-    """Take the first `count` of those rows. By one program, when nobody asks for their numbers any more."""
+    """Mark the first `count` rows that `row_number` returns as used, and count their nodes.
+
+    One program calls this, when no program calls `row_number` any more.
+    """
     free = tl.load(s.numbers + numbers.FREE_ROWS)
     rows = tl.load(s.numbers + numbers.ROWS)
     nodes = tl.load(s.numbers + numbers.NODES)

@@ -1,6 +1,6 @@
-"""The second launch of an insert: who owns what is new, which edges are cut, and where everything goes.
+"""The second launch of an insert: decide which query owns which new units, which edges are cut, and where units go.
 
-Rounds among the queries of the batch, on the GPU alone: one where all that is new differs, two or three mostly.
+The queries are settled in rounds on the GPU, without the host: one round if all new parts differ, mostly two or three.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def _settle_one(
     w, values, offsets, query, batch, rows, claims,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """One key of a round: the owner's new leaf, or as far along it as the key goes; returns 1 if it is still open."""
+    """Settle one key in a round. Return 1 if the key is still open after it, else 0.
+
+    The owner of a group gets a new leaf. Another key of the group follows that leaf as far as both are equal.
+    """
     owner = tl.load(claims + get(w, batch, query, scratch.Q_GROUP), volatile=True).to(tl.int64)
     at = get(w, batch, query, scratch.Q_AT)
     end = get(w, batch, query, scratch.Q_END)
@@ -51,7 +54,10 @@ def _settle_one(
 
 @triton.jit
 def _number_leaves(s, w, batch, made):
-    """Rows of the new leaves, after `made` others, and where each leaf's units go; returns (rows in all, units)."""
+    """Assign rows to the new leaves, after the `made` rows of pieces, and set where the units of each leaf go.
+
+    Returns (all new rows, all new units).
+    """
     units = tl.zeros([], tl.int64)
     first = tl.zeros([], tl.int32)
     while first < batch:
@@ -72,7 +78,10 @@ def _number_leaves(s, w, batch, made):
 
 @triton.jit
 def _reserve(s, w, made, units, may_compact):
-    """See whether all of it fits, and whether the pools have to be compacted first."""
+    """Check whether the new units fit into the tree, and whether the pools must be compacted first.
+
+    Stores the numbers of new units and new rows for `build_kernel`.
+    """
     total = tl.load(s.numbers + numbers.EVICTABLE) + tl.load(s.numbers + numbers.PROTECTED) + units
     if total > tl.load(s.numbers + numbers.MAX_TOKENS):
         free = tl.load(s.numbers + numbers.MAX_TOKENS) - (total - units)
@@ -92,9 +101,9 @@ def settle_kernel(
     may_compact: tl.int32,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
-    """Settle who owns what is new, which edges are cut, and what everything is called and where it goes.
+    """Settle which query owns which new units, which edges are cut, and the rows and positions of all new nodes.
 
-    The claims of the first round come with the plan. Each round ends with a barrier.
+    `plan_kernel` has made the claims of the first round. Each round ends with a barrier.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -165,7 +174,7 @@ def settle(
 ) -> None:
     """Settle a batch that `plan_kernel` has walked; page, width and bigram as from `page_constants`.
 
-    may_compact: whether a compaction follows where the pools have no room; without it such a batch is refused.
+    may_compact: whether a compaction follows if the pools lack space. Without one, a batch that needs it is refused.
     """
     mask = arrays.scratch.claims.shape[1] - 1
     _settle(

@@ -1,4 +1,4 @@
-"""Units that lie without a gap in runs, one run after another: which of them are a program's, and whose each is."""
+"""Runs of units without a gap between them: each program's share of the units, and the run to which a unit belongs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def share(count, programs):
-    """The part [begin, end) of `count` things, int64, that is this program's."""
+    """Return this program's share [begin, end) of `count` items, int64."""
     each = (count + programs - 1) // programs
     begin = tl.minimum(tl.program_id(0).to(tl.int64) * each, count)
     return begin, tl.minimum(begin + each, count)
@@ -16,10 +16,10 @@ def share(count, programs):
 
 @triton.jit
 def owners(offsets, unit, low, high, SHIFT: tl.constexpr):
-    """The run of each unit, which is known to be one of `low` to `high`; lanes of int32, a search by halves.
+    """Return the run of each unit by binary search among runs `low` to `high`; lanes of int32.
 
-    It is the last that begins at the unit or before: an empty run begins where the next one does. Where each begins is
-    in `offsets`, above SHIFT bits of something else.
+    The run is the last that begins at the unit or before. So an empty run is never found: the next run begins at the
+    same unit. `offsets` holds the beginning of each run, shifted left by SHIFT; the lower bits hold another number.
     """
     span = high - low
     lowest = tl.zeros_like(unit) + low
@@ -35,6 +35,6 @@ def owners(offsets, unit, low, high, SHIFT: tl.constexpr):
 
 @triton.jit
 def outer_owners(offsets, begin, end, count, SHIFT: tl.constexpr):
-    """The runs, of `count`, of the first and the last of the units from `begin` up to `end`."""
+    """Return the runs, of `count`, to which the first and the last unit of [begin, end) belong."""
     ends = owners(offsets, tl.where(tl.arange(0, 2) == 0, begin, end - 1), 0, count - 1, SHIFT)
     return tl.min(ends), tl.max(ends)

@@ -1,4 +1,4 @@
-"""The KV slots of matches, one after another or straight into the rows of an engine's table."""
+"""Gather the KV slots of places into one array, or write them into the rows of an engine's slot table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK = tl.constexpr(512)
 
 @triton.jit
 def _check(s, w, handles, lengths, rows, height, width, query, batch, PAGE: tl.constexpr, TABLE: tl.constexpr):
-    """Resolve one place; nothing is written before all of them are known to be good."""
+    """Resolve and check one place. No slot is written before all places are known to be valid."""
     one = query + tl.arange(0, 1)
     length = tl.load(lengths + one).to(tl.int64)
     row, reason = resolve(s, tl.load(handles + one), length, one >= 0, PAGE)
@@ -37,7 +37,7 @@ def _check(s, w, handles, lengths, rows, height, width, query, batch, PAGE: tl.c
 
 @triton.jit
 def _copy_path(s, row, length, pool, target):
-    """Copy the slots of one path, from its end up; the next edge is looked up while one is copied."""
+    """Copy the slots of one path, from its last edge up. The next edge is looked up while an edge is copied."""
     begin = tl.load(s.end + row) - tl.load(s.length + row)
     start = tl.load(s.start + row)
     parent = tl.load(s.parent + row)
@@ -68,7 +68,10 @@ def slots_kernel(
     s, w, handles, lengths, rows, pool, target, stride: tl.int64, height: tl.int64, width: tl.int64, batch: tl.int32,
     call: tl.int64, PAGE: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """TABLE: into rows `rows` int64 [B] of a table; else to where `rows`, then the offsets, say."""
+    """Copy the slots of each place to `target`, all or nothing.
+
+    rows: int64 [B]. TABLE: the row of the slot table for each place; else the offset in `target` for each place.
+    """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     query = program
@@ -103,14 +106,20 @@ _slots = Kernel(
 
 
 def gather_slots(arrays: Arrays, places: Places, offsets: int, out: int, call: int) -> None:
-    """Write the slots of each place to the address `out`, of the pool's type, from `offsets[i]` on (int64 [B])."""
+    """Write the slots of place i to `out`, from `offsets[i]` on, all or nothing, in one launch.
+
+    offsets: address of int64 [B]. out: address of values of the pool's dtype.
+    """
     arguments = (places.handles, places.lengths, offsets, arrays.pool, out, 0, 0, 0, places.batch, call)
     wide = arrays.pool_wide, arrays.pool_wide
     _slots(arrays, resident(arrays, places.batch, 8), arguments, (arrays.page, False), wide)
 
 
 def write_slots(arrays: Arrays, places: Places, rows: int, table: Table, call: int) -> None:
-    """Write the slots of each place into row `rows[i]` (int64 [B]) of a table, all or nothing, in one launch."""
+    """Write the slots of place i into row `rows[i]` of an engine's slot table, all or nothing, in one launch.
+
+    rows: address of int64 [B].
+    """
     arguments = (
         places.handles, places.lengths, rows, arrays.pool, table.address, table.stride, table.height, table.width,
         places.batch, call,

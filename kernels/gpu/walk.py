@@ -1,9 +1,9 @@
-"""The walk down a key, one program a key: what match and insert share.
+"""The walk of a key down the tree, one program a key. Match and insert share it.
 
-A step costs one load that waits for another, that of the child's entry in the table: the entry names the edge, so the
-child after it is looked for while the tokens of the edge are still being compared; and the key's next block, with the
-page that the search begins with, is on its way before the last one has been looked at. A child that was entered on the
-word of its tag alone is left again if its parent or its first page turns out to be another.
+Each step waits for only one load that depends on another: the child's entry in the child table. The entry holds the
+edge, so the walk looks up the next child while it still compares the tokens of the edge. The next block of the key, and
+the page for the next look-up, are loaded before the current block is compared. The walk enters a child by its tag
+alone. It leaves the child again if the child's parent or first page turns out to differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_TOKEN = tl.constexpr(numbers.MAX_TOKEN)
 
 @triton.jit
 def key_range(offsets, query, batch, total, SINGLE: tl.constexpr):
-    """(where the key of a query begins, its tokens, whether its offsets are good) among `total` values."""
+    """Return (begin of a query's key among `total` values, its number of tokens, whether its offsets are valid)."""
     if SINGLE:
         begin = tl.zeros([], tl.int64)
         count = total.to(tl.int64)
@@ -39,7 +39,10 @@ def key_range(offsets, query, batch, total, SINGLE: tl.constexpr):
 
 @triton.jit
 def name_of(names, name, query, NAMES: tl.constexpr):
-    """(namespace code, whether the caller gave one) of a query, from `name` for all or `names`: code * 2 + given."""
+    """Return (namespace code, whether the caller gave a namespace) of a query.
+
+    Both come from code * 2 + given: `names[query]` with NAMES, else `name` for all queries.
+    """
     packed = name.to(tl.int64)
     if NAMES:
         packed = tl.load(names + query)
@@ -51,7 +54,10 @@ def begin_at(
     s, start_handles, start_lengths, query, key, count, code, named,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    """(row to walk from, path length there, reason): the root without START, else where the start lies."""
+    """Return (row to walk from, path length there, reason): the root without START, else the start of the query.
+
+    The reason is 0, or says why the start is refused.
+    """
     row = tl.zeros([], tl.int32)
     length = tl.zeros([], tl.int32)
     reason = tl.zeros([], tl.int64)
@@ -76,7 +82,7 @@ def begin_at(
 
 @triton.jit
 def pages_at(key, at, units, PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr):
-    """The first and, with bigrams, the second tokens of a key's page."""
+    """Return the first tokens of the units of a key's page and, with bigrams, their second tokens."""
     first = page_at(key, at, units, PAGE, WIDTH)
     second = first
     if BIGRAM:
@@ -86,9 +92,10 @@ def pages_at(key, at, units, PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl
 
 @triton.jit
 def visit(s, w, row, old, clock, tick, TOUCH: tl.constexpr):
-    """Touch one row, scalar: its tick from before the call is kept, in case a query of the call turns out to be bad.
+    """Touch one row, scalar. Keep its tick from before the call, in case a query of the call is invalid.
 
-    `old` may have been read after others touched the row; whoever touched it first read the tick from before.
+    `old` may have been read after other programs touched the row; it is then later than `clock` and not kept. The
+    program that touched the row first has read the tick from before the call.
     """
     if TOUCH:
         tl.store(w.old_tick + row, old, mask=old <= clock)
@@ -97,7 +104,7 @@ def visit(s, w, row, old, clock, tick, TOUCH: tl.constexpr):
 
 @triton.jit
 def _child(s, tag, place, mask, TOUCH: tl.constexpr):
-    """The first row that the table has under a tag: (row, where its edge begins, its length, its parent, its tick)."""
+    """Return (row, start and length of its edge, parent, tick) of the first entry with a tag from `place` on."""
     row, edge, place = probe(s, tag, place, mask)
     row = row.to(tl.int32)
     position = edge.to(tl.int32)
@@ -115,12 +122,13 @@ def walk(
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr,
     TOUCH: tl.constexpr, LOCK: tl.constexpr,
 ):  # fmt: skip
-    """Follow `units` (whole pages) of `key` from (row, at), row 0 being the root of `code`; scalars, int32.
+    """Follow `units` units of `key`, which are whole pages, from (row, at); scalars, int32.
 
-    Returns (last row, units matched, units left on its edge, tokens newly protected, the row's tick). Visits, and with
-    LOCK locks, each row that is matched whole, but for the row that it starts on; a last one that is matched in part is
-    the caller's. All that it carries along is in 32 bits, and what is rarely wanted is looked up again: the registers
-    decide how many keys a multiprocessor walks at once.
+    Row 0 is the root of namespace `code`. Returns (last row, units matched, units left on its edge, newly protected
+    tokens, tick of the last row if units are left on its edge). Visits each row that matches to its end, and with LOCK
+    locks it, except the row on which the walk starts. The caller visits a last row that matches only in part. The
+    registers of a program decide how many keys a multiprocessor walks at once. So the loop keeps rows and positions in
+    32 bits, and loads again what is rarely needed.
     """
     j = tl.arange(0, BLOCK)
     mask = tl.load(s.numbers + numbers.TABLE_MASK)
@@ -151,8 +159,8 @@ def walk(
     page, second = pages_at(key, take, units, PAGE, WIDTH, BIGRAM)
     going = take > 0
     while going:
-        # Where the walk is after this block if all of it is equal, and the block after that, on its way: its key, then
-        # the child to compare with, whose page came with the block before, then that child's tokens.
+        # Find where the walk is after this block if all of it is equal, and load the next block: its part of the key,
+        # then the child to compare with, whose page was loaded with the block before, then that child's tokens.
         next_done = done + take
         next_left = left - take
         next_position = position + take
@@ -206,7 +214,7 @@ def walk(
             done = matched
             going = False
         else:
-            # Another child with the same tag: look further. Seen about once in 2**32 probes.
+            # Another child with the same tag: search further. This happens about once in 2**32 probes.
             tag = tl.load(s.tag + row).to(tl.int64) & 0xFFFFFFFF
             place = tl.load(w.entry + row).to(tl.int64)
             row, position, left, above, old = _child(s, tag, (place + 1) & mask, mask, TOUCH)
@@ -221,7 +229,7 @@ def walk(
 
 @triton.jit
 def visit_up(s, w, row, clock, tick, TOUCH: tl.constexpr, LOCK: tl.constexpr):
-    """Visit, and with LOCK lock, a row and all above it; scalar. Returns the tokens newly protected."""
+    """Visit a row and all rows above it, and with LOCK lock them; scalar. Return the newly protected tokens."""
     newly = tl.zeros([], tl.int64)
     while row > 0:
         if TOUCH:
@@ -235,7 +243,7 @@ def visit_up(s, w, row, clock, tick, TOUCH: tl.constexpr, LOCK: tl.constexpr):
 
 @triton.jit
 def first_outside(values, begin, count, limit, BLOCK: tl.constexpr):
-    """Where the first of `count` values from `begin` on lies that is not in [0, limit], or -1; scalar."""
+    """Return the position of the first of `count` values from `begin` on that is not in [0, limit], or -1; scalar."""
     bad = tl.zeros([], tl.int64) - 1
     at = tl.zeros([], tl.int64)
     while (at < count) & (bad < 0):
@@ -251,14 +259,14 @@ def first_outside(values, begin, count, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def whole_pages(count, PAGE: tl.constexpr, BIGRAM: tl.constexpr):
-    """Units, int32, in the whole pages of a key of so many tokens."""
+    """Return the units in the whole pages of a key of `count` tokens, int32."""
     units = tl.maximum(count - BIGRAM, 0).to(tl.int32)
     return units - units % PAGE
 
 
 @triton.jit
 def undo_touches(s, w, row, clock, active):
-    """Lanes of rows: give all on their paths the ticks from before the call; harmless where it is done twice."""
+    """Restore the ticks from before the call on the paths of the lanes' rows. Restoring a tick twice does no harm."""
     row = tl.where(active, row, 0)
     while tl.max(row) > 0:
         on = row > 0
@@ -269,6 +277,9 @@ def undo_touches(s, w, row, clock, active):
 
 @functools.cache
 def page_constants(page: int, bigram: bool, block: int) -> tuple[int, int, bool, int]:
-    """PAGE, WIDTH, BIGRAM, BLOCK: a block holds the first page, WIDTH, a power of two, what a page reads."""
+    """Return (PAGE, WIDTH, BIGRAM, BLOCK).
+
+    WIDTH: a power of two, at least the tokens of a page. BLOCK: `block`, or more if the first page needs it.
+    """
     width = 1 << (page + bigram - 1).bit_length()
     return page, width, bigram, max(block, width)

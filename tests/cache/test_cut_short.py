@@ -1,4 +1,4 @@
-"""Calls of a PrefixCache that are cut short: each slot is in one place, and nobody is served wrong KV."""
+"""Interrupted calls of a PrefixCache: each slot has exactly one owner, and no request gets wrong KV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARED = list(range(1, 11))
 
 
 class Scene:
-    """An engine whose slots are nearly all in use: some cached, some held by four requests."""
+    """An engine with nearly all slots in use: some are cached, some held by four requests."""
 
     def __init__(self, where: dict[str, str]) -> None:
         self.engine = this = engine(where, 48, max_requests=8)
@@ -60,10 +60,10 @@ ACTS: dict[str, Callable[[Scene], Any]] = {
 
 
 def judge(scene: Scene, random: Random) -> None:
-    """What an engine sees after a call was cut short, and that it can go on."""
+    """Check what an engine sees after an interrupted call, and that the engine can go on."""
     this, cache = scene.engine, scene.cache
     for _ in range(random.choice((0, 0, 1, 2))):
-        cut_at(random.randrange(2000), cache.counts)  # putting it in order may be cut short again
+        cut_at(random.randrange(2000), cache.counts)  # the recovery may be interrupted again
     cache.check()
     mine = [scene.one, scene.other, scene.same, scene.short]
     for request in mine:
@@ -71,7 +71,7 @@ def judge(scene: Scene, random: Random) -> None:
         if request.state == "running":
             this.compare(request)
             assert request.committed <= this.computed[request]
-    cache.abort(cache.running)  # those of a `begin` that never returned too
+    cache.abort(cache.running)  # includes the requests of a `begin` that never returned
     counts = cache.counts()
     assert (counts.running, counts.protected, counts.held) == (0, 0, 0)
     for node in nodes_of(cache.tree.content()):
@@ -83,11 +83,11 @@ def judge(scene: Scene, random: Random) -> None:
 def go_on(this: Engine, prompts: list[list[int]]) -> None:
     for prompt in prompts:
         this.run([*prompt, 99])
-    assert this.begin([list(range(200, 248))])[0].state == "running"  # all slots, none was lost
+    assert this.begin([list(range(200, 248))])[0].state == "running"  # takes all slots, so none was lost
     this.cache.abort(this.cache.running)
 
 
-# One act of each operation is cut at every bytecode of the cache's own, where that takes no minutes.
+# One act of each operation is interrupted at every bytecode of flatradix/cache. For all acts that takes minutes.
 EACH = ("begin", "extend", "commit of what is there", "finish", "abort", "counts", "reset")
 
 
@@ -103,7 +103,7 @@ def test_at_every_bytecode(name: str, where: dict[str, str]) -> None:
         for at in range(Random(name).randrange(step), total, step):
             scene = Scene(where)
             cut = cut_at(at, partial(ACTS[name], scene), room).where
-            assert cut or where["device"] == "cuda"  # which waits longer now and then
+            assert cut or where["device"] == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
             judge(scene, Random(at))
 
 

@@ -1,4 +1,4 @@
-"""Random programs for a PrefixCache: every slot holds the KV of its token's prefix, and none is lost."""
+"""Random programs for a PrefixCache: every slot holds the KV of its token's prefix, and no slot is lost."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def check(self) -> None:
-        """Not after each step: it waits for what an index on a GPU has not told yet."""
+        """Check the cache. Not an invariant after each step, because it waits for an index on a GPU."""
         self.cache.check()
 
     def teardown(self) -> None:

@@ -1,4 +1,4 @@
-"""PrefixCache: what requests get, and what becomes of their slots."""
+"""PrefixCache: what requests get, and who owns their slots later."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ def test_what_a_request_generated_can_be_told_when_it_ends(where: dict[str, str]
     assert this.cache.begin([list(range(1, 20))])[0].cached_length == 8
 
 
-# What the tree is told
+# Hits, reset and the table
 
 
 def test_each_request_counts_one_hit_on_what_it_found(where: dict[str, str]) -> None:
-    """Also one that adds no page of its own, in however many chunks it came."""
+    """Even if the request adds no page, and in however many chunks it comes."""
     this = engine(where, policy="lfu")
     prompt = list(range(9))
     for _ in range(4):
@@ -172,7 +172,7 @@ def test_torch_defaults_do_not_matter(where: dict[str, str]) -> None:
 
 
 def test_long_and_short_rows(where: dict[str, str]) -> None:
-    """Slots are written row by row where they are many, all at once where they are few."""
+    """Many slots are written row by row, few slots all at once."""
     this = engine(where, 2000, page_size=1, max_length=700)
     long = this.begin([list(range(600)), list(range(1000, 1500)), [5]])
     for request in long:
@@ -195,14 +195,14 @@ def test_check_finds_a_slot_in_two_places(where: dict[str, str]) -> None:
     this.cache.check()
 
 
-# Without waiting
+# Calls that do not wait
 
 
 @pytest.mark.parametrize("index", ["cpu", "cuda"])
 def test_decoding_does_not_synchronise(gpu: str, index: str) -> None:
     cache = PrefixCache(4096, 16, 8, 512, "cuda", index)
     requests = cache.begin([list(range(100)), list(range(50, 90))])
-    for quiet in (False, True):  # what is compiled and allocated once may wait
+    for quiet in (False, True):  # the first round compiles and allocates, and may wait
         torch.cuda.set_sync_debug_mode("error" if quiet else "default")
         try:
             for _ in range(20):

@@ -1,4 +1,4 @@
-"""PrefixCache where there is no room, and mistakes: nothing is held for what is refused, and nothing changes."""
+"""PrefixCache without free slots, and with bad arguments: a refused request holds nothing, an error changes nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_more_requests_than_may_run(where: dict[str, str]) -> None:
 
 
 def test_decoding_without_room(where: dict[str, str]) -> None:
-    """Those that do not fit are returned; when one of them goes, the others go on."""
+    """`extend` returns the requests that do not fit. When one of them ends, another one fits."""
     this = engine(where, 24, page_size=4)
     requests = this.begin([[1] * 8, [2] * 8, [3] * 4])
     short = this.cache.extend(requests)
@@ -83,14 +83,14 @@ def test_what_is_cached_goes_before_a_request_is_refused(where: dict[str, str]) 
         this.run(list(range(first, first + 9)))
     (request,) = this.begin([list(range(200, 220))])
     assert request.state == "running"
-    assert this.cache.counts().evicted_tokens == 16  # 12 are too few, and nodes of 8 go as a whole
+    assert this.cache.counts().evicted_tokens == 16  # 12 slots are missing, and nodes of 8 are freed whole
     assert this.cache.extend([request], 12) == []
     assert this.cache.counts().free == 0
     this.cache.check()
 
 
 def test_whoever_is_alone_and_fits_starts(where: dict[str, str]) -> None:
-    """What is cached for one prompt of a batch must not stand in the way of another."""
+    """The cached prefix of one prompt of a batch must not keep another prompt from starting."""
     this = engine(where, 16)
     for first in (0, 100):
         this.run(list(range(first, first + 8)))
@@ -121,7 +121,7 @@ def test_an_eviction_that_fails_leaves_nothing_behind(where: dict[str, str]) -> 
 def test_a_begin_that_fails_on_the_way_leaves_nothing_behind(
     where: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of three fits and starts, as not all of them fit; the caller never sees it."""
+    """Not all three prompts fit, so they start one by one. The first has started when the third gets no memory."""
     this = engine(where, 16)
     this.run(list(range(9)))
     take, taken = this.cache._take, []
@@ -141,7 +141,7 @@ def test_a_begin_that_fails_on_the_way_leaves_nothing_behind(
     this.cache.check()
 
 
-# Mistakes
+# Bad arguments
 
 
 def nothing_changed(this: Engine, call: Callable[[], Any], message: str) -> None:

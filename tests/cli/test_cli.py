@@ -18,7 +18,7 @@ from flatradix import cli
 from flatradix.replay import plot
 
 ROOT = Path(__file__).parents[2]
-# Older click mixes stderr into stdout unless it is told not to; newer click never does, and cannot be told.
+# Older click mixes stderr into stdout unless `mix_stderr` is False. Newer click never does, and lacks the option.
 SEPARATE: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
 RUNNER = CliRunner(**SEPARATE)
 LINES = [
@@ -41,7 +41,7 @@ def call(*arguments: str, device: bool = True) -> Any:
 
 
 def refused(*arguments: str, device: bool = True) -> str:
-    """The one line that a call which must fail prints."""
+    """Make a call that must fail; return the one line that it prints."""
     result = call(*arguments, device=device)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""

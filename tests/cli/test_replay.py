@@ -1,4 +1,4 @@
-"""The replay: hand-computed figures, a brute force, and SGLang's figures on a real trace."""
+"""The replay, compared with hand-computed figures, a brute-force model, and SGLang's figures for a real trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRACES = Path(__file__).parents[3] / "shared" / "traces"
 
 @pytest.fixture(autouse=True)
 def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is compiled it only costs seconds."""
+    """Skip the warm-up of interpreted kernels: nothing is compiled, and it costs seconds."""
     if interpreted():
         monkeypatch.setattr(replaying, "warm_up", lambda *arguments: None)
 
@@ -38,12 +38,12 @@ def arrays(*prompts: list[int]) -> list[np.ndarray]:
 
 def test_hand_made(device: str) -> None:
     prompts = arrays(
-        [1, 2, 3, 4, 5, 6, 7, 8],  # nothing is there; 8 tokens are cached
-        [1, 2, 3, 4, 9, 9, 9, 9, 5],  # hits 4, adds 4 (the 9th is no whole page): 12, full
-        [7, 7, 7, 7],  # evicts 5 6 7 8, the least recent leaf
-        [1, 2, 3, 4, 9, 9, 9, 9],  # all of it is there
-        list(range(100, 116)),  # 16 tokens never fit: all 12 are evicted, then it is rejected
-        [1, 2, 3],  # not one page
+        [1, 2, 3, 4, 5, 6, 7, 8],  # a miss; 8 tokens are cached
+        [1, 2, 3, 4, 9, 9, 9, 9, 5],  # hits 4, adds 4 (the 9th token fills no page): 12 tokens, full
+        [7, 7, 7, 7],  # evicts 5 6 7 8, the least recently used leaf
+        [1, 2, 3, 4, 9, 9, 9, 9],  # a full hit
+        list(range(100, 116)),  # 16 tokens never fit: all 12 are evicted, then the request is rejected
+        [1, 2, 3],  # less than a page
         [1, 2, 3, 4],
     )
     report = replay(prompts, page_size=4, capacity=12, hold=0, device=device)
@@ -78,7 +78,7 @@ def test_held_paths_are_not_evicted(device: str) -> None:
     prompts = arrays([1] * 4, [2] * 4, [3] * 4, [1] * 4)
     assert replay(prompts, 4, 8, hold=0, device=device).hits.tolist() == [0, 0, 0, 0]
     held = replay(prompts, 4, 8, hold=2, device=device)
-    assert held.rejected == 1  # the third finds both others held; the first is let go when the fourth comes
+    assert held.rejected == 1  # the third finds the first two held; the fourth releases the first
     assert held.hits.tolist() == [0, 0, 0, 4]
     assert held.locked.tolist() == [4, 8, 8, 8]
 
@@ -88,13 +88,13 @@ def test_a_batch_takes_each_step_together(device: str) -> None:
     report = replay(prompts, 4, 16, hold=0, device=device, batch=2)
     assert report.hits.tolist() == [0, 0, 4, 0, 4, 0, 8], "no hit on what the same batch brought"
     assert report.cached.tolist() == [4, 4, 12, 12, 16, 16, 16]
-    # What does not fit as a whole goes in one by one: the second of each batch finds no room beside the first.
+    # A batch that does not fit is inserted request by request: the second one does not fit beside the first.
     report = replay(arrays([1] * 8, [2] * 8, [3] * 8, [4] * 8), 4, 12, hold=0, device=device, batch=2)
     assert (report.rejected, report.final_tokens) == (2, 8)
 
 
 class Brute:
-    """The protocol over a list of all nodes: [path, where its edge begins, tick, locks]. LRU."""
+    """The replay with LRU, over a list of all nodes: [path, length at which its edge begins, tick, locks]."""
 
     def __init__(self, page: int, capacity: int, hold: int) -> None:
         self.page, self.capacity, self.hold = page, capacity, hold
@@ -113,7 +113,7 @@ class Brute:
         return equal // self.page * self.page
 
     def split(self, key: tuple, tick: int | None) -> None:
-        """Split the edge in which key ends or leaves; the lower part gets the tick, or keeps its own."""
+        """Split the edge in which `key` ends or branches off. The lower part gets the tick; None keeps its own."""
         for node in self.on_path(key):
             at = self.shared(node, key)
             if at < len(node[0]):
@@ -325,7 +325,7 @@ def test_draw_deep_path_and_bigrams() -> None:
 
 
 def rows() -> list[dict]:
-    """One row of each page size."""
+    """Return one reference row for each page size."""
     path = TRACES / "conversation_reference.json"
     found = json.loads(path.read_text()) if path.exists() else []
     return [
@@ -339,7 +339,7 @@ def rows() -> list[dict]:
 @pytest.mark.skipif(not TRACES.is_dir(), reason="the conversation trace is not at ../shared/traces")
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"page{row['page']}")
 def test_conversation_reference(row: dict, device: str) -> None:
-    """SGLang 0.5.23's own figures, to the last token."""
+    """The figures are exactly those of SGLang 0.5.23."""
     if interpreted(device):
         pytest.skip("12,031 requests with kernels in Python would take days")
     requests = traces.read_trace(TRACES / "conversation_trace.jsonl")

@@ -1,4 +1,4 @@
-"""Traces and the built-in workload: what they give, and what is said of a damaged trace."""
+"""Traces and the built-in workload: their requests, and the errors for a damaged trace."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_read(tmp_path: Path) -> None:
 
 def test_read_is_lenient_about_what_does_not_matter(tmp_path: Path) -> None:
     crlf = tmp_path / "crlf.jsonl"
-    crlf.write_bytes(b"\xef\xbb\xbf" + line() + b"\r\n" + line(timestamp=6.5))  # a mark, CRLF, no end of line
+    crlf.write_bytes(b"\xef\xbb\xbf" + line() + b"\r\n" + line(timestamp=6.5))  # byte order mark, no last newline
     assert [request.timestamp for request in traces.read_trace(crlf)] == [5, 6.5]
     packed = tmp_path / "packed"
     packed.write_bytes(gzip.compress(line() + b"\n" + line()))
@@ -51,7 +51,7 @@ def test_expand_is_what_the_protocol_says() -> None:
     assert tokens.dtype == np.int32
     assert tokens.tolist() == np.concatenate(blocks)[:700].tolist()
     assert traces.expand(traces.Request(0, 0, 1, ())).shape == (0,)
-    tokens[:] = 0  # the caller's own
+    tokens[:] = 0  # the caller may overwrite the array
     assert traces.expand(request).any()
 
 

@@ -1,4 +1,4 @@
-"""The example with a real model: logits with KV from the pool are those of a plain forward without any cache."""
+"""The example with a real model: logits with KV from the pool equal those of a forward pass without any cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def assert_plain(model: torch.nn.Module, jobs: list[Job]) -> None:
-    """Each token's logits are those of one forward over the whole sequence, and it is the likeliest."""
+    """Assert that logits equal those of one forward pass over the whole sequence, and each token is the likeliest."""
     for job in jobs:
         assert job.done
         device = next(model.parameters()).device
@@ -42,7 +42,7 @@ def assert_plain(model: torch.nn.Module, jobs: list[Job]) -> None:
 
 
 def idle(engine: Engine) -> None:
-    """Nothing is running, and no slot is lost."""
+    """Assert that nothing is running and no slot is lost."""
     engine.cache.check()
     counts = engine.cache.counts()
     assert (counts.running, counts.held, counts.protected) == (0, 0, 0)
@@ -55,7 +55,7 @@ def test_turns_of_a_conversation(model: torch.nn.Module, page_size: int, chunk: 
     shared = Engine(model, 1024, page_size, max_length=256, chunk=chunk)
     alone = Engine(model, 1024, page_size, max_length=256, chunk=chunk, reuse=False)
     talks = [system, system]
-    known = [0, len(system)]  # how much of each prompt has been computed before
+    known = [0, len(system)]  # tokens of each prompt that were computed before
     for turn in range(3):
         prompts = [talk + prompt(11, 10 * turn + at) for at, talk in enumerate(talks)]
         jobs, others = shared.generate(prompts, 6), alone.generate(prompts, 6)
@@ -65,13 +65,13 @@ def test_turns_of_a_conversation(model: torch.nn.Module, page_size: int, chunk: 
         assert [job.cached for job in jobs] == [length // page_size * page_size for length in known]
         assert [job.cached for job in others] == [0, 0]
         talks = [job.prompt + job.output for job in jobs]
-        known = [len(talk) - 1 for talk in talks]  # no KV of the last token
+        known = [len(talk) - 1 for talk in talks]  # the last token has no KV
     idle(shared)
     idle(alone)
 
 
 def test_a_wrong_slot_would_show(model: torch.nn.Module) -> None:
-    """Logits depend on each page of cached KV, by far more than the tolerance here."""
+    """Logits depend on each page of cached KV by far more than the tolerance of these tests."""
     engine = Engine(model, 256, max_length=128)
     text = prompt(65, 2)
     (right,) = engine.generate([text], 1)
@@ -113,7 +113,7 @@ def test_namespaces_share_nothing(model: torch.nn.Module) -> None:
 
 
 def test_decoding_past_the_ends_of_pages(model: torch.nn.Module) -> None:
-    """Prompts that end before, at and behind the end of a page, decoded as one batch over two more."""
+    """Prompts end before, at and after the end of a page; one batch decodes them over two more pages."""
     engine = Engine(model, 512, page_size=16, max_length=64)
     prompts = [prompt(length, length) for length in (1, 15, 16, 17, 31, 32)]
     jobs = engine.generate(prompts, 32)
@@ -124,7 +124,7 @@ def test_decoding_past_the_ends_of_pages(model: torch.nn.Module) -> None:
 def test_refused_requests_begin_later(model: torch.nn.Module) -> None:
     engine = Engine(model, 96, page_size=16, max_length=96)
     jobs = engine.generate([prompt(60, 4), prompt(50, 5), prompt(70, 6)], 4)
-    assert engine.cache.counts().refused == 2  # once each: it is asked again only when another has ended
+    assert engine.cache.counts().refused == 2  # once each: the engine retries only when another request has ended
     assert engine.preempted == 0
     assert_plain(model, jobs)
     idle(engine)
@@ -132,13 +132,13 @@ def test_refused_requests_begin_later(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_preempted_requests_go_on(model: torch.nn.Module, page_size: int) -> None:
-    """Three prompts fit, their outputs do not."""
+    """Three prompts fit, but not with their outputs."""
     engine = Engine(model, 160, page_size, max_length=96)
     jobs = engine.generate([prompt(48, seed) for seed in (7, 8, 9)], 40)
     assert engine.preempted > 0
     assert_plain(model, jobs)
     idle(engine)
-    # What the last one left is found under the right tokens.
+    # The KV that the last job left is found under the right tokens.
     text = jobs[-1].prompt + jobs[-1].output
     (again,) = engine.generate([text], 1)
     assert again.cached == (len(text) - 1) // page_size * page_size
@@ -166,7 +166,7 @@ def test_models_without_full_attention_are_refused() -> None:
 
 
 def test_index_on_a_gpu(cuda: str) -> None:
-    """The model is there too, or on the CPU where Triton's interpreter stands in for a GPU."""
+    """The model is on the GPU too, or on the CPU if Triton's interpreter replaces the GPU."""
     from flatradix.inputs.devices import interpreted
 
     model = random_model("tiny", 0, torch.float32, torch.device("cpu" if interpreted() else cuda))
@@ -181,7 +181,7 @@ def test_index_on_a_gpu(cuda: str) -> None:
 
 @pytest.mark.parametrize("num_slots", [64, 1024])
 def test_the_loop_of_the_docs(num_slots: int) -> None:
-    """With a model that leaves tokens as KV, and finds there what it should attend to."""
+    """The model stores tokens as KV, and computes the next token from the KV of all slots."""
     block = (ROOT / "docs/engine.md").read_text().split("```python\n")[1].split("```")[0]
     prompts = [prompt(20, 1), [*prompt(20, 1)[:18], 1, 2, 3], prompt(5, 2), prompt(70, 3)]
     kv = torch.zeros(num_slots, dtype=torch.int64)

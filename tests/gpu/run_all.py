@@ -1,12 +1,13 @@
-"""Everything that only a machine with a GPU can show, in one command from a checkout: python3 -m tests.gpu.run_all OUT
+"""Run all checks and benchmarks that need a GPU, from a checkout: python3 -m tests.gpu.run_all OUT
 
-Checks first, then times; each step has a log in the folder OUT. Installs nothing, and says what it could not do.
+Checks run first, then benchmarks. Each step writes a log to the folder OUT. The program installs nothing, and reports
+the steps that cannot run here.
 
-  soak        a process for each configuration, side by side, 100,000 operations if there is time for them (--seconds);
+  soak        one process for each configuration, in parallel; 100,000 operations in all, if --seconds allows;
               compiles all kernels on the way
-  pytest      python3 -m pytest -m gpu, side by side where pytest-xdist is there
+  pytest      python3 -m pytest -m gpu, in parallel if pytest-xdist is installed
   reference   all reference rows of a trace (--traces FOLDER)
-  memcheck, racecheck   compute-sanitizer over a short soak, where it is there
+  memcheck, racecheck   compute-sanitizer over a short soak, if it is installed
   bench       python3 -m bench.gpu, to OUT/bench.json, .log and .png
   index       python3 -m bench.index
 """
@@ -28,7 +29,7 @@ from tests.gpu.soak import CONFIGURATIONS
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("soak", "pytest", "reference", "memcheck", "racecheck", "bench", "index")
 OPERATIONS = 100_000
-Command = tuple[str, list[str]]  # the name of its log, and what to run
+Command = tuple[str, list[str]]  # the name of its log, and the command line
 
 
 def soaks(options: argparse.Namespace) -> Iterator[Command]:
@@ -51,7 +52,7 @@ def references(options: argparse.Namespace) -> Iterator[Command]:
 def sanitized(tool: str, options: argparse.Namespace) -> Iterator[Command]:
     if shutil.which("compute-sanitizer"):
         soak = ["-m", "tests.gpu.soak", "--seed", str(options.seed), "--round", "10", "--operations", "300"]
-        # A kernel's parameters are counted by asking the driver for one too many, an error of no interest here.
+        # flatradix counts a kernel's parameters by asking the driver for one too many. That error is expected.
         options_of = {"memcheck": ["--report-api-errors", "no"]}
         tool_options = ["--tool", tool, "--error-exitcode", "9", *options_of.get(tool, [])]
         yield tool, ["compute-sanitizer", *tool_options, sys.executable, *soak]
@@ -80,7 +81,7 @@ def last_lines(log: Path, count: int) -> str:
 
 
 def run(step: str, options: argparse.Namespace) -> str:
-    """Run what belongs to a step side by side; how it went."""
+    """Run the commands of a step in parallel; return "passed", "FAILED" or "not here"."""
     found = commands(step, options)
     if not found:
         return "not here"

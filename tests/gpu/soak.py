@@ -1,9 +1,9 @@
-"""A tree on the CPU and one on a GPU in step, for as long as you like: python3 -m tests.gpu.soak --seconds 600
+"""Compare a tree on the CPU with a tree on a GPU under random calls: python3 -m tests.gpu.soak --seconds 600
 
-Random batches of keys that share much, in rounds of one configuration each. Lengths, slots, victims, sizes and errors
-must be the same after every call (or after several, where the GPU is not waited for), digests every few calls. A query
-counts as an operation. Exits with 1 and says how to repeat the round where something differs. Without a GPU,
-TRITON_INTERPRET=1 runs small batches.
+The keys of a batch share long prefixes. A round uses one configuration. Lengths, slots, victims, sizes and errors must
+be equal after every call, or after several calls if the test does not wait for the GPU. Digests are compared every few
+calls. A query counts as one operation. At a difference, the program prints how to repeat the round, and exits with 1.
+Without a GPU, TRITON_INTERPRET=1 runs small batches.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Configuration(NamedTuple):
     bigram: bool
     policy: str
     slot_dtype: torch.dtype
-    pages: int  # that the tree holds
+    pages: int  # that the tree can hold
     words: int  # different tokens
-    longest: int  # pages that a key has at most beyond its stem
+    longest: int  # the most pages of a key after its stem
 
 
 def shallow(nodes: Any) -> torch.Tensor:
-    """A policy of one's own."""
+    """A user-defined policy: evicts the nodes near the root first."""
     return nodes.end
 
 
@@ -61,7 +61,7 @@ CONFIGURATIONS = (
 
 
 class Held(NamedTuple):
-    """The places of one result in both trees, and the key of each, cut down to its place."""
+    """The places of one result in both trees, and the key of each place, cut down to the place's length."""
 
     host: Any
     tree: Any
@@ -69,7 +69,7 @@ class Held(NamedTuple):
     names: list[Any]
 
     def take(self, which: Sequence[int]) -> Held:
-        """Some of them, in memory of their own."""
+        """Return a copy of the chosen places."""
         index = torch.tensor(which, dtype=torch.int64)
 
         def part(places: Any) -> Any:
@@ -81,7 +81,7 @@ class Held(NamedTuple):
 
 
 class Totals:
-    """What was done so far."""
+    """Counters over all rounds."""
 
     def __init__(self) -> None:
         self.operations = self.calls = self.refused = self.compactions = self.digests = self.evicted = 0
@@ -94,7 +94,7 @@ class Totals:
 
 
 class Round:
-    """One configuration, from an empty pair of trees on."""
+    """One configuration, and a pair of trees that are empty at first."""
 
     def __init__(self, random: Random, configuration: Configuration, device: str, totals: Totals) -> None:
         self.random = random
@@ -119,7 +119,7 @@ class Round:
     # Input
 
     def count(self) -> int:
-        """Queries of a batch, often few."""
+        """Draw the number of queries of a batch, often a small one."""
         most = 5 if self.small else 1024
         return max(1, int(most ** self.random.random())) if self.random.random() < 0.95 else most
 
@@ -132,7 +132,7 @@ class Round:
         return tokens + [7] * random.choice((0, 0, 0, random.randrange(c.page_size + 1)))
 
     def key(self) -> list[int]:
-        """A known key, whole or cut, and something behind it."""
+        """Draw a key: a known one, whole or cut, and a tail."""
         random = self.random
         stem = random.choice(self.stems)
         key = (stem if random.random() < 0.4 else stem[: random.randint(0, len(stem))]) + self.tail()
@@ -156,7 +156,7 @@ class Round:
         return slots
 
     def form(self, sequences: list[list[int]]) -> Any:
-        """For the GPU, in one of the forms that it takes; the CPU always gets lists."""
+        """Return sequences in a random form that the GPU tree takes. The CPU tree always gets lists."""
         kind = self.random.choice(("lists", "ragged", "there", "int32"))
         if kind == "lists":
             return sequences
@@ -174,7 +174,7 @@ class Round:
         return self.random.choices(NAMES, k=count)
 
     def starts(self, keys: list[list[int]]) -> Held | None:
-        """Places to continue from, now and then; with bigrams a key then begins with the last token of its start."""
+        """Draw places to continue from, or None. With bigrams, most keys then begin with their start's last token."""
         if not self.held or self.random.random() < 0.7:
             return None
         held = self.random.choice(self.held)
@@ -200,7 +200,7 @@ class Round:
         tree: Callable[[], Any],
         compare: Callable[[Any, Any], None] = lambda host, tree: None,
     ) -> tuple[Any, Any] | None:
-        """Run a call on both; None where the CPU refused. What the GPU made of it may be looked at later."""
+        """Run a call on both trees; return both results, or None if refused. The comparison may come calls later."""
         self.totals.operations += queries
         self.totals.calls += 1
         self.step += 1
@@ -213,7 +213,7 @@ class Round:
             self.totals.refused += 1
         try:
             found = tree()
-        except REFUSALS as told:  # what the host can see
+        except REFUSALS as told:  # an error that the host can see
             compare_errors([error] if error else [], told)
             return None
         self.waiting.append((error, (lambda: refused_is_empty(found)) if error else (lambda: compare(expected, found))))
@@ -222,7 +222,7 @@ class Round:
         return None if error else (expected, found)
 
     def settle(self) -> None:
-        """Wait for the GPU, and compare what was left over."""
+        """Wait for the GPU, and compare errors, results and sizes of the calls since the last time."""
         errors = [error for error, _ in self.waiting if error]
         told = None
         try:
@@ -248,7 +248,7 @@ class Round:
         self.totals.digests += 1
 
     def hold(self, results: tuple[Any, Any], keys: list[list[int]], names: list[Any], starts: Held | None) -> Held:
-        """Remember the places of a result. The lengths are the CPU's, so that nobody waits for the GPU."""
+        """Keep the places of a result for later calls. The lengths are the CPU tree's, to avoid a wait for the GPU."""
         whole = keys
         if starts is not None:
             joint = 1 if self.configuration.bigram else 0
@@ -285,13 +285,13 @@ class Round:
                 self.locks.append(held)
 
     def names_for(self, keys: list[list[int]], starts: Held | None) -> list[Any]:
-        """Those of the starts, mostly."""
+        """Draw namespaces, mostly those of the starts."""
         if starts is None or self.random.random() < 0.05:
             return self.names(len(keys))
         return [name if start else None for name, start in zip(starts.names, starts.keys, strict=True)]
 
     def single(self) -> None:
-        """The life of a request, with the very result objects."""
+        """Run a whole request, with the result objects themselves."""
         key, name = self.key(), self.random.choice(NAMES)
         queries: Any = key if key else [[]]
         results = self.call(
@@ -345,7 +345,7 @@ class Round:
     def insert_once(
         self, keys: Any, slots: Any, names: Any, priorities: Any, starts: Held | None, inserted: Any
     ) -> Any:
-        """Both results, or why it was refused."""
+        """Insert into both trees; return both results, or the error if refused."""
         why: list[Exception] = []
 
         def host() -> Any:
@@ -422,7 +422,7 @@ class Round:
         assert torch.equal(tables[1].cpu(), tables[0]), "write_slots"
 
     def move(self) -> None:
-        """The GPU's tree goes to the CPU and back, and its handles stay good."""
+        """Copy the GPU's tree to the CPU and back. Its handles stay valid."""
         self.settle()
         host = self.tree.to("cpu")
         assert host.digest() == self.host.digest(), "digest of the copy"
@@ -453,7 +453,7 @@ class Round:
         self.finish()
 
     def finish(self) -> None:
-        """All locks go, and then all nodes, in the same order."""
+        """Release all locks, then evict all nodes, in equal order on both trees."""
         for held in self.locks:
             self.unlock_these(held)
         self.compare_digests()
@@ -471,7 +471,7 @@ def refused_is_empty(result: Any) -> None:
 
 
 def compare_errors(errors: list[Exception], told: Exception | None) -> None:
-    """The GPU tells the first of several, and how many came after it."""
+    """Compare the CPU's errors with the GPU's: the GPU raises the first of several and counts the later ones."""
     if not errors:
         if told is not None:
             raise told
@@ -483,7 +483,7 @@ def compare_errors(errors: list[Exception], told: Exception | None) -> None:
         return
     more = f" ({len(errors) - 1} later calls were refused too)" if len(errors) > 1 else ""
     text = str(first)
-    if text.startswith("slots of query"):  # which slot it was the host does not know
+    if text.startswith("slots of query"):  # on a GPU the host does not know the slot
         text = re.match(r"slots of query \d+", text).group()  # type: ignore[union-attr]
         assert str(told).startswith(text), f"{told} instead of {first}"
         assert str(told).endswith(more), f"{told} instead of {first}"

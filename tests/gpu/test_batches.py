@@ -1,4 +1,4 @@
-"""Batches that are hard for kernels: keys that share much, cuts and evictions everywhere, chains, long keys."""
+"""Batches that are hard for kernels: long shared prefixes, cuts and evictions everywhere, chains, long keys."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_adversarial_batches(cuda: str, kind: str) -> None:
 
 
 def test_cuts_of_one_edge_everywhere(cuda: str) -> None:
-    """Locks, and inserts, that end at every place of one long edge at once."""
+    """One batch of locks, or of inserts, ends at every position of one long edge."""
     count = 12 if interpreted(cuda) else 300
     long = list(range(count))
     for cutting in ("lock", "insert"):
@@ -66,7 +66,7 @@ def test_cuts_of_one_edge_everywhere(cuda: str) -> None:
 
 
 def test_a_lock_names_what_it_locked(cuda: str) -> None:
-    """Also where another lock cut the edge before: what is below may be evicted, and the lock is still to be undone."""
+    """The handle names the locked part even if an earlier lock cut the edge: the rest can go before the unlock."""
     tree = RadixTree(64, device=cuda)
     tree.insert([1, 2, 3, 4], [1, 2, 3, 4])
     first, second, third = tree.match([[1, 2]]), tree.match([1, 2]), tree.match([[1, 2], [1, 2]])
@@ -80,7 +80,7 @@ def test_a_lock_names_what_it_locked(cuda: str) -> None:
 
 
 def test_a_climb_believes_no_wrong_hint(cuda: str) -> None:
-    """Locks climb by what was above a row some time ago; cuts, evictions and new rows make that wrong."""
+    """Locks climb by hints: the rows above a row when last seen. Cuts, evictions and new rows make hints wrong."""
     count = 14 if interpreted(cuda) else 70
     pair = Pair(cuda, 4 * count)
     key = list(range(count))
@@ -104,7 +104,7 @@ def test_a_climb_believes_no_wrong_hint(cuda: str) -> None:
 
 
 def test_many_keys_in_a_small_table(cuda: str) -> None:
-    """Thousands of one-page keys: entries of the child table collide, and tombs of evicted ones lie between."""
+    """Thousands of one-page keys: entries of the child table collide, with tombstones of evicted nodes between them."""
     size = 48 if interpreted(cuda) else 8192
     pair = Pair(cuda, size)
     rng = random.Random(3)
@@ -121,7 +121,7 @@ def test_many_keys_in_a_small_table(cuda: str) -> None:
 def test_groups_form_in_any_order(
     cuda: str, page: int, bigram: bool, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last key of a batch claims first, and with tags of one bit all look for their group among the others'."""
+    """The last key of a batch claims first. With tags of one bit, the claims of different groups collide."""
     if not interpreted():
         pytest.skip("a GPU takes its own order")
     from triton.runtime.interpreter import interpreter_builder
@@ -153,7 +153,7 @@ def test_groups_form_in_any_order(
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_evictions_of_all_sizes(cuda: str, policy: str) -> None:
-    """Out of more nodes than a bin, or a sample, holds."""
+    """The tree has more nodes than a bin, or a sample, of the selection holds."""
     count = 20 if interpreted(cuda) else 60_000
     pair = Pair(cuda, 2 * count, policy=policy)
     rng = random.Random(9)
@@ -171,7 +171,7 @@ def test_evictions_of_all_sizes(cuda: str, policy: str) -> None:
 
 
 def test_evictions_from_one_long_path(cuda: str) -> None:
-    """All nodes were used last at the same time, so that only their depth tells them apart."""
+    """All nodes have equal ticks, so only their depth decides the order."""
     count = 20 if interpreted(cuda) else 20_000
     pair = Pair(cuda, 2 * count)
     key = [token % 5 for token in range(count)]
@@ -221,7 +221,7 @@ def test_batches_that_outgrow_the_scratch(cuda: str, monkeypatch: pytest.MonkeyP
 
 
 def test_calls_in_a_row_without_waiting(cuda: str) -> None:
-    """Only evictions wait. Compactions happen as they must, and refused calls leave no trace, told or not."""
+    """Only evictions wait. Compactions happen when needed, and refused calls leave no trace, reported or not."""
     rounds, size = (6, 60) if interpreted(cuda) else (300, 600)
     pair = Pair(cuda, size, 2)
     host, tree = (drive(tree, random.Random(7), rounds) for tree in (pair.host, pair.tree))
@@ -230,7 +230,7 @@ def test_calls_in_a_row_without_waiting(cuda: str) -> None:
 
 
 def drive(tree: RadixTree, rng: random.Random, rounds: int) -> list[list[int]]:
-    """Insert, match, lock and unlock, and now and then evict; what all that returned, in the end."""
+    """Insert, match, lock and unlock, and sometimes evict; return the lengths or slots of all results."""
     results: list[Any] = []
     locked: list[Any] = []
     for turn in range(rounds):
@@ -253,7 +253,7 @@ def drive(tree: RadixTree, rng: random.Random, rounds: int) -> list[list[int]]:
 
 
 class Launches:
-    """The kernels that were launched, with the constants and widths for which each is compiled."""
+    """Records the launched kernels, with the constants and argument widths that each is compiled for."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         from flatradix.kernels.gpu.launch import Kernel
@@ -272,7 +272,7 @@ class Launches:
 
 
 def test_warm_up(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is left to compile for batches of up to 1023."""
+    """After a warm-up, batches of up to 1023 queries compile nothing."""
     flatradix.warm_up(cuda, page_size=2, bigram=True)
     launches = Launches(monkeypatch)
     flatradix.warm_up(cuda)
@@ -289,7 +289,7 @@ def test_warm_up(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_warm_up_is_enough_for_a_prefix_cache(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what a PrefixCache launches, nothing is left."""
+    """After a warm-up, a PrefixCache compiles nothing."""
     launches = Launches(monkeypatch)
     flatradix.warm_up(cuda, page_size=2)
     compiled = set(launches.seen)
@@ -301,7 +301,7 @@ def test_warm_up_is_enough_for_a_prefix_cache(cuda: str, monkeypatch: pytest.Mon
         for batch in (prompts[:1], prompts):
             requests = cache.begin(batch, names[: len(batch)] if names else None)
             assert all(request.state == "running" for request in requests)
-            cache.commit(requests[:1], 2)  # then some have gone further than others
+            cache.commit(requests[:1], 2)  # then the requests have committed different lengths
             cache.commit(requests)
             cache.extend(requests, 1)
             cache.finish(requests)

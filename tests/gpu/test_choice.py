@@ -1,4 +1,4 @@
-"""Which device a tree gets: who asks for what, and what happens where there is no GPU, or no room on it."""
+"""The device of a tree: by argument, by environment variable, without a GPU, and without memory on the GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_auto_takes_the_gpu_and_the_variable_speaks_for_it(cuda: str, monkeypatc
     from flatradix.device.index import DeviceIndex
     from flatradix.host.index import HostIndex
 
-    auto = HostIndex if interpreted() else DeviceIndex  # an interpreter is for those who ask for it
+    auto = HostIndex if interpreted() else DeviceIndex  # `auto` never takes the interpreter
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
     assert type(index_of(RadixTree(8))) is auto
     for name, kind in (("cpu", HostIndex), ("cuda", DeviceIndex), ("cuda:0", DeviceIndex), ("auto", auto)):
@@ -47,7 +47,7 @@ def test_a_tree_says_where_it_is(gpu: str) -> None:
 
 @pytest.fixture
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Whether CUDA can be used is looked at anew, here and afterwards."""
+    """Unset the environment variables, and disable the cache of `why_not_cuda`."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
     monkeypatch.setattr(devices, "why_not_cuda", devices.why_not_cuda.__wrapped__)

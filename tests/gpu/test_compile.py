@@ -1,6 +1,6 @@
-"""Every GPU kernel compiles for every kind of GPU, which takes no GPU, and leaves room for those beside it.
+"""Every GPU kernel compiles for every kind of GPU, without a GPU, and programs that must run at once fit together.
 
-A tree whose launches are only written down says which variants there are.
+Trees whose launches are recorded, but not run, give the variants to compile.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from tests.support.inside import arrays_of
 
 SM_80, SM_90, SM_100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)
-# Of one multiprocessor: registers, bytes of shared memory (sm_80 has the least of those above), warps.
+# Limits of one multiprocessor: registers, bytes of shared memory (of sm_80, the least of all above), warps.
 REGISTERS, SHARED, WARPS = 65536, 164 * 1024, 64
 
 
-# Said by Triton 3.9 of what our kernels have none of.
+# Triton 3.9 warns about a feature that the kernels do not use.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
 class Variant(NamedTuple):
-    """A kernel as a tree launches it. programs: on one multiprocessor, for a batch that is large enough."""
+    """A kernel as a tree launches it. programs: the most on one multiprocessor, reached by a large enough batch."""
 
     kernel: Kernel
     constants: tuple[int | bool, ...]
@@ -66,7 +66,7 @@ def types_of(state: tuple[torch.Tensor, ...]) -> Any:
 
 
 class Recorder:
-    """Trees that launch nothing: what they would have launched, in order and each once."""
+    """Makes trees that launch nothing, and records each variant that they would launch once, in order."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.variants: dict[Any, Variant] = {}
@@ -109,7 +109,7 @@ def batch(keys: int, tokens: int, dtype: torch.dtype = torch.int64) -> Ragged:
 
 
 def use_everything(tree: RadixTree, few: bool) -> None:
-    """All operations, in the forms that engines use most; `few`: not each combination."""
+    """Call all operations in the forms that engines use most. few: leave out most combinations."""
     many, wide = batch(2000, 20, torch.int32), batch(2000, 20)
     names = [None, "a"] * 1000
     numbers = torch.arange(2000)
@@ -153,7 +153,7 @@ def use_everything(tree: RadixTree, few: bool) -> None:
 
 
 def use_slots_apart(dtype: torch.dtype) -> None:
-    """Beside a tree on the CPU."""
+    """Launch the copy kernel of a separate slot pool, as a tree on the CPU does."""
     slots = SlotsApart(100, dtype, torch.device("cpu"), 0)
     ranges = Ranges(np.array([3, 50], np.int32), np.array([4, 5], np.int32), 9)
     slots.gather(ranges)
@@ -188,7 +188,7 @@ def compile_variant(recorder: Recorder, variant: Variant, target: GPUTarget) -> 
 
 
 def registers_of(compiled: Any, folder: Path) -> int | None:
-    """Registers a thread, None where Triton brings no tool that knows."""
+    """Return the registers of a thread, or None if this Triton has no cuobjdump."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.is_file():
         return None
@@ -199,7 +199,7 @@ def registers_of(compiled: Any, folder: Path) -> int | None:
 
 
 def assert_they_fit(variant: Variant, compiled: Any, folder: Path) -> None:
-    """Programs that wait for one another must all run at once: as many a multiprocessor as the launch asks for."""
+    """Assert that a multiprocessor can run all programs of a launch on it at once: they wait for one another."""
     programs, shared = variant.programs, compiled.metadata.shared + 1024
     assert programs * variant.warps <= WARPS, f"{variant.name}: {programs} programs of {variant.warps} warps"
     assert programs * shared <= SHARED, f"{variant.name}: {programs} programs with {shared} bytes of shared memory"
@@ -210,7 +210,7 @@ def assert_they_fit(variant: Variant, compiled: Any, folder: Path) -> None:
 
 
 def assert_it_acquires(variant: Variant, compiled: Any) -> None:
-    """Whoever waits for others must then look past the L1 cache: Triton 3.6 leaves out what it takes for idle."""
+    """Assert that each wait bypasses the L1 cache by an acquire: Triton 3.6 drops an acquire whose result is unused."""
     released, acquired = (len(re.findall(rf"\.{word}\.", compiled.asm["ptx"])) for word in ("release", "acquire"))
     assert acquired >= released, f"{variant.name}: {released} releases, {acquired} acquires"
 
@@ -230,7 +230,7 @@ def test_every_variant(recorder: Recorder, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", [SM_80, SM_100, GFX942], ids=lambda target: f"{target.backend}-{target.arch}")
 def test_every_kernel(recorder: Recorder, target: GPUTarget, tmp_path: Path) -> None:
-    """The first variant of each, which has the most parts."""
+    """Compile the first variant of each kernel, which has the most parts."""
     done: set[Kernel] = set()
     for variant in recorder.variants.values():
         if variant.kernel not in done:

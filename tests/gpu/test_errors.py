@@ -1,6 +1,6 @@
-"""What a tree on a GPU cannot refuse at once is told later, and input that only the device knows.
+"""Errors that a tree on a GPU can only raise later, and input that only the device knows.
 
-Where there is no GPU, Triton's interpreter stands in for it under TRITON_INTERPRET=1, with fewer and smaller batches.
+Without a GPU, Triton's interpreter replaces it under TRITON_INTERPRET=1, with fewer and smaller batches.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_a_refused_call_returns_places_that_are_none(cuda: str) -> None:
 
 
 def refused_again(tree: RadixTree, call: Callable[[], Any]) -> None:
-    """What takes a place of a refused call is refused too."""
+    """Assert that a call with a place of a refused call is refused too."""
     with pytest.raises(StaleHandleError):
         settled(tree, call)
 
@@ -158,7 +158,7 @@ def test_numbers_of_calls_begin_anew(cuda: str) -> None:
 
 
 def test_what_only_the_device_can_know(cuda: str) -> None:
-    """Bad batches in device memory are refused by the kernels, with the query that is bad, and change nothing."""
+    """Kernels refuse a bad batch in device memory and name its bad query. Nothing changes."""
     tree = RadixTree(64, page_size=2, device=cuda)
     tree.insert([[1, 2, 3, 4]], [[1, 2, 3, 4]])
     before = tree.digest()
@@ -178,7 +178,7 @@ def test_what_only_the_device_can_know(cuda: str) -> None:
     ):
         q = Ragged.trusted(values, torch.tensor(offsets, device=tree.device))
         if tree.device.type == "cpu":
-            continue  # then the host sees it, as it does with all batches in its memory
+            continue  # the host checks the offsets of batches in its own memory
         refused(lambda q=q: tree.match(q), f"match: query {query}: its offsets fall")
         refused(lambda q=q: tree.insert(q, q), f"insert: query {query}: its offsets fall")
     good, short = ragged([[5, 6], [7, 8, 9]], tree), ragged([[1, 2], [3, 4]], tree)
@@ -212,7 +212,7 @@ def test_namespaces_of_refused_inserts_are_forgotten(cuda: str) -> None:
 
 
 def test_namespaces_of_empty_keys_are_forgotten(cuda: str) -> None:
-    """The host does not see how long a key in device memory is."""
+    """The host does not know the length of a key in device memory."""
     tree = RadixTree(8, page_size=2, device=cuda)
     keys = ragged([[], [1, 2], [3]], tree)
     tree.insert(keys, keys, namespace=["a", "b", "c"])
@@ -250,7 +250,7 @@ def test_a_surplus_of_unlocks_names_the_query(cuda: str) -> None:
 
 
 def test_a_surplus_far_back_in_a_batch(cuda: str) -> None:
-    """More lanes than one program has, and more than the counting of the surplus looks at once."""
+    """The batch has more queries than one program has lanes, and than the count of the surplus reads at once."""
     count = 34 if interpreted(cuda) else 700
     pair = Pair(cuda, 64)
     pair.insert([[1], [2], [3]], [[1], [2], [3]])
@@ -299,7 +299,7 @@ def test_everything_may_come_from_the_device(cuda: str) -> None:
 
 
 def test_places_in_other_forms(cuda: str) -> None:
-    """Handles that lie apart are renewed where they lie, and lengths of 64 bits are taken."""
+    """Strided handles are renewed in place, and lengths of 64 bits are accepted."""
     tree = RadixTree(64, device=cuda)
     tree.insert([[1, 2, 3, 4]], [[1, 2, 3, 4]])
     m = tree.match([[1], [1, 2], [1, 2, 3]])
@@ -316,7 +316,7 @@ def test_places_in_other_forms(cuda: str) -> None:
 
 
 def test_values_of_another_device(gpu: str) -> None:
-    """Tensors in host memory are brought over, those of places are refused."""
+    """Tokens and slots in host memory are copied to the device; places and tables of another device are refused."""
     tree = RadixTree(64, device=gpu)
     tree.insert(torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3]).cuda())
     assert tree.match([torch.tensor([1, 2]).cuda(), torch.tensor([1, 3]), [1, 2, 3]]).lengths.tolist() == [2, 1, 3]

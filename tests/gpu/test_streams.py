@@ -1,4 +1,4 @@
-"""Calls that wait for nothing, streams, graphs, and the ways to launch a kernel."""
+"""Calls that do not wait, streams, CUDA graphs, and the ways to launch a kernel."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.devices import settled
 from tests.support.inside import index_of, names_of
 from tests.support.pairs import Pair, numbered, ragged, shared_prefixes, use
 
-# Without waiting
+# Calls that do not wait
 
 
 Calls = list[Callable[[], Any]]
 
 
 def calls_that_do_not_wait(tree: RadixTree) -> Calls:
-    """Each operation that only enqueues, on input that is on the device, and short single keys."""
+    """Return each operation that only enqueues, on input on the device or on short single keys."""
     keys = [[1, 2, 3, 4], [1, 2, 5], [6, 7, 8]]
     q, slots = ragged(keys, tree), ragged(numbered(keys), tree)
     table = torch.zeros((4, 8), dtype=torch.int32, device=tree.device)
@@ -54,7 +54,7 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
 
 
 def calls_with_host_input(tree: RadixTree) -> Calls:
-    """Batches in host memory go through pinned memory."""
+    """Return calls on batches in host memory, which go through pinned memory."""
     keys = [[1, 2, 3, 4], [1, 2, 5], [6, 7, 8]]
     long = list(range(40_000))
     table = torch.zeros((4, 8), dtype=torch.int32, device=tree.device)
@@ -70,7 +70,7 @@ def calls_with_host_input(tree: RadixTree) -> Calls:
 
 
 def quiet(call: Callable[[], Any]) -> None:
-    """Run a call in which torch raises an error for whatever waits for the device."""
+    """Run a call; torch raises an error if the call waits for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -81,7 +81,7 @@ def quiet(call: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("make", [calls_that_do_not_wait, calls_with_host_input])
 def test_no_call_synchronises(gpu: str, make: Callable[[RadixTree], Calls]) -> None:
     tree = RadixTree(100_000, device=gpu)
-    for call in make(tree):  # compiles, and fills the caches of memory
+    for call in make(tree):  # compiles kernels, and fills the caches of the allocators
         call()
     tree.raise_pending()
     for call in make(tree):
@@ -90,7 +90,7 @@ def test_no_call_synchronises(gpu: str, make: Callable[[RadixTree], Calls]) -> N
 
 
 def test_no_call_waits_for_the_device(gpu: str) -> None:
-    """Also not for its own mail, which torch knows nothing of: the device is kept busy meanwhile."""
+    """The device is kept busy meanwhile. This also shows waits for the mailbox, which torch does not see."""
     tree = RadixTree(1000, device=gpu)
     for _ in range(2):
         for call in calls_that_do_not_wait(tree):
@@ -108,7 +108,7 @@ def test_no_call_waits_for_the_device(gpu: str) -> None:
 
 
 def test_a_tree_may_go_while_its_calls_are_under_way(gpu: str) -> None:
-    """What its kernels still write to does not belong to anybody else by then."""
+    """Pinned memory that its kernels still write to is not reused before they finish."""
     tree = RadixTree(64, device=gpu)
     for _ in range(3):
         tree.insert([[1, 2]], [[1, 2]])
@@ -169,7 +169,7 @@ def test_two_streams(gpu: str) -> None:
 
 
 def fixed_shape(seed: int, count: int) -> list[list[int]]:
-    """Keys of 6 tokens."""
+    """Return random keys of 6 tokens."""
     rng = random.Random(seed)
     return [[rng.randrange(3) for _ in range(6)] for _ in range(count)]
 
@@ -184,7 +184,7 @@ def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 @pytest.mark.parametrize("count", [4, 40])  # locks of more than 8 places take two launches, one of them cooperative
 @pytest.mark.parametrize("at_once", [False, True])
 def test_graphs(gpu: str, at_once: bool, count: int) -> None:
-    """Match, lock and unlock are captured once and replayed on other contents of the same tensors."""
+    """Match, lock and unlock are captured once, and replayed after the tensors got new contents."""
     pair = Pair(gpu, 1000)
     for seed in range(5):
         pair.insert(fixed_shape(seed, count), numbered(fixed_shape(seed, count)))
@@ -280,7 +280,7 @@ def test_what_a_graph_cannot_hold(gpu: str) -> None:
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_an_interrupted_insert_leaves_nothing_behind(cuda: str, done: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever of its launches is the one that does not come about."""
+    """Each of its launches in turn is the interrupted one."""
     from flatradix.kernels.gpu.launch import Kernel
 
     launch, launches = Kernel.__call__, []
@@ -306,7 +306,7 @@ def test_an_interrupted_insert_leaves_nothing_behind(cuda: str, done: int, monke
 
 
 def test_a_launch_that_never_was(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for its numbers is told, and does not wait for ever."""
+    """A caller that waits for its numbers gets an error instead of waiting forever."""
     from flatradix.kernels.gpu.launch import Kernel
 
     tree = RadixTree(64, device=cuda)

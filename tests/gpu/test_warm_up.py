@@ -1,4 +1,4 @@
-"""Everything is compiled once, for one set of types, whatever form the arguments have."""
+"""Each CPU kernel is compiled once, for one set of types, in whatever form the arguments come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatradix import RadixTree
 
 
 def signatures() -> dict[str, int]:
-    """How many versions of each CPU kernel this process has compiled or loaded."""
+    """Return how many versions of each CPU kernel this process has compiled or loaded."""
     cpu = pytest.importorskip("flatradix.kernels.cpu")
     kernels = {name: getattr(cpu, name) for name in cpu.__all__}
     return {name: len(kernel.signatures) for name, kernel in kernels.items() if hasattr(kernel, "signatures")}

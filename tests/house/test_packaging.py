@@ -1,4 +1,4 @@
-"""What `import flatradix` costs, and what a wheel of it holds."""
+"""The modules that `import flatradix` loads, and the contents of the wheel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, *path: Path, **environment: str) -> str:
-    """Run Python code in a process of its own, with these folders alone before the installed packages."""
+    """Run Python code in a new process, with only these folders before the installed packages; return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment},
@@ -60,7 +60,7 @@ def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _copy_sources(target: Path) -> None:
-    """What git would give, so that the build leaves nothing in the checkout."""
+    """Copy the sources without build products, so that the build leaves nothing in the checkout."""
     import shutil
 
     ignored = shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc")

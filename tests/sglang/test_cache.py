@@ -1,4 +1,4 @@
-"""What SGLang's scheduler may rely on in FlatRadixCache, call by call."""
+"""The behaviour of FlatRadixCache that SGLang's scheduler relies on, call by call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.sglang_engine import Plan, load_or_skip
 from tests.support.sglang_home import Home
 
 SGLANG = load_or_skip()
-SGLANG_IMAGE = 916876685625995598  # a number of 62 bits, as SGLang makes them of an image's hash
+SGLANG_IMAGE = 916876685625995598  # a number of 62 bits, as SGLang makes it from an image's hash
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def home() -> Home:
 
 @pytest.fixture
 def home_of_each(device: str) -> Home:
-    """With the index on each device."""
+    """A home with the index on each device in turn."""
     return Home(Plan(), device)
 
 
@@ -48,7 +48,7 @@ def test_a_limit_cuts_the_key_without_a_copy(home: Home) -> None:
     tokens = array("q", range(10))
     key = SGLANG.radix.RadixKey(tokens, limit=7)
     assert home.cache.match_prefix(SGLANG.base.MatchPrefixParams(key=key)).device_prefix_len == 7
-    tokens.append(1)  # nobody holds its memory any more
+    tokens.append(1)  # raises if the cache still holds a view of its memory
     assert home.match(range(10), limit=0).device_prefix_len == 0
     assert home.match(range(10), limit=50).device_prefix_len == 10
 
@@ -96,7 +96,7 @@ def test_locks_tell_how_much_they_protect(home_of_each: Home) -> None:
 
 
 def test_one_match_may_be_locked_by_two(home: Home) -> None:
-    """The adder locks for a moment, reads the sizes, and locks again for good."""
+    """SGLang's prefill adder locks briefly, reads the sizes, and locks again for the whole request."""
     home.store(range(10))
     node = home.match(range(4)).last_device_node
     first = home.cache.lock(node)
@@ -121,7 +121,7 @@ def test_eviction_frees_before_it_returns(home_of_each: Home) -> None:
 
 
 def test_a_checkpoint_goes_on_from_the_lock(home_of_each: Home) -> None:
-    """What it gives the tree is the new tokens alone; the row and the lock are the tree's then."""
+    """A checkpoint inserts only the new tokens. Then the row has the tree's slots, and the lock ends at its end."""
     home = home_of_each
     req = home.request(range(60), range(100, 110))
     home.cache.checkpoint(req, up_to=20)
@@ -133,7 +133,7 @@ def test_a_checkpoint_goes_on_from_the_lock(home_of_each: Home) -> None:
     home.cache.checkpoint(req, up_to=50)
     home.cache.checkpoint(req, up_to=60)
     home.cache.checkpoint(req, up_to=70)
-    assert given == [30, 10, 10, 0]  # the last one: the split at the end of the prompt
+    assert given == [30, 10, 10, 0]  # the 0 is the split at the end of the prompt
     assert (req.kv.cache_protected_len, req.kv.cache_inserted_len) == (70, 70)
     assert req.last_node is req.lock.node
     assert home.sizes() == (0, 70)
@@ -141,7 +141,7 @@ def test_a_checkpoint_goes_on_from_the_lock(home_of_each: Home) -> None:
     assert home.sizes() == (70, 0)
     assert home.match([*range(60), *range(100, 110)]).device_prefix_len == 70
     home.cache.evict(SGLANG.base.EvictParams(num_tokens=1))
-    assert home.cache.total_size() == 60  # the output went, and the prompt stayed
+    assert home.cache.total_size() == 60  # the output was evicted, the prompt was not
 
 
 def test_a_checkpoint_takes_over_what_was_cached_meanwhile(home_of_each: Home) -> None:
@@ -169,20 +169,20 @@ def test_a_checkpoint_without_a_lock_starts_at_the_root(home: Home) -> None:
 
 @pytest.mark.parametrize("is_eagle", [False, True])
 def test_a_checkpoint_of_less_than_is_locked(is_eagle: bool, device: str) -> None:
-    """As when an output was thrown away: the lock moves up, and what is below may go."""
+    """As after an output was discarded: the lock moves up, and the nodes below become evictable."""
     home = Home(Plan(is_eagle=is_eagle), device)
     req = home.request(range(60))
     home.cache.checkpoint(req, up_to=50)
     home.cache.checkpoint(req, up_to=25)
     assert home.sizes() == (25, 25 - is_eagle)
     assert req.kv.cache_protected_len == 25 - is_eagle
-    home.cache.checkpoint(req, up_to=25)  # just as much as is locked, which for bigrams is a token less
+    home.cache.checkpoint(req, up_to=25)  # exactly what is locked, which is one unit less with bigrams
     assert home.sizes() == (25, 25 - is_eagle)
     home.cache.tree.check()
 
 
 def test_what_stands_for_an_image_is_not_cached(home_of_each: Home) -> None:
-    """Nor what follows; the request keeps its slots for it, whatever its chunks."""
+    """The tokens after an image are not cached either. The request keeps their slots, whatever its chunks."""
     home = home_of_each
     image = SGLANG_IMAGE
     prompt = [*range(10), image, image, *range(20, 30)]
@@ -200,7 +200,7 @@ def test_what_stands_for_an_image_is_not_cached(home_of_each: Home) -> None:
 
 
 def test_the_greatest_priority(home: Home) -> None:
-    """That of the prompt is one more, as far as 64 bits go."""
+    """The priority of the prompt is one higher, up to the largest int64."""
     req = home.request(range(20), range(50, 60), priority=2**63 - 1)
     home.cache.checkpoint(req, up_to=30)
     assert home.sizes() == (0, 30)

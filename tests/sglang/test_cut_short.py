@@ -1,4 +1,4 @@
-"""Calls of the SGLang backend that are cut short: no slot is lost or free twice, and each lock has a holder."""
+"""Interrupted calls of the SGLang backend: no slot is lost or freed twice, and each lock has a holder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOM = "integrations/sglang"
 
 
 class Scene:
-    """Two requests with the same prompt, of which one has cached it, and tokens that nobody holds."""
+    """Two requests with equal prompts, one of them cached, and further cached tokens that no request holds."""
 
     def __init__(self, device: str) -> None:
         self.home = home = Home(PLAN, device)
@@ -53,14 +53,14 @@ ACTS: dict[str, Callable[[Scene], Any]] = {
     "evict": lambda s: s.cache.evict(SGLANG.base.EvictParams(num_tokens=6)),
     "indices": lambda s: s.cache.path_device_indices(s.node),
 }
-LOCKS = {"lock": 1, "inc_lock_ref": 1, "unlock": -1, "dec_lock_ref": -1}  # of the caller, once it has returned
+LOCKS = {"lock": 1, "inc_lock_ref": 1, "unlock": -1, "dec_lock_ref": -1}  # locks that the caller has gained
 
 
 def judge(scene: Scene, locks: int) -> None:
-    """Each slot is in the tree, free, or a request's own; of locks there are those of the requests and the caller's."""
+    """Check that each slot is cached, free or a request's own, and each lock belongs to a request or the caller."""
     home, tree = scene.home, scene.cache.tree
     tree.check()
-    home.allocator.free(tree.evict(0).slots)  # as the next eviction would
+    home.allocator.free(tree.evict(0).slots)  # as the next eviction does
     nodes = nodes_of(tree.content())
     free = [first * PAGE + at for first in home.allocator.get_all_free_pages().tolist() for at in range(PAGE)]
     own = [
@@ -77,21 +77,21 @@ def judge(scene: Scene, locks: int) -> None:
         cached = scene.cache.path_device_indices(req.lock.node).tolist()
         assert scene.row(req)[: len(cached)].tolist() == cached
         assert len(cached) == req.kv.cache_protected_len
-        scene.cache.checkpoint(req, up_to=32)  # it goes on
+        scene.cache.checkpoint(req, up_to=32)  # the request can go on
         scene.cache.unlock(req.lock)
     tree.check()
 
 
 @pytest.mark.parametrize("name", ACTS)
 def test_at_every_bytecode(name: str, device: str) -> None:
-    """Of the backend's own, but for those at which it returns; at some of the tree's."""
+    """All bytecodes of the backend, except the last three, at which the call returns; some bytecodes of the tree."""
     for room, step in ((ROOM, 1), ("", 17))[: 1 if interpreted(device) else 2]:
         total = bytecodes(partial(ACTS[name], Scene(device)), room) - 3
         step = max(step, step_for(device, total))
         for at in range(Random(name).randrange(step), total, step):
             scene = Scene(device)
             cut = cut_at(at, partial(ACTS[name], scene), room).where
-            assert cut or device == "cuda"  # which waits longer now and then
+            assert cut or device == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
             judge(scene, 0)
 
 

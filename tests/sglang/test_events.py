@@ -1,4 +1,4 @@
-"""KV events: those of SGLang's caches, block for block, and what a router makes of them."""
+"""KV events: equal to those of SGLang's caches, block by block, and consistent for a router."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _clock() -> Iterator[None]:
 
 
 class Router:
-    """An index of blocks by their hashes, as routers keep it, and how often each is there.
+    """A router's index: the hash of each block, and how often the block is cached.
 
-    Outside Dynamo's format SGLang leaves the extra key out of the hashes: two of them share the hashes of a prompt.
+    Outside Dynamo's format SGLang does not hash the extra key: a prompt has equal hashes under different extra keys.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Router:
 
 
 def blocks(events: list[Any]) -> list[Any]:
-    """Events without the way in which neighbours were put together, which differs between SGLang's own trees."""
+    """Return the events block by block: SGLang's own trees differ in how they group neighbouring blocks."""
     found: list[Any] = []
     for event in events:
         kind = type(event).__name__
@@ -66,7 +66,7 @@ def blocks(events: list[Any]) -> list[Any]:
 
 
 class Followers:
-    """A router behind each side; after every step both were told the same."""
+    """A router behind each engine. After every step both routers must have equal events."""
 
     def __init__(self, exact: bool) -> None:
         self.ours, self.theirs = Router(), Router()
@@ -125,7 +125,7 @@ def test_adapters_have_their_names(dynamo: bool) -> None:
 
 
 def test_events_wait_for_their_slots() -> None:
-    """Slots of a GPU come to the host later: what was told stays in order, and nothing waits."""
+    """Slots on a GPU reach the host later: the events stay in order, and no call waits."""
     from flatradix.integrations.sglang.events import KvEvents
 
     allocator = SimpleNamespace(size=64, device="cpu")

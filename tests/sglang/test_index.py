@@ -1,4 +1,4 @@
-"""The index under the SGLang backend, which needs no SGLang: what it splits, and that it waits for no forward pass."""
+"""The index under the SGLang backend, without SGLang: where it splits, and that it never waits for a forward pass."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_places_above(device: str) -> None:
 
 @contextmanager
 def _busy() -> Iterator[torch.cuda.Event]:
-    """A current stream that is at work for a second or so; the event tells when it is done."""
+    """Keep the current stream busy for about a second; the event completes when that work is done."""
     torch.cuda._sleep(2_000_000_000)
     done = torch.cuda.Event()
     done.record()
@@ -91,7 +91,7 @@ def _busy() -> Iterator[torch.cuda.Event]:
 
 
 def _use(index: SchedulerTree, row: torch.Tensor) -> list[torch.Tensor]:
-    """The calls of a request: two checkpoints, the second with what is there, look-ups, an eviction."""
+    """Make the calls of a request: two checkpoints, a split at the end of the prompt, a match, an eviction."""
     tokens = array("q", range(100))
     place = index.insert(tokens[:60], row[:60])
     index.lock(place)
@@ -114,7 +114,7 @@ def _check(slots: list[torch.Tensor]) -> None:
 
 def test_an_index_on_the_cpu_never_waits_for_the_gpu(gpu: str) -> None:
     row = torch.arange(500, 700, dtype=torch.int32, device=gpu)
-    _use(index_for("cpu", gpu), row)  # warm
+    _use(index_for("cpu", gpu), row)  # compiles and allocates
     index = index_for("cpu", gpu)
     with _busy() as done:
         torch.cuda.set_sync_debug_mode("error")

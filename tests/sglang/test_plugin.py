@@ -1,4 +1,4 @@
-"""How SGLang finds the backend, and what it refuses at the start."""
+"""How SGLang finds the backend, and which options the backend refuses at the start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAN = Plan()
 
 @pytest.fixture
 def plugin() -> Iterator[Any]:
-    """The plug-in's module, registered, in a registry that is put back afterwards."""
+    """The plug-in's module, registered in an empty registry. The old registry is restored afterwards."""
     from flatradix.integrations.sglang import plugin as loaded
 
     with pytest.MonkeyPatch.context() as patch:
@@ -31,7 +31,7 @@ def plugin() -> Iterator[Any]:
 
 
 def context_for(plan: Plan = PLAN, params: dict[str, Any] | None = None, **others: Any) -> Any:
-    """What the scheduler hands to `create_tree_cache`."""
+    """Return the context that the scheduler passes to `create_tree_cache`."""
     pool = SGLANG.pools.ReqToTokenPool(size=4, max_context_len=100, device="cpu", enable_memory_saver=False)
     made = make_params(SGLANG, plan, pool, make_allocator(SGLANG, plan), **(params or {}))
     fields = {
@@ -134,7 +134,7 @@ def test_refuses_other_pools(plugin: Any) -> None:
 
 @pytest.mark.parametrize("threshold", [1, 2, 4])
 def test_slru_takes_its_threshold(plugin: Any, threshold: int) -> None:
-    """A node stays as soon as it was inserted so many times."""
+    """A node inserted `threshold` times outlives a more recently used node with fewer inserts."""
     context = context_for(Plan(eviction="slru"), params={"eviction_policy_config": {"protected_threshold": threshold}})
     tree = create(context).tree
     for _ in range(threshold):

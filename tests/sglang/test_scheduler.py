@@ -1,7 +1,7 @@
-"""FlatRadixCache under SGLang's own scheduler parts, in step with its caches: the same hits, sizes, slots and victims.
+"""FlatRadixCache under SGLang's own scheduler code, compared with its caches: equal hits, sizes, slots and victims.
 
-Requests are chunked, finish, are retracted, aborted and evicted, in a pool that is too small. After every step both
-sides have the same sizes, the same free slots and the same rows, and available + evictable + protected + held = total.
+In a pool that is too small, requests are chunked, finished, retracted and aborted, and nodes are evicted. After every
+step both sides have equal sizes, free slots and rows, and available + evictable + protected + held = total.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_in_step_with_the_python_tree(eviction: str, page_size: int) -> None:
     is_drained(SGLANG, pair.ours)
 
 
-# In fifo and filo SGLang's two trees differ where an edge is split: tests/test_sglang.py.
+# In fifo and filo SGLang's two trees differ where an edge is split: tests/sglang/test_trees.py.
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "slru", "mru", "priority"])
 def test_in_step_with_the_default_tree(eviction: str) -> None:
     pair = Pair(SGLANG, Plan(page_size=4, eviction=eviction, seed=3), default_cache).run()
@@ -53,7 +53,7 @@ def test_in_step_with_other_schedules(schedule: str) -> None:
 
 
 def test_in_step_where_freed_pages_are_taken_first() -> None:
-    """Without sorting SGLang's paged allocator gives out the page that came back last: other slots, equal sizes."""
+    """Without sorting, SGLang's paged allocator reuses the last freed page first: slots differ, sizes are equal."""
     Pair(SGLANG, Plan(page_size=16, need_sort=False, seed=2), default_cache).run(compare_slots=False)
 
 
@@ -77,7 +77,7 @@ def test_the_work_has_all_that_can_happen() -> None:
 
 
 def test_depth_first_order() -> None:
-    """SGLang breaks ties by the order of a dictionary: it is given our order, and it must be one of its own rule."""
+    """SGLang breaks ties by the order of a dictionary. It gets our order, which must satisfy SGLang's own rule."""
     pair = Pair(SGLANG, Plan(schedule="dfs-weight", seed=4), python_cache)
     orders: list[list[int]] = []
     order_of = pair.ours.cache.dfs_weight_order
@@ -93,7 +93,7 @@ def test_depth_first_order() -> None:
 
 
 def assert_depth_first(root: Any, nodes: list[Any], order: list[int]) -> None:
-    """Below each node: whole subtrees one after another, the heaviest first, and its own requests last, in order."""
+    """Assert the order below each node: whole subtrees, heaviest first, then the node's own requests in queue order."""
     assert sorted(order) == list(range(len(nodes)))
     rank = {index: place for place, index in enumerate(order)}
 

@@ -1,7 +1,7 @@
-"""flatradix in step with SGLang's two trees: the same lengths, slots, sizes and victims after the same calls.
+"""flatradix compared with SGLang's two trees: equal lengths, slots, sizes and victims after equal calls.
 
-SGLang's match splits the edge it ends on, flatradix's leaves that to the lock. So each match here locks at once, on
-both sides, and after each step both trees have the same nodes. Skipped where SGLang is not installed.
+A match of SGLang splits the edge on which it ends; flatradix splits it at the lock. So each match here locks at once,
+on both sides, and after each step both trees have equal nodes. Skipped if SGLang is not installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = 200
 
 @pytest.fixture(scope="module", autouse=True)
 def _peer() -> Iterator[None]:
-    """SGLang with a clock that never shows the same time twice, so that its order of victims is defined."""
+    """Give SGLang a clock that never shows the same time twice, so that its order of victims is defined."""
     try:
         module = sglang_trees.load().radix_module
     except sglang_trees.PeerMissing as reason:
@@ -39,7 +39,7 @@ def _peer() -> Iterator[None]:
 
 
 class Keys:
-    """Random keys that share prefixes: pages of three kinds that differ in their last token only."""
+    """Random keys that share prefixes, made of three kinds of pages that differ only in their last token."""
 
     def __init__(self, rng: random.Random, page_size: int) -> None:
         self._rng = rng
@@ -47,7 +47,7 @@ class Keys:
         self._known: list[list[int]] = [[]]
 
     def draw(self, longest: int = 10) -> array[int]:
-        """A known key, cut somewhere and continued; now and then with tokens that fill no page."""
+        """Draw a known key, mostly cut, and continue it. Some keys end with an incomplete page."""
         rng, page = self._rng, self._page_size
         stem = rng.choice(self._known[-30:])
         key = stem[: rng.randint(0, len(stem))] if rng.random() < 0.7 else list(stem)
@@ -61,7 +61,7 @@ class Keys:
 
 
 class Pair:
-    """Both trees, driven by the same calls; every method asserts that they answer alike."""
+    """Both trees, driven by the same calls. Every method asserts that their results are equal."""
 
     def __init__(self, theirs: sglang_trees.PythonTree | sglang_trees.RustTree, ours: RadixTree) -> None:
         self.theirs = theirs
@@ -147,8 +147,8 @@ def test_same_answers_as_the_python_tree_for_eagle(policy: str, page_size: int) 
     _run(pair, seed=9)
 
 
-# The two trees of SGLang differ in fifo and filo: where an edge is split, the upper part is a new node to the Python
-# tree (and to flatradix), and as old as the edge to the Rust core.
+# SGLang's two trees differ in fifo and filo. The upper part of a split edge is a new node in the Python tree (and in
+# flatradix), but as old as the edge in the Rust core.
 @pytest.mark.parametrize("page_size", [1, 2, 16])
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "mru", "priority"])
 def test_same_answers_as_the_rust_core(policy: str, page_size: int) -> None:

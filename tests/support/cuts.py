@@ -1,4 +1,4 @@
-"""Calls that are cut short: at any bytecode of flatradix's own Python, at any allocation, or by a timer."""
+"""Interrupts calls: at any bytecode of flatradix's own Python code, at any allocation, or by a timer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.devices import interpreted
 
 OURS = Path(flatradix.__file__).resolve().parent
 KERNELS = (OURS / "kernels").resolve()
-# What starts a kernel: behind it there is an interpreter of kernels, or a GPU.
+# Kernels are launched here. Triton's interpreter runs behind it, or a GPU.
 LAUNCH = KERNELS / "gpu" / "launch.py"
 
 
 @cache
 def is_ours(name: str) -> bool:
-    """Whether a file is flatradix's, and no kernel of numba's."""
+    """Return whether a file belongs to flatradix and holds no numba kernels."""
     path = Path(name).resolve()
     return path.is_relative_to(OURS) or path.is_relative_to(KERNELS / "gpu")
 
@@ -37,13 +37,13 @@ def is_launch(name: str) -> bool:
 
 
 class Cut(BaseException):
-    """What ends a call; a signal handler may raise anything."""
+    """The exception that interrupts a call. A BaseException, as a signal handler may raise any exception."""
 
 
 class Tracer:
-    """Counts the bytecodes that run in flatradix's files, and raises Cut before the one numbered `at`.
+    """Counts the bytecodes that run in flatradix's files, and raises Cut before bytecode number `at`.
 
-    Left out are kernels in Python, numba's and Triton's own code. room: where alone to count, a folder in flatradix/.
+    Interpreted kernels and the code of numba and Triton do not count. room: the only folder of flatradix/ that counts.
     """
 
     def __init__(self, at: int, room: str) -> None:
@@ -81,14 +81,14 @@ class Tracer:
 
 
 class Outcome(NamedTuple):
-    """How a call ended: with a result, or cut short at a place."""
+    """How a call ended: with a result, or interrupted at a source line, `where`."""
 
     result: Any
     where: str
 
 
 def cut_at(at: int, call: Callable[[], Any], room: str = "") -> Outcome:
-    """Run a call and end it before its bytecode number `at`; `where` is empty if it has fewer."""
+    """Run a call and interrupt it before its bytecode number `at`. `where` is empty if it has fewer bytecodes."""
     tracer = Tracer(at, room)
     before = sys.gettrace()
     sys.settrace(tracer)
@@ -101,7 +101,7 @@ def cut_at(at: int, call: Callable[[], Any], room: str = "") -> Outcome:
 
 
 def bytecodes(call: Callable[[], Any], room: str = "") -> int:
-    """How many a call has."""
+    """Run a call; return its number of bytecodes."""
     tracer = Tracer(-1, room)
     before = sys.gettrace()
     sys.settrace(tracer)
@@ -113,14 +113,14 @@ def bytecodes(call: Callable[[], Any], room: str = "") -> int:
 
 
 def step_for(device: str, total: int) -> int:
-    """From which bytecode to the next to go: each is tried on a CPU, some on a GPU, one where Python runs kernels."""
+    """Return the step between tested bytecodes: every one on a CPU, about 60 on a GPU, one with interpreted kernels."""
     if device != "cuda":
         return 1
     return total if interpreted() else max(1, total // 60)
 
 
 def skip_if_slow(device: str) -> None:
-    """Where Python runs kernels, the cuts at bytecodes take long enough."""
+    """Skip the test with interpreted kernels, where the cuts at bytecodes take long enough."""
     if interpreted(device):
         pytest.skip("kernels in Python: calls are cut short at bytecodes alone")
 
@@ -133,7 +133,7 @@ ALLOCATORS = {
 
 
 class Allocations:
-    """Fails the allocation numbered `at`; counts those before it."""
+    """Counts the allocations of flatradix, and makes allocation number `at` fail."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -153,7 +153,7 @@ class Allocations:
 
 
 def fails_at(at: int, call: Callable[[], Any]) -> bool:
-    """Run a call whose allocation number `at` fails; False if it has no so many."""
+    """Run a call whose allocation number `at` fails; return False if it has fewer allocations."""
     allocations = Allocations(at)
     with pytest.MonkeyPatch.context() as patch:
         for home, names in ALLOCATORS.items():
@@ -180,7 +180,7 @@ def cut_now() -> None:
 
 @contextmanager
 def timer(seconds: float, handler: Callable[[], None] = cut_now) -> Iterator[None]:
-    """Calls a handler after so many seconds of this block, as soon as the main thread is in a call of flatradix."""
+    """Call `handler` after `seconds` of this block, as soon as the main thread is in a call of flatradix."""
 
     over = False
 

@@ -1,4 +1,4 @@
-"""What tests must know of the device of a tree: errors come later on a GPU, and an interpreter gets little done."""
+"""Differences between devices in tests: a GPU raises errors later, and interpreted kernels are slow."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 def interpreted(device: str = "cuda") -> bool:
-    """Whether the kernels of this device are run by Python: each call then takes 10 to 100 ms, and a batch longer."""
+    """Return whether Python runs the kernels of this device: then a call takes 10 to 100 ms, and a batch longer."""
     return device == "cuda" and devices.interpreted()
 
 
 def settled(tree: RadixTree, call: Callable[[], T]) -> T:
-    """What a call on this tree returns; a GPU tells some of its errors only when it is asked."""
+    """Return the result of a call, or raise its error: a GPU raises some errors only in `raise_pending`."""
     result = call()
     tree.raise_pending()
     return result

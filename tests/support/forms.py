@@ -1,4 +1,4 @@
-"""The forms that a batch of sequences may have, and what spoils them, or a result, once a call has returned."""
+"""The forms that a batch of sequences may have, and functions that overwrite a batch or a result after the call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_arrays(sequences: list[list[int]], device: torch.device) -> Any:
 
 
 def as_numpy(sequences: list[list[int]], device: torch.device) -> Any:
-    """int32 where it fits; every second one is strided."""
+    """Return numpy arrays, int32 if all values fit. Every second array is strided."""
     wide = any(abs(value) > LARGEST for sequence in sequences for value in sequence)
     parts = [np.array(sequence, np.int64 if wide else np.int32) for sequence in sequences]
     return [part if i % 2 else np.repeat(part, 2)[::2] for i, part in enumerate(parts)]
@@ -43,7 +43,7 @@ def as_tensors_there(sequences: list[list[int]], device: torch.device) -> Any:
 
 
 def as_ragged_there(sequences: list[list[int]], device: torch.device) -> Any:
-    """The one form of which the host knows nothing but the number of queries and of tokens."""
+    """Return the only form of which the host knows nothing but the number of queries and of tokens."""
     return Ragged.from_sequences(sequences).to(device)
 
 
@@ -53,7 +53,7 @@ FORMS_THERE: tuple[Form, ...] = (as_tensors_there, as_ragged_there, as_ragged_th
 
 
 def poison(value: Any) -> None:
-    """Overwrite what was handed in or out: nothing of it may live on inside the tree."""
+    """Overwrite arguments or results of a call: the tree must not keep any of their memory."""
     if isinstance(value, Ragged):
         value.values.fill_(POISON)
     elif isinstance(value, torch.Tensor):

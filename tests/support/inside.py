@@ -1,4 +1,4 @@
-"""What tests look at inside a tree: by its content where that shows it."""
+"""What tests read inside a tree, from its content where possible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flatradix.layout import numbers
 
 
 def names_of(tree: RadixTree) -> list[Any]:
-    """The namespaces that the tree knows, None among them."""
+    """Return the namespaces that the tree knows, None included."""
     return [name for _, name in tree.content().names]
 
 
@@ -18,15 +18,15 @@ def clock_of(tree: RadixTree) -> int:
 
 
 def pool_end(tree: RadixTree) -> int:
-    """Where the half of the pools in use ends, on a GPU."""
+    """Return the end of the pool half in use, on a GPU."""
     return tree.content().number(numbers.POOL_END)
 
 
 def index_of(tree: RadixTree) -> Any:
-    """What does the work."""
+    """Return the index that does the work of a tree."""
     return tree._index
 
 
 def arrays_of(tree: RadixTree) -> Any:
-    """The arrays of a tree on a GPU as its kernels take them."""
+    """Return the arrays of a tree on a GPU, as its kernels take them."""
     return tree._index._arrays

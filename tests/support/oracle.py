@@ -1,6 +1,6 @@
-"""The slow, obvious truth: what every operation means, in plain Python objects and loops.
+"""The oracle: what every operation of a tree means, in plain Python objects and loops.
 
-Nothing here is fast or clever, on purpose. A batch is validated first and then carried out one query at a time.
+The code is slow and obvious on purpose. A batch is validated first; then its queries run one at a time.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Node:
 
 
 class Place(NamedTuple):
-    """What a handle and a length stand for. `node` None is the root."""
+    """The point that a handle and a length name. node: None is the root."""
 
     node: Node | None
     length: int
@@ -82,7 +82,7 @@ class Evicted(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A whole key: its units from the root, and how many of them came from `start=`."""
+    """A whole key. units: from the root on. start: how many of them came from `start=`."""
 
     namespace: Namespace
     units: list[Unit]
@@ -113,7 +113,7 @@ def check_range(values: Sequence[int], largest: int, query: int) -> None:
 
 
 class Oracle:
-    """A tree. policy: a name, `flatradix.slru(...)`, or a function from a node to its score."""
+    """A tree, as slow Python. policy: a name, `flatradix.slru(...)`, or a function from a node to its score."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Oracle:
         self.clock = 0
         self.tops: dict[Namespace, dict[Page, Node]] = {}
 
-    # What is there
+    # Content
 
     def nodes(self) -> list[Node]:
         found: list[Node] = []
@@ -164,7 +164,7 @@ class Oracle:
     # Keys and places
 
     def units_of(self, tokens: Sequence[int]) -> list[Unit]:
-        """The units in whole pages."""
+        """Return the units of the tokens, cut down to whole pages."""
         units: list[Unit] = list(pairwise(tokens)) if self.bigram else list(tokens)
         return units[: len(units) // self.page_size * self.page_size]
 
@@ -172,7 +172,7 @@ class Oracle:
         return tuple(units[: self.page_size])
 
     def resolve(self, place: Place, query: int = 0) -> Node | None:
-        """The node on whose edge a place lies now, None for the root. query: whose it is, for the error."""
+        """Return the node whose edge holds the place now, None for the root. query: the query's number, for errors."""
         node, length = place
         if node is not None and not node.alive:
             raise StaleHandleError("the node has been evicted", query)
@@ -194,14 +194,14 @@ class Oracle:
         return Key(node.namespace, path + self.units_of(tokens), start.length)
 
     def common(self, edge: list[Unit], units: list[Unit]) -> int:
-        """Units in common at the beginning, in whole pages."""
+        """Return the length of the common prefix, in whole pages."""
         count = 0
         while count < min(len(edge), len(units)) and edge[count] == units[count]:
             count += 1
         return count // self.page_size * self.page_size
 
     def walk(self, key: Key) -> Place:
-        """The end of the longest cached prefix."""
+        """Return the place where the longest cached prefix ends."""
         node: Node | None = None
         at = 0
         while at < len(key.units):
@@ -215,7 +215,7 @@ class Oracle:
         return Place(node, at)
 
     def split(self, node: Node, length: int, created: int) -> Node:
-        """Cut the edge of `node` at the path length; returns the upper part, a new node."""
+        """Cut the edge of `node` at path length `length`; return the upper part, a new node."""
         cut = length - (node.end - node.length)
         upper = Node(
             units=node.units[:cut],
@@ -263,7 +263,7 @@ class Oracle:
         return [self.key_of(query, *key) for query, key in enumerate(zip(queries, namespaces, places, strict=True))]
 
     def check_read(self, tokens: Sequence[int], key: Key, query: int) -> None:
-        """A match reads up to the end of the first page that is not cached."""
+        """Check the first page that is not cached: a match reads a key up to the end of that page."""
         found = self.walk(key).length
         if found < len(key.units):
             first = found - key.start
@@ -295,7 +295,7 @@ class Oracle:
     # Lock
 
     def lock(self, places: Sequence[Place]) -> list[Place]:
-        """Returns the places with the handles that unlock them."""
+        """Lock the places; return them with the handles that unlock them."""
         for query, place in enumerate(places):
             self.resolve(place, query)
         return [self.lock_one(place) for place in places]
@@ -333,7 +333,7 @@ class Oracle:
         return [self.split_one(place) for place in places]
 
     def split_one(self, place: Place) -> Place:
-        """As locking it and unlocking it again."""
+        """Split the edge at a place, as a lock and an unlock do."""
         renewed = self.lock_one(place)
         if renewed.node is not None:
             self.unlock_one(renewed.node)
@@ -367,7 +367,7 @@ class Oracle:
             raise CapacityError(f"{needed} tokens are new, {free} are free", needed, free)
 
     def new_units(self, keys: Sequence[Key]) -> int:
-        """Units that are not cached, each page counted once however many queries bring it."""
+        """Return the number of units that are not cached. A page that several queries share counts once."""
         pages = set()
         for key in keys:
             cached = self.walk(key).length
@@ -436,7 +436,7 @@ class Oracle:
 
 
 class Row(NamedTuple):
-    """One node of the logical tree: all that two trees must agree on."""
+    """One node of the logical tree, with all fields in which two trees must agree."""
 
     namespace: str
     path: tuple[Unit, ...]
@@ -457,12 +457,12 @@ def _row(node: Any, path: Sequence[Unit]) -> Row:
 
 
 def dump(oracle: Oracle) -> list[Row]:
-    """The whole logical tree in an order of its own."""
+    """Return the whole logical tree, sorted."""
     return sorted(_row(node, node.path()) for node in oracle.nodes())
 
 
 def dump_tree(tree: Any) -> list[Row]:
-    """The same of a RadixTree, from its state."""
+    """Return the whole logical tree of a RadixTree, sorted, from its content."""
     from flatradix.inspect.nodes import nodes_of
 
     return sorted(_row(view, view.path) for view in nodes_of(tree.content()))

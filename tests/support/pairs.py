@@ -1,4 +1,4 @@
-"""A tree on a GPU beside one on the CPU, which must do the same, and what both are fed with."""
+"""A tree on a GPU and a tree on the CPU that must do the same, and keys and slots for both."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ class Pair:
 
 
 def numbered(keys: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Slots for keys: a number of its own for each token."""
+    """Return slots for keys: 1000 * query + position for each token."""
     return [[1000 * query + position for position in range(len(key))] for query, key in enumerate(keys)]
 
 
 def ragged(keys: list[list[int]], tree: RadixTree, dtype: torch.dtype = torch.int64) -> Ragged:
-    """Keys on the tree's device, of which the host knows no more than how many they are."""
+    """Return keys on the tree's device. The host knows only the number of keys and of tokens."""
     found = Ragged.from_sequences(keys)
     return Ragged(found.values.to(tree.device, dtype), found.offsets.to(tree.device))
 
 
 def shared_prefixes(count: int, seed: int = 0, page: int = 1) -> list[list[int]]:
-    """Keys that share stems of stems, in pages of few kinds."""
+    """Return keys that continue prefixes of earlier keys, made of three kinds of pages."""
     rng = random.Random(seed)
     stems: list[list[int]] = [[]]
     for _ in range(count):
@@ -69,7 +69,7 @@ def shared_prefixes(count: int, seed: int = 0, page: int = 1) -> list[list[int]]
 
 
 def use(pair: Pair, keys: list[list[int]]) -> None:
-    """The whole life of a batch."""
+    """Insert, lock, match, evict and unlock a batch, and compare the trees after each step."""
     pair.insert(keys, numbered(keys))
     pair.compare()
     locked = pair.match([key[: 2 * len(key) // 3] for key in keys], lock=True)

@@ -1,6 +1,6 @@
-"""An engine for the tests of PrefixCache, whose KV tells whether a slot holds what it should.
+"""An engine for the tests of PrefixCache. Its KV shows whether a slot holds the right content.
 
-The KV of a token is a fingerprint of its namespace and all tokens up to it, as that is what a real one depends on.
+The KV of a token is a fingerprint of its namespace and all tokens up to it, on which real KV depends too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flatradix import PrefixCache, Request
 
 
 def fingerprints(tokens: Sequence[int], namespace: Any) -> list[int]:
-    """The KV of each token."""
+    """Return the KV of each token."""
     found, state = [], hash(("kv", namespace))
     for token in tokens:
         state = hash((state, int(token)))
@@ -23,7 +23,7 @@ def fingerprints(tokens: Sequence[int], namespace: Any) -> list[int]:
 
 
 class Engine:
-    """An engine's KV memory, and which tokens of each request it has computed."""
+    """An engine's KV memory, and how many tokens of each request have their KV there."""
 
     def __init__(self, cache: PrefixCache) -> None:
         self.cache = cache
@@ -39,19 +39,19 @@ class Engine:
         return requests
 
     def compute(self, request: Request, up_to: int) -> None:
-        """The KV of tokens that are known and have slots."""
+        """Compute the KV of a request's tokens before `up_to`, which must be known and have slots."""
         begin = self.computed[request]
         self.kv[request.slots.cpu().numpy()[begin:up_to]] = fingerprints(request.tokens, request.namespace)[begin:up_to]
         self.computed[request] = max(begin, up_to)
 
     def compare(self, request: Request) -> None:
-        """What a request would attend to is what it computed or would have computed."""
+        """Assert that the slots of a request hold the KV of its own tokens."""
         end = self.computed[request]
         expected = fingerprints(request.tokens[:end], request.namespace)
         assert self.kv[request.slots.cpu().numpy()[:end]].tolist() == expected
 
     def run(self, prompt: list[int], namespace: Any = None) -> Request:
-        """A whole request."""
+        """Begin, compute and finish a request."""
         (request,) = self.begin([prompt], namespace)
         self.compute(request, request.length)
         self.cache.finish([request])

@@ -1,7 +1,7 @@
-"""A scheduler's loop around SGLang's own parts, for one cache: requests live whole lives, and no model runs.
+"""A scheduler loop around SGLang's own classes, for one cache. Requests run from arrival to end; no model runs.
 
-Requests, batches, policies, the prefill adder, pools and allocators are SGLang's. What is here is the order in which
-its scheduler calls them (without overlap), and tokens that are a function of the request and the position.
+Requests, batches, policies, the prefill adder, pools and allocators are SGLang's. This module adds the order in which
+SGLang's scheduler calls them (without overlap), and output tokens that are a function of request and position.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MODEL = SimpleNamespace(
 
 
 class Work(NamedTuple):
-    """One request: when it comes, what it asks, and the step after which its client goes away (or never)."""
+    """One request: the step of its arrival, its input, and the step at which its client gives up (None: never)."""
 
     rid: str
     arrives: int
@@ -39,7 +39,7 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How an engine is set up."""
+    """The settings of an engine."""
 
     page_size: int = 1
     slots: int = 480
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 
 def draw_work(plan: Plan, count: int = 50) -> list[Work]:
-    """Requests that share prompts, continue each other's, come in bursts, and more than fit."""
+    """Draw requests that share prompts, continue earlier ones, arrive in bursts, and exceed the pool."""
     rng = random.Random(plan.seed)
     systems = [tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(5, 70))) for _ in range(4)]
     known: list[tuple[int, ...]] = []
@@ -87,7 +87,7 @@ def token_of(rid: str, position: int) -> int:
 
 
 class Engine:
-    """One cache and all around it. `admitted` logs (request, tokens found) in order, `finished` the requests' ends."""
+    """One cache and its scheduler. admitted: (request id, tokens found), in order. finished: request ids, in order."""
 
     def __init__(self, sglang: Any, plan: Plan, make_cache: Any) -> None:
         self.sglang, self.plan = sglang, plan
@@ -107,7 +107,7 @@ class Engine:
         self.chunks = 0
         self._limits: dict[str, int | None] = {}
 
-    # What clients do
+    # Clients
 
     def add(self, work: Work) -> None:
         parameters = self.sglang.sampling.SamplingParams(max_new_tokens=work.max_new_tokens)
@@ -120,7 +120,7 @@ class Engine:
         self.waiting.append(req)
 
     def give_up(self, now: int) -> None:
-        """Abort the requests whose clients have gone, wherever they are."""
+        """Abort the requests whose clients have given up, whether they wait or run."""
         gone = {rid for rid, step in self._limits.items() if step is not None and step <= now}
         self.waiting = [req for req in self.waiting if req.rid not in gone or self._drop(req)]
         for req in [*self.running.reqs, *([self.chunked] if self.chunked else [])]:
@@ -236,10 +236,10 @@ class Engine:
                 self.sglang.common.checkpoint_kv_cache(req, self.cache)
         self.allocator.free_group_end()
 
-    # What must hold
+    # Invariants
 
     def held(self) -> int:
-        """Slots that requests own and the tree does not."""
+        """Return the number of slots that requests own and the tree does not."""
         page, requests = self.plan.page_size, {req.rid: req for req in self._living()}
         return sum(
             -(-req.kv.kv_allocated_len // page) * page - req.kv.cache_protected_len
@@ -256,7 +256,7 @@ class Engine:
         assert sum(sizes) + self.held() == self.plan.slots, (sizes, self.held())
 
     def rows(self) -> dict[str, list[int]]:
-        """The slots of each request that has any."""
+        """Return the slots of each request that has any."""
         return {
             req.rid: self.pool.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len].tolist()
             for req in self._living()
@@ -280,7 +280,7 @@ def make_allocator(sglang: Any, plan: Plan) -> Any:
 
 
 def load_or_skip() -> Any:
-    """SGLang's modules (bench/support/sglang_modules.py), or the test module is skipped with the reason."""
+    """Return SGLang's modules (bench/support/sglang_modules.py), or skip the test module with the reason."""
     try:
         return sglang_modules.load()
     except PeerMissing as reason:

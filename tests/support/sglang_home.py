@@ -1,4 +1,4 @@
-"""A FlatRadixCache with SGLang's pools around it, and requests that are driven by hand."""
+"""A FlatRadixCache with SGLang's pools, and requests that a test drives by single calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Home:
         return self.cache.match_prefix(SGLANG.base.MatchPrefixParams(key=self.key(tokens, **options)))
 
     def request(self, prompt: Any, output: Any = (), **fields: Any) -> Any:
-        """Admitted: matched, locked, with slots for all of it in its row."""
+        """Return an admitted request: matched, locked, with slots for all its tokens in its row."""
         found = self.match(prompt, extra_key=fields.get("extra_key"), cache_salt=fields.get("cache_salt"))
         self._rows += 1
         fill = array("q", [*prompt, *output])
@@ -49,7 +49,7 @@ class Home:
         return req
 
     def store(self, tokens: Any, **fields: Any) -> list[int]:
-        """Cache tokens as a finished request does, and give its slots."""
+        """Cache tokens as a finished request does; return their slots."""
         req = self.request(tokens, **fields)
         self.cache.checkpoint(req, up_to=len(tokens))
         self.cache.unlock(req.lock)

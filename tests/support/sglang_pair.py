@@ -1,4 +1,4 @@
-"""Two engines in step: FlatRadixCache and one of SGLang's caches, with the same requests."""
+"""Two engines with the same requests, compared after each step: FlatRadixCache and one of SGLang's caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.sglang_engine import Engine, Plan, draw_work
 
 @contextmanager
 def ever_later(sglang: Any) -> Iterator[None]:
-    """SGLang's Python tree with a clock that never shows the same time twice, so that its victims are defined."""
+    """Give SGLang's Python tree a clock that never shows the same time twice, so that its victims are defined."""
     clock = SimpleNamespace(monotonic=itertools.count(1).__next__, perf_counter=time.perf_counter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sglang.radix, "time", clock)
@@ -36,7 +36,7 @@ def python_cache(sglang: Any, params: Any) -> Any:
 
 
 def default_cache(sglang: Any, params: Any) -> Any:
-    """SGLang's default, with its Rust core; skips where that does not load."""
+    """Return SGLang's default cache with its Rust core; skip the test if the core does not load."""
     params.tree_components = (sglang.component_type.ComponentType.FULL,)
     params.tree_core_backend = "rust"
     try:
@@ -49,7 +49,7 @@ def default_cache(sglang: Any, params: Any) -> Any:
 
 
 class Pair:
-    """Both sides. `after`: called with the pair when a step has been compared."""
+    """Both engines. after: called with the pair after each compared step."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ def free_pages(engine: Engine) -> list[int]:
 
 
 def is_drained(sglang: Any, engine: Engine) -> None:
-    """What the server checks when it is idle, and then that all can be evicted."""
+    """Assert what SGLang's server checks when it is idle, and that everything can be evicted."""
     cache, allocator = engine.cache, engine.allocator
     assert cache.protected_size() == 0
     assert allocator.available_size() + cache.evictable_size() == engine.plan.slots

@@ -1,4 +1,4 @@
-"""Every kind of bad input is refused with a message that helps, and nothing changes."""
+"""Every kind of bad input raises an error with a helpful message, and changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tree(device: str) -> RadixTree:
 def refuses(
     tree: RadixTree, call: Callable[[], Any], message: str, error: type[Exception] = ValueError
 ) -> pytest.ExceptionInfo[Exception]:
-    """The call raises, and neither the tree nor its clock nor its namespaces have moved."""
+    """Assert that a call raises, and that the tree, its clock and its namespaces stay the same."""
 
     def state() -> tuple:
         return tree.digest(), clock_of(tree), tree.total_tokens, names_of(tree)
@@ -44,7 +44,7 @@ def refuses(
 
 
 def place(tree: RadixTree, handles: list[int], lengths: list[int]) -> SimpleNamespace:
-    """Places that no call returned."""
+    """Return places that no call has returned."""
     return SimpleNamespace(
         handles=torch.tensor(handles, device=tree.device), lengths=torch.tensor(lengths, device=tree.device)
     )
@@ -77,13 +77,13 @@ def test_tokens(tree: RadixTree, q: Any, message: str) -> None:
 
 
 def _some_slots(q: Any) -> Any:
-    """Good slots in the shape of a bad batch, so that the tokens are what is refused."""
+    """Return good slots in the shape of a bad batch, so that the error is about the tokens."""
     if isinstance(q, list) and q and not isinstance(q[0], int):
         return [list(range(len(part))) if hasattr(part, "__len__") else [0] for part in q]
     return list(range(len(q))) if hasattr(q, "__len__") else [0]
 
 
-# Which number was wrong is only known to the device where that is a GPU.
+# For a tree on a GPU only the device knows the wrong number, so the messages differ.
 BAD_SLOTS = [
     ([[7, 8], [7, 8]], [[10, 11], [12]], "query 1: it has 2 tokens, but 1 slots"),
     ([[7, 8], [7, 8]], [[10, 11]], "2 queries, but slots for 1"),
@@ -339,7 +339,7 @@ def test_a_bad_token_is_told_before_want_of_room(tree: RadixTree) -> None:
 
 
 def test_a_handle_from_before_a_load_in_another_process(tmp_path: Path, device: str) -> None:
-    """Each process begins its generations elsewhere, so a saved tree does not take handles of a stranger."""
+    """The generations of each tree begin at a random number, so a loaded tree refuses the handles of another tree."""
     code = f"""
 import flatradix
 tree = flatradix.RadixTree(8, device={device!r})

@@ -1,4 +1,4 @@
-"""The pools: how they are compacted, and that what fits always goes in."""
+"""Compaction of the pools: it changes no content, and a key as long as the free space always fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.devices import interpreted
 
 
 def _fill_with_holes(tree: RadixTree, rng: random.Random, keys: int = 400) -> dict[int, list[int]]:
-    """Keys of random lengths, some locked, so that what eviction frees lies scattered; the first token of each key."""
+    """Insert keys of random lengths, lock some, and leave gaps between them. Return the locked keys by first token."""
     kept = {}
     for first in range(1, keys):
         length = rng.randrange(2, 24, 2)
@@ -61,7 +61,7 @@ def test_a_key_as_long_as_the_free_space_always_fits(device: str) -> None:
 
 
 def _watch_compactions(tree: RadixTree) -> Callable[[], bool]:
-    """Tells whether the pools have been compacted since: all edges then lie in another half, or without a gap."""
+    """Return a function that tells whether the pools were compacted since: edges in another half, or without gaps."""
 
     def gaps() -> int:
         content = tree.content()

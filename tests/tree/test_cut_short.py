@@ -1,4 +1,4 @@
-"""Calls of a tree that are cut short: they have been done, or they have not; no slot is lost and no lock is left."""
+"""Interrupted calls of a tree: a call is done or not done; no slot is lost and no lock is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.cuts import bytecodes, cut_at, fails_at, skip_if_slow, step_f
 from tests.support.inside import names_of
 
 PAGE = 2
-# Where index and slots are.
+# Devices of index and slots.
 HOMES = ["cpu", "cpu apart", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -30,9 +30,9 @@ def home(request: pytest.FixtureRequest) -> str:
 
 
 class Holdings(NamedTuple):
-    """What a tree holds, whatever its cuts and times of use are.
+    """The content of a tree, apart from its edges and ticks.
 
-    slots: by namespace, path up to the end of a page, and place in the page. locks: how many end at a path.
+    slots: by namespace, path up to the end of a page, and offset in the page. locks: how many end at each path.
     """
 
     slots: dict[Any, int]
@@ -51,7 +51,7 @@ def holdings(tree: RadixTree) -> Holdings:
 
 
 class Scene:
-    """A tree with locks, namespaces and gaps in its pools, and the places that its user has."""
+    """A tree with locks, namespaces and gaps in its pools, and the places that a caller has."""
 
     def __init__(self, home: str) -> None:
         self.tree = tree = RadixTree(
@@ -107,7 +107,7 @@ ACTS: dict[str, Callable[[Scene], Any]] = {
 
 
 class Judge:
-    """Whether a tree, one of whose calls was cut short, is as it was before or as it is after."""
+    """Checks that a tree, after an interrupted call, is as before or as after the whole call."""
 
     def __init__(self, name: str, home: str) -> None:
         self.home = home
@@ -120,26 +120,26 @@ class Judge:
         self.after = holdings(scene.tree)
 
     def judge(self, cut: Callable[[Callable[[], Any]], Any], random: Random) -> Any:
-        """cut: runs a call and cuts it short; what it returns is returned."""
+        """Interrupt the act, check the tree, and return the result of `cut`. cut: runs a call and interrupts it."""
         scene = Scene(self.home)
         tree = scene.tree
         changes = tree.changes()
         outcome = cut(lambda: self.act(scene))
         for _ in range(random.choice((0, 0, 1, 2))):
-            cut_at(random.randrange(400), tree.raise_pending)  # it may be cut short again
+            cut_at(random.randrange(400), tree.raise_pending)  # the recovery may be interrupted again
         done = tree.changes() != changes
         tree.check()
         told = tree.last_result if done else None
         freed = told.slots.tolist() if isinstance(told, EvictResult) else []
         self.compare(tree, done, freed)
         if self.locks and isinstance(told, MatchResult) and isinstance(self.result, MatchResult):
-            tree.unlock(told)  # as a caller does who never had it
+            tree.unlock(told)  # as a caller does that never got the result
             assert holdings(tree).locks == self.before.locks
         self.use_up(tree, freed)
         return outcome
 
     def compare(self, tree: RadixTree, done: bool, freed: list[int]) -> None:
-        """freed: what the call itself has told."""
+        """Compare the tree with its expected content. freed: the slots that the call itself returned."""
         found = holdings(tree)
         expected = self.after if done else self.before
         assert found.locks == expected.locks
@@ -152,7 +152,7 @@ class Judge:
         tree.check()
 
     def use_up(self, tree: RadixTree, freed: list[int]) -> None:
-        """It goes on: all that is not locked can be evicted and comes once, and what is cached then is found."""
+        """Check that the tree goes on: each unlocked slot is evicted once, and new keys are cached and found."""
         found = holdings(tree)
         evicted = tree.evict(1000).slots.tolist()
         left = holdings(tree)
@@ -166,14 +166,14 @@ class Judge:
 
 @pytest.mark.parametrize("name", ACTS)
 def test_at_every_bytecode(name: str, home: str) -> None:
-    """On a GPU at some of them, where a tree's first launches have thousands; with kernels in Python at one."""
+    """On a GPU at some bytecodes, as a tree's first launches have thousands; with interpreted kernels at one."""
     judge = Judge(name, home)
     scene = Scene(home)
     total = bytecodes(lambda: judge.act(scene))
     step = step_for(home, total)
     for at in range(Random(name).randrange(step), total, step):
         cut = judge.judge(partial(cut_at, at), Random(at)).where
-        assert cut or home == "cuda"  # which waits longer now and then
+        assert cut or home == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
 
 
 @pytest.mark.parametrize("name", ACTS)

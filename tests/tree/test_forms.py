@@ -1,4 +1,4 @@
-"""The forms of a batch, and what is empty in one."""
+"""The forms of a batch, and empty batches and keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatradix import RadixTree, Ragged
 
 
 def same_queries() -> list[Any]:
-    """One batch, in every form that is accepted."""
+    """Return one batch in every form that is accepted."""
     rows = [[1, 2, 3], [], [1, 2]]
     odd = np.array([1, 9, 2, 9, 3, 9])[::2]
     return [
@@ -69,7 +69,7 @@ def test_a_batch_of_none(device: str) -> None:
 
 @pytest.mark.parametrize("q", [[], (), range(0), array("q"), np.array([], np.int64), [5, 6][:0], [[]]])
 def test_an_empty_sequence_is_one_empty_key(q: Any, device: str) -> None:
-    """As what is left of a prompt of one token without its last."""
+    """As what is left of a prompt of one token without its last token."""
     tree = RadixTree(16, device=device)
     tree.insert([1, 2], [1, 2])
     m = tree.match(q, lock=True)
@@ -89,7 +89,7 @@ def test_nothing_behind_a_start(device: str) -> None:
 
 
 def test_inference_mode_makes_no_difference(device: str) -> None:
-    """A tree that was made or used in it can be used outside, as what PyTorch makes in it mostly cannot."""
+    """A tree that was made or used in inference mode works outside it. Most tensors made in that mode do not."""
     with torch.inference_mode():
         tree = RadixTree(16, device=device, policy="lfu")
         m = tree.insert([[1, 2, 3], [1, 4]], [[1, 2, 3], [1, 4]], namespace="a")

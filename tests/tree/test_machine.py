@@ -1,6 +1,6 @@
-"""Random programs: the tree must do what the oracle does, step by step, down to every field of every node.
+"""Random programs: after every step the tree must equal the oracle in every field of every node.
 
-A tree on a GPU goes through them side by side with one on the CPU, and both have the same digest after every step.
+A tree on a GPU runs each program beside a tree on the CPU, and both must have equal digests after every step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REFUSALS = (ValueError, CapacityError)
 
 
 def short_edges_first(nodes: Any) -> Any:
-    """A policy of one's own; takes the tree's tensors as well as one node of the oracle."""
+    """A user-defined policy, for the tree's tensors and for one node of the oracle."""
     return nodes.length * 2 - nodes.hit_count
 
 
@@ -44,12 +44,12 @@ POLICIES = (
     used_least_for_its_depth,
 )  # fmt: skip
 
-# Pages of 16 that begin alike, so that only their ends tell them apart.
+# Pages of 16 tokens with equal beginnings: only later tokens tell them apart.
 BLOCKS = [[1] * 15 + [end] for end in (1, 2)] + [[1] + [3] * 15]
 
 
 class Held(NamedTuple):
-    """A place that a result named: its handle in each tree, and what the oracle calls it."""
+    """A place of a result: its handle in each tree, its length, and the oracle's place."""
 
     handles: tuple[int, ...]
     length: int
@@ -57,18 +57,18 @@ class Held(NamedTuple):
 
 
 class Side:
-    """One of the trees that are driven through the same calls."""
+    """One of the trees that get the same calls."""
 
     def __init__(self, number: int, tree: RadixTree) -> None:
         self.number = number
         self.tree = tree
 
     def places(self, held: Sequence[Held]) -> Any:
-        """What the tree takes for a batch of places, in memory of its own."""
+        """Return a batch of places for this tree, in new memory."""
         return places_in(self.tree, held, self.number)
 
     def keywords(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by name; the places to start from become those of this tree."""
+        """Return keyword arguments, with the places of `start` replaced by those of this tree."""
         return {name: self.places(value) if name == "start" else value for name, value in given.items()}
 
 
@@ -79,14 +79,14 @@ def places_in(tree: RadixTree, held: Sequence[Held], number: int) -> Any:
     )
 
 
-# What a call is made of comes from a generator with a seed. Drawn one by one, Hypothesis's liking for small and equal
-# values kept the tree all but empty; what it shrinks are the steps.
+# A seeded generator draws the arguments of a call. Hypothesis prefers small and equal values: drawn by Hypothesis, the
+# arguments kept the tree nearly empty. Hypothesis still shrinks the steps.
 SEEDS = st.integers(0, 2**32 - 1).map(Random)
 SLOT_DEVICES = st.sampled_from([None, "cpu"])
 
 
 def outcome(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What a call returns, or why it was refused."""
+    """Return (result, None), or (None, error) if the call is refused."""
     try:
         return call(), None
     except REFUSALS as error:
@@ -94,10 +94,10 @@ def outcome(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 class Machine(RuleBasedStateMachine):
-    """A tree and the oracle, driven through the same calls; with a tree on a GPU, one on the CPU too.
+    """A tree and the oracle with the same calls; beside a tree on a GPU also a tree on the CPU.
 
     `expect` runs a call on all of them: either all return, or all raise the same error. The invariants after each step
-    compare everything there is, so a refused call that changed something is seen.
+    compare the whole content, so they find a refused call that changed something.
     """
 
     def __init__(self, device: str, page_size: int, bigram: bool) -> None:
@@ -151,19 +151,19 @@ class Machine(RuleBasedStateMachine):
         self.held.append(self.root)
         self.insert_batch(random)
 
-    # What rules share
+    # Shared by the rules
 
     @property
     def tree(self) -> RadixTree:
-        """The tree that is tested."""
+        """The tree under test."""
         return self.sides[0].tree
 
     def expect(
         self, oracle: Callable[[], Any], call: Callable[[Side], Any], exact: bool = True
     ) -> tuple[Any, list[Any]] | None:
-        """The results of the oracle and of each tree, or None if all refused.
+        """Run a call on the oracle and each tree. Return the results of both, or None if all refused.
 
-        Not `exact` where input may be wrong in several ways: which of them is named is nobody's promise.
+        exact: False if the input may be wrong in several ways. Which of them an error names is not specified.
         """
         expected, error = outcome(oracle)
         if error is None:
@@ -179,7 +179,7 @@ class Machine(RuleBasedStateMachine):
         return None
 
     def take(self, queries: list[list[int]]) -> list[list[int]]:
-        """A slot number that nobody has had for each token."""
+        """Return a slot number that was never used for each token."""
         slots = []
         for query in queries:
             slots.append(list(range(self.next_slot, self.next_slot + len(query))))
@@ -187,7 +187,7 @@ class Machine(RuleBasedStateMachine):
         return slots
 
     def hold(self, expected: Sequence[Place], results: Sequence[Any]) -> list[Held]:
-        """Compare the places of each tree's result with the oracle's, and remember them."""
+        """Compare the places of each tree's result with the oracle's, and keep them for later calls."""
         for result in results:
             assert result.lengths.tolist() == [place.length for place in expected]
             assert result.lengths.dtype == torch.int32
@@ -202,14 +202,14 @@ class Machine(RuleBasedStateMachine):
         return found
 
     def on_each(self, call: Callable[[Side], Any]) -> None:
-        """What cannot be refused, on each tree."""
+        """Make a call that cannot be refused on each tree."""
         for side in self.sides:
             call(side)
 
-    # What calls are made of
+    # Arguments of calls
 
     def cached_key(self, random: Random) -> list[int]:
-        """The tokens of some cached path, cut anywhere."""
+        """Draw the tokens of a cached path, cut anywhere."""
         nodes = self.oracle.nodes()
         if not nodes:
             return []
@@ -224,7 +224,7 @@ class Machine(RuleBasedStateMachine):
         return [token for block in blocks for token in block][: 48 - random.choice((0, 0, 1, 15, 20))]
 
     def make_queries(self, random: Random, most: int = 5) -> list[list[int]]:
-        """A batch whose keys share what is cached, what is new, or nothing."""
+        """Draw a batch whose keys share a cached prefix, a new prefix, or nothing."""
         common = self.cached_key(random) if random.random() < 0.6 else []
         common = common + self.new_tail(random)
         queries = []
@@ -236,7 +236,7 @@ class Machine(RuleBasedStateMachine):
         return queries
 
     def choose_held(self, random: Random, count: int, among: Sequence[Held] = ()) -> list[Held]:
-        """Places, mostly those that still are there."""
+        """Draw places, mostly of nodes that still exist."""
         known = among or self.held
         alive = [one for one in known if one.place.node is None or one.place.node.alive]
         if alive and random.random() < 0.85:
@@ -244,7 +244,7 @@ class Machine(RuleBasedStateMachine):
         return [self.shorten(random, one) for one in random.choices(known, k=count)]
 
     def shorten(self, random: Random, one: Held) -> Held:
-        """Now and then a shorter place on the same path: at the end of a node above, or anywhere."""
+        """Return the place, or sometimes a shorter one on its path: at the end of a node above, or anywhere."""
         node = one.place.node
         if node is None or not node.alive or random.random() < 0.75:
             return one
@@ -254,7 +254,7 @@ class Machine(RuleBasedStateMachine):
         return Held(one.handles, length, Place(node, length))
 
     def fit(self, random: Random, queries: list[list[int]], starts: Sequence[Held]) -> None:
-        """With bigrams, begin the queries with the last token of their starts, mostly."""
+        """With bigrams, mostly make each query begin with the last token of its start."""
         if not self.bigram or random.random() < 0.1:
             return
         for query, (_, length, place) in zip(queries, starts, strict=True):
@@ -262,7 +262,7 @@ class Machine(RuleBasedStateMachine):
                 query[0] = place.node.path()[length - 1][1]
 
     def arguments(self, random: Random, queries: list[list[int]]) -> tuple[list[Any], list[Place], dict[str, Any]]:
-        """Namespaces and starts of a call, and both as keyword arguments, of which each side makes its own."""
+        """Draw namespaces and starts of a call. Return both, and keyword arguments that each side converts."""
         count = len(queries)
         names: list[Any] = random.choices(NAMES, k=count)
         if random.random() < 0.6:
@@ -282,19 +282,19 @@ class Machine(RuleBasedStateMachine):
         return names, [one.place for one in starts], keywords
 
     def form(self, random: Random, *batches: list[list[int]]) -> list[list[Any]]:
-        """Batches as callers may pass them, for each side: a batch of one also as its only sequence."""
+        """Return the batches in a random form for each side. A batch of one may become its only sequence."""
         single = len(batches[0]) == 1 and batches[0][0] and random.random() < 0.5
         found = []
         for side in self.sides:
             makers = FORMS if side.number or self.device == "cpu" else FORMS + FORMS_THERE
             if not batches[0]:
-                makers = (as_ragged,)  # a list of none is one empty sequence
+                makers = (as_ragged,)  # an empty list means one empty sequence
             forms = [random.choice(makers)(batch, side.tree.device) for batch in batches]
             found.append([form[0] for form in forms] if single else forms)
         return found
 
     def spoil(self, random: Random, values: list[list[int]], wrong: Sequence[int]) -> None:
-        """Put a wrong number somewhere."""
+        """Replace a random number by a wrong one."""
         filled = [value for value in values if value]
         if filled:
             query = random.choice(filled)
@@ -367,7 +367,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(random=SEEDS)
     def insert_after_evicting(self, random: Random) -> None:
-        """What an engine does when it is short: keeps the tree nearly full, so that the pools are compacted."""
+        """Evict what an insert lacks, as an engine does. The tree stays nearly full, so the pools are compacted."""
         queries = self.make_queries(random)
         keys = self.oracle.keys_of(queries, [None] * len(queries), None)
         short = self.oracle.new_units(keys) - (self.oracle.max_tokens - self.oracle.total_tokens)
@@ -409,7 +409,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(random=SEEDS, split=st.booleans())
     def lock_held(self, random: Random, split: bool) -> None:
-        """Or split what is held, which locks nothing."""
+        """Lock held places, or split at them, which locks nothing."""
         held = self.choose_held(random, random.randint(0, 4))
         operands = [side.places(held) for side in self.sides]
         places = [one.place for one in held]
@@ -450,12 +450,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule(random=SEEDS)
     def unlock_any(self, random: Random) -> None:
-        """Often more locks than there are, and some that there are: all or nothing."""
+        """Unlock places, often with a surplus beside existing locks: then the call must unlock nothing."""
         self.unlock(self.choose_held(random, random.randint(1, 4), self.locks + self.held))
 
     @rule(random=SEEDS, twice=st.booleans())
     def request(self, random: Random, twice: bool) -> None:
-        """The life of a request with the very result objects: match, lock, insert what follows, lock, unlock."""
+        """Run a request with the result objects themselves: match, lock, insert the rest, lock, unlock."""
         key = (self.make_queries(random, 2) or [[]])[0]
         name = random.choice(NAMES)
         forms = self.form(random, [key])
@@ -498,7 +498,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(random=SEEDS, wide=st.booleans(), bad=st.booleans())
     def write_slots(self, random: Random, wide: bool, bad: bool) -> None:
-        """Into rows of a table that lie apart, sometimes one that is too narrow or too low."""
+        """Write slots into a table with gaps between its rows. Sometimes the table has too few columns or rows."""
         tree = self.tree
         if self.slot_device is not None and tree.device.type != self.slot_device:
             return  # a tree on a GPU writes to tables there only
@@ -539,7 +539,7 @@ class Machine(RuleBasedStateMachine):
             self.roundtrip(what == "load", slot_device)
 
     def roundtrip(self, go_on: bool, slot_device: str | None) -> None:
-        """A saved and loaded tree is the same, and goes on like it, the handles included."""
+        """Save and load the tree. The loaded tree is equal, goes on like it, and takes its handles."""
         file = io.BytesIO()
         digest = self.tree.digest()
         self.tree.save(file)  # type: ignore[arg-type]
@@ -557,7 +557,7 @@ class Machine(RuleBasedStateMachine):
             self.spoil_digest(loaded)
 
     def move(self, digest: str) -> RadixTree:
-        """The tree from its device to the CPU and back: nothing changes, and handles stay good."""
+        """Copy the tree to the CPU and back. Nothing changes, and handles stay valid. Return the last copy."""
         host = self.tree.to("cpu")
         back = host.to(self.device)
         alive = [one for one in self.held if one.place.node is None or one.place.node.alive]
@@ -569,7 +569,7 @@ class Machine(RuleBasedStateMachine):
         return back
 
     def spoil_digest(self, tree: RadixTree) -> None:
-        """Every field of a node counts in the digest."""
+        """Assert that the fields of a node count in the digest."""
         digest = tree.digest()
         for view in nodes_of(tree.content())[-1:]:
             for name in ("tick", "created", "priority", "hit_count", "lock_ref"):

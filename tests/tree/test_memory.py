@@ -1,4 +1,4 @@
-"""Where memory runs out: nothing has changed, or no slot is lost."""
+"""When memory runs out, nothing changes, or no slot is lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_an_eviction_without_memory_for_its_slots_changes_nothing(device: str, m
 
 
 def test_an_eviction_has_memory_for_the_longest_node(device: str, tmp_path: Path) -> None:
-    """More than was asked for, however the node came into the tree."""
+    """An eviction can free more than was asked for, also of a node from a loaded tree."""
     tree = RadixTree(64, device=device, slot_device="cpu")
     tree.insert([[1] * 20, [2]], [list(range(20)), [99]])
     tree.insert([3] * 30, list(range(30, 60)))

@@ -1,4 +1,4 @@
-"""Namespaces come and go, and leave nothing behind."""
+"""A namespace that has lost all its tokens leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worked examples that pin the oracle: each expected value here was found by hand from the written semantics."""
+"""Worked examples that fix the oracle: each expected value was derived by hand from the written semantics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_insert_splits_where_keys_branch() -> None:
     insert(oracle, [1, 2, 3])
     (result,) = insert(oracle, [1, 2, 4], base=1000)
     assert (result.prefix_length, result.place.length) == (2, 3)
-    # Query 2 runs at t = 4: the upper part is new and used (4), the part beyond the split gets t - 1 = 3.
+    # The second insert has tick t = 4. The upper part is created and used at 4; the lower part gets t - 1 = 3.
     assert table(oracle, "path", "length", "slots", "tick", "created", "hit_count") == [
         ((1, 2), 2, (0, 1), 4, 4, 2),
         ((1, 2, 3), 1, (2,), 3, 2, 1),
@@ -48,7 +48,7 @@ def test_the_lowest_index_of_a_batch_owns_what_is_shared() -> None:
     oracle = Oracle(100)
     results = insert(oracle, [1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 6])
     assert [result.prefix_length for result in results] == [0, 2, 3]
-    # Ticks 2, 4, 6: [1, 2] and [4] were split by queries 1 and 2 and used by the last, [3] and [5] were cut off.
+    # Ticks 2, 4, 6. Queries 1 and 2 split off [1, 2] and [4]; the last query uses both. [3] and [5] are lower parts.
     assert table(oracle, "path", "slots", "tick", "created", "hit_count") == [
         ((1, 2), (0, 1), 6, 4, 3),
         ((1, 2, 3), (2,), 3, 2, 1),
@@ -64,7 +64,7 @@ def test_match_touches_the_path_and_changes_no_shape() -> None:
     before = dump(oracle)
     assert [place.length for place in match(oracle, [1, 2, 3], [7], [], touch=False)] == [3, 0, 0]
     assert dump(oracle) == before
-    places = match(oracle, [7], [1, 9], [])  # ticks 6, 8, 10: a miss takes one, too
+    places = match(oracle, [7], [1, 9], [])  # ticks 6, 8, 10: a miss takes a tick, too
     assert [place.length for place in places] == [0, 1, 0]
     assert table(oracle, "path", "tick") == [((1, 2), 8), ((1, 2, 3), 3), ((1, 2, 4), 4)]
     insert(oracle, [8])
@@ -83,10 +83,10 @@ def test_a_lock_splits_and_keeps_the_tick() -> None:
     ]
     assert (oracle.protected_tokens, oracle.evictable_tokens) == (2, 2)
     with pytest.raises(ValueError):
-        oracle.unlock([locked, locked])  # one lock, and all or nothing
+        oracle.unlock([locked, locked])  # one lock for two unlocks: none is done
     assert oracle.protected_tokens == 2
     assert oracle.slots([place, locked]) == [[0, 1], [0, 1]]
-    oracle.unlock([place])  # the old handle names the lower part, and its place the end of the upper one
+    oracle.unlock([place])  # the old handle names the lower part, its length the end of the upper part
     assert oracle.protected_tokens == 0
 
 
@@ -95,7 +95,7 @@ def test_locks_of_one_batch_come_in_order() -> None:
     insert(oracle, [1, 2, 3, 4])
     places = match(oracle, [1, 2, 3], [1], [1, 2, 3], [5], lock=True)
     assert [place.length for place in places] == [3, 1, 3, 0]
-    # Locked at clock 4, 6, 8: the splits come at 5 and 7, and the second cuts the upper part of the first.
+    # The locks come at clock 4, 6, 8, the splits at 5 and 7. The second split cuts the upper part of the first.
     assert table(oracle, "path", "lock_ref", "own_locks", "tick", "created") == [
         ((1,), 3, 1, 8, 7),
         ((1, 2, 3), 2, 2, 8, 5),
@@ -115,7 +115,7 @@ def test_lru_evicts_leaves_then_their_parents() -> None:
     insert(oracle, [1, 2, 3], [1, 2, 4], [5])
     assert oracle.evict(0) == ([], 0, 0)
     match(oracle, [1, 2, 3])
-    # [4] has tick 4, [5] 6, [3] 8 and so has [1, 2], which may go only after it.
+    # [4] has tick 4, [5] 6, [3] and [1, 2] 8. [1, 2] may go only after [3].
     assert oracle.evict(2) == ([102, 200], 2, 2)
     assert oracle.evict(2) == ([2, 0, 1], 3, 2)
     assert oracle.evict(9) == ([], 0, 0)
@@ -158,7 +158,7 @@ def test_policies(policy: object, order: list[int]) -> None:
     for key, priority in ((1, 1), (2, 3), (3, 2), (3, 0)):
         oracle.insert([[key]], [[10 * key]], [None], [priority])
     match(oracle, [1])
-    # key: tick, created, priority, hits: 1: 10, 2, 1, 1; 2: 4, 4, 3, 1; 3: 8, 6, 2, 2
+    # (tick, created, priority, hits) of key 1: (10, 2, 1, 1), of key 2: (4, 4, 3, 1), of key 3: (8, 6, 2, 2)
     assert oracle.evict(3).slots == order
 
 
@@ -175,7 +175,7 @@ def test_pages() -> None:
     insert(oracle, [1, 2, 3, 4, 5])
     (result,) = insert(oracle, [1, 2, 3, 9], base=50)
     assert (result.prefix_length, result.place.length) == (2, 4)
-    # Two children of [1, 2] begin with the same token: pages tell them apart.
+    # Two children of [1, 2] begin with the same token: their whole first pages tell them apart.
     assert table(oracle, "path", "slots") == [
         ((1, 2), (0, 1)),
         ((1, 2, 3, 4), (2, 3)),
@@ -191,7 +191,7 @@ def test_bigrams() -> None:
     assert first.place.length == 3
     assert table(oracle, "path", "slots") == [(((1, 2), (2, 1), (1, 2)), (0, 1, 2))]
     assert [place.length for place in match(oracle, [1, 2, 3], [1], [1, 2, 1])] == [1, 0, 2]
-    # The start ends with the pair (1, 2), so what follows begins with its 2; the last slot is ignored.
+    # The start ends with the pair (1, 2), so the next tokens begin with 2. The last slot is ignored.
     with pytest.raises(ValueError):
         oracle.match([[1, 5]], [None], starts=[first.place])
     (longer,) = oracle.insert([[2, 5, 6]], [[70, 71, 72]], [None], [0], starts=[first.place])

@@ -1,4 +1,4 @@
-"""What is done with the places of a result: locks, slots, rows of a table."""
+"""Calls that take the places of a result: locks, splits, slots, rows of a table."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_write_slots(slot_dtype: torch.dtype, table_dtype: torch.dtype, device: 
 
 
 def test_slots_beside_the_index_are_written_where_they_are_kept(device: str) -> None:
-    """`slot_device` is where tables lie; a tree on a GPU writes to those on the GPU only."""
+    """Tables must be on `slot_device`; a tree on a GPU writes only to tables on the GPU."""
     tree = RadixTree(64, device=device, slot_device="cpu")
     tree.insert([1, 2, 3], [7, 8, 9])
     assert tree.slots(tree.match([1, 2, 3])).device.type == tree.evict(0).slots.device.type == "cpu"
@@ -76,7 +76,7 @@ def test_results_do_not_change_with_the_tree(device: str) -> None:
 @pytest.mark.parametrize("slot_device", [None, "cpu"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_slots_come_in_the_type_they_are_kept_in(dtype: torch.dtype, slot_device: str | None, device: str) -> None:
-    """An engine joins them with its free list and writes them into its tables."""
+    """An engine joins the slots with its free list and writes them into its tables."""
     tree = RadixTree(16, device=device, slot_dtype=dtype, slot_device=slot_device)
     tree.insert([[1, 2, 3], [1, 2, 4]], [[1, 2, 3], [0, 0, 4]])
     single, batch = tree.match([1, 2, 3]), tree.match([[1, 2, 4], [1]])

@@ -1,4 +1,4 @@
-"""Policies of the user's own."""
+"""User-defined policies, and the order of evictions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flatradix import Nodes, RadixTree
 
 
 def evicted(policy: str | Callable[[Nodes], torch.Tensor], device: str) -> list[int]:
-    """The order in which four leaves of 1 to 4 tokens go, slots 10, 20, 30, 40 and on."""
+    """Return the order in which four leaves of 1 to 4 tokens are evicted. Their slots begin at 10, 20, 30 and 40."""
     tree = RadixTree(100, device=device, policy=policy)
     for count in (3, 1, 4, 2):
         tree.insert([count * 100 + i for i in range(count)], [count * 10 + i for i in range(count)])

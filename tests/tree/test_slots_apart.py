@@ -1,4 +1,4 @@
-"""Slots on a device of their own: what torch copies, and what a kernel copies in one launch, against numpy."""
+"""Slots on a separate device: copies by torch, and copies by a kernel in one launch, compared with numpy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ UNITS = 5000
 
 
 def pool_on(device: str, dtype: torch.dtype) -> tuple[SlotsApart, np.ndarray]:
-    """Slots that are all different, and the same in host memory."""
+    """Return a pool whose slots are all different, and the same slots in host memory."""
     where = torch.device("cpu") if device == "cpu" or devices.interpreted() else torch.device(device)
     slots = SlotsApart(UNITS, dtype, where, 0)
     if device == "cpu":
-        slots._copy_ranges = None  # what a machine without Triton has
+        slots._copy_ranges = None  # as on a machine without Triton
     assert (slots._copy_ranges is None) == (device == "cpu")
     values = np.random.default_rng(1).permutation(UNITS)
     slots.values.copy_(torch.from_numpy(values))
@@ -28,7 +28,7 @@ def pool_on(device: str, dtype: torch.dtype) -> tuple[SlotsApart, np.ndarray]:
 
 
 def some_ranges(lengths: list[int]) -> Ranges:
-    """Ranges of these lengths, anywhere in the pool."""
+    """Return ranges of these lengths, anywhere in the pool."""
     numbers = np.random.default_rng(len(lengths))
     counts = np.array(lengths, np.int32)
     starts = np.array([numbers.integers(0, UNITS - length + 1) for length in lengths], np.int32)
@@ -56,7 +56,7 @@ def test_gather(lengths: list[int], dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @given(paths=st.lists(LENGTHS, min_size=1, max_size=4))
 def test_write_rows(paths: list[list[int]], dtype: torch.dtype, table_dtype: torch.dtype, device: str) -> None:
-    """The last row of the table belongs to nobody; neither does what is behind a path."""
+    """The last row of the table stays unchanged, and so do the elements after the end of a path."""
     slots, values = pool_on(device, dtype)
     ranges = some_ranges([length for path in paths for length in path])
     sums = [sum(path) for path in paths]
@@ -74,7 +74,7 @@ def test_write_rows(paths: list[list[int]], dtype: torch.dtype, table_dtype: tor
 
 @given(gaps=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 300)), max_size=8))
 def test_compact(gaps: list[tuple[int, int]], device: str) -> None:
-    """Edges are where they are in the pool: the index says where, and what it moves, the slots follow."""
+    """The index plans the moves of the edges in the pool, and the slots follow."""
     slots, values = pool_on(device, torch.int32)
     lengths = np.array([length for _, length in gaps], np.int32)
     before = np.cumsum(lengths, dtype=np.int32) - lengths
@@ -112,7 +112,7 @@ def test_the_first_slot_that_is_none_is_named(dtype: torch.dtype, mine: torch.dt
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @given(batch=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 300)), min_size=1, max_size=6))
 def test_write(batch: list[tuple[int, int]], dtype: torch.dtype, mine: torch.dtype, device: str) -> None:
-    """Of each query the first slots are left out, as the tree knew their tokens, and the others may be none."""
+    """The first slots of each query are left out, as their tokens are cached. The rest may be empty."""
     slots, values = pool_on(device, dtype)
     numbers = np.random.default_rng(3)
     parts = [torch.from_numpy(numbers.integers(0, 1 << 20, skip + count)) for skip, count in batch]
@@ -127,7 +127,7 @@ def test_write(batch: list[tuple[int, int]], dtype: torch.dtype, mine: torch.dty
 
 
 def test_many_calls_behind_a_busy_stream(gpu: str) -> None:
-    """What one call tells its kernel is not overwritten by the next, which is enqueued before that kernel runs."""
+    """A call does not overwrite the range list of an earlier call whose kernel has not run yet."""
     slots, values = pool_on(gpu, torch.int32)
     torch.cuda._sleep(200_000_000)
     several = [some_ranges([1 + count, 3, 40 + count]) for count in range(50)]

@@ -1,4 +1,4 @@
-"""A tree whose calls real timers cut short, and signal handlers that call the tree that they interrupt."""
+"""Real timers that interrupt the calls of a tree, and signal handlers that call the tree that they interrupt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def home(request: pytest.FixtureRequest) -> str:
 class Books:
     """A user of a tree, with a free list of slots and a list of locks.
 
-    What a call has done goes to the books, also where its result never came.
+    The lists record what a call has done, even if its result never arrived.
     """
 
     def __init__(self, home: str, random: Random) -> None:
@@ -52,7 +52,7 @@ class Books:
         return [self.random.choice(NAMES) for _ in range(3)]
 
     def done(self, act: Callable[[], Any]) -> bool:
-        """Whether a call has been done, which a timer may cut short."""
+        """Make a call that a timer may interrupt; return whether the call has been done."""
         changes = self.tree.changes()
         try:
             with timer(self.random.uniform(1e-6, self.longest)):
@@ -90,7 +90,7 @@ class Books:
 
     def check(self) -> None:
         self.tree.check()
-        self.free += self.tree.evict(0).slots.tolist()  # of an eviction that was cut short
+        self.free += self.tree.evict(0).slots.tolist()  # of an interrupted eviction
         held = [slot for node in nodes_of(self.tree.content()) for slot in node.slots]
         assert Counter([*held, *self.free]) == Counter(range(SLOTS))
         locks = sum(node.own_locks for node in nodes_of(self.tree.content()))
@@ -109,7 +109,7 @@ def test_timers(home: str) -> None:
 
 
 class Handler:
-    """What a signal handler does with the tree that it interrupts."""
+    """A signal handler that calls the tree that it interrupts, and counts how often the tree refuses."""
 
     def __init__(self, act: Callable[[], Any]) -> None:
         self.act = act
@@ -126,7 +126,7 @@ class Handler:
 
 
 def test_a_handler_cannot_come_in_between(home: str) -> None:
-    """Its call is refused, or done before the one that it interrupts begins: that has the same result either way."""
+    """The handler's call is refused, or done before the interrupted call begins, which has equal results either way."""
     flatradix.warm_up(home.split()[0], page_size=2)
     random = Random(home)
     counts = [0, 0]
@@ -150,7 +150,7 @@ def test_a_handler_cannot_come_in_between(home: str) -> None:
 
 
 def test_another_thread_is_told(home: str) -> None:
-    """One that comes while a call is under way; here it is in a policy's function."""
+    """A thread that calls the tree during another call gets an error; here a policy function starts the thread."""
     told: list[Exception] = []
 
     def score(nodes: Any) -> Any:

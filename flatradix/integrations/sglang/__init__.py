@@ -1,1 +1,1 @@
-"""The backend for SGLang. `plugin` is what SGLang loads; `index` needs no SGLang."""
+"""The backend for SGLang. SGLang loads `plugin`. `index` works without SGLang."""

@@ -1,4 +1,4 @@
-"""FlatRadixCache: SGLang's prefix cache over a RadixTree. What its scheduler calls, and nothing below it."""
+"""FlatRadixCache: SGLang's prefix cache over a RadixTree. It implements what SGLang's scheduler calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flatradix.integrations.sglang.index import make_tree, up_to
 from flatradix.integrations.sglang.order import depth_first_by_weight
 from flatradix.results import Places
 
-_RECEIPT = DecLockRefParams()  # an unlock needs the place alone
+_RECEIPT = DecLockRefParams()  # an unlock needs only the place
 _GREATEST = torch.iinfo(torch.int64).max
 _NO_TOKENS = array("q")
 
@@ -37,13 +37,14 @@ _NO_TOKENS = array("q")
 class FlatRadixCache(BasePrefixCache):
     """SGLang's prefix cache for models with one KV slot a token, with flatradix as its tree.
 
-    Nodes are places of the tree (`flatradix.results.Places`): a request holds the one that it locked, and each
-    checkpoint goes on from there, so that a chunk costs the chunk and one step for each node above it. All sizes are
-    Python integers that the tree keeps, so asking for them waits for nothing. One thread at a time, as the scheduler.
+    SGLang's nodes are places of the tree (`flatradix.results.Places`). A request holds the place that it locked, and
+    each checkpoint continues from that place. So a chunk costs its own tokens and one step for each node above it. With
+    the index on the CPU, reading a size waits for nothing; with the index on a GPU, it waits for the tree's own
+    kernels. Not thread-safe: the scheduler calls it from one thread.
     """
 
     def __init__(self, params: Any, device: str | None = None) -> None:
-        """params: SGLang's CacheInitParams. device: of the index, else FLATRADIX_DEVICE says it, else it is the CPU.
+        """params: SGLang's CacheInitParams. device: of the index; None takes FLATRADIX_DEVICE, or else the CPU.
 
         Raises ValueError for a policy that flatradix does not know, DeviceUnavailableError.
         """
@@ -59,14 +60,14 @@ class FlatRadixCache(BasePrefixCache):
         self.tree = self._tree.tree
         self._changes = self.tree.changes
         self.root_node = self._tree.match(_NO_TOKENS, None, None)
-        _ = self.root_node.length  # a GPU keeps what it has to tell of a call for a while only
+        _ = self.root_node.length  # read now: later calls overwrite the answer in the mailbox of a GPU
         self.kv_events = KvEvents(params)
         self.kv_events.cleared()
         if params.enable_metrics:
             self.init_metrics_collector()
 
     def reset(self) -> None:
-        """Forget everything, locked nodes too: no lock from before may be given back. SGLang calls it when idle."""
+        """Drop everything, including locked nodes. Earlier locks must not be unlocked. SGLang calls it when idle."""
         with self._tree.aside():
             self.tree.reset()
         self.kv_events.cleared()
@@ -74,7 +75,7 @@ class FlatRadixCache(BasePrefixCache):
     # Look-ups
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """The longest cached prefix of a key; it becomes the most recently used. O(length of the match)."""
+        """Find the longest cached prefix of a key, and make it the most recently used. O(length of the match)."""
         key = params.key
         place = self._tree.match(key.token_ids, key.limit, namespace_of(key))
         return MatchResult(place.length, place, place, place)
@@ -83,17 +84,20 @@ class FlatRadixCache(BasePrefixCache):
         self._tree.match(key.token_ids, key.limit, namespace_of(key))
 
     def path_device_indices(self, node: Places) -> torch.Tensor:
-        """int64 [length], contiguous, on the KV pool's device."""
+        """Return the slots of a place: int64 [length], contiguous, on the KV pool's device."""
         return self._tree.slots(node)
 
     def dfs_weight_order(self, node_handles: Sequence[Places]) -> list[int]:
-        """Where subtrees weigh the same, that of the first request in the queue comes first."""
+        """Return the indices of `node_handles` in depth-first order, heavier subtrees first.
+
+        Of subtrees with equal weight, the subtree with the first request of the queue comes first.
+        """
         with self._tree.aside():
             return depth_first_by_weight(self.tree, node_handles)
 
     # Locks
 
-    # Cut short after its change, each takes that back: the caller knows nothing of it.
+    # If interrupted after its change, each of these undoes the change: the caller does not know about it.
 
     def lock(self, node: Places) -> TreeLock:
         before = self._changes()
@@ -139,12 +143,12 @@ class FlatRadixCache(BasePrefixCache):
     # Changes
 
     def insert(self, params: InsertParams) -> InsertResult:
-        """Cache a key with its slots (`value`, one a token or unit). Slots for what was there stay the caller's.
+        """Cache a key with its slots (`value`, one a token or unit). Slots for tokens cached before stay the caller's.
 
-        No KV events come of it: SGLang's scheduler caches by `checkpoint` alone.
+        Records no KV events: SGLang's scheduler caches only by `checkpoint`.
         """
         tokens, slots = up_to(params.key.token_ids, params.key.limit), params.value
-        if len(slots) < len(tokens):  # SGLang gives one a unit: none for the last token of bigrams, or of a part page
+        if len(slots) < len(tokens):  # one a unit: none for the last token of bigrams, or for an incomplete page
             slots = torch.cat((slots, slots.new_zeros(len(tokens) - len(slots))))
         result = self._tree.insert(
             tokens,
@@ -158,11 +162,11 @@ class FlatRadixCache(BasePrefixCache):
     def checkpoint(self, req: Any, *, up_to: int, **_: Any) -> None:
         """Cache the first `up_to` tokens of a request, give it the tree's slots for them, and move its lock there.
 
-        O(tokens behind the request's lock + nodes above it); if another request has cached some of these tokens
-        meanwhile, their slots are read as well, O(up_to). The last, incomplete page stays the request's; so does what
-        comes from the first token on that is none of a vocabulary, as in the place of an image.
+        O(tokens after the request's lock + nodes above it). If another request has cached some of these tokens
+        meanwhile, their slots are read as well: O(up_to). The slots of the last, incomplete page stay the request's. So
+        do all slots from the first foreign token on, such as the placeholder of an image (`before_foreign`).
 
-        Where it is cut short, once the tree has the tokens, it is done to its end first: the tree owns their slots.
+        If it is interrupted after the tree has the tokens, it first completes the rest: the tree owns their slots.
         """
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         start = self._held(req, up_to)
@@ -187,7 +191,7 @@ class FlatRadixCache(BasePrefixCache):
             raise
 
     def _finish(self, step: Checkpoint, start: Places | None) -> None:
-        """What is left to do of a checkpoint whose tokens the tree has; each step may be begun twice."""
+        """Complete a checkpoint after its tokens are in the tree. Each step may be started twice."""
         req, kv, place = step.req, step.req.kv, step.place
         cached, length = place.prefix_length, place.length
         if self.kv_events.enabled and not step.told:
@@ -206,14 +210,20 @@ class FlatRadixCache(BasePrefixCache):
         kv.cache_protected_len = length
 
     def _held(self, req: Any, up_to: int) -> Places | None:
-        """The place under the request's lock, if the key goes on from it. The root knows no namespace: None."""
+        """Return the place under the request's lock if the key continues from it, else None.
+
+        None for the root too: it knows no namespace.
+        """
         if req.lock is None:
             return None
         place: Places = req.lock.node
         return place if 0 < place.length <= up_to - self.is_eagle else None
 
     def _split_at_prompt(self, step: Checkpoint, length: int) -> None:
-        """As SGLang does: the output can go without the prompt, and before it, by priority too."""
+        """Split the path at the end of the prompt, and give the prompt a priority higher by 1, as SGLang does.
+
+        The output can then be evicted without the prompt, and policy "priority" evicts it first.
+        """
         req = step.req
         prompt = len(req.origin_input_ids) - self.is_eagle
         prompt -= prompt % self.page_size
@@ -227,7 +237,7 @@ class FlatRadixCache(BasePrefixCache):
             )
 
     def _take_over(self, step: Checkpoint, first: int, cached: int) -> None:
-        """Use the tree's slots in the place of the request's where the tree had tokens already, and free these."""
+        """Replace the request's slots by the tree's for tokens that were cached before, and free the former."""
         if step.duplicates is None:
             step.duplicates = step.row[first:cached].clone()
         place = (step.req.kv.req_pool_idx, slice(first, cached))
@@ -238,7 +248,7 @@ class FlatRadixCache(BasePrefixCache):
             allocator.free_segment(step.duplicates, start_pos=first)
 
     def evict(self, params: EvictParams) -> EvictResult:
-        """Free unlocked nodes in the order of the policy until `num_tokens` are free; the slots go to the allocator."""
+        """Free unlocked nodes in the order of the policy until `num_tokens` are freed. The allocator gets the slots."""
         if params.num_tokens <= 0:
             return EvictResult()
         began = time.perf_counter()
@@ -248,7 +258,7 @@ class FlatRadixCache(BasePrefixCache):
             self._free(freed, began)
             return EvictResult(num_tokens_evicted=freed.num_tokens)
         except BaseException:
-            # Cut short: nobody else knows these slots.
+            # Interrupted after the eviction: slots that the allocator does not get now would be lost.
             if self._changes() != before and free == free_slots(self.token_to_kv_pool_allocator):
                 self._free(self.tree.last_result, began)
             raise
@@ -286,7 +296,7 @@ _NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def namespace_of(key: Any) -> str | bytes | None:
-    """One name for `extra_key` and `cache_salt` of a RadixKey or request: different pairs have different names."""
+    """Return one name for the `extra_key` and `cache_salt` of a key or request. Different pairs, different names."""
     salt = key.cache_salt
     if not salt:
         return key.extra_key

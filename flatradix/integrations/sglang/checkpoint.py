@@ -1,7 +1,7 @@
-"""How far a checkpoint has come, so that one that a signal cuts short can be done to its end.
+"""The progress of a checkpoint, so that an interrupted checkpoint can be completed.
 
-The tree and SGLang's allocator are asked what has been done. A cut within SGLang's own code, which none of it expects,
-is beyond this.
+The tree and SGLang's allocator tell which steps have been done. An interruption inside SGLang's own code is not
+handled: that code is not written for interruptions.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ SPLIT, LOCK, UNLOCK = 1, 2, 3
 
 
 class Checkpoint:
-    """place: where it ends, None before the tree has the tokens. lock: the one that the request had before.
+    """The progress of one checkpoint.
 
-    row: the request's row of SGLang's table. duplicates: slots that the request held for what the tree had already.
-    free_before: slots that the allocator had before it got these. told: whether KV events know of it.
+    place: the end of the checkpoint; None before the tree has the tokens. lock: the lock that the request had before.
+    row: the request's row of SGLang's table. duplicates: the request's slots for tokens that the tree had before.
+    free_before: free slots of the allocator before it gets the duplicates. told: whether KV events were recorded.
     """
 
     __slots__ = ("_begun", "_changes", "duplicates", "free_before", "lock", "place", "req", "row", "told")
@@ -36,7 +37,10 @@ class Checkpoint:
         self._begun = 0, 0
 
     def is_due(self, phase: int) -> bool:
-        """Whether the tree is still to be changed: it was not begun, or begun and not done. The caller does it now."""
+        """Return whether the tree change of a phase is still to be done, and note that the caller begins it now.
+
+        It is to be done if it was not begun, or if the tree has not changed since it was begun.
+        """
         begun, changes = self._begun
         if begun > phase or (begun == phase and changes != self._changes()):
             return False
@@ -45,7 +49,7 @@ class Checkpoint:
 
 
 def free_slots(allocator: Any) -> int:
-    """Slots that SGLang's allocator has, those that wait for the end of a group of frees included."""
+    """Return the free slots of SGLang's allocator, including slots that wait for the end of a group of frees."""
     slots = int(allocator.available_size())
     for part in getattr(allocator, "free_group", None) or ():
         slots += part.numel()

@@ -1,8 +1,8 @@
-"""KV events of the cache, with SGLang's hashes: what routers such as Dynamo's and llm-d's follow.
+"""KV events of the cache, with SGLang's hashes. Routers such as Dynamo's and llm-d's follow these events.
 
-An eviction tells which slots it freed, not which tokens, so the hash of each block is kept by the page that holds it.
-Where slots are on a GPU their numbers come to the host behind the work that is under way, and nobody waits: what they
-belong to stays in line until they are there, and the events of one `take` may come with the next.
+An eviction tells which slots it freed, not which tokens. So the hash of each block is kept by the page that holds the
+block. If slots are on a GPU, their numbers are copied to the host after the work under way, and nothing waits for the
+copy. The events of these slots stay queued until the copy is done, so they may miss one `take` and come with the next.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _MOST_ENDS = 1 << 16
 
 
 class _Block:
-    """As much of a tree node as SGLang's hashes look at."""
+    """The attributes of a tree node that SGLang's hash functions read."""
 
     __slots__ = ("event_hash_value", "hash_value", "key", "parent")
 
     def __init__(self, key: RadixKey, parent: _Block | None, chain: str | None = None) -> None:
-        """chain: the hash of the last page, where that is all that is wanted."""
+        """chain: the hash of the last page, for a block that serves only as a parent."""
         self.key = key
         self.parent = parent
-        # One of the two is used: with a namespace the hashes of events are other ones than those of storage.
+        # SGLang reads one of the two: with a namespace, the hashes of events differ from the hashes of storage.
         self.hash_value = None if chain is None else [chain]
         self.event_hash_value = None if chain is None else [chain]
 
@@ -41,12 +41,12 @@ class _Block:
         return self.key.extra_key is not None or self.key.cache_salt is not None
 
     def hashes(self, page_size: int) -> list[str]:
-        """Of each page, hex."""
+        """Return the hash of each page, in hex."""
         return (compute_node_event_hash_values if self.is_named else compute_node_hash_values)(self, page_size)
 
 
 class _Step(NamedTuple):
-    """Something that happened. pages: int64 [K], on the host once `is_there`. events: None for what was removed."""
+    """A change to report. pages: int64 [K], valid once `is_there` returns True. events: None for removed pages."""
 
     pages: torch.Tensor | None
     is_there: Callable[[], bool]
@@ -58,7 +58,7 @@ def _at_once() -> bool:
 
 
 class KvEvents(KVCacheEventRecorder):
-    """The recorder of one cache. Where it is not enabled, the cache does not call it at all."""
+    """The event recorder of one cache. The cache calls `stored` and `removed` only if the recorder is enabled."""
 
     def __init__(self, params: Any) -> None:
         """params: SGLang's CacheInitParams."""
@@ -75,12 +75,12 @@ class KvEvents(KVCacheEventRecorder):
         pages = params.token_to_kv_pool_allocator.size // params.page_size + 2 if self.enabled else 0
         self._hash_of_page = np.zeros(pages, np.int64)
 
-    # What the cache tells
+    # Called by the cache
 
     def stored(self, req: Any, start: Places | None, end: Places, first: int, row: torch.Tensor) -> None:
-        """The request's tokens from `first` to the place `end` were cached with the slots in its row of the table.
+        """Record that the request's tokens from `first` to the place `end` were cached with the slots in its table row.
 
-        start: the place that the insert went on from, of which the hash may be known.
+        start: the place from which the insert continued. Its hash may be known.
         """
         size, last = self.page_size, end.length
         known, chain = self._known(start)
@@ -107,7 +107,7 @@ class KvEvents(KVCacheEventRecorder):
             self._ends[end.handle] = (last, chain)
 
     def removed(self, slots: torch.Tensor) -> None:
-        """slots: int64 [K], whole pages, in the order in which they were evicted."""
+        """Record evicted slots: int64 [K], whole pages, in the order of eviction."""
         self._queue_step(slots[:: self.page_size] // self.page_size, None)
 
     def cleared(self) -> None:
@@ -115,10 +115,10 @@ class KvEvents(KVCacheEventRecorder):
         if self.enabled:
             self._steps.append(_Step(None, _at_once, [AllBlocksCleared()]))
 
-    # What the scheduler asks
+    # Called by the scheduler
 
     def take(self) -> list[Any]:
-        """All events so far whose slots are known, in order."""
+        """Return all events so far, in order, up to the first with slots that the host does not know yet."""
         while self._steps and self._steps[0].is_there():
             self._settle(self._steps.popleft())
         return super().take()
@@ -152,14 +152,14 @@ class KvEvents(KVCacheEventRecorder):
     # Hashes
 
     def _known(self, start: Places | None) -> tuple[int, str | None]:
-        """How far, and with which hash, the chain of a request is known."""
+        """Return up to which length the hash chain of a request is known, and the hash there."""
         if start is None:
             return 0, None
         length, chain = self._ends.get(start.handle, (0, None))
         return (length, chain) if length == start.length else (0, None)
 
     def _block(self, req: Any, first: int, last: int, chain: str | None) -> _Block:
-        """The pages of a request's tokens from `first` to `last` (units), behind a page with the hash `chain`."""
+        """Return the pages of a request's tokens from `first` to `last` (units), after a page with the hash `chain`."""
         key = self._key(req, req.full_untruncated_fill_ids[first : last + self._is_bigram], self._is_bigram)
         root = _Block(self._key(req, key.token_ids[:0], False), None)
         if chain is None:

@@ -1,7 +1,7 @@
-"""The tree as SGLang's cache uses it: a key at a time, with splits where SGLang's trees split.
+"""The tree as SGLang's cache uses it: one key at a time, with splits where SGLang's trees split.
 
-With the index on the CPU nothing here waits for a GPU. With the index on a GPU its kernels go on a stream of their own:
-SGLang's current stream may stand behind a whole forward pass, and a look-up on it would too.
+With the index on the CPU, nothing here waits for a GPU. With the index on a GPU, its kernels run on their own stream:
+on SGLang's current stream, a look-up might wait for a whole forward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flatradix.tree import RadixTree
 
 
 class SchedulerTree:
-    """An index on the CPU. Places are what the tree returns; a lock or a split keeps them good."""
+    """A tree with its index on the CPU. Places are results of the tree. A lock or a split keeps them valid."""
 
     def __init__(self, tree: RadixTree) -> None:
         self.tree = tree
@@ -34,19 +34,19 @@ class SchedulerTree:
         self._match_array = tree.match_array
 
     def match(self, tokens: Any, limit: int | None, namespace: str | bytes | None) -> MatchResult:
-        """`RadixTree.match` of the first `limit` tokens, and an edge on which it ends is split.
+        """Call `RadixTree.match` on the first `limit` tokens, and split the edge if the match ends inside it.
 
-        What is evicted later is then what SGLang's trees would evict.
+        A later eviction then frees the tokens that SGLang's trees would free.
         """
         if type(tokens) is array and tokens.typecode == "q":
             try:
                 return self._match_array(tokens, limit, namespace, True)
             except QueryError:
-                pass  # a token that is none of a vocabulary
+                pass  # a foreign token
         return self.tree.match(before_foreign(up_to(tokens, limit)), namespace, split=True)
 
     def insert(self, tokens: Any, slots: torch.Tensor, **options: Any) -> InsertResult:
-        """`RadixTree.insert`, of the tokens before the first that is none of a vocabulary."""
+        """Call `RadixTree.insert` on the tokens before the first foreign token."""
         try:
             return self.tree.insert(tokens, slots, **options)
         except QueryError:
@@ -56,27 +56,27 @@ class SchedulerTree:
             return self.tree.insert(known, slots[: len(known)], **options)
 
     def above(self, place: Places, length: int) -> Places:
-        """The place on the same path, `length` units from the root."""
+        """Return the place on the same path, `length` units from the root."""
         return one_match(length, place.handle)
 
     @contextmanager
     def aside(self, after_current: bool = False) -> Iterator[None]:
-        """Around whatever else looks at the tree or changes it: where its own work is under way.
+        """Enter the tree's own stream, if there is one, for any other code that reads or changes the tree.
 
-        after_current: behind what the current stream does.
+        after_current: let this stream wait for the current stream first.
         """
         yield
 
 
 class StreamedTree(SchedulerTree):
-    """An index on a GPU, on its own stream."""
+    """A tree with its index on a GPU, on its own stream."""
 
     def __init__(self, tree: RadixTree) -> None:
         super().__init__(tree)
         real = tree.device.type == "cuda"
-        self._stream = torch.cuda.Stream(tree.device) if real else None  # none where kernels are interpreted
+        self._stream = torch.cuda.Stream(tree.device) if real else None  # None if kernels are interpreted
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(tree.device))  # that makes the empty tree
+            self._stream.wait_stream(torch.cuda.current_stream(tree.device))  # it makes the empty tree
         self.lock = self._lock
         self.unlock = self._unlock
         self.slots = self._slots
@@ -93,7 +93,7 @@ class StreamedTree(SchedulerTree):
             yield
 
     def _handed_over(self, values: torch.Tensor) -> torch.Tensor:
-        """For use on the current stream; those on the CPU were waited for."""
+        """Make values safe to use on the current stream. Values on the CPU are complete already."""
         if self._stream is not None and values.is_cuda:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)
@@ -113,10 +113,10 @@ class StreamedTree(SchedulerTree):
             return self.tree.match(before_foreign(up_to(tokens, limit)), namespace, split=True)
 
     def insert(self, tokens: Any, slots: torch.Tensor, **options: Any) -> InsertResult:
-        known = before_foreign(tokens)  # now: the device would tell of the others too late
+        known = before_foreign(tokens)  # on the host: the device would report foreign tokens too late
         with self.aside(after_current=True):
             result = self.tree.insert(known, slots[: len(known)], **options)
-            _ = result.length  # done: the row that the slots were read from may change
+            _ = result.length  # waits for the insert: the row from which the slots are read may change afterwards
             return result
 
     def _slots(self, place: Any) -> torch.Tensor:
@@ -136,7 +136,7 @@ class StreamedTree(SchedulerTree):
 
 
 def up_to(tokens: Any, limit: int | None) -> Any:
-    """The first `limit` tokens, not copied, but for those of a list."""
+    """Return the first `limit` tokens. Only a list or tuple is copied."""
     if isinstance(tokens, list | tuple):
         return array("q", tokens[:limit])
     if limit is None or limit >= len(tokens):
@@ -145,10 +145,10 @@ def up_to(tokens: Any, limit: int | None) -> Any:
 
 
 def before_foreign(tokens: Any) -> Any:
-    """The tokens before the first that is outside [0, 2**31 - 1], not copied.
+    """Return the tokens before the first foreign token, one outside [0, 2**31 - 1]. Only a list or tuple is copied.
 
-    SGLang puts numbers of 62 bits in the place of images, and takes whatever ids a client sends. None of them is cached
-    here, nor what comes behind it.
+    SGLang replaces images by numbers of 62 bits, and accepts any ids that a client sends. Foreign tokens and all tokens
+    after them are not cached here.
     """
     values = np.asarray(tokens)
     foreign = np.flatnonzero((values < 0) | (values > MAX_TOKEN))
@@ -156,10 +156,10 @@ def before_foreign(tokens: Any) -> Any:
 
 
 def make_tree(params: Any, device: str | None = None) -> SchedulerTree:
-    """The tree for SGLang's CacheInitParams, empty.
+    """Return an empty tree for SGLang's CacheInitParams.
 
-    device: where it lives, "cpu" or "cuda"; None asks the variable FLATRADIX_DEVICE, and takes "cpu" where that says
-    nothing. The slots lie on the allocator's device either way. Raises ValueError, DeviceUnavailableError.
+    device: where the index lives, "cpu" or "cuda". None takes the variable FLATRADIX_DEVICE, or "cpu" if it is not set.
+    The slots lie on the allocator's device in both cases. Raises ValueError, DeviceUnavailableError.
     """
     allocator = params.token_to_kv_pool_allocator
     pool = torch.device(allocator.device)
@@ -175,8 +175,8 @@ def make_tree(params: Any, device: str | None = None) -> SchedulerTree:
         _policy(params),
         None if pool.type == beside else pool,
         bigram=params.is_eagle,
-        slot_dtype=torch.int64,  # as SGLang wants them back
-        check_slots=False,  # they come from SGLang's own table, and looking at them would wait for the GPU
+        slot_dtype=torch.int64,  # as SGLang's allocator takes them
+        check_slots=False,  # they come from SGLang's own table, and a check would wait for the GPU
     )
     return StreamedTree(tree) if on_gpu else SchedulerTree(tree)
 

@@ -12,7 +12,7 @@ _ROOT = 0
 
 
 class _Paths:
-    """The part of a tree that leads to some places, by rows; children in the order in which they were met."""
+    """The part of a tree that leads to some places, by rows. Children are in the order in which they were added."""
 
     def __init__(self, tree: RadixTree) -> None:
         state = tree.content().state
@@ -21,7 +21,7 @@ class _Paths:
         self.children: dict[int, list[int]] = {}
 
     def add(self, place: Places) -> int:
-        """The row that a place ends on; that row and all above it become part of this."""
+        """Add the path of a place. Return the row on which the place ends."""
         length = place.length
         found = place.handle & ROW_MASK if length else _ROOT
         while found != _ROOT and self._end[found] - self._length[found] >= length:
@@ -29,25 +29,25 @@ class _Paths:
         row = found
         while row not in self._known:
             self._known.add(row)
-            parent = max(int(self._parent[row]), _ROOT)  # a negative one is a namespace
+            parent = max(int(self._parent[row]), _ROOT)  # a negative parent is a namespace
             self.children.setdefault(parent, []).append(row)
             row = parent
         return found
 
     def downwards(self) -> list[int]:
-        """All rows, parents before their children."""
+        """Return all rows, parents before their children."""
         rows = [_ROOT]
-        for row in rows:  # grows while it is walked
+        for row in rows:  # the list grows during the loop
             rows.extend(self.children.get(row, ()))
         return rows
 
 
 def depth_first_by_weight(tree: RadixTree, places: Sequence[Places]) -> list[int]:
-    """Indices of `places`, of which each counts one, in the order in which SGLang would serve them.
+    """Return the indices of `places` in the order in which SGLang would serve them. Each place has weight 1.
 
-    Below each node the child with the most places comes first, of equals the one that has the first place; those that
-    end at the node itself come after all children. O(rows on the paths). Raises nothing for stale places: they are
-    where their row is now.
+    Below each node the child with the most places comes first; of equal children, the child with the first place.
+    Places that end at the node itself come after all children. O(rows on the paths), and a copy of the whole tree if it
+    is on a GPU. Stale places raise no error: each counts where its row is now.
     """
     paths = _Paths(tree)
     at: dict[int, list[int]] = {}

@@ -1,7 +1,7 @@
 """SGLang 0.5.23 with flatradix as its prefix cache: `--radix-cache-backend flatradix`.
 
-The entry point `sglang.srt.plugins` names `register`, which SGLang calls in its launcher and in every scheduler; nobody
-needs to import this module. docs/sglang.md says what is served and what is refused.
+The entry point `sglang.srt.plugins` names `register`. SGLang calls `register` in its launcher and in every scheduler;
+users need not import this module. docs/sglang.md says what is served and what is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Make `--radix-cache-backend flatradix` known to SGLang in this process. Calling it again changes nothing."""
+    """Register `--radix-cache-backend flatradix` with SGLang in this process. A second call changes nothing."""
     installed = _installed_version()
     if installed not in (None, VERSION):
         logger.warning("flatradix was tested with SGLang %s, and this is %s", VERSION, installed)
@@ -43,18 +43,18 @@ def register() -> None:
 
 
 def create(context: Any) -> BasePrefixCache:
-    """The cache of one scheduler, from SGLang's TreeCacheBuildContext.
+    """Return the cache of one scheduler, from SGLang's TreeCacheBuildContext.
 
-    With --disable-radix-cache, or where SGLang disables it for a model, it is SGLang's own, which then caches nothing.
-    Raises ValueError, naming the option, for what this cache cannot serve, and DeviceUnavailableError where
-    FLATRADIX_DEVICE asks for a device that cannot be used.
+    With --disable-radix-cache, or if SGLang disables the prefix cache for a model, this is SGLang's own cache, which
+    then caches nothing. Raises ValueError, naming the option, for what this cache cannot serve. Raises
+    DeviceUnavailableError if FLATRADIX_DEVICE names a device that cannot be used.
     """
     if context.disable_radix_cache:
         logger.info("the prefix cache is disabled: SGLang's own is used in the place of flatradix")
         return registry.default_radix_cache_factory(context)
     refuse_unserved(context)
     cache = FlatRadixCache(context.params)
-    # Now, and not in the first requests.
+    # Compile now, not during the first requests.
     warm_up(cache.tree.device, context.params.page_size, context.params.is_eagle, cache.tree.slot_device)
     return cache
 
@@ -62,5 +62,5 @@ def create(context: Any) -> BasePrefixCache:
 def _installed_version() -> str | None:
     try:
         return importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is only on the path
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
         return None

@@ -1,4 +1,4 @@
-"""What SGLang can be asked to do that only its own tree does. Found at the start of a server, and named."""
+"""Options and models of SGLang that only its own tree can serve. They are refused by name when a server starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refuse_unserved(context: Any) -> None:
 
 
 def _refuse_models(context: Any) -> None:
-    """Models whose state is more than one KV slot a token."""
+    """Refuse models with more state than one KV slot a token, and KV pools that the index cannot serve."""
     params = context.params
     if context.is_hybrid_ssm:
         _refuse("models with mamba or linear-attention state", "take a model with attention alone")
