@@ -1,4 +1,4 @@
-"""The code of the README and of docs/engine.md runs, and does what is said there."""
+"""The code of the README, docs/tree.md and docs/engine.md runs, and does what they say."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def test_interpreter_session() -> None:
 
 
 def test_the_life_of_a_request() -> None:
-    """The block under "How to embed it", with an allocator."""
+    """The block of docs/tree.md, with an allocator."""
     import flatradix
 
-    block = README.read_text().split("```python\nm = tree.match")[1].split("```")[0]
-    code = compile("m = tree.match" + block.replace("\n...\n", "\n"), "README.md", "exec")
+    block = (ROOT / "docs/tree.md").read_text().split("```python\nm = tree.match")[1].split("```")[0]
+    code = compile("m = tree.match" + block.replace("\n...\n", "\n"), "docs/tree.md", "exec")
 
     class Allocator:
         def __init__(self) -> None:
@@ -52,7 +52,7 @@ def test_the_life_of_a_request() -> None:
 
 @pytest.mark.parametrize("num_slots", [200, 24])
 def test_the_engine_of_the_docs(num_slots: int) -> None:
-    """The block at the top of docs/engine.md, with a model that keeps tokens for KV and knows what must lie where."""
+    """The first block of docs/engine.md, with a model that stores tokens as KV and derives the next token from them."""
     import flatradix
 
     block = (ROOT / "docs/engine.md").read_text().split("```python\n")[1].split("```")[0]
@@ -85,5 +85,5 @@ def test_the_engine_of_the_docs(num_slots: int) -> None:
         assert output == told[: len(output)]
         assert num_slots < 200 or len(output) == 5
     assert len(outputs) == 3
-    # Begun together, nobody finds anything; of each output but the last token the KV is computed.
+    # All requests begin together, so no request hits. KV is computed for all tokens of an output but the last.
     assert num_slots < 200 or computed == sum(map(len, prompts)) + 3 * 4
