@@ -16,7 +16,6 @@ from flatradix.device.calls import Calls
 from flatradix.device.cut_short import NOTHING, Done
 from flatradix.device.input import (
     as_batch,
-    is_host_key,
     of_key,
     places_on,
     read_numbers,
@@ -38,7 +37,7 @@ from flatradix.inputs.options import Options
 from flatradix.inputs.places import read_places, refuse_shared_handles
 from flatradix.inputs.policy import Nodes, built_in_scores, scores_of
 from flatradix.inputs.ragged import Ragged
-from flatradix.inputs.sequences import Buffer, read_one
+from flatradix.inputs.sequences import Buffer, read_host_key, read_one
 from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
 from flatradix.inspect.content import Content, Saved, as_numpy, fill
 from flatradix.kernels import gpu
@@ -171,14 +170,14 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         locks = bool(lock or split)
-        if start is None and is_host_key(q):
-            key = read_one(q, "tokens")
-            self._open = _NOTHING_YET
-            result = self._match_key(key, namespace, bool(touch), locks)
-        else:
+        key = read_host_key(q, "tokens") if start is None else None
+        if key is None:
             keys = read_values(q, self.device, "tokens")
             self._open = _NOTHING_YET
             result = self._match_values(keys, namespace, bool(touch), locks, start)
+        else:
+            self._open = _NOTHING_YET
+            result = self._match_key(key, namespace, bool(touch), locks)
         if lock:
             self.last_result = result
             self._changes += 1

@@ -12,14 +12,9 @@ from flatradix.errors import QueryError
 from flatradix.inputs.arguments import check_counts, check_slot_queries, per_query
 from flatradix.inputs.places import check_starts, read_places
 from flatradix.inputs.ragged import Ragged, read_batch
-from flatradix.inputs.sequences import Batch, Buffer, is_batch, read_one
+from flatradix.inputs.sequences import Batch, Buffer, is_batch, is_on_device, read_one
 from flatradix.inputs.upload import upload, upload_numbers
 from flatradix.layout.queries import NO_PLACES, PerQuery, Places, Values
-
-
-def is_host_key(q: Any) -> bool:
-    """Return whether `q` is one flat sequence in host memory."""
-    return not (isinstance(q, torch.Tensor) and not q.is_cpu) and not is_batch(q)
 
 
 def read_counts(values: Values) -> np.ndarray:
@@ -48,9 +43,10 @@ def _in_place(values: torch.Tensor, what: str, query: int = 0) -> torch.Tensor:
     return values.contiguous()
 
 
-def _ragged_values(values: torch.Tensor, offsets: torch.Tensor, counts: np.ndarray | None, owner: Any) -> Values:
+def _joined(values: torch.Tensor, offsets: torch.Tensor, counts: np.ndarray | None) -> Values:
+    """Sequences one after another on the device, and where each begins."""
     wide, total, batch = values.dtype is torch.int64, values.shape[0], offsets.shape[0] - 1
-    return Values(values.data_ptr(), wide, offsets.data_ptr(), total, batch, counts, (values, offsets, owner))
+    return Values(values.data_ptr(), wide, offsets.data_ptr(), total, batch, counts, (values, offsets))
 
 
 def _of_ragged(ragged: Ragged, device: torch.device, what: str) -> Values:
@@ -61,7 +57,9 @@ def _of_ragged(ragged: Ragged, device: torch.device, what: str) -> Values:
         counts = np.diff(offsets.numpy())
         if values.dtype not in (torch.int32, torch.int64):
             read_one(values[:0], what)  # raises if the dtype is no integer
-    return _ragged_values(_in_place(upload(values, device), what), upload(offsets, device).contiguous(), counts, None)
+    if values.device != device:
+        values, offsets = upload(values, device), upload(offsets, device)
+    return _joined(_in_place(values, what), offsets.contiguous(), counts)
 
 
 def of_key(key: Buffer, device: torch.device) -> Values:
@@ -86,14 +84,14 @@ def _of_host_batch(batch: Batch, device: torch.device) -> Values:
         np.concatenate(parts, out=pinned.numpy(), casting="same_kind")
     offsets = np.zeros(len(batch) + 1, np.int64)
     np.cumsum(batch.counts, out=offsets[1:])
-    return _ragged_values(upload(pinned, device), upload_numbers(offsets, device), batch.counts, parts)
+    return _joined(upload(pinned, device), upload_numbers(offsets, device), batch.counts)
 
 
 def _of_mixed(sequences: Sequence[Any], device: torch.device, what: str) -> Values:
     """Bring a list of sequences to the device; at least one of them is on a device."""
     tensors = []
     for query, part in enumerate(sequences):
-        if isinstance(part, torch.Tensor) and not part.is_cpu:
+        if is_on_device(part):
             tensors.append(_in_place(part, what, query).to(device))
         else:
             tensors.append(upload(torch.from_numpy(np.asarray(read_one(part, what, query)[3])), device))
@@ -101,17 +99,17 @@ def _of_mixed(sequences: Sequence[Any], device: torch.device, what: str) -> Valu
     kind = torch.int64 if any(part.dtype == torch.int64 for part in tensors) else torch.int32
     offsets = np.zeros(len(tensors) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
-    return _ragged_values(torch.cat([part.to(kind) for part in tensors]), upload_numbers(offsets, device), counts, None)
+    return _joined(torch.cat([part.to(kind) for part in tensors]), upload_numbers(offsets, device), counts)
 
 
 def read_values(sequences: Any, device: torch.device, what: str) -> Values:
     """Read a batch in any form that the operations take. `what` ("tokens", "slots") is named in errors."""
     if isinstance(sequences, Ragged):
         return _of_ragged(sequences, device, what)
-    if isinstance(sequences, torch.Tensor) and not sequences.is_cpu:
+    if is_on_device(sequences):
         return _of_tensor(sequences.to(device), what)
     if is_batch(sequences):
-        if any(isinstance(part, torch.Tensor) and not part.is_cpu for part in sequences):
+        if any(is_on_device(part) for part in sequences):
             return _of_mixed(sequences, device, what)
         return _of_host_batch(read_batch(sequences, what), device)
     return of_key(read_one(sequences, what), device)

@@ -19,7 +19,7 @@ from flatradix.inputs.places import read_places, read_starts, refuse_shared_hand
 from flatradix.inputs.policy import Nodes, Score, scores_of
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_slot, refuse_unequal
-from flatradix.inputs.sequences import Batch, address_of, is_batch, read_one, read_single
+from flatradix.inputs.sequences import Batch, address_of, is_batch, read_host_key, read_one
 from flatradix.inputs.upload import upload_numbers
 from flatradix.inspect.content import Content, Saved, as_numpy, fill
 from flatradix.kernels import cpu
@@ -140,7 +140,7 @@ class HostIndex(Index):
     ) -> MatchResult:
         if self._open:
             self._recover()
-        key = read_single(q, "tokens") if start is None else None
+        key = read_host_key(q, "tokens") if start is None else None
         if key is None:
             return self._match_batch(read_batch(q, "tokens"), namespace, touch, lock, start, split)
         code = 0 if namespace is None else self._code(namespace)

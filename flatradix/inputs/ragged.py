@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flatradix.errors import QueryError
-from flatradix.inputs.sequences import Batch, declare_batch, read_many, read_one, read_single
+from flatradix.inputs.sequences import Batch, declare_batch, is_batch, read_many, read_one
 
 
 class Ragged:
@@ -126,8 +126,7 @@ def read_batch(queries: Any, what: str) -> Batch:
     """
     if isinstance(queries, Ragged):
         return _read_ragged(queries, what)
-    single = read_single(queries, what)
-    if single is None:
+    if is_batch(queries):
         return read_many(queries, what)
-    address, count, wide, _owner = single
-    return Batch(np.array([address]), np.array([count]), wide, [single])
+    address, count, wide, _owner = buffer = read_one(queries, what)
+    return Batch(np.array([address]), np.array([count]), wide, [buffer])

@@ -78,6 +78,10 @@ def _read_tensor(values: torch.Tensor) -> Buffer:
     raise ValueError(f"dtype {kind}; token ids and slots are int32 or int64")
 
 
+def _read_host_tensor(values: torch.Tensor) -> Buffer | None:
+    return _read_tensor(values) if values.is_cpu else None
+
+
 def _read_memoryview(values: memoryview) -> Buffer:
     if values.format in ("q", "l", "i") and values.ndim == 1 and values.c_contiguous and not values.readonly and values:
         return ctypes.addressof(ctypes.c_char.from_buffer(values)), len(values), values.itemsize == 8, values
@@ -94,15 +98,20 @@ def _read_list(values: Sequence[int]) -> Buffer:
         raise ValueError(f"{wrong!r} of type {type(wrong).__name__} among the integers of a sequence") from None
 
 
-# Types that are always one sequence. A list or tuple may also be a batch.
-_FLAT: dict[type, Callable[[Any], Buffer]] = {
+_READERS: dict[type, Callable[[Any], Buffer]] = {
     array: _read_array,
     np.ndarray: _read_numpy,
     torch.Tensor: _read_tensor,
     range: _read_list,
     memoryview: _read_memoryview,
+    list: _read_list,
+    tuple: _read_list,
 }
-_READERS = {**_FLAT, list: _read_list, tuple: _read_list}
+# Types that are always one sequence. A list or a tuple may also be a batch.
+_KEYS: dict[type, Callable[[Any], Buffer | None]] = {
+    **{kind: read for kind, read in _READERS.items() if kind not in (list, tuple)},
+    torch.Tensor: _read_host_tensor,
+}
 _BATCHES: list[type] = []
 
 
@@ -140,11 +149,19 @@ def is_batch(queries: Any) -> bool:
     return isinstance(queries, tuple(_BATCHES))
 
 
-def read_single(queries: Any, what: str) -> Buffer | None:
-    """Return one flat sequence as a buffer, or None for a batch. Raises QueryError."""
-    reader = _FLAT.get(type(queries))
+def is_on_device(values: Any) -> bool:
+    """Return whether `values` is a tensor that is not in host memory."""
+    return isinstance(values, torch.Tensor) and not values.is_cpu
+
+
+def read_host_key(queries: Any, what: str) -> Buffer | None:
+    """Read one flat sequence in host memory as a buffer. None for a batch and for a tensor on a device.
+
+    Raises QueryError.
+    """
+    reader = _KEYS.get(type(queries))
     if reader is None:
-        return None if is_batch(queries) else read_one(queries, what)
+        return None if is_batch(queries) or is_on_device(queries) else read_one(queries, what)
     try:
         return reader(queries)
     except ValueError as error:
