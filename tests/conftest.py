@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, Phase, settings
 from flatradix.cache import prefix_cache
 from flatradix.inputs.devices import interpreted, why_not_cuda
 
+# The workers of a run share the cores: torch's threads would wait for one another in tensors of a few hundred bytes.
+torch.set_num_threads(1)
+
 settings.register_profile(
     "ci",
     deadline=None,
