@@ -95,7 +95,7 @@ class Engine:
                     self._decode()
                 progress(sum(job.done for job in jobs))
         except BaseException:
-            self.cache.abort([job.request for job in self._running])
+            self.cache.abort(self.cache.running)
             self._running.clear()
             self._waiting.clear()
             self._may_fit = True

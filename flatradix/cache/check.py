@@ -35,7 +35,9 @@ def check_holders(content: Content, running: Sequence[Request], places: Places) 
     equal(holders[live].tolist(), content.column("own_locks")[live].tolist(), "requests that hold each node")
 
 
-def check_table(table: torch.Tensor, running: Sequence[Request], slots: list[list[int]], free_rows: list[int]) -> None:
+def check_slot_table(
+    table: torch.Tensor, running: Sequence[Request], slots: list[list[int]], free_rows: list[int]
+) -> None:
     """Raise AssertionError unless each request's row agrees with the tree, and every row is free or in use."""
     for request, cached in zip(running, slots, strict=True):
         equal(table[request.row, : request.committed].tolist(), cached, f"row {request.row} of the table")

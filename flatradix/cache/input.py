@@ -61,7 +61,7 @@ def check_running(owner: object, operation: str, requests: Sequence[Request]) ->
         seen.add(request.row)
 
 
-def read_counts(requests: Sequence[Request], n: Any, max_length: int) -> list[int]:
+def read_growth(requests: Sequence[Request], n: Any, max_length: int) -> list[int]:
     """Return how many more tokens each request is to have. Raises QueryError for a bad number."""
     more = per_query(n, len(requests), "n").tolist()
     for query, (request, count) in enumerate(zip(requests, more, strict=True)):

@@ -13,9 +13,9 @@ import torch
 
 from flatradix.cache import recover
 from flatradix.cache.allocator import SlotAllocator
-from flatradix.cache.check import check_holders, check_slots, check_table
+from flatradix.cache.check import check_holders, check_slot_table, check_slots
 from flatradix.cache.counts import Counts
-from flatradix.cache.input import check_running, computed_ends, read_counts, read_prompts, read_tokens
+from flatradix.cache.input import check_running, computed_ends, read_growth, read_prompts, read_tokens
 from flatradix.cache.places import DevicePlaces, HostPlaces, some_of
 from flatradix.cache.recover import UnderWay
 from flatradix.cache.request import REFUSED, RUNNING, Request
@@ -43,7 +43,7 @@ class _Pending(NamedTuple):
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _whole(method: F) -> F:
+def _repaired(method: F) -> F:
     """Wrap a public method: repair the cache before the method if needed, and after the method if it raises.
 
     Until the method records its operation in `_open`, it only reads.
@@ -173,7 +173,7 @@ class PrefixCache:
 
     # Begin
 
-    @_whole
+    @_repaired
     def begin(self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0) -> list[Request]:
         """Start requests: find the cached part of each prompt, lock it, and allocate slots for the rest.
 
@@ -216,7 +216,7 @@ class PrefixCache:
         needed = [self._in_pages(request.num_tokens) - length for request, length in zip(requests, cached, strict=True)]
         left = self._allocator.free_slots + self.tree.evictable_tokens
         if sum(needed) <= left and len(requests) <= len(self._free_rows):
-            self._place(requests, match, cached, needed)
+            self._admit(requests, match, cached, needed)
             return True
         self.tree.unlock(match)
         if len(requests) == 1:
@@ -230,7 +230,7 @@ class PrefixCache:
         else:
             request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
 
-    def _place(self, requests: list[Request], match: Places, cached: list[int], needed: list[int]) -> None:
+    def _admit(self, requests: list[Request], match: Places, cached: list[int], needed: list[int]) -> None:
         """Give rows and slots to requests that fit."""
         rows = self._free_rows[len(self._free_rows) - len(requests) :]
         slots = self._take(sum(needed))
@@ -285,7 +285,7 @@ class PrefixCache:
 
     # Extend
 
-    @_whole
+    @_repaired
     def extend(self, requests: Sequence[Request], n: int | Sequence[int] = 1) -> list[Request]:
         """Give each running request slots for `n` more tokens, as for decoding. n: one number, or a list with one each.
 
@@ -297,7 +297,7 @@ class PrefixCache:
         Raises QueryError (a request that is not running, or would be longer than max_length) with nothing changed.
         """
         check_running(self, "extend", requests)
-        more = read_counts(requests, n, self.max_length)
+        more = read_growth(requests, n, self.max_length)
         self._open = recover.begun(recover.EXTEND, requests)
         counts = [
             self._in_pages(request.length + count) - self._in_pages(request.length)
@@ -320,7 +320,7 @@ class PrefixCache:
 
     # Commit
 
-    @_whole
+    @_repaired
     def commit(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
         """Declare the KV of requests as computed, so that others can reuse it: after a chunk of a prefill, or any time.
 
@@ -371,7 +371,7 @@ class PrefixCache:
             if len(self._pending) > _MOST_PENDING:
                 self._give_back_duplicates()
         else:
-            self._take_over(result, rows, begins, brought)
+            self._use_tree_slots(result, rows, begins, brought)
 
     def _insert(self, growing: list[tuple[Request, int]], slots: list[torch.Tensor], before: Places) -> InsertResult:
         if len(growing) == 1:  # a single key is cheaper than a batch of one
@@ -387,7 +387,9 @@ class PrefixCache:
             [request.counted for request, _ in growing],
         )
 
-    def _take_over(self, result: InsertResult, rows: list[int], begins: list[int], brought: list[torch.Tensor]) -> None:
+    def _use_tree_slots(
+        self, result: InsertResult, rows: list[int], begins: list[int], brought: list[torch.Tensor]
+    ) -> None:
         """Replace the slots that requests brought for tokens cached before by the tree's slots, and free the former."""
         prefixes = [result.prefix_length] if len(rows) == 1 else result.prefix_lengths.tolist()
         queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
@@ -412,7 +414,7 @@ class PrefixCache:
 
     # End
 
-    @_whole
+    @_repaired
     def finish(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
         """Commit, with `up_to` and `tokens` as for `commit`, and end the requests. Cached tokens become evictable.
 
@@ -427,7 +429,7 @@ class PrefixCache:
         self._commit(requests, added, ends)
         self._release(requests)
 
-    @_whole
+    @_repaired
     def abort(self, requests: Sequence[Request]) -> None:
         """End requests, and free their uncommitted slots. Committed tokens become evictable.
 
@@ -452,7 +454,7 @@ class PrefixCache:
 
     # The whole cache
 
-    @_whole
+    @_repaired
     def counts(self) -> Counts:
         """Return the counters since the start, and all slots by state: free + evictable + protected + held = slots.
 
@@ -479,7 +481,7 @@ class PrefixCache:
             held=sum(self._in_pages(request.length) - request.committed for request in running),
         )
 
-    @_whole
+    @_repaired
     def check(self) -> None:
         """Verify that each slot is exactly one of free, cached or held, and that table rows agree with the tree. Slow.
 
@@ -492,13 +494,13 @@ class PrefixCache:
         places, content = self._held_places(running), self.tree.content()
         check_slots(self._count(), content, self._allocator.free_list(), [*map(self._held_slots, running)])
         check_holders(content, running, places)
-        check_table(self.table, running, self.tree.slots(places).to_list(), self._free_rows)
+        check_slot_table(self.table, running, self.tree.slots(places).to_list(), self._free_rows)
 
-    @_whole
+    @_repaired
     def reset(self) -> None:
         """Abort all requests, and drop everything that is cached. All counters restart at 0."""
         requests = list(self._running.values())
-        self._open = UnderWay(recover.BEGIN, requests)
+        self._open = UnderWay(recover.RESET, requests)
         self.tree.reset()
         self._allocator.reset()
         self._begin_afresh()

@@ -18,7 +18,7 @@ from flatradix.layout.handles import ROW_MASK, pack_handle
 from flatradix.results import Places
 from flatradix.tree import RadixTree
 
-BEGIN, EXTEND, COMMIT, END, OTHER = "begin", "extend", "commit", "end", "other"
+BEGIN, EXTEND, COMMIT, END, RESET, OTHER = "begin", "extend", "commit", "end", "reset", "other"
 
 
 class UnderWay(NamedTuple):
@@ -51,7 +51,7 @@ def requests_left(cut: UnderWay, running: dict[int, Request]) -> list[Request]:
     After an `extend`, the lengths from before the call are restored.
     """
     left = list(running.values())
-    if cut.operation == BEGIN:
+    if cut.operation in (BEGIN, RESET):
         began = set(map(id, cut.requests))
         left = [request for request in left if id(request) not in began]
     runs = set(map(id, left))

@@ -15,13 +15,11 @@ from flatradix.layout import mail, reasons
 class Calls:
     """Numbers the calls of one tree, and waits for their results when a caller asks for them.
 
-    mailbox: the words that kernels write. names_given, unsure: unused; `Names` keeps its own.
+    mailbox: the words that kernels write.
     """
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.mailbox = Mailbox(device)
-        self.names_given: set[int] = set()
-        self.unsure = False
         self._options = options
         self._device = device
         self._last = 0

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.device import cut_short
+from flatradix.device import interrupted
 from flatradix.device.calls import Calls
-from flatradix.device.cut_short import NOTHING, Done
 from flatradix.device.input import (
     as_batch,
     of_key,
@@ -23,6 +22,7 @@ from flatradix.device.input import (
     read_values,
     starts_on,
 )
+from flatradix.device.interrupted import NOTHING, OpenCall
 from flatradix.device.mailbox import abandon, is_later
 from flatradix.device.names import Names
 from flatradix.device.results import Awaited, Singles
@@ -30,7 +30,7 @@ from flatradix.device.stages import STAGED_BYTES, Stages
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.index import Index, public_call, refuse_reentry
 from flatradix.inputs import namespaces
-from flatradix.inputs.arguments import check_table, token_count
+from flatradix.inputs.arguments import check_write_table, token_count
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.namespaces import name_hash
 from flatradix.inputs.options import Options
@@ -43,13 +43,13 @@ from flatradix.inspect.content import Content, Saved, as_numpy, fill
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
 from flatradix.layout.numbers import MAX_UNITS
-from flatradix.layout.queries import Output, Places, Table, Values
+from flatradix.layout.queries import Output, PlaceAddresses, SlotTable, Values
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
 from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
 
 _SMALLEST_BATCH = 1024
-_NOTHING_YET = Done(NOTHING, 0, 0)
+_NOTHING_YET = OpenCall(NOTHING, 0, 0)
 
 
 class DeviceIndex(Index):
@@ -70,25 +70,27 @@ class DeviceIndex(Index):
         self._pool = torch.zeros(2 * units, dtype=options.slot_dtype, device=device)
         self._calls = Calls(options, device)
         self.mailbox = self._calls.mailbox
-        self.mailbox.words[mail.ROOM] = units
+        self.mailbox.words[mail.FREE_UNITS] = units
         self._names = Names(len(state.namespace_hash), options.page_size + options.bigram, device)
         self._stages = Stages(device, self.mailbox)
         self._singles = Singles(device)
         self._by_tick = options.order.score is None and options.order.code == numbers.LRU
-        self._unbooked: deque[tuple[int, int]] = deque()  # (call, units) of inserts after the last known ROOM word
+        self._unseen_inserts: deque[tuple[int, int]] = (
+            deque()
+        )  # (call, units) of inserts after the last known FREE_UNITS word
         self._retired: list[Scratch] = []
         self._state = state
         scratch = enlarge(allocate_scratch(len(state.parent), self.mailbox.words, device), _SMALLEST_BATCH)
         self._arrays = gpu.arrays_of(state, scratch, self._pool, options.page_size, options.bigram)
-        self._open: Done | None = None  # the call that has begun and not ended
-        self._untold: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
+        self._open: OpenCall | None = None  # the call that has begun and not ended
+        self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if hasattr(self, "_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
             abandon(self.mailbox, self._stages)
 
-    def _room_for(self, batch: int) -> None:
+    def _ensure_scratch(self, batch: int) -> None:
         """Make the scratch arrays large enough for a batch.
 
         Old arrays are kept until the tree is deleted: a stream may still use them.
@@ -121,10 +123,10 @@ class DeviceIndex(Index):
                 raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
             self._open = None
             return
-        done = cut_short.take_back(cut, self._arrays, self._calls)
-        if cut.operation in (cut_short.EVICT, cut_short.RESET):
-            self._untold = cut.slots if done else cut.before
-            counts = done and cut.operation == cut_short.RESET
+        done = interrupted.undo(cut, self._arrays, self._calls)
+        if cut.operation in (interrupted.EVICT, interrupted.RESET):
+            self._unreturned = cut.slots if done else cut.before
+            counts = done and cut.operation == interrupted.RESET
             self._open = cut = cut._replace(operation=NOTHING, changes=cut.changes + counts)
         if cut is not _NOTHING_YET:
             self._changes = cut.changes
@@ -215,8 +217,8 @@ class DeviceIndex(Index):
         awaited = self._singles.take(self, call)
         out = awaited.output()
         if lock:
-            places = Places(out.handles, out.lengths, 1)
-            self._open = Done(cut_short.LOCK, call, self._changes, places, owner=awaited)
+            places = PlaceAddresses(out.handles, out.lengths, 1)
+            self._open = OpenCall(interrupted.LOCK, call, self._changes, places, owner=awaited)
         gpu.match_one(self._arrays, (staged, count, wide), name, out, self._stages.staging, call, touch, lock)
         self._stages.commit(call)
         self._calls.enqueued_outside(call, lock)
@@ -229,14 +231,14 @@ class DeviceIndex(Index):
         starts = starts_on(start, keys.batch, self.device)
         if keys.batch == 0:
             return MatchResult(*self._tensors(0))
-        self._room_for(keys.batch)
+        self._ensure_scratch(keys.batch)
         if keys.offsets == 0 and self._calls.is_capturing():
             keys = as_batch(keys, self.device)  # a single key's kernel would write its answer again at each replay
         call = self._calls.next()
         result, out = self._match_output(keys, call)
-        places = Places(out.handles, out.lengths, keys.batch)
+        places = PlaceAddresses(out.handles, out.lengths, keys.batch)
         if lock:
-            self._open = Done(cut_short.LOCK, call, self._changes, places, owner=result)
+            self._open = OpenCall(interrupted.LOCK, call, self._changes, places, owner=result)
         gpu.match(self._arrays, keys, names, starts, out, call, touch, lock)
         self._calls.enqueued(call, lock)
         return result
@@ -256,12 +258,12 @@ class DeviceIndex(Index):
 
     # Lock
 
-    def _places(self, places: Any) -> Places:
+    def _places(self, places: Any) -> PlaceAddresses:
         """Return the addresses of places. A single key's place is read where its kernel leaves it."""
         late = getattr(places, "late", None)
         if isinstance(late, Awaited) and late.device == self.device:
             out = late.output()
-            return Places(out.handles, out.lengths, 1, late)
+            return PlaceAddresses(out.handles, out.lengths, 1, late)
         return places_on(places, self.device)
 
     @public_call
@@ -276,7 +278,7 @@ class DeviceIndex(Index):
             self._recover()
         self._renew(places, self._split)
 
-    def _renew(self, places: Any, operation: Callable[[Places], None]) -> None:
+    def _renew(self, places: Any, operation: Callable[[PlaceAddresses], None]) -> None:
         """Run an operation that may renew the handles of places, and write the new handles back."""
         late = getattr(places, "late", None)
         if isinstance(late, Awaited) and late.device == self.device:
@@ -286,29 +288,29 @@ class DeviceIndex(Index):
             lengths, handles = read_places(places, self.device)
             refuse_shared_handles(handles)
             renewed = handles.contiguous()
-            operation(Places(renewed.data_ptr(), lengths.data_ptr(), len(handles), (lengths, renewed)))
+            operation(PlaceAddresses(renewed.data_ptr(), lengths.data_ptr(), len(handles), (lengths, renewed)))
             if renewed is not handles:
                 handles.copy_(renewed)
         self._changes += 1
         self._open = None
 
-    def _lock(self, places: Places) -> None:
+    def _lock(self, places: PlaceAddresses) -> None:
         if places.batch:
-            self._room_for(places.batch)
+            self._ensure_scratch(places.batch)
             call = self._calls.next()
-            self._open = Done(cut_short.LOCK, call, self._changes, places)
+            self._open = OpenCall(interrupted.LOCK, call, self._changes, places)
             gpu.lock(self._arrays, places, call)
             self._calls.enqueued(call)
 
-    def _unlock(self, places: Places) -> None:
+    def _unlock(self, places: PlaceAddresses) -> None:
         """Unlock places without a record of how to undo it: `_open` still describes the lock that this call removes."""
         if places.batch:
-            self._room_for(places.batch)
+            self._ensure_scratch(places.batch)
             call = self._calls.next()
             gpu.unlock(self._arrays, places, call)
             self._calls.enqueued(call)
 
-    def _split(self, places: Places) -> None:
+    def _split(self, places: PlaceAddresses) -> None:
         self._lock(places)
         self._unlock(places)
 
@@ -318,9 +320,9 @@ class DeviceIndex(Index):
             self._recover()
         found = self._places(places)
         if found.batch:
-            self._room_for(found.batch)
+            self._ensure_scratch(found.batch)
             call = self._calls.next()
-            self._open = Done(cut_short.UNLOCK, call, self._changes, found)
+            self._open = OpenCall(interrupted.UNLOCK, call, self._changes, found)
             gpu.unlock(self._arrays, found, call)
             self._calls.enqueued(call)
             self._changes += 1
@@ -336,13 +338,13 @@ class DeviceIndex(Index):
         lengths, handles = read_places(places, self.device)
         handles = handles.contiguous()
         self._open = _NOTHING_YET
-        self._room_for(len(handles))
+        self._ensure_scratch(len(handles))
         offsets = torch.zeros(len(handles) + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(lengths.clamp(0, self.options.max_tokens), 0, out=offsets[1:])
         values = torch.empty(int(offsets[-1]), dtype=self.options.slot_dtype, device=self.device)
         if len(handles):
             call = self._calls.next()
-            found = Places(handles.data_ptr(), lengths.data_ptr(), len(handles))
+            found = PlaceAddresses(handles.data_ptr(), lengths.data_ptr(), len(handles))
             gpu.gather_slots(self._arrays, found, offsets.data_ptr(), values.data_ptr(), call)
             self._calls.enqueued(call, False)
             self._finish_all()
@@ -361,13 +363,13 @@ class DeviceIndex(Index):
         where = self.options.slot_device
         if where is not None and torch.empty(0, device=where).device != self.device:
             raise ValueError(f"write_slots: the slots are returned on {where}, and the tree is not there")
-        numbered = check_table(table, rows, found.batch, self.device, self.options.slot_dtype)
+        numbered = check_write_table(table, rows, found.batch, self.device, self.options.slot_dtype)
         if found.batch == 0:
             return
         self._open = _NOTHING_YET
-        self._room_for(found.batch)
+        self._ensure_scratch(found.batch)
         numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
-        into = Table(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
+        into = SlotTable(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
         call = self._calls.next()
         gpu.write_slots(self._arrays, found, numbered.data_ptr(), into, call)
         self._calls.enqueued(call, False)
@@ -400,16 +402,16 @@ class DeviceIndex(Index):
             raise RuntimeError(
                 "insert cannot be part of a CUDA graph: whether it has to compact is decided anew each time"
             )
-        self._room_for(keys.batch)
+        self._ensure_scratch(keys.batch)
         self._open = _NOTHING_YET
         names = self._names.give(namespace, keys, self._wait)
         may_compact = self._may_compact(keys.total)
         call = self._calls.next()
         result, out = self._insert_output(keys, call)
-        self._open = Done(cut_short.INSERT, call, self._changes, batch=keys.batch)
+        self._open = OpenCall(interrupted.INSERT, call, self._changes, batch=keys.batch)
         gpu.insert(self._arrays, keys, source, names, starts, priorities, inserted, out, call, may_compact)
         self._calls.enqueued(call)
-        self._unbooked.append((call, keys.total))
+        self._unseen_inserts.append((call, keys.total))
         self.last_result = result
         self._changes += 1
         self._open = None
@@ -427,10 +429,10 @@ class DeviceIndex(Index):
 
     def _may_compact(self, total: int) -> bool:
         """Return whether the pools may lack space for `total` units, as far as the host knows now."""
-        told, room = self.mailbox.latest(mail.ROOM)
-        while self._unbooked and not is_later(self._unbooked[0][0], told):
-            self._unbooked.popleft()
-        return room - sum(count for _, count in self._unbooked) < total
+        told, room = self.mailbox.latest(mail.FREE_UNITS)
+        while self._unseen_inserts and not is_later(self._unseen_inserts[0][0], told):
+            self._unseen_inserts.popleft()
+        return room - sum(count for _, count in self._unseen_inserts) < total
 
     # Evict
 
@@ -441,7 +443,7 @@ class DeviceIndex(Index):
         wanted = token_count(num_tokens)
         self._finish_all()
         self._open = _NOTHING_YET
-        before = self._untold
+        before = self._unreturned
         known = 0 if before is None else len(before)
         tokens, nodes = self._select(max(wanted - known, 0))
         # Allocate all memory before the tree changes: a later failure would lose slots.
@@ -451,7 +453,7 @@ class DeviceIndex(Index):
         if before is not None:
             slots[:known] = before
         call = self._calls.next()
-        self._open = Done(cut_short.EVICT, call, self._changes, slots=slots, before=before)
+        self._open = OpenCall(interrupted.EVICT, call, self._changes, slots=slots, before=before)
         if nodes:
             gpu.free(self._arrays, nodes, tokens, slots.data_ptr() + known * slots.itemsize, call)
             self._calls.enqueued(call)
@@ -459,7 +461,7 @@ class DeviceIndex(Index):
                 self._forget_namespaces(self.mailbox.wait(mail.RELEASED, call))
         result = EvictResult(slots if returned is None else returned.copy_(slots), known + tokens, nodes)
         self.last_result = result
-        self._untold = None
+        self._unreturned = None
         self._changes += 1
         self._open = None
         return result
@@ -556,13 +558,13 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         call = self._calls.next()
-        self._open = Done(cut_short.RESET, call, self._changes, before=self._untold)
+        self._open = OpenCall(interrupted.RESET, call, self._changes, before=self._unreturned)
         gpu.reset(self._arrays, call)
         self._calls.enqueued(call)
         self._names.known.clear()
         self._names.nothing_given()
-        self._unbooked.clear()
-        self._untold = None
+        self._unseen_inserts.clear()
+        self._unreturned = None
         self._changes += 1
         self._open = None
 
@@ -583,4 +585,4 @@ class DeviceIndex(Index):
         self._names.known.restore(saved["names"])
         gpu.rebuild(self._arrays)
         self._calls.tell(self._tell)
-        self._finish_all()  # the next insert relies on the ROOM word that is written here
+        self._finish_all()  # the next insert relies on the FREE_UNITS word that is written here

@@ -14,10 +14,10 @@ from flatradix.inputs.places import check_starts, read_places
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.sequences import Batch, Buffer, is_batch, is_on_device, read_one
 from flatradix.inputs.upload import upload, upload_numbers
-from flatradix.layout.queries import NO_PLACES, PerQuery, Places, Values
+from flatradix.layout.queries import NO_PLACES, PerQuery, PlaceAddresses, Values
 
 
-def read_counts(values: Values) -> np.ndarray:
+def key_counts(values: Values) -> np.ndarray:
     """Return the counts of a batch. Synchronises if only the device knows them. Offsets are not checked here."""
     if values.counts is not None:
         return values.counts
@@ -145,14 +145,14 @@ def numbers_of(found: np.ndarray, device: torch.device) -> PerQuery:
     return PerQuery(numbers.data_ptr(), 0, numbers)
 
 
-def places_on(places: Any, device: torch.device) -> Places:
+def places_on(places: Any, device: torch.device) -> PlaceAddresses:
     """Return the addresses of places. Their tensors must be on the device."""
     lengths, handles = read_places(places, device)
     handles = handles.contiguous()
-    return Places(handles.data_ptr(), lengths.data_ptr(), len(handles), (lengths, handles))
+    return PlaceAddresses(handles.data_ptr(), lengths.data_ptr(), len(handles), (lengths, handles))
 
 
-def starts_on(start: Any, batch: int, device: torch.device) -> Places:
+def starts_on(start: Any, batch: int, device: torch.device) -> PlaceAddresses:
     """Return the places to continue from, or NO_PLACES for None."""
     if start is None:
         return NO_PLACES

@@ -97,13 +97,13 @@ class Mailbox:
 
     def await_answer(self, call: int, index: int = 0) -> int | None:
         """Wait for one number of a single key's answer. Return None if a later call has overwritten it."""
-        place = mail.FIRST_ANSWER + call % mail.ANSWERS * mail.ANSWER_WORDS + index
+        place = mail.FIRST_ANSWER + call % mail.ANSWER_RING * mail.ANSWER_WORDS + index
         word = self._word(place, call)
         return word & _LOW if word >> 32 == call else None
 
     def answers(self, call: int) -> list[int] | None:
         """Wait for the four numbers of a single key's answer. Return None if a later call has overwritten one."""
-        place = mail.FIRST_ANSWER + call % mail.ANSWERS * mail.ANSWER_WORDS
+        place = mail.FIRST_ANSWER + call % mail.ANSWER_RING * mail.ANSWER_WORDS
         self._word(place + mail.ANSWER_WORDS - 1, call)
         tag = call << 32
         found = [word - tag for word in self._view[place : place + mail.ANSWER_WORDS]]
@@ -124,8 +124,8 @@ class Mailbox:
         count = self.refusals()
         if count == 0:
             return None, 0
-        number = self._told + 1 + max(0, count - mail.REFUSALS)
-        place = mail.FIRST_REFUSAL + number % mail.REFUSALS * mail.REFUSAL_WORDS
+        number = self._told + 1 + max(0, count - mail.REFUSAL_RING)
+        place = mail.FIRST_REFUSAL + number % mail.REFUSAL_RING * mail.REFUSAL_WORDS
         kind, query, low, high = (self.wait(place + i, number & mail.CALL_MASK) for i in range(4))
         value = low | high << 32
         value -= (value >> 63) << 64
@@ -144,7 +144,7 @@ class Mailbox:
     def was_refused(self, call: int) -> bool:
         """Return whether `call` was the last call that was refused."""
         number = self._view[mail.ERRORS] & _LOW
-        word = self._view[mail.FIRST_REFUSAL + number % mail.REFUSALS * mail.REFUSAL_WORDS + 4]
+        word = self._view[mail.FIRST_REFUSAL + number % mail.REFUSAL_RING * mail.REFUSAL_WORDS + 4]
         return number > 0 and word & _LOW == call
 
 

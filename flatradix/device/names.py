@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.device.input import numbers_of, read_counts
+from flatradix.device.input import key_counts, numbers_of
 from flatradix.inputs import namespaces
 from flatradix.inputs.namespaces import Namespaces
 from flatradix.layout.queries import PerQuery, Values
@@ -49,7 +49,7 @@ class Names:
         if len(self.known) + len(names) > self._codes:
             wait()  # refused inserts may hold codes that nothing uses
             if len(self.known) + len(names) > self._codes:
-                counts = read_counts(keys)  # more names than pages: only keys that store something get a code
+                counts = key_counts(keys)  # more names than pages: only keys that store something get a code
         if counts is not None and not many:
             counts = counts.max(keepdims=True)
         codes = [self._give_one(name, None if counts is None else counts[query]) for query, name in enumerate(names)]

@@ -33,13 +33,13 @@ class Home(Protocol):
 class Awaited:
     """The numbers of one key, a `results.Late`. The kernel writes them to a chunk and to the mailbox."""
 
-    __slots__ = ("_answer", "_call", "_chunk", "_home", "_place", "_renewed")
+    __slots__ = ("_answer", "_at", "_call", "_chunk", "_home", "_renewed")
 
     def __init__(self, home: Home, call: int, chunk: Chunk, place: int) -> None:
         self._home = home
         self._call = call
         self._chunk = chunk
-        self._place = place
+        self._at = place
         self._answer: tuple[int, int, int] | None = None
         self._renewed = False
 
@@ -48,7 +48,7 @@ class Awaited:
         if self._answer is None:
             answers = self._home.mailbox.answers(self._call)
             if answers is None:
-                lengths = self._chunk.lengths[:, self._place].tolist()
+                lengths = self._chunk.lengths[:, self._at].tolist()
                 answer = (lengths[0], self._read_handle(), lengths[1])
             else:
                 length, low, high, prefix = answers
@@ -60,7 +60,7 @@ class Awaited:
         return self._answer
 
     def _read_handle(self) -> int:
-        return int(self._chunk.handles[self._place])
+        return int(self._chunk.handles[self._at])
 
     def forget_handle(self) -> None:
         """Read the handle from the device from now on: a lock may have renewed it there."""
@@ -68,24 +68,21 @@ class Awaited:
 
     def output(self) -> Output:
         """Return the addresses of the numbers on the device."""
-        place, lengths = self._place, self._chunk.length_address
+        place, lengths = self._at, self._chunk.length_address
         return Output(self._chunk.handle_address + 8 * place, lengths + 4 * place, lengths + 4 * (_CHUNK + place))
-
-    def is_of(self, home: Home) -> bool:
-        return self._home is home
 
     @property
     def device(self) -> torch.device:
         return self._chunk.handles.device
 
     def lengths(self) -> torch.Tensor:
-        return self._chunk.lengths[0, self._place : self._place + 1]
+        return self._chunk.lengths[0, self._at : self._at + 1]
 
     def handles(self) -> torch.Tensor:
-        return self._chunk.handles[self._place : self._place + 1]
+        return self._chunk.handles[self._at : self._at + 1]
 
     def prefix_lengths(self) -> torch.Tensor:
-        return self._chunk.lengths[1, self._place : self._place + 1]
+        return self._chunk.lengths[1, self._at : self._at + 1]
 
     def length(self) -> int:
         return self._await()[0]

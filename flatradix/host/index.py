@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from flatradix.host.slots import Eviction, HostSlots, SlotPool
+from flatradix.host.slots import EvictionMemory, HostSlots, SlotPool
 from flatradix.host.slots_apart import SlotsApart
 from flatradix.index import Index, public_call, refuse_reentry
 from flatradix.inputs import namespaces
-from flatradix.inputs.arguments import check_counts, check_table, per_query, to_int64, token_count
+from flatradix.inputs.arguments import check_counts, check_write_table, per_query, to_int64, token_count
 from flatradix.inputs.namespaces import Namespaces
 from flatradix.inputs.options import Options
 from flatradix.inputs.places import read_places, read_starts, refuse_shared_handles
@@ -29,7 +29,7 @@ from flatradix.layout.handles import NO_HANDLE
 from flatradix.layout.state import FREE_ROW, allocate, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
 
-_READING = -1  # `_open` in a call that takes several steps and leaves nothing to undo
+_NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves nothing to undo
 _NO_SCORES = np.empty(0, np.int64)
 _EVICTABLE, _PROTECTED, _NODES = numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES
 _RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers.LONGEST, numbers.LAST_CALL
@@ -62,10 +62,10 @@ class HostIndex(Index):
         else:
             self._slots = SlotsApart(units, options.slot_dtype, options.slot_device, self._addresses)
         self._calls = 0  # the last number given to a call
-        self._open = 0  # the number of the call that has begun and not ended, _READING, or 0
+        self._open = 0  # the number of the call that has begun and not ended, _NOTHING_TO_UNDO, or 0
         self._results = 0, _NO_SCORES, _NO_SCORES, _NO_SCORES
-        self._eviction: Eviction | None = None
-        self._untold: torch.Tensor | None = None
+        self._eviction: EvictionMemory | None = None
+        self._unreturned: torch.Tensor | None = None
         self._fresh: list[int] = []  # namespace codes that the last insert gave out
 
     # Interrupted calls
@@ -94,10 +94,12 @@ class HostIndex(Index):
 
     def _take_back(self, operation: int) -> None:
         if operation == numbers.RESET:
-            self._untold = None
+            self._unreturned = None
         elif operation == numbers.EVICTED:
             assert self._eviction is not None
-            self._untold = self._eviction.slots(self._numbers[numbers.LAST_LENGTH], self._numbers[numbers.LAST_PREFIX])
+            self._unreturned = self._eviction.slots(
+                self._numbers[numbers.LAST_LENGTH], self._numbers[numbers.LAST_PREFIX]
+            )
             self._numbers[_LAST_CALL] = self._numbers[numbers.CALL_BEFORE]
         elif operation == numbers.COMPACTED:
             self._slots.finish_compaction()
@@ -162,7 +164,7 @@ class HostIndex(Index):
 
     def _code(self, namespace: Any) -> int:
         """Return the namespace code of a single query. It is valid until another call begins."""
-        self._open = _READING
+        self._open = _NOTHING_TO_UNDO
         return self._namespaces.find(namespaces.only(namespace))
 
     def _match_one(
@@ -183,7 +185,7 @@ class HostIndex(Index):
         self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any, split: bool
     ) -> MatchResult:
         names = namespaces.spread(namespace, len(keys))
-        self._open = _READING
+        self._open = _NOTHING_TO_UNDO
         codes = np.array([self._namespaces.find(name) for name in names], np.int64)
         named = np.array([name is not None for name in names], np.bool_)
         start_handles, start_lengths = read_starts(start, len(keys))
@@ -213,7 +215,7 @@ class HostIndex(Index):
             values = self._slots_of(places.handle, places.length)
             return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
         lengths, handles = read_places(places)
-        self._open = _READING
+        self._open = _NOTHING_TO_UNDO
         found = self._slots.of_places(handles.contiguous().numpy(), lengths.numpy())
         if isinstance(found, int):
             self._refuse("slots", found)
@@ -227,7 +229,7 @@ class HostIndex(Index):
         return self._slots_of(place.handle, place.length)
 
     def _slots_of(self, handle: int, length: int) -> torch.Tensor:
-        self._open = _READING
+        self._open = _NOTHING_TO_UNDO
         found = self._slots.of_place(handle, length)
         if isinstance(found, int):
             self._refuse("slots", found)
@@ -240,8 +242,8 @@ class HostIndex(Index):
             self._recover()
         lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
         pool = self._slots
-        numbered = check_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
-        self._open = _READING
+        numbered = check_write_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
+        self._open = _NOTHING_TO_UNDO
         reason = cpu.write_slots(
             self._addresses, handles, lengths, numbered, pool.pool, pool.wide, table.data_ptr(),
             table.dtype == torch.int64, table.stride(0), *table.shape,
@@ -306,7 +308,7 @@ class HostIndex(Index):
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
         renewed = handles.contiguous()
-        self._open = _READING  # a split is not undone
+        self._open = _NOTHING_TO_UNDO  # a split is not undone
         reason = cpu.split(self._addresses, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("split", reason)
@@ -359,7 +361,7 @@ class HostIndex(Index):
             source[0], source[2], pool.pool, pool.wide, pool.limit,
         )  # fmt: skip
         prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments)
-        if prefix == reasons.NO_ROOM:
+        if prefix == reasons.NO_POOL_SPACE:
             pool.compact(call, self._numbers[_NODES])
             prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments)
         if prefix < 0:
@@ -395,7 +397,7 @@ class HostIndex(Index):
             source.addresses, source.wide, pool.pool, pool.wide, pool.limit, *out, pool_starts,
         )  # fmt: skip
         reason = cpu.insert(self._addresses, call, *arguments)
-        if reason == reasons.NO_ROOM:
+        if reason == reasons.NO_POOL_SPACE:
             pool.compact(call, self._numbers[_NODES])
             reason = cpu.insert(self._addresses, call, *arguments)
         if reason < 0:
@@ -431,12 +433,12 @@ class HostIndex(Index):
             self._recover()
         wanted = token_count(num_tokens)
         self._open = call = self._calls = self._calls + 1
-        before = self._untold
+        before = self._unreturned
         known = 0 if before is None else len(before)
         wanted = wanted - known if wanted > known else 0
         score = self.options.order.score
         scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
-        pool, room = self._slots, self._room_for(before, wanted)
+        pool, room = self._slots, self._allocate_eviction(before, wanted)
         self._eviction = room
         tokens, nodes = cpu.evict.call(
             self._addresses, call, wanted, scores, pool.pool, pool.wide, room.starts, room.lengths, room.target
@@ -445,11 +447,11 @@ class HostIndex(Index):
             self._forget_namespaces()
         result = EvictResult(room.slots(tokens, nodes), known + tokens, nodes)
         self.last_result = result
-        self._untold = None
+        self._unreturned = None
         self._open = 0
         return result
 
-    def _room_for(self, before: torch.Tensor | None, wanted: int) -> Eviction:
+    def _allocate_eviction(self, before: torch.Tensor | None, wanted: int) -> EvictionMemory:
         """Allocate memory for `before` and for the slots of an eviction.
 
         The eviction frees fewer tokens than `wanted` plus the longest edge.
@@ -460,7 +462,7 @@ class HostIndex(Index):
         elif wanted + self._numbers[_LONGEST] < most:
             most = wanted + self._numbers[_LONGEST]
             most_nodes = min(most_nodes, -(-wanted // self.options.page_size))
-        return self._slots.evict_into(before, most, most_nodes)
+        return self._slots.allocate_eviction(before, most, most_nodes)
 
     def _scores(self, score: Score) -> np.ndarray:
         rows = self._numbers[_ROWS]
@@ -529,7 +531,7 @@ class HostIndex(Index):
     def digest(self) -> str:
         if self._open:
             self._recover()
-        self._open = _READING
+        self._open = _NOTHING_TO_UNDO
         slots = self._slots.values.cpu()
         lanes = [cpu.digest(self._addresses, slots.data_ptr(), slots.dtype == torch.int64, lane) for lane in (0, 1)]
         self._open = 0
@@ -542,7 +544,7 @@ class HostIndex(Index):
         self._open = call = self._calls = self._calls + 1
         cpu.reset(self._addresses, call)
         self._namespaces.clear()
-        self._untold = None
+        self._unreturned = None
         self._open = 0
 
     @public_call

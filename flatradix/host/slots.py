@@ -26,7 +26,7 @@ class SlotBatch(NamedTuple):
     owner: Any
 
 
-class Eviction(ABC):
+class EvictionMemory(ABC):
     """Memory for the slots that an eviction may free. It is allocated before the index changes, so no slot is lost.
 
     starts, lengths, target: arguments of the kernel: arrays for pool ranges, and the address for slots.
@@ -91,7 +91,7 @@ class SlotPool(ABC):
         """Write the slots of checked places to rows of an engine's table; return 0, or the reason."""
 
     @abstractmethod
-    def evict_into(self, before: torch.Tensor | None, most: int, most_nodes: int) -> Eviction:
+    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_nodes: int) -> EvictionMemory:
         """Allocate memory for `before`, which is copied there, and then for `most` slots of `most_nodes` nodes."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ class SlotPool(ABC):
         """Do what `compact` does after its kernel, if it was interrupted there. May be called again."""
 
 
-class HostEviction(Eviction):
+class HostEvictionMemory(EvictionMemory):
     def __init__(self, out: np.ndarray, address: int, before: torch.Tensor | None) -> None:
         self._out = out
         self._before = 0
@@ -163,9 +163,9 @@ class HostSlots(SlotPool):
     def write_rows(self, handles: np.ndarray, lengths: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> int:
         return 0
 
-    def evict_into(self, before: torch.Tensor | None, most: int, most_nodes: int) -> Eviction:
+    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_nodes: int) -> EvictionMemory:
         out, address = self._outputs.take(most if before is None else most + len(before))
-        return HostEviction(out, address, before)
+        return HostEvictionMemory(out, address, before)
 
     def compact(self, call: int, nodes: int) -> None:
         cpu.compact(self._addresses, call, self.pool, self.wide)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flatradix.host.slots import Eviction, SlotBatch, SlotPool
+from flatradix.host.slots import EvictionMemory, SlotBatch, SlotPool
 from flatradix.inputs.devices import interpreted, why_not_cuda
 from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.refuse import refuse_slot
@@ -47,7 +47,7 @@ class ApartBatch(NamedTuple):
     ranges: RangeList | None
 
 
-class ApartEviction(Eviction):
+class ApartEvictionMemory(EvictionMemory):
     def __init__(self, pool: SlotsApart, before: torch.Tensor | None, most: int, most_nodes: int) -> None:
         self.starts, self.lengths = np.empty((2, most_nodes), np.int32)
         self._slots = pool
@@ -273,11 +273,11 @@ class SlotsApart(SlotPool):
             shifts = rows[query] * table.stride(0) - offsets[query]
             self._copy(self.values, ranges, table, shifts, self.range_list(len(begins)))
 
-    # Eviction and compaction
+    # EvictionMemory and compaction
 
-    def evict_into(self, before: torch.Tensor | None, most: int, most_nodes: int) -> Eviction:
+    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_nodes: int) -> EvictionMemory:
         self.refuse_capture()
-        return ApartEviction(self, before, most, most_nodes)
+        return ApartEvictionMemory(self, before, most, most_nodes)
 
     def compact(self, call: int, nodes: int) -> None:
         sources, targets, lengths = np.empty((3, nodes), np.int32)

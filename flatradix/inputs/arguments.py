@@ -57,7 +57,9 @@ def per_query(value: Any, queries: int, what: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def check_table(table: Any, rows: Any, queries: int, device: torch.device, slot_dtype: torch.dtype) -> torch.Tensor:
+def check_write_table(
+    table: Any, rows: Any, queries: int, device: torch.device, slot_dtype: torch.dtype
+) -> torch.Tensor:
     """Check the arguments of write_slots. Return `rows` as a contiguous int64 tensor on the device where they are."""
     if not isinstance(table, torch.Tensor) or table.dim() != 2 or table.dtype not in (torch.int32, torch.int64):
         raise ValueError("write_slots: the table must be an int32 or int64 tensor [rows, width]")

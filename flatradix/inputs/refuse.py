@@ -25,7 +25,7 @@ def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
     """Raise the error of a reason. value: a length, position, row, or two counts of 32 bits, as the reason needs."""
     if reason == reasons.UNEQUAL:
         refuse_unequal(query, value >> 32, value & 0xFFFFFFFF)
-    if reason == reasons.NO_ROOM:
+    if reason == reasons.NO_POOL_SPACE:
         raise AssertionError(f"{operation}: the pools have no room for {value} units, and were not to be compacted")
     if reason not in _MESSAGES:
         raise AssertionError(f"{operation}: unknown reason {reason}")

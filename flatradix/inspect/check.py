@@ -146,8 +146,8 @@ def _check_rows(content: Content, a: Any) -> None:
 
 
 def _check_queue(content: Content, a: Any) -> None:
-    heap, capacity = content.number(numbers.HEAP), content.number(numbers.ROW_CAPACITY)
-    run = capacity + (content.number(numbers.RUN_HEAD) + np.arange(content.number(numbers.RUN))) % capacity
+    heap, capacity = content.number(numbers.HEAP_SIZE), content.number(numbers.ROW_CAPACITY)
+    run = capacity + (content.number(numbers.RUN_HEAD) + np.arange(content.number(numbers.RUN_LENGTH))) % capacity
     rows, scores, ticks = content.state.queue_row, content.state.queue_score, content.state.queue_tick
     places = np.concatenate([np.arange(heap), run])
     equal(sorted(rows[places].tolist()), np.flatnonzero(a.queued).tolist(), "rows in the queue")

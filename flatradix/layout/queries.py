@@ -32,7 +32,7 @@ class PerQuery(NamedTuple):
     owner: Any = None
 
 
-class Places(NamedTuple):
+class PlaceAddresses(NamedTuple):
     """Addresses of int64 [B] handles and int32 [B] lengths, 0 if there are none. owner: as in Values."""
 
     handles: int
@@ -49,7 +49,7 @@ class Output(NamedTuple):
     prefix_lengths: int = 0
 
 
-class Table(NamedTuple):
+class SlotTable(NamedTuple):
     """An engine's slot table: `height` rows of `width` elements, int64 (`wide`) or int32, `stride` elements apart."""
 
     address: int
@@ -59,4 +59,4 @@ class Table(NamedTuple):
     width: int
 
 
-NO_PLACES = Places(0, 0, 0)
+NO_PLACES = PlaceAddresses(0, 0, 0)

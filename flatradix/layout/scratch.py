@@ -13,14 +13,14 @@ import torch
 ARRIVED = 0  # programs of the launch that have finished; from bit 32 on, those with a bad query
 WAITING = 8  # programs of the launch that have reached a barrier
 ERROR = 16  # the first refusal of the call: 64 * query - reason, or NO_ERROR
-NEWLY = 24  # tokens that the call made protected, or evictable
+MOVED_TOKENS = 24  # tokens that the call made protected, or evictable
 CUTS = 32  # above 0 if queries end inside edges, which must be cut
 OPEN = 40  # queries of an insert whose new part is not settled; its rounds use two words in turn
-NEEDED = 56  # units that an insert stores
+NEW_UNITS = 56  # units that an insert stores
 COMPACT = 64  # 1 if the pools must be compacted
-COUNT = 80  # queries that cut; in an unlock, above 0 if a row has fewer locks than unlocks
-TOTAL = 88  # nodes that the call makes
-HINT = 96  # three words that an eviction leaves as a guess for the next one
+CUT_COUNT = 80  # queries that cut; in an unlock, above 0 if a row has fewer locks than unlocks
+NEW_ROWS = 88  # nodes that the call makes
+EVICTION_HINT = 96  # three words that an eviction leaves as a guess for the next one
 STARTED = 104  # the last call whose first launch of two has run, negative if it unlocks
 COUNTERS = 128
 NO_ERROR = 1 << 62
@@ -29,11 +29,30 @@ PARTIALS = 8192
 MOST_PROGRAMS = PARTIALS // 2
 
 # Rows of `Scratch.query`, which has one column per query.
-(Q_ROW, Q_CUT, Q_LIST, Q_PLACE, Q_FIRST, Q_ABOVE, Q_BELOW, Q_SAME, Q_PASS, Q_LAST, Q_NEW, Q_EDGE, Q_AT, Q_BEGIN,
- Q_END, Q_OPEN, Q_GROUP, Q_ROUND, Q_LEAF, Q_OFFSET) = range(20)  # fmt: skip
+Q_ROW = 0  # the row on whose edge the query ends
+Q_CUT = 1  # the path length at which the query cuts that edge, 0 where it cuts nothing
+Q_LIST = 2  # the queries that cut, in batch order; Q_FIRST to Q_NEW are indexed by positions in this list
+Q_POSITION = 3  # the position of a query in Q_LIST
+Q_FIRST = 4  # the first position with the same cut
+Q_ABOVE = 5  # the first position with the next cut above on the same edge, -1 where there is none
+Q_BELOW = 6  # 1 where the edge has a cut below, else 0
+Q_SAME = 7  # how many queries have the same cut
+Q_PASS = 8  # how many queries cut the edge here or below
+Q_LAST = 9  # the last of these queries
+Q_NEW = 10  # the row of the piece above the cut
+# Of an insert:
+Q_EDGE = 11  # the row that the walk reached, or the row capacity plus the query whose new leaf it reached
+Q_AT = 12  # the path length that was cached before
+Q_BEGIN = 13  # the path length at which the key begins
+Q_END = 14  # the path length at which the key ends
+Q_OPEN = 15  # 1 while the owner of the query's new part is not known
+Q_GROUP = 16  # the index of the query's group in the table of claims
+Q_ROUND = 17  # the round in which the query entered its group
+Q_LEAF = 18  # the row of the query's new leaf, -1 where it makes none
+Q_OFFSET = 19  # new units of the queries before
 QUERY_COLUMNS = 20
 
-HINTS = 8  # how many rows above each row `Scratch.above` holds: 32 bytes
+ANCESTORS = 8  # how many rows above each row `Scratch.above` holds: 32 bytes
 
 
 class Scratch(NamedTuple):
@@ -46,7 +65,7 @@ class Scratch(NamedTuple):
     entry: torch.Tensor  # int32 [R]: the index of the row's entry in the child table
     old_tick: torch.Tensor  # int64 [R]: for the rows that the call touched, the tick from before the call
     tokens_before: torch.Tensor  # int64 [R]: for each victim of an eviction, the tokens of the victims before it
-    above: torch.Tensor  # int32 [HINTS * R]: hints, the rows above each row as last seen, 0 where there is none
+    above: torch.Tensor  # int32 [ANCESTORS * R]: hints, the rows above each row as last seen, 0 where there is none
     eviction_key: torch.Tensor  # int64 [R]: the key by which policies other than lru order the victims
     old_start: torch.Tensor  # int64 [R]: in a compaction, (units on the edges before << 32 | old start of the edge)
     counters: torch.Tensor  # int64 [COUNTERS]: shared by the programs of a launch
@@ -81,7 +100,7 @@ def allocate_scratch(rows: int, mail: torch.Tensor, device: torch.device) -> Scr
         entry=zeros(rows, dtype=torch.int32),
         old_tick=ticks_or_tokens,
         tokens_before=ticks_or_tokens,
-        above=zeros(HINTS * rows, dtype=torch.int32),
+        above=zeros(ANCESTORS * rows, dtype=torch.int32),
         eviction_key=keys_or_starts,
         old_start=keys_or_starts,
         counters=counters,

@@ -138,7 +138,7 @@ Rows64 = Annotated[torch.Tensor, Array(i64, _rows, _rows)]
 Counts32 = Annotated[torch.Tensor, Array(i32, _rows, _rows, zeros)]
 Queue32 = Annotated[torch.Tensor, Array(i32, _rows_twice, _none)]
 Queue64 = Annotated[torch.Tensor, Array(i64, _rows_twice, _none)]
-Table = Annotated[torch.Tensor, Array(i64, _entries, _entries_twice)]
+ChildTable = Annotated[torch.Tensor, Array(i64, _entries, _entries_twice)]
 Pool = Annotated[torch.Tensor, Array(i32, _units, _units_twice, committed, address=True)]
 BigramPool = Annotated[torch.Tensor, Array(i32, _seconds, _seconds_twice, committed, address=True)]
 Bitmap = Annotated[torch.Tensor, Array(i64, _page_words, _none, zeros)]
@@ -167,7 +167,7 @@ class TreeState(NamedTuple):
     queue_score: Queue64  # [2 R], on a GPU [0]: candidates for eviction, a heap [R] and a sorted ring [R]
     queue_tick: Queue64  # [2 R]
     queue_row: Queue32  # [2 R]
-    child_table: Table  # [T]: (tag, row), 0 where empty; on a GPU [2 T], each followed by (length, start)
+    child_table: ChildTable  # [T]: (tag, row), 0 where empty; on a GPU [2 T], each followed by (length, start)
     tokens: Pool  # [P], on a GPU [2 P] as all pools: the first token of each unit
     seconds: BigramPool  # [P], [0] without bigrams: the second token of each unit
     used: Bitmap  # [P / page / 64], on a GPU [0]: one bit for each pool page, 1 if an edge holds it

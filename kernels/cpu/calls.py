@@ -7,14 +7,14 @@ from flatradix.layout import numbers
 
 
 @helper
-def refuse(s, query, value):
+def note_refusal(s, query, value):
     """Store which query is refused, and a number for the error message."""
     s.numbers[numbers.ERROR_QUERY] = query
     s.numbers[numbers.ERROR_VALUE] = value
 
 
 @helper
-def note(s, call, operation, handle, length, prefix):
+def note_change(s, call, operation, handle, length, prefix):
     """Store what a call changed, as the last step of its kernel: if the call is interrupted then, it can be undone.
 
     For a batch, the caller keeps handles, lengths and prefix lengths. Call 0 is the undoing of the last call.

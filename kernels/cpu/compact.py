@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.calls import note
+from flatradix.kernels.cpu.calls import note_change
 from flatradix.kernels.cpu.jit import helper, int32_at, int64_at, kernel, open_state
 from flatradix.kernels.cpu.pool import mark
 from flatradix.layout import numbers
@@ -103,4 +103,4 @@ def compact(addresses, call, pool, pool_wide):
     if end > 0:
         mark(s, np.int64(0), end, True)
     s.numbers[numbers.POOL_CURSOR] = end // s.numbers[numbers.PAGE]
-    note(s, call, numbers.COMPACTED, 0, 0, 0)
+    note_change(s, call, numbers.COMPACTED, 0, 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.calls import note
+from flatradix.kernels.cpu.calls import note_change
 from flatradix.kernels.cpu.jit import helper, open_state, single
 from flatradix.kernels.cpu.queue import clear, drop, first_at, push, run_at, score_of
 from flatradix.kernels.cpu.rows import free_row
@@ -30,9 +30,9 @@ def _fill_queue(s, scores):
 
 @helper
 def _empty_queue(s):
-    for at in range(s.numbers[numbers.HEAP]):
+    for at in range(s.numbers[numbers.HEAP_SIZE]):
         s.queued[s.queue_row[at]] = 0
-    for index in range(s.numbers[numbers.RUN]):
+    for index in range(s.numbers[numbers.RUN_LENGTH]):
         s.queued[s.queue_row[run_at(s, index)]] = 0
     clear(s)
 
@@ -119,5 +119,5 @@ def evict(addresses, call, wanted, scores, pool, pool_wide, starts, lengths, slo
     if by_scores:
         _empty_queue(s)
     _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots)
-    note(s, call, numbers.EVICTED, 0, tokens, nodes)
+    note_change(s, call, numbers.EVICTED, 0, tokens, nodes)
     return tokens, nodes

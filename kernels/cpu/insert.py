@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.calls import note, refuse
+from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.children import add_child, grow_table, tag_of
 from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
 from flatradix.kernels.cpu.pool import find_free, mark
@@ -17,7 +17,7 @@ from flatradix.kernels.cpu.queue import offer, refill_queue
 from flatradix.kernels.cpu.rows import free_row, handle_of, resolve, split_edge, take_row
 from flatradix.kernels.cpu.sharing import shared_units
 from flatradix.kernels.cpu.units import copy_checked, first_bad
-from flatradix.kernels.cpu.walk import begin, walk, whole_pages
+from flatradix.kernels.cpu.walk import start_row, walk, whole_pages
 from flatradix.layout import numbers, reasons
 from flatradix.layout.handles import NO_HANDLE
 
@@ -25,9 +25,9 @@ from flatradix.layout.handles import NO_HANDLE
 @helper
 def _plan(s, query, key, wide, tokens, namespace, named, start_handle, start):
     """Walk one query; return (row, length reached, length of the whole key). A negative row is a reason to refuse."""
-    row = begin(s, start_handle, start, namespace, named, key, wide, tokens)
+    row = start_row(s, start_handle, start, namespace, named, key, wide, tokens)
     if row < 0:
-        refuse(s, query, start)
+        note_refusal(s, query, start)
         return row, start, start
     units = whole_pages(s, tokens)
     row, length = walk(s, key, wide, units, namespace, row, start)
@@ -40,7 +40,7 @@ def _refuse_outside(s, query, values, wide, begin, end, limit, reason):
     bad = first_bad(values, wide, begin, end, limit)
     if bad < 0:
         return np.int64(0)
-    refuse(s, query, bad)
+    note_refusal(s, query, bad)
     return np.int64(reason)
 
 
@@ -48,13 +48,13 @@ def _refuse_outside(s, query, values, wide, begin, end, limit, reason):
 def _reserve(s, needed):
     """Find `needed` free units, move the cursor behind them, and return their start (0 if none), or the reason."""
     if s.numbers[numbers.EVICTABLE] + s.numbers[numbers.PROTECTED] + needed > s.numbers[numbers.MAX_TOKENS]:
-        refuse(s, 0, needed)
+        note_refusal(s, 0, needed)
         return np.int64(reasons.NO_CAPACITY)
     if needed == 0:
         return np.int64(0)
     target = find_free(s, needed)
     if target < 0:
-        return np.int64(reasons.NO_ROOM)
+        return np.int64(reasons.NO_POOL_SPACE)
     s.numbers[numbers.POOL_CURSOR] = (target + needed) // s.numbers[numbers.PAGE]
     return target
 
@@ -115,7 +115,7 @@ def _use_path(s, row, tick, priority, inserted):
 
 
 @helper
-def _carry_out(s, row, length, end, key, wide, start, namespace, priority, inserted, target):
+def _insert_planned(s, row, length, end, key, wide, start, namespace, priority, inserted, target):
     """Insert one planned query; return (row of its end, length that was cached before).
 
     The units from that length to `end` get the pool range from `target` on, which `_store` fills.
@@ -172,8 +172,8 @@ def insert_one(
 ):  # fmt: skip
     """Insert one key; return (length cached before, length of the whole key, handle, pool index of the new units).
 
-    A negative first number is the reason why nothing changed; NO_ROOM asks for a compaction. The new units are copied
-    to a free pool range and checked in the same pass. Only then does the tree change.
+    A negative first number is the reason why nothing changed; NO_POOL_SPACE asks for a compaction. The new units are
+    copied to a free pool range and checked in the same pass. Only then does the tree change.
     """
     s = open_state(addresses)
     zero = np.int64(0)
@@ -198,9 +198,9 @@ def insert_one(
         reason = _check(s, 0, key, wide, slots, slots_wide, pool, limit, known, tokens)
         if reason < 0:
             return reason, zero, zero, zero
-    row, length = _carry_out(s, row, length, end, key, wide, start, namespace, priority, inserted, target)
+    row, length = _insert_planned(s, row, length, end, key, wide, start, namespace, priority, inserted, target)
     handle = handle_of(s, row)
-    note(s, call, numbers.INSERTED, handle, end, length)
+    note_change(s, call, numbers.INSERTED, handle, end, length)
     return length, end, handle, target
 
 
@@ -243,7 +243,7 @@ def insert(
     for query in range(len(keys)):
         start = pool_starts[query]
         end = np.int64(lengths[query])
-        row, length = _carry_out(
+        row, length = _insert_planned(
             s, handles[query], np.int64(prefix_lengths[query]), end, keys[query], wide,
             start, namespaces[query], priorities[query], inserted[query], target,
         )  # fmt: skip
@@ -256,7 +256,7 @@ def insert(
         target += end - length
     for query in range(len(keys)):
         handles[query] = handle_of(s, handles[query])
-    note(s, call, numbers.INSERTED, 0, 0, 0)
+    note_change(s, call, numbers.INSERTED, 0, 0, 0)
     return np.int64(0)
 
 
@@ -286,4 +286,4 @@ def take_back_insert(addresses, prefix_lengths, lengths, handles):
         while row > 0 and s.end[row] - s.length[row] >= prefix_lengths[query]:
             row = _remove_leaf(s, row)
     refill_queue(s)
-    note(s, 0, 0, 0, 0, 0)
+    note_change(s, 0, 0, 0, 0, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.calls import note, refuse
+from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.children import grow_table
 from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
 from flatradix.kernels.cpu.queue import offer
@@ -81,10 +81,10 @@ def lock_one(addresses, call, handle, length):
     s = open_state(addresses)
     row = resolve(s, handle, length)
     if row < 0:
-        refuse(s, 0, length)
+        note_refusal(s, 0, length)
         return row
     handle = handle_of(s, lock_place(s, row, length))
-    note(s, call, numbers.LOCKED, handle, length, 0)
+    note_change(s, call, numbers.LOCKED, handle, length, 0)
     return handle
 
 
@@ -93,11 +93,11 @@ def unlock_one(addresses, call, handle, length):
     s = open_state(addresses)
     row = _locked_row(s, handle, length)
     if row < 0:
-        refuse(s, 0, length)
+        note_refusal(s, 0, length)
         return row
     if row > 0:
         _unlock_row(s, row)
-    note(s, call, numbers.UNLOCKED, handle, length, 0)
+    note_change(s, call, numbers.UNLOCKED, handle, length, 0)
     return np.int64(0)
 
 
@@ -107,7 +107,7 @@ def _check(s, handles, lengths):
     for query in range(len(handles)):
         row = resolve(s, handles[query], np.int64(lengths[query]))
         if row < 0:
-            refuse(s, query, lengths[query])
+            note_refusal(s, query, lengths[query])
             return row
     return np.int64(0)
 
@@ -123,7 +123,7 @@ def lock(addresses, call, handles, lengths):
         length = np.int64(lengths[query])
         row = resolve(s, handles[query], length)
         handles[query] = handle_of(s, lock_place(s, row, length))
-    note(s, call, numbers.LOCKED, 0, 0, 0)
+    note_change(s, call, numbers.LOCKED, 0, 0, 0)
     return np.int64(0)
 
 
@@ -151,9 +151,9 @@ def unlock(addresses, call, handles, lengths):
                 again = resolve(s, handles[done], np.int64(lengths[done]))
                 if again > 0:
                     _relock_row(s, again)
-            refuse(s, query, lengths[query])
+            note_refusal(s, query, lengths[query])
             return row
         if row > 0:
             _unlock_row(s, row)
-    note(s, call, numbers.UNLOCKED, 0, 0, 0)
+    note_change(s, call, numbers.UNLOCKED, 0, 0, 0)
     return np.int64(0)

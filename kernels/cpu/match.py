@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.calls import note, refuse
+from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
 from flatradix.kernels.cpu.lock import end_at, lock_place
 from flatradix.kernels.cpu.rows import handle_of
 from flatradix.kernels.cpu.units import first_bad
-from flatradix.kernels.cpu.walk import begin, touch_path, walk, whole_pages
+from flatradix.kernels.cpu.walk import start_row, touch_path, walk, whole_pages
 from flatradix.layout import numbers, reasons
 from flatradix.layout.handles import NO_HANDLE
 
@@ -42,30 +42,30 @@ def match_one(addresses, call, key, wide, tokens, namespace, touch, lock, split)
     row, length = walk(s, key, wide, units, namespace, np.int64(0), np.int64(0))
     bad = _bad_token(s, key, wide, units, length)
     if bad >= 0:
-        refuse(s, 0, bad)
+        note_refusal(s, 0, bad)
         return np.int64(reasons.BAD_TOKEN), np.int64(bad)
     handle = _finish(s, row, length, touch, lock, split)
     if lock:
-        note(s, call, numbers.LOCKED, handle, length, 0)
+        note_change(s, call, numbers.LOCKED, handle, length, 0)
     return length, handle
 
 
 @helper
-def _look(s, query, keys, wide, counts, namespaces, named, start_handles, start_lengths):
+def _walk_query(s, query, keys, wide, counts, namespaces, named, start_handles, start_lengths):
     """Walk one query of a batch from its start; return (row, length). A negative row is the reason for refusal."""
     key = keys[query]
     start = np.int64(0)
     if start_handles[query] != NO_HANDLE:
         start = np.int64(start_lengths[query])
-    row = begin(s, start_handles[query], start, namespaces[query], named[query], key, wide, counts[query])
+    row = start_row(s, start_handles[query], start, namespaces[query], named[query], key, wide, counts[query])
     if row < 0:
-        refuse(s, query, start)
+        note_refusal(s, query, start)
         return row, start
     units = whole_pages(s, counts[query])
     row, length = walk(s, key, wide, units, namespaces[query], row, start)
     bad = _bad_token(s, key, wide, units, length - start)
     if bad >= 0:
-        refuse(s, query, bad)
+        note_refusal(s, query, bad)
         return np.int64(reasons.BAD_TOKEN), length
     return row, length
 
@@ -84,7 +84,7 @@ def match(
     """
     s = open_state(addresses)
     for query in range(len(keys)):
-        row, length = _look(s, query, keys, wide, counts, namespaces, named, start_handles, start_lengths)
+        row, length = _walk_query(s, query, keys, wide, counts, namespaces, named, start_handles, start_lengths)
         if row < 0:
             return row
         lengths[query] = np.int32(length)
@@ -96,5 +96,5 @@ def match(
             row = np.int64(s.parent[row])
         handles[query] = _finish(s, row, length, touch, lock, split)
     if lock:
-        note(s, call, numbers.LOCKED, 0, 0, 0)
+        note_change(s, call, numbers.LOCKED, 0, 0, 0)
     return np.int64(0)

@@ -74,18 +74,18 @@ def run_at(s, index):
 def push(s, row, score):
     s.queued[row] = 1
     tick = s.tick[row]
-    count = s.numbers[numbers.RUN]
+    count = s.numbers[numbers.RUN_LENGTH]
     if count == 0 or not _before(s, score, tick, row, run_at(s, count - 1)):
         _set(s, run_at(s, count), score, tick, row)
-        s.numbers[numbers.RUN] = count + 1
+        s.numbers[numbers.RUN_LENGTH] = count + 1
     else:
         _push_heap(s, score, tick, row)
 
 
 @helper
 def _push_heap(s, score, tick, row):
-    at = s.numbers[numbers.HEAP]
-    s.numbers[numbers.HEAP] = at + 1
+    at = s.numbers[numbers.HEAP_SIZE]
+    s.numbers[numbers.HEAP_SIZE] = at + 1
     while at > 0:
         above = (at - 1) // numbers.HEAP_ARITY
         if not _before(s, score, tick, row, above):
@@ -110,8 +110,8 @@ def _first_below(s, at, size):
 
 @helper
 def _pop_heap(s):
-    size = s.numbers[numbers.HEAP] - 1
-    s.numbers[numbers.HEAP] = size
+    size = s.numbers[numbers.HEAP_SIZE] - 1
+    s.numbers[numbers.HEAP_SIZE] = size
     if size == 0:
         return
     score, tick, row = s.queue_score[size], s.queue_tick[size], s.queue_row[size]
@@ -128,8 +128,8 @@ def _pop_heap(s):
 @helper
 def first_at(s):
     """Return the position of the queue's first entry, or -1."""
-    heap = s.numbers[numbers.HEAP]
-    if s.numbers[numbers.RUN] == 0:
+    heap = s.numbers[numbers.HEAP_SIZE]
+    if s.numbers[numbers.RUN_LENGTH] == 0:
         return 0 if heap > 0 else -1
     front = run_at(s, 0)
     if heap > 0 and _before(s, s.queue_score[0], s.queue_tick[0], s.queue_row[0], front):
@@ -144,7 +144,7 @@ def drop(s, at):
     if at == 0:
         _pop_heap(s)
         return
-    s.numbers[numbers.RUN] -= 1
+    s.numbers[numbers.RUN_LENGTH] -= 1
     head = s.numbers[numbers.RUN_HEAD] + 1
     s.numbers[numbers.RUN_HEAD] = head if head < s.numbers[numbers.ROW_CAPACITY] else 0
 
@@ -152,8 +152,8 @@ def drop(s, at):
 @helper
 def clear(s):
     """Remove all entries. `queued` of their rows stays as it is."""
-    s.numbers[numbers.HEAP] = 0
-    s.numbers[numbers.RUN] = 0
+    s.numbers[numbers.HEAP_SIZE] = 0
+    s.numbers[numbers.RUN_LENGTH] = 0
     s.numbers[numbers.RUN_HEAD] = 0
 
 

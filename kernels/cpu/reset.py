@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.calls import note
+from flatradix.kernels.cpu.calls import note_change
 from flatradix.kernels.cpu.children import refill
 from flatradix.kernels.cpu.jit import kernel, open_state
 from flatradix.kernels.cpu.pool import mark
@@ -33,7 +33,7 @@ def reset(addresses, call):
         s.numbers[name] = 0
     clear(s)
     refill(s, SMALLEST_TABLE - 1)
-    note(s, call, numbers.RESET, 0, 0, 0)
+    note_change(s, call, numbers.RESET, 0, 0, 0)
 
 
 @kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.calls import refuse
+from flatradix.kernels.cpu.calls import note_refusal
 from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
 from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import copy_checked, copy_slots
@@ -28,7 +28,7 @@ def path_slots_one(addresses, handle, length, pool, pool_wide, target):
     s = open_state(addresses)
     row = resolve(s, handle, length)
     if row < 0:
-        refuse(s, 0, length)
+        note_refusal(s, 0, length)
         return row
     _copy_path(s, row, length, pool, pool_wide, target)
     return np.int64(0)
@@ -53,7 +53,7 @@ def count_paths(addresses, handles, lengths):
         length = np.int64(lengths[query])
         row = resolve(s, handles[query], length)
         if row < 0:
-            refuse(s, query, length)
+            note_refusal(s, query, length)
             return row, nodes
         slots += length
         nodes += _depth(s, row)
@@ -101,7 +101,7 @@ def path_ranges_one(addresses, handle, length, starts, counts):
     s = open_state(addresses)
     row = resolve(s, handle, length)
     if row < 0:
-        refuse(s, 0, length)
+        note_refusal(s, 0, length)
         return row
     nodes = _depth(s, row)
     if nodes <= len(starts):
@@ -121,7 +121,7 @@ def _check_row(s, query, length, handle, number, height, width):
         elif length > width:
             row = np.int64(reasons.TOO_LONG)
     if row < 0:
-        refuse(s, query, value)
+        note_refusal(s, query, value)
     return row
 
 

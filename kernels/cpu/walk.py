@@ -72,7 +72,7 @@ def namespace_of(s, row):
 
 
 @helper
-def begin(s, handle, length, namespace, named, key, wide, tokens):
+def start_row(s, handle, length, namespace, named, key, wide, tokens):
     """Return the row to walk from: the root without a handle, else the row where (handle, length) lies; or the reason.
 
     A start below the root has its own namespace. If the caller gave a namespace (`named`), it must be the same. With

@@ -11,9 +11,9 @@ import triton.language as tl
 
 from flatradix.kernels.gpu.children import enter, tags_of_lanes
 from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
-from flatradix.kernels.gpu.finish import answer, first_refusal, is_last, publish, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
-from flatradix.kernels.gpu.rows import book_rows, handle_of
+from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, publish, wait_for_all
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.rows import handle_of, take_rows
 from flatradix.kernels.gpu.share import outer_owners, owners, share
 from flatradix.layout import mail, numbers, scratch
 from flatradix.layout.queries import Output, PerQuery, Values
@@ -69,7 +69,7 @@ def _end_of(w, batch, query, rows, active):
     owner = tl.load(column(w, batch, scratch.Q_LEAF) + (edge - rows), mask=active & (edge >= rows), other=0)
     row = tl.where(edge >= rows, owner, edge)
     cut = active & (tl.load(column(w, batch, scratch.Q_CUT) + query, mask=active, other=0) > 0)
-    place = tl.load(column(w, batch, scratch.Q_PLACE) + query, mask=cut, other=0)
+    place = tl.load(column(w, batch, scratch.Q_POSITION) + query, mask=cut, other=0)
     first = tl.load(column(w, batch, scratch.Q_FIRST) + place, mask=cut, other=0)
     piece = tl.load(column(w, batch, scratch.Q_NEW) + first, mask=cut, other=0)
     return tl.where(cut, piece, row).to(tl.int64)
@@ -197,12 +197,12 @@ def _refused(prefix_lengths, lengths, handles, batch, program, programs):
 
 
 @triton.jit
-def _book(s, w, batch, clock):
+def _update_counters(s, w, batch, clock):
     """Update the tree's counters and its clock. Only the last program to finish calls this."""
-    units = tl.load(w.counters + scratch.NEEDED)
+    units = tl.load(w.counters + scratch.NEW_UNITS)
     evictable = tl.load(s.numbers + numbers.EVICTABLE)
     cursor = tl.load(s.numbers + numbers.POOL_CURSOR)
-    book_rows(s, tl.load(w.counters + scratch.TOTAL))
+    take_rows(s, tl.load(w.counters + scratch.NEW_ROWS))
     tl.debug_barrier()
     tl.store(s.numbers + numbers.EVICTABLE, evictable + units)
     tl.store(s.numbers + numbers.POOL_CURSOR, cursor + units)
@@ -228,8 +228,8 @@ def build_kernel(
     good = error == scratch.NO_ERROR
     clock = tl.load(s.numbers + numbers.CLOCK)
     if good:
-        units = tl.load(w.counters + scratch.NEEDED)
-        cuts = tl.load(w.counters + scratch.COUNT).to(tl.int32)
+        units = tl.load(w.counters + scratch.NEW_UNITS)
+        cuts = tl.load(w.counters + scratch.CUT_COUNT).to(tl.int32)
         _add_leaves(
             s, w, values, offsets, names, name, priorities, priority, batch, rows, clock, program, programs,
             PAGE, BIGRAM, SINGLE, NAMES, PRIORITIES,
@@ -247,12 +247,12 @@ def build_kernel(
         )  # fmt: skip
     else:
         _refused(prefix_lengths, lengths, handles, batch, program, programs)
-    last, _bad = is_last(w, programs)
+    last, _bad = arrive(w, programs)
     if last:
         if good:
-            _book(s, w, batch, clock)
+            _update_counters(s, w, batch, clock)
         tl.store(w.counters + scratch.CUTS, 0)
-        tl.store(w.counters + scratch.COUNT, 0)
+        tl.store(w.counters + scratch.CUT_COUNT, 0)
         publish(s, w, call.to(tl.int64), error, mail.INSERT)
         if SINGLE:
             length = tl.load(lengths).to(tl.int64)
@@ -274,7 +274,7 @@ def build(
     out: Output, call: int,
 ) -> None:  # fmt: skip
     """Write the result of `settle` to the tree. Arguments as for `insert`."""
-    programs = resident(arrays, max(-(-keys.batch // LANES.value), -(-keys.total // COPIED.value)))
+    programs = cooperative_programs(arrays, max(-(-keys.batch // LANES.value), -(-keys.total // COPIED.value)))
     _build(
         arrays, programs,
         (

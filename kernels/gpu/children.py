@@ -1,7 +1,7 @@
 """The child table on a GPU: open addressing keyed by (parent, first page), with the edge beside each entry.
 
 A position holds two int64: (tag, row), and (length, start) of the row's edge. So a walk needs no other load before it
-can compare tokens. The entry of an evicted row becomes a tombstone, TOMB, which names no row. The next compaction
+can compare tokens. The entry of an evicted row becomes a tombstone, TOMBSTONE, which names no row. The next compaction
 rebuilds the table. Until then each new entry belongs to a different page of the pool, and the table has at least two
 positions for each page, so it cannot fill up.
 """
@@ -17,7 +17,7 @@ from flatradix.layout import handles, hashing, numbers
 page_tag = device_function(hashing.page_tag)
 pack_entry = device_function(handles.pack_entry)
 
-TOMB = tl.constexpr(1 << 32)
+TOMBSTONE = tl.constexpr(1 << 32)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def enter(s, w, row, tag, start, length, active):
 
 
 @triton.jit
-def hand_over(s, w, row, successor, start, length, active):
+def replace_row(s, w, row, successor, start, length, active):
     """Pass the entry of each `row` on to `successor`, whose edge begins with the same page below the same parent."""
     place = tl.load(w.entry + row, mask=active, other=0).to(tl.int64)
     tag = tl.load(s.tag + row, mask=active, other=0)
@@ -112,7 +112,7 @@ def hand_over(s, w, row, successor, start, length, active):
 
 
 @triton.jit
-def bury(s, w, row, active):
+def add_tombstones(s, w, row, active):
     """Replace the entries of evicted rows by tombstones."""
     place = tl.load(w.entry + row, mask=active, other=0).to(tl.int64)
-    tl.store(s.child_table + 2 * place, tl.zeros_like(place) + TOMB, mask=active)
+    tl.store(s.child_table + 2 * place, tl.zeros_like(place) + TOMBSTONE, mask=active)

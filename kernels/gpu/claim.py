@@ -83,7 +83,7 @@ def claim(
 
 
 @triton.jit
-def give_up_claim(w, batch, query, this_round, mask):
+def clear_claim(w, batch, query, this_round, mask):
     """Remove the claim of a query from the claim table of a round, which must be empty for its next use."""
     if get(w, batch, query, scratch.Q_ROUND) == this_round:
         tl.store(claims_of(w, this_round, mask) + get(w, batch, query, scratch.Q_GROUP), -1)

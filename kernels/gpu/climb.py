@@ -16,7 +16,7 @@ from flatradix.layout import scratch
 # Paths that one warp climbs together, and rows of each path at once: a lane for each row. The hints of a row are 32
 # bytes, one memory sector.
 PATHS = tl.constexpr(4)
-LEVELS = tl.constexpr(scratch.HINTS)
+LEVELS = tl.constexpr(scratch.ANCESTORS)
 
 
 @triton.jit

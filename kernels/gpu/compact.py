@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.children import enter
-from flatradix.kernels.gpu.finish import is_last, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
+from flatradix.kernels.gpu.finish import arrive, wait_for_all
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.kernels.gpu.share import outer_owners, owners, share
 from flatradix.layout import numbers, scratch
@@ -54,7 +54,7 @@ def _enter_again(s, w, row, start, length, live):
 @triton.jit
 def _finish(w, programs):
     """Reset the counters of this launch: the next launch may have another number of programs."""
-    last, _bad = is_last(w, programs)
+    last, _bad = arrive(w, programs)
     if last:
         tl.store(w.counters + scratch.ARRIVED, 0)
         tl.store(w.counters + scratch.WAITING, 0)
@@ -166,7 +166,7 @@ def compact(arrays: Arrays, forced: bool) -> None:
     Overwrites `scratch.old_start` and `scratch.partial`.
     """
     together = min(arrays.page & -arrays.page, MOST_TOGETHER)
-    programs = resident(arrays, -(-arrays.state.tokens.shape[0] // (2 * UNITS.value)))
+    programs = cooperative_programs(arrays, -(-arrays.state.tokens.shape[0] // (2 * UNITS.value)))
     constants = together, arrays.bigram
     _compact(arrays, programs, (arrays.pool, programs, int(forced)), constants, (arrays.pool_wide,))
 
@@ -189,5 +189,5 @@ _rebuild = Kernel(rebuild_kernel, ["i32"], cooperative=True)
 
 def rebuild(arrays: Arrays) -> None:
     """Build the child table and `scratch.entry` of a loaded tree from its rows."""
-    programs = resident(arrays, -(-arrays.state.child_table.shape[0] // BLOCK.value))
+    programs = cooperative_programs(arrays, -(-arrays.state.child_table.shape[0] // BLOCK.value))
     _rebuild(arrays, programs, (programs,))

@@ -16,9 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix.kernels.gpu.children import enter, hand_over, tags_of_lanes
+from flatradix.kernels.gpu.children import enter, replace_row, tags_of_lanes
 from flatradix.kernels.gpu.finish import wait_for_all
-from flatradix.kernels.gpu.rows import book_rows, handle_of, row_number
+from flatradix.kernels.gpu.rows import handle_of, row_number, take_rows
 from flatradix.layout import scratch
 
 LANES = tl.constexpr(32)
@@ -56,7 +56,7 @@ def note_cut(w, batch, query, edge, at, cuts):
 
 @triton.jit
 def list_cuts(w, batch):
-    """Fill Q_LIST, and Q_PLACE with each query's position in it. Return the length of Q_LIST.
+    """Fill Q_LIST, and Q_POSITION with each query's position in it. Return the length of Q_LIST.
 
     One program calls this.
     """
@@ -68,7 +68,7 @@ def list_cuts(w, batch):
         cuts = (cut > 0).to(tl.int32)
         place = count + tl.cumsum(cuts) - 1
         tl.store(column(w, batch, scratch.Q_LIST) + place, query, mask=cut > 0)
-        tl.store(column(w, batch, scratch.Q_PLACE) + query, place, mask=cut > 0)
+        tl.store(column(w, batch, scratch.Q_POSITION) + query, place, mask=cut > 0)
         count += tl.sum(cuts)
         first += OTHERS
     tl.debug_barrier()
@@ -216,7 +216,7 @@ def make_pieces(
         tl.store(s.tick + piece, tick, mask=active)
         tl.store(s.created + piece, created, mask=active)
         tl.store(s.priority + piece, tl.load(s.priority + row, mask=active, other=0), mask=active)
-        hand_over(s, w, row, piece.to(tl.int64), start, cut - begin, active & (above < 0))
+        replace_row(s, w, row, piece.to(tl.int64), start, cut - begin, active & (above < 0))
         tag = tags_of_lanes(s, s.tokens + start, s.seconds + start, parent.to(tl.int64), higher, PAGE, BIGRAM)
         enter(s, w, piece.to(tl.int64), tag, start, cut - begin, higher)
         first += programs * LANES
@@ -262,20 +262,20 @@ def cut_locked(
 ):  # fmt: skip
     """Cut the edges on which locks end, and lock the pieces above the cuts. All programs of a launch call this.
 
-    Replaces the handles of the queries that cut. Adds the newly protected tokens to the counter NEWLY. `book_cuts` must
-    follow when all programs have finished.
+    Replaces the handles of the queries that cut. Adds the newly protected tokens to the counter MOVED_TOKENS.
+    `finish_cuts` must follow when all programs have finished.
     """
     if program == 0:
-        tl.store(w.counters + scratch.COUNT, list_cuts(w, batch).to(tl.int64))
+        tl.store(w.counters + scratch.CUT_COUNT, list_cuts(w, batch).to(tl.int64))
     wait_for_all(w, programs)
-    count = tl.load(w.counters + scratch.COUNT, volatile=True).to(tl.int32)
+    count = tl.load(w.counters + scratch.CUT_COUNT, volatile=True).to(tl.int32)
     compare_cuts(w, batch, count, program, programs)
     wait_for_all(w, programs)
     if program == 0:
-        tl.store(w.counters + scratch.TOTAL, number_cuts(s, w, batch, count))
+        tl.store(w.counters + scratch.NEW_ROWS, number_cuts(s, w, batch, count))
     wait_for_all(w, programs)
     newly = make_pieces(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP)
-    tl.atomic_add(w.counters + scratch.NEWLY, tl.sum(newly), sem="relaxed")
+    tl.atomic_add(w.counters + scratch.MOVED_TOKENS, tl.sum(newly), sem="relaxed")
     wait_for_all(w, programs)
     shorten_edges(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP)
     first = program * OTHERS
@@ -289,8 +289,8 @@ def cut_locked(
 
 
 @triton.jit
-def book_cuts(s, w):
+def finish_cuts(s, w):
     """Mark the rows of the pieces as used, and reset the counters of the cuts. One program calls this."""
-    book_rows(s, tl.load(w.counters + scratch.TOTAL))
-    tl.store(w.counters + scratch.COUNT, 0)
+    take_rows(s, tl.load(w.counters + scratch.NEW_ROWS))
+    tl.store(w.counters + scratch.CUT_COUNT, 0)
     tl.store(w.counters + scratch.CUTS, 0)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flatradix.kernels.gpu.launch import Arrays, Kernel, device_function, resident
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs, device_function
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.layout import hashing, numbers
 
@@ -103,7 +103,13 @@ def digest(arrays: Arrays) -> tuple[int, int]:
     rows = int(state.numbers[numbers.ROWS])
     sums = torch.empty(SUMS.value * rows, dtype=torch.int64, device=state.numbers.device)
     totals = torch.zeros(2, dtype=torch.int64, device=state.numbers.device)
-    _edges(arrays, resident(arrays, rows), (sums.data_ptr(), arrays.pool), (arrays.bigram,), (arrays.pool_wide,))
+    _edges(
+        arrays,
+        cooperative_programs(arrays, rows),
+        (sums.data_ptr(), arrays.pool),
+        (arrays.bigram,),
+        (arrays.pool_wide,),
+    )
     _nodes(arrays, -(-rows // LANES.value), (sums.data_ptr(), totals.data_ptr()))
     first, second = totals.tolist()
     return first, second

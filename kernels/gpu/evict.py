@@ -22,11 +22,11 @@ from flatradix.kernels.gpu.evict_bins import (
     DEEPEST,
     LOW32,
     PIVOTS,
-    SCRATCH,
     WEIGHTS,
+    WORK_WORDS,
+    bin_limits,
     bound_of,
     count_bins,
-    edges_of,
     find_cut,
     sample,
     scatter,
@@ -39,12 +39,12 @@ from flatradix.kernels.gpu.evict_order import (
     OTHERS,
     RANKED,
     SPENT,
+    publish_victims,
     rank_bins,
     rank_list,
-    tell_victims,
 )
-from flatradix.kernels.gpu.finish import is_last, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, current_stream, resident
+from flatradix.kernels.gpu.finish import arrive, wait_for_all
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs, current_stream
 from flatradix.layout import numbers, scratch
 
 # The bin of the cut is divided again if it has more nodes than this.
@@ -59,8 +59,8 @@ SPARE = tl.constexpr(256)
 
 # Indices into `Scratch.counters` of the hint, which outlives a call: a key, and the tokens of the nodes up to that key.
 # SPENT follows: how many of these tokens the last eviction took.
-HINT = tl.constexpr(scratch.HINT)
-PROMISE = tl.constexpr(scratch.HINT + 1)
+EVICTION_HINT = tl.constexpr(scratch.EVICTION_HINT)
+PROMISE = tl.constexpr(scratch.EVICTION_HINT + 1)
 
 # Words that a program clears at once.
 CLEARED = tl.constexpr(256)
@@ -76,7 +76,7 @@ def _bins_of(device: int, stream: int) -> torch.Tensor:
     """
     found = _bins_of_streams.get((device, stream))
     if found is None:
-        made = torch.zeros(SCRATCH, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
+        made = torch.zeros(WORK_WORDS, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
         found = _bins_of_streams.setdefault((device, stream), made)
     return found
 
@@ -96,10 +96,10 @@ def _leave_hint(w, work, low, shift, bound, tie, cut):
     i = tl.arange(0, BINS)
     through = tl.load(work + BEFORE + 1 + i)
     bin = tl.sum((through <= tl.load(work + BEFORE + 1 + cut) + (SPARE << 32)).to(tl.int32)) - 1
-    _lowest, highest = edges_of(bin, low, shift, bound)
+    _lowest, highest = bin_limits(bin, low, shift, bound)
     content = tl.max(tl.where(i <= bin, through, 0))
     left = (content >> 32) - (tl.load(work + BEFORE + cut) >> 32)
-    tl.store(w.counters + HINT, highest)
+    tl.store(w.counters + EVICTION_HINT, highest)
     tl.store(w.counters + PROMISE, tl.where((tie < 0) & (left <= LIST), content & LOW32, 0))
 
 
@@ -135,7 +135,7 @@ def _collect(s, w, content, rows, capacity, programs, bound, BY_TICK: tl.constex
 def _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TICK: tl.constexpr):
     """Select the victims with the hint of the last eviction. Return 1, or 0 if the hint does not suffice."""
     good = tl.zeros([], tl.int32)
-    hint = tl.load(w.counters + HINT)
+    hint = tl.load(w.counters + EVICTION_HINT)
     if wanted <= tl.load(w.counters + PROMISE) - tl.load(w.counters + SPENT):
         _collect(s, w, work + CONTENT, rows, capacity, programs, hint, BY_TICK)
         wait_for_all(w, programs)
@@ -167,7 +167,7 @@ def _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TIC
         count_bins(s, w, bins, rows, capacity, programs, low, shift, bound, tie, BY_TICK)
         wait_for_all(w, programs)
         cut, size, comparisons, total = find_cut(work, bins, wanted)
-        lowest, highest = edges_of(cut, low, shift, bound)
+        lowest, highest = bin_limits(cut, low, shift, bound)
         sort_from = tl.where(comparisons <= COMPARISONS, 0, cut)
         reach = tl.where(tie >= 0, tie, highest)
         # Widen a bound that was too low; divide a crowded bin of different keys; divide a bin of one key by ends.
@@ -210,11 +210,11 @@ def select_kernel(s, w, work, wanted: tl.int64, call: tl.int64, programs: tl.int
     if wanted > 0:
         if _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TICK) == 0:
             _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TICK)
-    last, _bad = is_last(w, programs)
+    last, _bad = arrive(w, programs)
     if last:
         if wanted <= 0:
             one = tl.arange(0, 1).to(tl.int64)
-            tell_victims(w, call, one, one, one == 0)
+            publish_victims(w, call, one, one, one == 0)
         tl.store(work + CONTENT, 0)
         tl.store(w.counters + scratch.ARRIVED, 0)
         tl.store(w.counters + scratch.WAITING, 0)
@@ -234,5 +234,5 @@ def select(arrays: Arrays, wanted: int, by_tick: bool, call: int) -> None:
     by_tick: the keys are the ticks, else `scratch.eviction_key`. Among a million nodes on an H200: 15 us in a series of
     evictions of up to 100 nodes each, else 36 us, also for 1 % of the nodes.
     """
-    programs = resident(arrays, -(-arrays.rows // 1024), 1)
+    programs = cooperative_programs(arrays, -(-arrays.rows // 1024), 1)
     _select(arrays, programs, (_bins(arrays), wanted, call, programs), (by_tick,))

@@ -30,7 +30,7 @@ BINS = tl.constexpr(2048)
 BEFORE = tl.constexpr(3 * BINS.value)
 WEIGHTS = tl.constexpr(4 * BINS.value + 8)
 CONTENT = tl.constexpr(WEIGHTS.value + 8 * PIVOTS.value)
-SCRATCH = CONTENT.value + 1
+WORK_WORDS = CONTENT.value + 1
 
 # Indices into `Scratch.partial`: from 0 the lowest and from HIGHS the highest key of each program's part of the sample,
 # from MINIMA the lowest key of each block.
@@ -161,7 +161,7 @@ def find_cut(work, bins, wanted):
 
 
 @triton.jit
-def edges_of(cut, low, shift, bound):
+def bin_limits(cut, low, shift, bound):
     """Return the lowest and the highest value that bin `cut` can hold."""
     inner = (cut - 1).to(tl.int64)
     lowest = tl.where(cut == 0, 0, low + (inner << shift))

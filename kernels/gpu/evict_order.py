@@ -19,7 +19,7 @@ FEW_RANKED = tl.constexpr(8)
 MANY_OTHERS = tl.constexpr(256)
 
 # Index into `Scratch.counters`: the tokens of the last victims, which the hint still counts.
-SPENT = tl.constexpr(scratch.HINT + 2)
+SPENT = tl.constexpr(scratch.EVICTION_HINT + 2)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _those_before(s, keys, order, row, key, end, first, size, AT_ONCE: tl.conste
 
 
 @triton.jit
-def tell_victims(w, call, tokens, victims, active):
+def publish_victims(w, call, tokens, victims, active):
     tag = (call & mail.CALL_MASK) << 32
     tl.store(w.mail + mail.TOKENS + tl.zeros_like(tokens), tag | tokens, mask=active)
     tl.store(w.mail + mail.VICTIMS + tl.zeros_like(tokens), tag | victims, mask=active)
@@ -82,7 +82,7 @@ def rank_list(s, w, capacity, programs, found, wanted, call, BY_TICK: tl.constex
         victim = there & (tokens < wanted)
         tl.store(w.victims + rank, row, mask=victim)
         tl.store(w.tokens_before + rank, tokens, mask=victim)
-        tell_victims(w, call, tokens + length, rank + 1, victim & (tokens + length >= wanted))
+        publish_victims(w, call, tokens + length, rank + 1, victim & (tokens + length >= wanted))
         start += programs * FEW_RANKED
 
 
@@ -116,7 +116,7 @@ def rank_bins(
         tl.store(w.victims + rank, row, mask=victim)
         tl.store(w.tokens_before + rank, tokens, mask=victim)
         last = compared & victim & (tokens + length >= wanted)
-        tell_victims(w, call, tokens + length, rank + 1 + tl.where(sort_from > 0, mail.UNORDERED, 0), last)
+        publish_victims(w, call, tokens + length, rank + 1 + tl.where(sort_from > 0, mail.UNORDERED, 0), last)
         start += programs * LANES
 
 

@@ -63,7 +63,7 @@ def wait_for_all(w, programs):
 
 
 @triton.jit
-def is_last(w, programs, bad=False):
+def arrive(w, programs, bad=False):
     """Return (whether this program is the last of its launch to finish, whether any program so far had `bad` set).
 
     Only the last program acquires the writes of the others. An acquire by each program would discard the whole L1 cache
@@ -89,7 +89,7 @@ def _tell_refusal(s, w, call, error, OPERATION: tl.constexpr):
     count = tl.load(s.numbers + numbers.ERRORS) + 1
     value = tl.load(w.value + error // 64)
     tag = (count & mail.CALL_MASK) << 32
-    place = w.mail + mail.FIRST_REFUSAL + (count % mail.REFUSALS) * mail.REFUSAL_WORDS
+    place = w.mail + mail.FIRST_REFUSAL + (count % mail.REFUSAL_RING) * mail.REFUSAL_WORDS
     tl.store(place + 4, tag | (call & mail.CALL_MASK))
     tl.store(place, tag | (error % 64) | (OPERATION << 8))
     tl.store(place + 1, tag | (error // 64))
@@ -122,7 +122,8 @@ def publish(s, w, call, error, OPERATION: tl.constexpr):
     tl.store(w.mail + mail.PROTECTED, tag | tl.load(s.numbers + numbers.PROTECTED))
     tl.store(w.mail + mail.NODES, tag | tl.load(s.numbers + numbers.NODES))
     tl.store(
-        w.mail + mail.ROOM, tag | (tl.load(s.numbers + numbers.POOL_END) - tl.load(s.numbers + numbers.POOL_CURSOR))
+        w.mail + mail.FREE_UNITS,
+        tag | (tl.load(s.numbers + numbers.POOL_END) - tl.load(s.numbers + numbers.POOL_CURSOR)),
     )
     tl.store(w.counters + scratch.WAITING, 0)
     publish_done(w, call, tl.load(s.numbers + numbers.ERRORS))
@@ -132,7 +133,7 @@ def publish(s, w, call, error, OPERATION: tl.constexpr):
 def answer(w, call, length, handle, prefix_length):
     """Write the result of a single key to the mail."""
     tag = (call.to(tl.int64) & mail.CALL_MASK) << 32
-    place = w.mail + mail.FIRST_ANSWER + (call % mail.ANSWERS) * mail.ANSWER_WORDS
+    place = w.mail + mail.FIRST_ANSWER + (call % mail.ANSWER_RING) * mail.ANSWER_WORDS
     tl.store(place, tag | (length.to(tl.int64) & 0xFFFFFFFF))
     tl.store(place + 1, tag | (handle & 0xFFFFFFFF))
     tl.store(place + 2, tag | ((handle >> 32) & 0xFFFFFFFF))
@@ -143,21 +144,21 @@ def answer(w, call, length, handle, prefix_length):
 def move_protected(s, w, sign):
     """Move the tokens that this call made protected (sign 1) or evictable (-1) between the tree's counters."""
     tl.debug_barrier()
-    tokens = tl.load(w.counters + scratch.NEWLY) * sign
+    tokens = tl.load(w.counters + scratch.MOVED_TOKENS) * sign
     protected = tl.load(s.numbers + numbers.PROTECTED)
     evictable = tl.load(s.numbers + numbers.EVICTABLE)
     tl.debug_barrier()
     tl.store(s.numbers + numbers.PROTECTED, protected + tokens)
     tl.store(s.numbers + numbers.EVICTABLE, evictable - tokens)
-    tl.store(w.counters + scratch.NEWLY, 0)
+    tl.store(w.counters + scratch.MOVED_TOKENS, 0)
 
 
 @triton.jit(do_not_specialize=["call"])
-def tell_kernel(s, w, call: tl.int64):
+def publish_sizes_kernel(s, w, call: tl.int64):
     publish(s, w, call.to(tl.int64), tl.zeros([], tl.int64) + scratch.NO_ERROR, mail.MATCH)
 
 
-_tell = Kernel(tell_kernel, ["i64"], warps=1)
+_tell = Kernel(publish_sizes_kernel, ["i64"], warps=1)
 
 
 def tell(arrays: Arrays, call: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix.kernels.gpu.children import bury
+from flatradix.kernels.gpu.children import add_tombstones
 from flatradix.kernels.gpu.evict_keys import HIGHEST
-from flatradix.kernels.gpu.finish import is_last, publish
+from flatradix.kernels.gpu.finish import arrive, publish
 from flatradix.kernels.gpu.launch import Arrays, Kernel, multi_processors
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.layout import mail, numbers, scratch
@@ -63,7 +63,7 @@ def _free_rows(s, w, victim, count):
     tl.store(s.parent + row, tl.zeros([FREED], tl.int32) + FREE, mask=active)
     tl.store(s.generation + row, generation + 1, mask=active)
     tl.store(stack + victim, row.to(tl.int32), mask=active)
-    bury(s, w, row, active)
+    add_tombstones(s, w, row, active)
     _detach(s, parent)
 
 
@@ -109,7 +109,7 @@ def _copy_slots(s, w, pool, slots, begin, end, count, TOGETHER: tl.constexpr, UN
 
 
 @triton.jit
-def _book(s, w, call, count, tokens):
+def _update_counters(s, w, call, count, tokens):
     """Update the tree's counters, and tell the host how many namespaces were released.
 
     Only the last program to finish calls this.
@@ -146,9 +146,9 @@ def free_kernel(
         begin = (program - freeing) * each
         if begin < tokens:
             _copy_slots(s, w, pool, slots, begin, tl.minimum(begin + each, tokens), count, TOGETHER, UNITS, EDGES)
-    last, _bad = is_last(w, programs)
+    last, _bad = arrive(w, programs)
     if last:
-        _book(s, w, call.to(tl.int64), count, tokens)
+        _update_counters(s, w, call.to(tl.int64), count, tokens)
         publish(s, w, call.to(tl.int64), scratch.NO_ERROR, mail.EVICT)
 
 

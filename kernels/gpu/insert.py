@@ -31,7 +31,7 @@ from flatradix.kernels.gpu.walk import (
     whole_pages,
 )
 from flatradix.layout import reasons, scratch
-from flatradix.layout.queries import Output, PerQuery, Places, Values
+from flatradix.layout.queries import Output, PerQuery, PlaceAddresses, Values
 
 CHECKED = tl.constexpr(2048)
 _LARGEST = (2**31 - 1, 2**63 - 1)  # the largest slot of 32 and of 64 bits
@@ -105,7 +105,7 @@ _plan = Kernel(
 
 
 def insert(
-    arrays: Arrays, keys: Values, slots: Values, names: PerQuery, starts: Places, priorities: PerQuery,
+    arrays: Arrays, keys: Values, slots: Values, names: PerQuery, starts: PlaceAddresses, priorities: PerQuery,
     inserted: PerQuery, out: Output, call: int, may_compact: bool,
 ) -> None:  # fmt: skip
     """Insert a batch, all or nothing, in three launches, and a fourth for a compaction if one may be needed.

@@ -185,7 +185,7 @@ class Kernel:
     warps: the default. cooperative: all programs of a launch run at once, so that they may wait for one another.
     """
 
-    made: ClassVar[list[Kernel]] = []
+    all_kernels: ClassVar[list[Kernel]] = []
 
     def __init__(self, function: Any, kinds: Sequence[str], warps: int = 4, cooperative: bool = False) -> None:
         self.function = function
@@ -193,7 +193,7 @@ class Kernel:
         self.warps = warps
         self.cooperative = cooperative
         self._compiled: dict[Any, Any] = {}
-        Kernel.made.append(self)
+        Kernel.all_kernels.append(self)
 
     def __call__(
         self,
@@ -210,7 +210,7 @@ class Kernel:
         arguments: addresses and numbers. wide: one for each "*w". registers: the most registers for a thread (CUDA
         only), 0 for no limit.
         """
-        direct = arrays.direct.get((self, constants, wide, warps))
+        direct = arrays.direct.get((self, constants, wide, warps, registers))
         if direct is None:
             self._start(arrays, Launch(programs, arguments, constants, wide, warps or self.warps, registers), warps)
         elif torch._C._cuda_getDevice() == arrays.device:
@@ -221,7 +221,7 @@ class Kernel:
 
     def _start(self, arrays: Arrays, launch: Launch, asked_warps: int) -> None:
         """Launch through Triton: the first launches, and all where there is no direct launch."""
-        variant = arrays.device, launch.constants, launch.wide, launch.warps
+        variant = arrays.device, launch.constants, launch.wide, launch.warps, launch.registers
         launcher = self._compiled.get(variant)
         if launcher is None:
             compiled = self._first(arrays, launch)
@@ -237,7 +237,7 @@ class Kernel:
             )  # fmt: skip
             direct = _direct_launch(compiled, arrays, len(launch.arguments), launch.warps, self.cooperative)
         if direct is not None:
-            arrays.direct[(self, launch.constants, launch.wide, asked_warps)] = direct
+            arrays.direct[(self, launch.constants, launch.wide, asked_warps, launch.registers)] = direct
 
     def types(self, wide: tuple[bool, ...]) -> list[str]:
         """Return the type of each argument, with "*w" resolved."""
@@ -276,7 +276,7 @@ def multi_processors(device: int) -> int:
     return 1 if device < 0 else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def resident(arrays: Arrays, wanted: int, most: int = 4) -> int:
+def cooperative_programs(arrays: Arrays, wanted: int, most: int = 4) -> int:
     """Return how many programs a cooperative launch has, at most `wanted`; 1 where kernels are interpreted.
 
     most: how many programs certainly fit on a multiprocessor. With 4 warps a program, 4 programs leave each thread 128

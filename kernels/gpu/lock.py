@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.climb import LEVELS, PATHS, add_locks, parent_of, take_back_locks
-from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
-from flatradix.kernels.gpu.finish import first_refusal, is_last, move_protected, publish, refuse_lanes
-from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
+from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
+from flatradix.kernels.gpu.finish import arrive, first_refusal, move_protected, publish, refuse_lanes
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.layout import mail, numbers, reasons, scratch
-from flatradix.layout.queries import Places
+from flatradix.layout.queries import PlaceAddresses
 
 LANES = tl.constexpr(32)
 
@@ -65,7 +65,7 @@ def _take_back(s, w, batch, SIGN: tl.constexpr):
         tl.atomic_add(s.own_locks + row, -SIGN, mask=(row > 0) & (cut == 0), sem="relaxed")
         take_back_locks(s, row_or_above(s, row, cut), tl.zeros_like(row) + SIGN)
         first += LANES
-    tl.store(w.counters + scratch.NEWLY, 0)
+    tl.store(w.counters + scratch.MOVED_TOKENS, 0)
 
 
 @triton.jit
@@ -102,11 +102,11 @@ def _finish_lock(
     last = program == 0
     if not ALONE:
         if cuts | (error != scratch.NO_ERROR):
-            last, _bad = is_last(w, programs)
+            last, _bad = arrive(w, programs)
     if last:
         tl.debug_barrier()
         if cuts:
-            book_cuts(s, w)
+            finish_cuts(s, w)
         if not good:
             _take_back(s, w, batch, 1)
             tl.store(w.counters + scratch.CUTS, 0)
@@ -151,7 +151,7 @@ def lock_kernel(
         newly += add_locks(s, w, _each_level(path), _each_level(count))
         first += parts * PATHS
     if newly > 0:
-        tl.atomic_add(w.counters + scratch.NEWLY, newly, sem="relaxed")
+        tl.atomic_add(w.counters + scratch.MOVED_TOKENS, newly, sem="relaxed")
     if ALONE:
         tl.debug_barrier()
         _finish_lock(s, w, handles, batch, rows, call, 0, 1, PAGE, BIGRAM, True)
@@ -194,9 +194,9 @@ def _refuse_surplus(s, w, batch):
 
 @triton.jit
 def _finish_unlock(s, w, batch, call):
-    if tl.load(w.counters + scratch.COUNT, volatile=True) > 0:
+    if tl.load(w.counters + scratch.CUT_COUNT, volatile=True) > 0:
         _refuse_surplus(s, w, batch)
-        tl.store(w.counters + scratch.COUNT, 0)
+        tl.store(w.counters + scratch.CUT_COUNT, 0)
     error = first_refusal(w)
     if error != scratch.NO_ERROR:
         _take_back(s, w, batch, -1)
@@ -229,10 +229,10 @@ def unlock_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE:
         locks = tl.atomic_add(s.own_locks + path, -count, mask=once, sem="relaxed")
         freed += add_locks(s, w, path, -count)
         if tl.max((once & (locks < count)).to(tl.int32)) > 0:
-            tl.atomic_add(w.counters + scratch.COUNT, 1, sem="relaxed")
+            tl.atomic_add(w.counters + scratch.CUT_COUNT, 1, sem="relaxed")
         first += parts * PATHS
     if freed > 0:
-        tl.atomic_add(w.counters + scratch.NEWLY, freed, sem="relaxed")
+        tl.atomic_add(w.counters + scratch.MOVED_TOKENS, freed, sem="relaxed")
     if ALONE:
         tl.debug_barrier()
         _finish_unlock(s, w, batch, call)
@@ -258,7 +258,7 @@ def _programs(batch: int) -> tuple[int, bool]:
     return 1 if alone else -(-batch // LANES.value) * (LANES.value // PATHS.value), alone
 
 
-def lock(arrays: Arrays, places: Places, call: int) -> None:
+def lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     """Lock a batch of places and renew their handles, all or nothing. One launch for up to 8 places, else two."""
     programs, alone = _programs(places.batch)
     _lock(
@@ -269,13 +269,13 @@ def lock(arrays: Arrays, places: Places, call: int) -> None:
         finish_lock(arrays, places, call)
 
 
-def finish_lock(arrays: Arrays, places: Places, call: int) -> None:
+def finish_lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     """Enqueue the second launch of a lock."""
-    programs = resident(arrays, -(-places.batch // LANES.value), 1)
+    programs = cooperative_programs(arrays, -(-places.batch // LANES.value), 1)
     _finish_locks(arrays, programs, (places.handles, places.batch, arrays.rows, call), (arrays.page, arrays.bigram))
 
 
-def unlock(arrays: Arrays, places: Places, call: int) -> None:
+def unlock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     """Unlock a batch of places, all or nothing. One launch for up to 8 places, else two."""
     programs, alone = _programs(places.batch)
     _unlock(arrays, programs, (places.handles, places.lengths, places.batch, call), (arrays.page, alone))
@@ -283,6 +283,6 @@ def unlock(arrays: Arrays, places: Places, call: int) -> None:
         finish_unlock(arrays, places, call)
 
 
-def finish_unlock(arrays: Arrays, places: Places, call: int) -> None:
+def finish_unlock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     """Enqueue the second launch of an unlock."""
     _finish_unlocks(arrays, 1, (places.batch, call))

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.climb import take_back_locks
-from flatradix.kernels.gpu.cut import book_cuts, column, cut_locked
-from flatradix.kernels.gpu.finish import answer, first_refusal, is_last, move_protected, publish, publish_done, refuse
+from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
+from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, move_protected, publish, publish_done, refuse
 from flatradix.kernels.gpu.launch import Arrays, Kernel
 from flatradix.kernels.gpu.lock import row_or_above
 from flatradix.kernels.gpu.rows import handle_of
@@ -30,7 +30,7 @@ from flatradix.kernels.gpu.walk import (
     whole_pages,
 )
 from flatradix.layout import mail, numbers, reasons, scratch
-from flatradix.layout.queries import Output, PerQuery, Places, Values
+from flatradix.layout.queries import Output, PerQuery, PlaceAddresses, Values
 
 LANES = tl.constexpr(128)
 # A single key in host memory is read in pieces of this many tokens, with all loads of a piece in flight at once.
@@ -76,7 +76,7 @@ def _finish(
     if bad:
         _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
         if LOCK:
-            tl.store(w.counters + scratch.NEWLY, 0)
+            tl.store(w.counters + scratch.MOVED_TOKENS, 0)
             tl.store(w.counters + scratch.CUTS, 0)
         publish(s, w, call, first_refusal(w), mail.MATCH)
     else:
@@ -84,7 +84,7 @@ def _finish(
             if tl.load(w.counters + scratch.CUTS, volatile=True) > 0:
                 cut_locked(s, w, handles, batch, rows, clock, 0, 1, PAGE, BIGRAM, 2 * TOUCH)
                 tl.debug_barrier()
-                book_cuts(s, w)
+                finish_cuts(s, w)
             move_protected(s, w, 1)
         if TOUCH:
             tl.store(s.numbers + numbers.CLOCK, clock + 2 * batch)
@@ -154,7 +154,7 @@ def match_kernel(
             newly += visit_up(s, w, from_row, clock, tick, TOUCH, LOCK)
     if LOCK:
         if newly > 0:
-            tl.atomic_add(w.counters + scratch.NEWLY, newly, sem="relaxed")
+            tl.atomic_add(w.counters + scratch.MOVED_TOKENS, newly, sem="relaxed")
     if TOUCH or LOCK:
         tl.store(column(w, batch, scratch.Q_ROW) + query, row)
         tl.store(column(w, batch, scratch.Q_CUT) + query, tl.where(left > 0, length, 0))
@@ -169,7 +169,7 @@ def match_kernel(
             handle = tl.load(handles)
         answer(w, call, tl.where(bad, -1, length), handle, length * 0)
     else:
-        last, any_bad = is_last(w, tl.num_programs(0), bad)
+        last, any_bad = arrive(w, tl.num_programs(0), bad)
         if last:
             _finish(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
 
@@ -198,7 +198,14 @@ def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
 
 
 def match(
-    arrays: Arrays, keys: Values, names: PerQuery, starts: Places, out: Output, call: int, touch: bool, lock: bool
+    arrays: Arrays,
+    keys: Values,
+    names: PerQuery,
+    starts: PlaceAddresses,
+    out: Output,
+    call: int,
+    touch: bool,
+    lock: bool,
 ) -> None:
     """Match a batch in one launch.
 

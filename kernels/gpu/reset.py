@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.compact import clear_table
-from flatradix.kernels.gpu.finish import is_last, publish
-from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
+from flatradix.kernels.gpu.finish import arrive, publish
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.kernels.gpu.share import share
 from flatradix.layout import mail, numbers, scratch
@@ -53,7 +53,7 @@ def reset_kernel(s, w, call: tl.int64, programs: tl.int32):
     first, end = share(tl.load(s.numbers + numbers.ROWS), programs)
     _free_all(s, first, end)
     clear_table(s, programs)
-    last, _bad = is_last(w, programs)
+    last, _bad = arrive(w, programs)
     if last:
         _set_numbers(s)
         publish(s, w, call.to(tl.int64), scratch.NO_ERROR, mail.EVICT)
@@ -64,5 +64,5 @@ _reset = Kernel(reset_kernel, ["i64", "i32"])
 
 def reset(arrays: Arrays, call: int) -> None:
     """Drop every node, also locked nodes; their handles become stale. The clock continues. Publishes the sizes."""
-    programs = resident(arrays, -(-arrays.state.child_table.shape[0] // BLOCK.value))
+    programs = cooperative_programs(arrays, -(-arrays.state.child_table.shape[0] // BLOCK.value))
     _reset(arrays, programs, (call, programs))

@@ -69,7 +69,7 @@ def row_number(s, number, active):
 
 
 @triton.jit
-def book_rows(s, count):
+def take_rows(s, count):
     """Mark the first `count` rows that `row_number` returns as used, and count their nodes.
 
     One program calls this, when no program calls `row_number` any more.

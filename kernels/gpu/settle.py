@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix.kernels.gpu.claim import claim, claims_of, equal_tokens, give_up_claim, key_at
+from flatradix.kernels.gpu.claim import claim, claims_of, clear_claim, equal_tokens, key_at
 from flatradix.kernels.gpu.cut import column, compare_cuts, get, list_cuts, note_cut, number_cuts, put
-from flatradix.kernels.gpu.finish import first_refusal, is_last, refuse, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
+from flatradix.kernels.gpu.finish import arrive, first_refusal, refuse, wait_for_all
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import row_number
 from flatradix.kernels.gpu.walk import name_of
 from flatradix.layout import numbers, reasons, scratch
@@ -90,9 +90,9 @@ def _reserve(s, w, made, units, may_compact):
         if may_compact > 0:
             tl.store(w.counters + scratch.COMPACT, 1)
         else:
-            refuse(w, units * 0, reasons.NO_ROOM, units)
-    tl.store(w.counters + scratch.NEEDED, units)
-    tl.store(w.counters + scratch.TOTAL, made)
+            refuse(w, units * 0, reasons.NO_POOL_SPACE, units)
+    tl.store(w.counters + scratch.NEW_UNITS, units)
+    tl.store(w.counters + scratch.NEW_ROWS, made)
 
 
 @triton.jit(do_not_specialize=["values", "offsets", "names", "name", "batch", "rows", "mask", "may_compact"])
@@ -114,7 +114,7 @@ def settle_kernel(
         if this_round > 0:
             query = program.to(tl.int64)
             while query < batch:
-                give_up_claim(w, batch, query, this_round - 1, mask)
+                clear_claim(w, batch, query, this_round - 1, mask)
                 if get(w, batch, query, scratch.Q_OPEN) > 0:
                     edge = get(w, batch, query, scratch.Q_EDGE)
                     at = get(w, batch, query, scratch.Q_AT)
@@ -143,22 +143,22 @@ def settle_kernel(
         this_round += 1
     query = program.to(tl.int64)
     while query < batch:
-        give_up_claim(w, batch, query, tl.maximum(this_round - 1, 0), mask)
+        clear_claim(w, batch, query, tl.maximum(this_round - 1, 0), mask)
         query += programs
     if good:
         count = tl.zeros([], tl.int32)
         if tl.load(w.counters + scratch.CUTS, volatile=True) > 0:
             if program == 0:
-                tl.store(w.counters + scratch.COUNT, list_cuts(w, batch).to(tl.int64))
+                tl.store(w.counters + scratch.CUT_COUNT, list_cuts(w, batch).to(tl.int64))
             wait_for_all(w, programs)
-            count = tl.load(w.counters + scratch.COUNT, volatile=True).to(tl.int32)
+            count = tl.load(w.counters + scratch.CUT_COUNT, volatile=True).to(tl.int32)
             compare_cuts(w, batch, count, program, programs)
             wait_for_all(w, programs)
         if program == 0:
             made = number_cuts(s, w, batch, count)
             made, units = _number_leaves(s, w, batch, made)
             _reserve(s, w, made, units, may_compact)
-    last, _bad = is_last(w, programs)
+    last, _bad = arrive(w, programs)
     if last:
         tl.store(w.counters + scratch.ARRIVED, 0)
         tl.store(w.counters + scratch.WAITING, 0)
@@ -178,7 +178,7 @@ def settle(
     """
     mask = arrays.scratch.claims.shape[1] - 1
     _settle(
-        arrays, resident(arrays, keys.batch),
+        arrays, cooperative_programs(arrays, keys.batch),
         (
             keys.address, keys.offsets, names.address, names.number, keys.batch, arrays.rows, mask, int(may_compact),
         ),

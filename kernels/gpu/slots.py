@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.cut import column
-from flatradix.kernels.gpu.finish import first_refusal, is_last, publish, refuse_lanes, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, resident
+from flatradix.kernels.gpu.finish import arrive, first_refusal, publish, refuse_lanes, wait_for_all
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import resolve
 from flatradix.layout import mail, reasons, scratch
-from flatradix.layout.queries import Places, Table
+from flatradix.layout.queries import PlaceAddresses, SlotTable
 
 BLOCK = tl.constexpr(512)
 
@@ -89,7 +89,7 @@ def slots_kernel(
                 place = place * stride
             _copy_path(s, row, tl.load(lengths + query), pool, target + place)
             query += programs
-    last, _bad = is_last(w, programs)
+    last, _bad = arrive(w, programs)
     if last:
         if TABLE:
             publish(s, w, call.to(tl.int64), error, mail.WRITE_SLOTS)
@@ -105,17 +105,17 @@ _slots = Kernel(
 )
 
 
-def gather_slots(arrays: Arrays, places: Places, offsets: int, out: int, call: int) -> None:
+def gather_slots(arrays: Arrays, places: PlaceAddresses, offsets: int, out: int, call: int) -> None:
     """Write the slots of place i to `out`, from `offsets[i]` on, all or nothing, in one launch.
 
     offsets: address of int64 [B]. out: address of values of the pool's dtype.
     """
     arguments = (places.handles, places.lengths, offsets, arrays.pool, out, 0, 0, 0, places.batch, call)
     wide = arrays.pool_wide, arrays.pool_wide
-    _slots(arrays, resident(arrays, places.batch, 8), arguments, (arrays.page, False), wide)
+    _slots(arrays, cooperative_programs(arrays, places.batch, 8), arguments, (arrays.page, False), wide)
 
 
-def write_slots(arrays: Arrays, places: Places, rows: int, table: Table, call: int) -> None:
+def write_slots(arrays: Arrays, places: PlaceAddresses, rows: int, table: SlotTable, call: int) -> None:
     """Write the slots of place i into row `rows[i]` of an engine's slot table, all or nothing, in one launch.
 
     rows: address of int64 [B].
@@ -124,4 +124,10 @@ def write_slots(arrays: Arrays, places: Places, rows: int, table: Table, call: i
         places.handles, places.lengths, rows, arrays.pool, table.address, table.stride, table.height, table.width,
         places.batch, call,
     )  # fmt: skip
-    _slots(arrays, resident(arrays, places.batch, 8), arguments, (arrays.page, True), (arrays.pool_wide, table.wide))
+    _slots(
+        arrays,
+        cooperative_programs(arrays, places.batch, 8),
+        arguments,
+        (arrays.page, True),
+        (arrays.pool_wide, table.wide),
+    )

@@ -217,7 +217,7 @@ def assert_it_acquires(variant: Variant, compiled: Any) -> None:
 
 def test_the_trees_use_every_kernel(recorder: Recorder) -> None:
     used = {variant.kernel.function.__name__ for variant in recorder.variants.values()}
-    assert used == {kernel.function.__name__ for kernel in Kernel.made}
+    assert used == {kernel.function.__name__ for kernel in Kernel.all_kernels}
 
 
 def test_every_variant(recorder: Recorder, tmp_path: Path) -> None:

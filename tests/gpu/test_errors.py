@@ -115,13 +115,13 @@ def test_more_refusals_than_there_is_room_for(cuda: str) -> None:
     key = list(range(100))
     tree = RadixTree(100, device=cuda)
     tree.insert(key, key)
-    count = mail.REFUSALS + 30
+    count = mail.REFUSAL_RING + 30
     for call in range(count):
         tree.match([*key[:call], -1])
     with pytest.raises(ValueError, match=rf"match: query 0: .* \({count - 1} later calls were refused too\)$") as told:
         tree.raise_pending()
     position = int(str(told.value).split("position ")[1].split()[0])
-    assert count - mail.REFUSALS <= position < count, "one of those that are still known"
+    assert count - mail.REFUSAL_RING <= position < count, "one of those that are still known"
     tree.raise_pending()
     tree.match([[-1]])
     with pytest.raises(ValueError, match=r"2\*\*31 - 1\]$"):
@@ -135,7 +135,7 @@ def test_more_single_calls_than_there_are_answers(cuda: str) -> None:
     second = tree.insert([*key[:3], 9], [0] * 4)
     inside = tree.match([0])
     tree.lock(inside)
-    lengths = [1 + call % 7 for call in range(mail.ANSWERS + 20)]
+    lengths = [1 + call % 7 for call in range(mail.ANSWER_RING + 20)]
     results = [tree.match(key[:length], touch=False) for length in lengths]
     assert [result.length for result in results] == lengths
     assert len({result.handle for result in results}) == 3, "the path is in three parts"

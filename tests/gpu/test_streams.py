@@ -326,17 +326,17 @@ def test_the_public_ways_to_launch_do_the_same(gpu: str, missing: str, monkeypat
     from flatradix.kernels.gpu import launch
 
     keys = shared_prefixes(200)
-    for kernel in launch.Kernel.made:
+    for kernel in launch.Kernel.all_kernels:
         monkeypatch.setattr(kernel, "_compiled", {})
     pair = Pair(gpu, 4000)
     for _ in range(2):
         use(pair, keys)
     assert index_of(pair.tree)._arrays.direct, "nothing is launched directly: Triton or the driver has changed"
     monkeypatch.setattr(launch, missing, lambda *arguments: None)
-    for kernel in launch.Kernel.made:
+    for kernel in launch.Kernel.all_kernels:
         monkeypatch.setattr(kernel, "_compiled", {})
     pair = Pair(gpu, 4000)
     for _ in range(2):
         use(pair, keys)
     assert not index_of(pair.tree)._arrays.direct
-    assert any(kernel._compiled for kernel in launch.Kernel.made) == (missing != "_launcher")
+    assert any(kernel._compiled for kernel in launch.Kernel.all_kernels) == (missing != "_launcher")

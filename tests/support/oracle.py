@@ -215,7 +215,7 @@ class Oracle:
         return Place(node, at)
 
     def split(self, node: Node, length: int, created: int) -> Node:
-        """Cut the edge of `node` at path length `length`; return the upper part, a new node."""
+        """Interrupt the edge of `node` at path length `length`; return the upper part, a new node."""
         cut = length - (node.end - node.length)
         upper = Node(
             units=node.units[:cut],

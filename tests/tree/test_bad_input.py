@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import flatradix
-from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
+from flatradix import CapacityError, QueryError, RadixTree, Ragged, StaleHandleError
 from flatradix.inputs import devices
 from tests.support.devices import settled
 from tests.support.inside import clock_of, names_of
@@ -40,6 +41,10 @@ def refuses(
         settled(tree, call)
     tree.check()
     assert state() == before
+    named = re.search(r"\bquery (\d+)\b", str(raised.value))
+    if named:
+        assert isinstance(raised.value, QueryError)
+        assert raised.value.query == int(named[1])
     return raised
 
 

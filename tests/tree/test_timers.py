@@ -15,8 +15,8 @@ import flatradix
 from flatradix import RadixTree
 from flatradix.inspect.nodes import nodes_of
 from tests.conftest import usable
-from tests.support.cuts import Cut, timer
 from tests.support.devices import interpreted
+from tests.support.interrupts import Interrupt, timer
 
 NAMES = (None, "a", b"b", "c")
 SLOTS = 400
@@ -58,7 +58,7 @@ class Books:
             with timer(self.random.uniform(1e-6, 1.5 * self.usual)):
                 act()
             self.usual += (time.perf_counter() - begun - self.usual) / 8
-        except Cut:
+        except Interrupt:
             self.cuts += 1
         return self.tree.changes() != changes
 

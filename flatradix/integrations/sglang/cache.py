@@ -68,7 +68,7 @@ class FlatRadixCache(BasePrefixCache):
 
     def reset(self) -> None:
         """Drop everything, including locked nodes. Earlier locks must not be unlocked. SGLang calls it when idle."""
-        with self._tree.aside():
+        with self._tree.on_own_stream():
             self.tree.reset()
         self.kv_events.cleared()
 
@@ -92,7 +92,7 @@ class FlatRadixCache(BasePrefixCache):
 
         Of subtrees with equal weight, the subtree with the first request of the queue comes first.
         """
-        with self._tree.aside():
+        with self._tree.on_own_stream():
             return depth_first_by_weight(self.tree, node_handles)
 
     # Locks
@@ -200,7 +200,7 @@ class FlatRadixCache(BasePrefixCache):
         kv.cache_inserted_len = max(kv.cache_inserted_len, length)
         self._split_at_prompt(step, length)
         if cached > kv.cache_protected_len:
-            self._take_over(step, kv.cache_protected_len, cached)
+            self._use_tree_slots(step, kv.cache_protected_len, cached)
         if step.is_due(LOCK):
             self._tree.lock(place)
         if step.is_due(UNLOCK) and step.lock is not None:
@@ -236,7 +236,7 @@ class FlatRadixCache(BasePrefixCache):
                 inserted_lengths=prompt,
             )
 
-    def _take_over(self, step: Checkpoint, first: int, cached: int) -> None:
+    def _use_tree_slots(self, step: Checkpoint, first: int, cached: int) -> None:
         """Replace the request's slots by the tree's for tokens that were cached before, and free the former."""
         if step.duplicates is None:
             step.duplicates = step.row[first:cached].clone()
@@ -288,7 +288,7 @@ class FlatRadixCache(BasePrefixCache):
         return self.tree.total_tokens
 
     def pretty_print(self) -> None:
-        with self._tree.aside():
+        with self._tree.on_own_stream():
             print(draw(self.tree.content()))
 
 

@@ -97,8 +97,10 @@ class KvEvents(KVCacheEventRecorder):
                 block.hash_value = chains
             made: list[Any] = []
             self._made = made
-            self.record_store(block)
-            self._made = None
+            try:
+                self.record_store(block)
+            finally:
+                self._made = None
             self._queue_step(row[first:last:size] // size, made)
             chain = chains[-1]
         if len(self._ends) >= _MOST_ENDS:
@@ -120,7 +122,7 @@ class KvEvents(KVCacheEventRecorder):
     def take(self) -> list[Any]:
         """Return all events so far, in order, up to the first with slots that the host does not know yet."""
         while self._steps and self._steps[0].is_there():
-            self._settle(self._steps.popleft())
+            self._publish(self._steps.popleft())
         return super().take()
 
     def enqueue(self, event: Any) -> None:
@@ -138,7 +140,7 @@ class KvEvents(KVCacheEventRecorder):
         copied.record()
         self._steps.append(_Step(here, copied.query, events))
 
-    def _settle(self, step: _Step) -> None:
+    def _publish(self, step: _Step) -> None:
         if step.pages is None:
             super().enqueue(AllBlocksCleared())
         elif step.events is None:

@@ -60,7 +60,7 @@ class SchedulerTree:
         return one_match(length, place.handle)
 
     @contextmanager
-    def aside(self, after_current: bool = False) -> Iterator[None]:
+    def on_own_stream(self, after_current: bool = False) -> Iterator[None]:
         """Enter the tree's own stream, if there is one, for any other code that reads or changes the tree.
 
         after_current: let this stream wait for the current stream first.
@@ -83,7 +83,7 @@ class StreamedTree(SchedulerTree):
         self.evict = self._evict
 
     @contextmanager
-    def aside(self, after_current: bool = False) -> Iterator[None]:
+    def on_own_stream(self, after_current: bool = False) -> Iterator[None]:
         if self._stream is None:
             yield
             return
@@ -101,37 +101,37 @@ class StreamedTree(SchedulerTree):
         return values
 
     def _lock(self, places: Any) -> None:
-        with self.aside():
+        with self.on_own_stream():
             self.tree.lock(places)
 
     def _unlock(self, places: Any) -> None:
-        with self.aside():
+        with self.on_own_stream():
             self.tree.unlock(places)
 
     def match(self, tokens: Any, limit: int | None, namespace: str | bytes | None) -> MatchResult:
-        with self.aside():
+        with self.on_own_stream():
             return self.tree.match(before_foreign(up_to(tokens, limit)), namespace, split=True)
 
     def insert(self, tokens: Any, slots: torch.Tensor, **options: Any) -> InsertResult:
         known = before_foreign(tokens)  # on the host: the device would report foreign tokens too late
-        with self.aside(after_current=True):
+        with self.on_own_stream(after_current=True):
             result = self.tree.insert(known, slots[: len(known)], **options)
             _ = result.length  # waits for the insert: the row from which the slots are read may change afterwards
             return result
 
     def _slots(self, place: Any) -> torch.Tensor:
-        with self.aside():
+        with self.on_own_stream():
             values = self.tree.path_slots(place)
         return self._handed_over(values)
 
     def _evict(self, num_tokens: int) -> EvictResult:
-        with self.aside():
+        with self.on_own_stream():
             result = self.tree.evict(num_tokens)
         self._handed_over(result.slots)
         return result
 
     def above(self, place: Places, length: int) -> Places:
-        with self.aside():
+        with self.on_own_stream():
             return MatchResult(torch.tensor([length], dtype=torch.int32, device=place.handles.device), place.handles)
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from flatradix.inspect.nodes import nodes_of
-from tests.support.cuts import bytecodes, cut_at, fails_at, skip_if_slow, step_for
 from tests.support.devices import interpreted
+from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
 from tests.support.sglang_engine import Plan, load_or_skip
 from tests.support.sglang_home import Home
 
 SGLANG = load_or_skip()
 PAGE = 4
 PLAN = Plan(page_size=PAGE, events=True)
-ROOM = "integrations/sglang"
+FOLDER = "integrations/sglang"
 
 
 class Scene:
@@ -85,12 +85,12 @@ def judge(scene: Scene, locks: int) -> None:
 @pytest.mark.parametrize("name", ACTS)
 def test_at_every_bytecode(name: str, device: str) -> None:
     """All bytecodes of the backend, except the last three, at which the call returns; some bytecodes of the tree."""
-    for room, step in ((ROOM, 1), ("", 17))[: 1 if interpreted(device) else 2]:
-        total = bytecodes(partial(ACTS[name], Scene(device)), room) - 3
+    for folder, step in ((FOLDER, 1), ("", 17))[: 1 if interpreted(device) else 2]:
+        total = bytecodes(partial(ACTS[name], Scene(device)), folder) - 3
         step = max(step, step_for(device, total))
         for at in range(Random(name).randrange(step), total, step):
             scene = Scene(device)
-            cut = cut_at(at, partial(ACTS[name], scene), room).where
+            cut = interrupt_at(at, partial(ACTS[name], scene), folder).where
             assert cut or device == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
             judge(scene, 0)
 

@@ -36,19 +36,19 @@ def is_launch(name: str) -> bool:
     return Path(name).resolve() == LAUNCH
 
 
-class Cut(BaseException):
+class Interrupt(BaseException):
     """The exception that interrupts a call. A BaseException, as a signal handler may raise any exception."""
 
 
 class Tracer:
-    """Counts the bytecodes that run in flatradix's files, and raises Cut before bytecode number `at`.
+    """Counts the bytecodes that run in flatradix's files, and raises Interrupt before bytecode number `at`.
 
-    Interpreted kernels and the code of numba and Triton do not count. room: the only folder of flatradix/ that counts.
+    Interpreted kernels and the code of numba and Triton do not count. folder: the one folder of flatradix/ that counts.
     """
 
-    def __init__(self, at: int, room: str) -> None:
+    def __init__(self, at: int, folder: str) -> None:
         self.at = at
-        self.room = OURS / room
+        self.folder = OURS / folder
         self.count = 0
         self.where = ""
         self._launching = 0
@@ -60,7 +60,7 @@ class Tracer:
         if code.co_name == "_first" and is_launch(code.co_filename):
             self._launching += 1
             return self._leaving
-        if self.room != OURS and self.room not in Path(code.co_filename).parents:
+        if self.folder != OURS and self.folder not in Path(code.co_filename).parents:
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
@@ -75,7 +75,7 @@ class Tracer:
             if self.count == self.at:
                 self.at = -1
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
-                raise Cut(self.where)
+                raise Interrupt(self.where)
             self.count += 1
         return self._local
 
@@ -87,22 +87,22 @@ class Outcome(NamedTuple):
     where: str
 
 
-def cut_at(at: int, call: Callable[[], Any], room: str = "") -> Outcome:
+def interrupt_at(at: int, call: Callable[[], Any], folder: str = "") -> Outcome:
     """Run a call and interrupt it before its bytecode number `at`. `where` is empty if it has fewer bytecodes."""
-    tracer = Tracer(at, room)
+    tracer = Tracer(at, folder)
     before = sys.gettrace()
     sys.settrace(tracer)
     try:
         return Outcome(call(), "")
-    except Cut as cut:
+    except Interrupt as cut:
         return Outcome(None, str(cut))
     finally:
         sys.settrace(before)
 
 
-def bytecodes(call: Callable[[], Any], room: str = "") -> int:
+def bytecodes(call: Callable[[], Any], folder: str = "") -> int:
     """Run a call; return its number of bytecodes."""
-    tracer = Tracer(-1, room)
+    tracer = Tracer(-1, folder)
     before = sys.gettrace()
     sys.settrace(tracer)
     try:
@@ -174,12 +174,12 @@ def _in_ours(frame: FrameType | None) -> bool:
     return False
 
 
-def cut_now() -> None:
-    raise Cut("the timer")
+def interrupt_now() -> None:
+    raise Interrupt("the timer")
 
 
 @contextmanager
-def timer(seconds: float, handler: Callable[[], None] = cut_now) -> Iterator[None]:
+def timer(seconds: float, handler: Callable[[], None] = interrupt_now) -> Iterator[None]:
     """Call `handler` after `seconds` of this block, as soon as the main thread is in a call of flatradix."""
 
     over = False

@@ -14,8 +14,8 @@ import torch
 from flatradix import EvictResult, MatchResult, RadixTree
 from flatradix.inspect.nodes import nodes_of
 from tests.conftest import usable
-from tests.support.cuts import bytecodes, cut_at, fails_at, skip_if_slow, step_for
 from tests.support.inside import names_of
+from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
 
 PAGE = 2
 # Devices of index and slots.
@@ -126,7 +126,7 @@ class Judge:
         changes = tree.changes()
         outcome = cut(lambda: self.act(scene))
         for _ in range(random.choice((0, 0, 1, 2))):
-            cut_at(random.randrange(400), tree.raise_pending)  # the recovery may be interrupted again
+            interrupt_at(random.randrange(400), tree.raise_pending)  # the recovery may be interrupted again
         done = tree.changes() != changes
         tree.check()
         told = tree.last_result if done else None
@@ -172,7 +172,7 @@ def test_at_every_bytecode(name: str, home: str) -> None:
     total = bytecodes(lambda: judge.act(scene))
     step = step_for(home, total)
     for at in range(Random(name).randrange(step), total, step):
-        cut = judge.judge(partial(cut_at, at), Random(at)).where
+        cut = judge.judge(partial(interrupt_at, at), Random(at)).where
         assert cut or home == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
 
 

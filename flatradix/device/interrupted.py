@@ -15,14 +15,14 @@ from flatradix.device.mailbox import is_later
 from flatradix.kernels import gpu
 from flatradix.kernels.gpu import Arrays
 from flatradix.layout import mail, numbers
-from flatradix.layout.queries import Places
+from flatradix.layout.queries import PlaceAddresses
 from flatradix.layout.scratch import STARTED, clean
 from flatradix.layout.state import FREE_ROW
 
 NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET = range(6)
 
 
-class Done(NamedTuple):
+class OpenCall(NamedTuple):
     """A call that may have been interrupted, and the data to undo it.
 
     call: the number of the launch that makes the change. changes: the index's count of changes before the call. places:
@@ -34,14 +34,14 @@ class Done(NamedTuple):
     operation: int
     call: int
     changes: int
-    places: Places | None = None
+    places: PlaceAddresses | None = None
     batch: int = 0
     slots: torch.Tensor | None = None
     before: torch.Tensor | None = None
     owner: Any = None
 
 
-def take_back(done: Done, arrays: Arrays, calls: Calls) -> bool:
+def undo(done: OpenCall, arrays: Arrays, calls: Calls) -> bool:
     """Undo what the device did for a call, except an eviction or a reset. Return whether the call took effect.
 
     Waits for the device. May itself be interrupted: once the undo has run, `call` is no longer the device's last call,
@@ -61,7 +61,7 @@ def take_back(done: Done, arrays: Arrays, calls: Calls) -> bool:
     return True
 
 
-def _finish_second_launch(done: Done, arrays: Arrays, calls: Calls) -> None:
+def _finish_second_launch(done: OpenCall, arrays: Arrays, calls: Calls) -> None:
     """Locks and unlocks of many places take two launches. Do the second launch if only the first was done."""
     started = int(arrays.scratch.counters[STARTED])
     call = abs(started)

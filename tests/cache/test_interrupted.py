@@ -11,8 +11,8 @@ import pytest
 
 from flatradix import Request
 from flatradix.inspect.nodes import nodes_of
-from tests.support.cuts import bytecodes, cut_at, fails_at, skip_if_slow, step_for
 from tests.support.devices import interpreted
+from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
 from tests.support.prefix_engine import Engine, engine, fingerprints
 
 SHARED = list(range(1, 11))
@@ -63,7 +63,7 @@ def judge(scene: Scene, random: Random) -> None:
     """Check what an engine sees after an interrupted call, and that the engine can go on."""
     this, cache = scene.engine, scene.cache
     for _ in range(random.choice((0, 0, 1, 2))):
-        cut_at(random.randrange(2000), cache.counts)  # the recovery may be interrupted again
+        interrupt_at(random.randrange(2000), cache.counts)  # the recovery may be interrupted again
     cache.check()
     mine = [scene.one, scene.other, scene.same, scene.short]
     for request in mine:
@@ -97,12 +97,12 @@ def test_at_every_bytecode(name: str, where: dict[str, str]) -> None:
         skip_if_slow(where["device"])
     apart = Scene(where).cache.tree.slot_device is not None
     every = 1 if name in EACH and not apart else 17 if apart else 7
-    for room, step in (("cache", every), ("", 61))[: 1 if interpreted(where["device"]) else 2]:
-        total = bytecodes(partial(ACTS[name], Scene(where)), room)
+    for folder, step in (("cache", every), ("", 61))[: 1 if interpreted(where["device"]) else 2]:
+        total = bytecodes(partial(ACTS[name], Scene(where)), folder)
         step = max(step, step_for(where["device"], total))
         for at in range(Random(name).randrange(step), total, step):
             scene = Scene(where)
-            cut = cut_at(at, partial(ACTS[name], scene), room).where
+            cut = interrupt_at(at, partial(ACTS[name], scene), folder).where
             assert cut or where["device"] == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
             judge(scene, Random(at))
 
