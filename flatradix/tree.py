@@ -90,7 +90,9 @@ class RadixTree:
         self.slot_device = options.slot_device
         self.device = self._index.device
         for name in _HOT:
-            setattr(self, name, getattr(self._index, name))
+            bound = getattr(self._index, name)
+            bound.__func__.__doc__ = getattr(RadixTree, name).__doc__  # for help(tree.match)
+            setattr(self, name, bound)
 
     def match(
         self,
@@ -214,8 +216,8 @@ class RadixTree:
         Only nodes without children and locks are freed; a parent can follow once its last child is freed. No more nodes
         are freed than needed. Returns the freed slots in the order of eviction.
 
-        On the CPU: O(log n) a node; O(n) in all with mru or a function. On a GPU: one pass over all rows, and two sorts
-        of all rows with policies other than lru; the call waits for the device.
+        On the CPU: O(log n) a node; with mru or a function, O(n log n) in all. On a GPU: one or a few passes over all
+        rows, and two sorts of all rows with policies other than lru; the call waits for the device.
 
         Raises ValueError for a negative number. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
         the returned slots, which can exceed `num_tokens` by the longest node. Then nothing has changed.

@@ -8,7 +8,7 @@ import time
 from functools import partial
 
 from bench.support.harness import Measured, Row, Setup, Side, compare, slot_range
-from bench.support.workloads import Both, random_key
+from bench.support.workloads import Both, distinct_keys, random_key
 
 EDGE = 131072
 HELD = 16
@@ -133,6 +133,24 @@ def _evict_percent(setup: Setup) -> Measured:
     return Measured(statistics.median(ours), statistics.median(theirs) if theirs else None)
 
 
+def _compact(nodes: int, setup: Setup) -> Measured:
+    """Measure the longest of the compactions of a tree each half of which was renewed by eviction before."""
+    tree = setup.tree(nodes * LEAF, LEAF)
+    tree.compact()  # compiles
+    batch, half = 10_000, nodes // 2
+    ours: list[float] = []
+    for first in range(0, 6 * half, batch):
+        keys = distinct_keys(first, batch, LEAF)
+        slots = slot_range(keys.size, first % nodes * LEAF).reshape(keys.shape)
+        tree.evict(max(0, tree.total_tokens + keys.size - tree.max_tokens))
+        tree.insert(list(keys), list(slots))
+        if first >= 2 * half - batch and (first + batch) % half == 0:
+            start = time.perf_counter()
+            tree.compact()
+            ours.append(time.perf_counter() - start)
+    return Measured(max(ours), None, f"the longest of {len(ours)}")
+
+
 ROWS = [
     Row("insert-full", "insert a new edge of 131072 tokens, full tree", "us", 0.25, _insert_edge),
     Row("insert-growing", "insert a new edge of 131072 tokens, growing tree", "us", 0.25, _insert_growing),
@@ -142,4 +160,13 @@ ROWS = [
     Row("evict-100k", "evict one node of 100k", "us", 0.02, partial(_evict_one, 100_000, 100)),
     Row("evict-1m", "evict one node of 1M", "us", 0.01, partial(_evict_one, 1_000_000, 20), slow=True),
     Row("evict-percent", "evict 1 % of 100k nodes in one call", "us", 0.05, _evict_percent),
+    Row(
+        "compact-1m",
+        "compact 1M nodes, half renewed",
+        "ms",
+        200,
+        partial(_compact, 1_000_000),
+        absolute=True,
+        slow=True,
+    ),
 ]

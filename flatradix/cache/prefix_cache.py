@@ -390,7 +390,7 @@ class PrefixCache:
     def _use_tree_slots(
         self, result: InsertResult, rows: list[int], begins: list[int], brought: list[torch.Tensor]
     ) -> None:
-        """Replace the slots that requests brought for tokens cached before by the tree's slots, and free the former."""
+        """Where a token was cached before, write the tree's slot to the request's row and free the request's own."""
         prefixes = [result.prefix_length] if len(rows) == 1 else result.prefix_lengths.tolist()
         queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
         if queries:

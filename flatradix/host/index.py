@@ -26,7 +26,7 @@ from flatradix.kernels import cpu
 from flatradix.kernels.cpu import insert_one, lock_one, match_one, unlock_one
 from flatradix.layout import numbers, reasons
 from flatradix.layout.handles import NO_HANDLE
-from flatradix.layout.state import FREE_ROW, allocate, pool_units
+from flatradix.layout.state import FREE_ROW, allocate_host, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
 
 _NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves nothing to undo
@@ -46,7 +46,7 @@ class HostIndex(Index):
         """generation: added to the generation of each row in its handles."""
         self.options = options
         self.device = device
-        state = allocate(options.max_tokens, options.page_size, options.bigram, generation)
+        state = allocate_host(options.max_tokens, options.page_size, options.bigram, generation)
         state.numbers[numbers.POLICY] = options.order.code
         state.numbers[numbers.PROTECTED_THRESHOLD] = options.order.protected_threshold
         self._state = state
@@ -76,8 +76,9 @@ class HostIndex(Index):
         A call on a single key is undone from the state's numbers instead.
         """
         call = self._calls + 1
-        self._results = call, handles, lengths, prefix_lengths
+        # In this order: where only `_open` is set, no kernel can have run under its number.
         self._open = self._calls = call
+        self._results = call, handles, lengths, prefix_lengths
         return call
 
     def _recover(self) -> None:
@@ -262,7 +263,7 @@ class HostIndex(Index):
         try:
             late = places.late
         except AttributeError:  # not a result of this library; isinstance would take longer
-            late = places
+            late = True
         if late is None:
             self._open = call = self._calls = self._calls + 1
             handle = lock_one.call(self._addresses, call, places.handle, places.length)
@@ -289,7 +290,7 @@ class HostIndex(Index):
         try:
             late = places.late
         except AttributeError:  # not a result of this library; isinstance would take longer
-            late = places
+            late = True
         if late is None:
             self._open = call = self._calls = self._calls + 1
             reason = unlock_one.call(self._addresses, call, places.handle, places.length)

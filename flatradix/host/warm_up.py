@@ -9,7 +9,7 @@ import torch
 
 from flatradix.inputs.sequences import address_of
 from flatradix.kernels import cpu
-from flatradix.layout.state import allocate
+from flatradix.layout.state import allocate_host
 from flatradix.tree import RadixTree
 
 
@@ -40,7 +40,7 @@ def warm_up_host(slot_device: str | torch.device | None) -> None:
 
 def _take_back() -> None:
     """Run the kernel that only an interrupted call needs."""
-    state = allocate(2, 1, False, 0)  # named, so that it outlives the call
+    state = allocate_host(2, 1, False, 0)  # named, so that it outlives the call
     table = cpu.address_table(state)
     nothing = np.empty(0, np.int32)
     cpu.take_back_insert(address_of(table), nothing, nothing, nothing.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Hash arithmetic that every backend shares. No hash decides a result: it narrows a search, then tokens are compared.
+"""Hash arithmetic that both devices share. No hash decides a result: it narrows a search, then tokens are compared.
 
 Plain functions over int64 that wrap around and call no other function, so that numba and Triton can compile them
 unchanged.

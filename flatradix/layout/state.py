@@ -1,4 +1,4 @@
-"""TreeState: the tree as one tuple of flat tensors, the same on every backend.
+"""TreeState: the tree as one tuple of flat tensors, the same fields on every device.
 
 A node is a row. Its edge is `length` units from `start` on in the token pool, and ends `end` units from the root. Row 0
 is the root, which holds no units. The parent of a top-level node is not a row but `~ns`, where `ns` is the code of its
@@ -213,7 +213,7 @@ def _initial_numbers(sizes: Sizes, max_tokens: int, generation: int, entries: in
     return found
 
 
-def allocate(max_tokens: int, page_size: int, bigram: bool, generation: int) -> TreeState:
+def allocate_host(max_tokens: int, page_size: int, bigram: bool, generation: int) -> TreeState:
     """Allocate an empty tree's arrays in host memory. Rows that no node has used cost address space, not memory."""
     rows, units = row_capacity(max_tokens, page_size), pool_units(max_tokens, page_size)
     # An insert grows the table for two nodes more, whether it needs them or not, and keeps it at most half full.

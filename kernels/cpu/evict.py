@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change
-from flatradix.kernels.cpu.jit import helper, open_state, single
+from flatradix.kernels.cpu.jit import fixed_types, helper, open_state
 from flatradix.kernels.cpu.queue import clear, drop, first_at, push, run_at, score_of
 from flatradix.kernels.cpu.rows import free_row
 from flatradix.kernels.cpu.units import copy_slots
@@ -90,7 +90,7 @@ def _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots):
             slots += step * count
 
 
-@single("(int64, int64, int64, int64[::1], int64, boolean, int32[::1], int32[::1], int64)")
+@fixed_types("(int64, int64, int64, int64[::1], int64, boolean, int32[::1], int32[::1], int64)")
 def evict(addresses, call, wanted, scores, pool, pool_wide, starts, lengths, slots):
     """Free nodes until `wanted` tokens are free or no candidate is left; return (tokens, nodes).
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.children import add_child, grow_table, tag_of
-from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
+from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_state
 from flatradix.kernels.cpu.pool import find_free, mark
 from flatradix.kernels.cpu.queue import offer, refill_queue
-from flatradix.kernels.cpu.rows import free_row, handle_of, resolve, split_edge, take_row
+from flatradix.kernels.cpu.rows import free_row, handle_of, resolve, row_at, split_edge, take_row
 from flatradix.kernels.cpu.sharing import shared_units
 from flatradix.kernels.cpu.units import copy_checked, first_bad
 from flatradix.kernels.cpu.walk import start_row, walk, whole_pages
@@ -122,10 +122,9 @@ def _insert_planned(s, row, length, end, key, wide, start, namespace, priority, 
     """
     s.numbers[numbers.CLOCK] += 2
     tick = s.numbers[numbers.CLOCK]
-    while row > 0 and s.end[row] - s.length[row] >= length:
-        row = np.int64(s.parent[row])
+    row = row_at(s, row, length)
     step = 8 if wide else 4
-    row, length = walk(s, key + step * (length - start), wide, end - length, namespace, max(row, 0), length)
+    row, length = walk(s, key + step * (length - start), wide, end - length, namespace, row, length)
     grow_table(s, 2)
     row = _cut(s, row, length, tick)
     if length < end:
@@ -162,7 +161,7 @@ def _check(s, query, key, wide, slots, slots_wide, pool, limit, known, tokens):
     return reason
 
 
-@single(
+@fixed_types(
     "(int64, int64, int64, boolean, int64, int64, boolean, "
     "int64, int64, int64, int64, int64, boolean, int64, boolean, int64)"
 )

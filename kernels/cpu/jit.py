@@ -55,7 +55,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
-class Single:
+class FixedTypes:
     """A kernel whose arguments have the same types in every call: integers, booleans and contiguous arrays.
 
     call: from the second call on, it bypasses numba's dispatcher, whose type check takes longer than a short match.
@@ -73,9 +73,9 @@ class Single:
         return self.call(*arguments)
 
 
-def single(signature: str) -> Callable[[Callable[..., Any]], Single]:
-    """Return a decorator that makes a `Single` with these argument types, in numba's notation: "(int64, boolean)"."""
-    return lambda function: Single(function, signature)
+def fixed_types(signature: str) -> Callable[[Callable[..., Any]], FixedTypes]:
+    """Return a decorator that makes a `FixedTypes` with these argument types, in numba's notation: "(int64, boolean)"."""
+    return lambda function: FixedTypes(function, signature)
 
 
 def helper(function: Callable[..., Any]) -> Any:

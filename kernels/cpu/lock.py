@@ -10,7 +10,7 @@ import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.children import grow_table
-from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
+from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_state
 from flatradix.kernels.cpu.queue import offer
 from flatradix.kernels.cpu.rows import handle_of, resolve, split_edge
 from flatradix.layout import numbers, reasons
@@ -75,7 +75,7 @@ def _locked_row(s, handle, length):
     return row
 
 
-@single("(int64, int64, int64, int64)")
+@fixed_types("(int64, int64, int64, int64)")
 def lock_one(addresses, call, handle, length):
     """Lock one path; return the handle of its end, which is new if an edge was split, or the reason for refusal."""
     s = open_state(addresses)
@@ -88,7 +88,7 @@ def lock_one(addresses, call, handle, length):
     return handle
 
 
-@single("(int64, int64, int64, int64)")
+@fixed_types("(int64, int64, int64, int64)")
 def unlock_one(addresses, call, handle, length):
     s = open_state(addresses)
     row = _locked_row(s, handle, length)

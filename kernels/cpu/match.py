@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
-from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
+from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_state
 from flatradix.kernels.cpu.lock import end_at, lock_place
-from flatradix.kernels.cpu.rows import handle_of
+from flatradix.kernels.cpu.rows import handle_of, row_at
 from flatradix.kernels.cpu.units import first_bad
 from flatradix.kernels.cpu.walk import start_row, touch_path, walk, whole_pages
 from flatradix.layout import numbers, reasons
@@ -34,7 +34,7 @@ def _finish(s, row, length, touch, lock, split):
     return handle_of(s, row)
 
 
-@single("(int64, int64, int64, boolean, int64, int64, boolean, boolean, boolean)")
+@fixed_types("(int64, int64, int64, boolean, int64, int64, boolean, boolean, boolean)")
 def match_one(addresses, call, key, wide, tokens, namespace, touch, lock, split):
     """Match one key from the root; return (length, handle), or (the reason, the position of the bad token)."""
     s = open_state(addresses)
@@ -90,11 +90,8 @@ def match(
         lengths[query] = np.int32(length)
         handles[query] = row
     for query in range(len(keys)):
-        row = handles[query]
         length = np.int64(lengths[query])
-        while row > 0 and s.end[row] - s.length[row] >= length:
-            row = np.int64(s.parent[row])
-        handles[query] = _finish(s, row, length, touch, lock, split)
+        handles[query] = _finish(s, row_at(s, handles[query], length), length, touch, lock, split)
     if lock:
         note_change(s, call, numbers.LOCKED, 0, 0, 0)
     return np.int64(0)

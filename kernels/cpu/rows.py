@@ -20,6 +20,15 @@ def handle_of(s, row):
 
 
 @helper
+def row_at(s, row, length):
+    """Return the row on whose edge the path of `row` reaches `length`; 0 for the root. A split may have moved it up."""
+    row = np.int64(row)
+    while row > 0 and s.end[row] - s.length[row] >= length:
+        row = np.int64(s.parent[row])
+    return max(row, np.int64(0))
+
+
+@helper
 def resolve(s, handle, length):
     """Return the row on whose edge the place (handle, length) lies: end - edge length < `length` <= end.
 
@@ -35,9 +44,7 @@ def resolve(s, handle, length):
         return np.int64(reasons.STALE)
     if length < 0 or length > s.end[row] or length % s.numbers[numbers.PAGE] != 0:
         return np.int64(reasons.NOT_THERE)
-    while row > 0 and s.end[row] - s.length[row] >= length:
-        row = np.int64(s.parent[row])
-    return max(row, np.int64(0))
+    return row_at(s, row, length)
 
 
 @helper

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flatradix.kernels.cpu.calls import note_refusal
-from flatradix.kernels.cpu.jit import helper, kernel, open_state, single
+from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_state
 from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import copy_checked, copy_slots
 from flatradix.layout import numbers, reasons
@@ -22,7 +22,7 @@ def _copy_path(s, row, length, pool, pool_wide, target):
         row = np.int64(s.parent[row])
 
 
-@single("(int64, int64, int64, int64, boolean, int64)")
+@fixed_types("(int64, int64, int64, int64, boolean, int64)")
 def path_slots_one(addresses, handle, length, pool, pool_wide, target):
     """Copy the slots of one place to the address `target`, [length] of the pool's dtype; return 0, or the reason."""
     s = open_state(addresses)
@@ -95,7 +95,7 @@ def path_ranges(addresses, handles, lengths, starts, counts):
         _fill(s, row, length, starts, counts, end)
 
 
-@single("(int64, int64, int64, int32[::1], int32[::1])")
+@fixed_types("(int64, int64, int64, int32[::1], int32[::1])")
 def path_ranges_one(addresses, handle, length, starts, counts):
     """Fill the ranges of one path; return its number of nodes, or the reason. If they do not fit, write nothing."""
     s = open_state(addresses)

@@ -14,7 +14,7 @@ from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
 from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, publish, wait_for_all
 from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import handle_of, take_rows
-from flatradix.kernels.gpu.share import outer_owners, owners, share
+from flatradix.kernels.gpu.runs import outer_owners, owners, share
 from flatradix.layout import mail, numbers, scratch
 from flatradix.layout.queries import Output, PerQuery, Values
 

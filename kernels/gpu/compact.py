@@ -15,7 +15,7 @@ from flatradix.kernels.gpu.children import enter
 from flatradix.kernels.gpu.finish import arrive, wait_for_all
 from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import FREE
-from flatradix.kernels.gpu.share import outer_owners, owners, share
+from flatradix.kernels.gpu.runs import outer_owners, owners, share
 from flatradix.layout import numbers, scratch
 
 # Rows, or words of the child table, that a program handles at once.

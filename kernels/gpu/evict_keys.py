@@ -1,4 +1,4 @@
-"""The order of eviction: which rows are evictable, and the key of each. The lowest key goes first.
+"""Which rows can be evicted, and the key of each. The lowest key goes first.
 
 The effective key of a node is the greatest key in its subtree, so that no node goes before a node below it. Under lru
 the tick of a node is already its effective key.

@@ -180,7 +180,7 @@ _match = Kernel(
 )
 
 
-def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
+def shape(batch: int, average: int, lock: bool) -> tuple[int, int, int]:
     """Return (tokens a block, warps a program, registers a thread or 0 for no limit), as measured on an H200.
 
     A few long keys need many loads in flight; many keys need many programs on a multiprocessor. 8,192 keys of 4,096
@@ -188,13 +188,13 @@ def shape(batch: int, longest: int, lock: bool) -> tuple[int, int, int]:
     (bench/RESULTS.md). The code that cuts edges needs 148 registers. Without a limit the walk would have to get as
     many, and fewer programs would fit on a multiprocessor.
     """
-    if batch <= 512 and longest >= 1 << 16:
+    if batch <= 512 and average >= 1 << 16:
         return 2048, 4, 0
     if lock:
         return 512, 4, 64
     if batch >= 4096:
         return 256, 1, 64
-    return (512, 2, 64) if batch >= 1024 and longest <= 1 << 14 else (512, 4, 0)
+    return (512, 2, 64) if batch >= 1024 and average <= 1 << 14 else (512, 4, 0)
 
 
 def match(

@@ -12,7 +12,7 @@ from flatradix.kernels.gpu.compact import clear_table
 from flatradix.kernels.gpu.finish import arrive, publish
 from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import FREE
-from flatradix.kernels.gpu.share import share
+from flatradix.kernels.gpu.runs import share
 from flatradix.layout import mail, numbers, scratch
 
 BLOCK = tl.constexpr(256)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flatradix import RadixTree, Ragged
+from flatradix.inputs import sequences
 
 
 def same_queries() -> list[Any]:
@@ -78,6 +79,23 @@ def test_an_empty_sequence_is_one_empty_key(q: Any, device: str) -> None:
     r = tree.insert(q, [])
     assert (len(r), r.prefix_length, r.length, tree.num_nodes) == (1, 0, 0, 1)
     tree.check()
+
+
+@pytest.mark.parametrize("tokens", [5, 20_000])  # 20,000 do not fit in the pinned memory of a single key
+def test_a_list_is_read_once(tokens: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    reader = sequences._READERS[list]
+
+    def counting(values: list[int]) -> Any:
+        reads.append(len(values))
+        return reader(values)
+
+    monkeypatch.setitem(sequences._READERS, list, counting)
+    tree = RadixTree(32, device=device)
+    assert tree.match([1] * tokens).length == 0
+    assert reads == [tokens]
+    assert tree.match([[1] * tokens, [2]]).lengths.tolist() == [0, 0]
+    assert reads == [tokens, tokens, 1]
 
 
 def test_nothing_behind_a_start(device: str) -> None:
