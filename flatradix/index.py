@@ -155,8 +155,8 @@ class Index(ABC):
     def raise_pending(self) -> None: ...
 
     @abstractmethod
-    def content(self) -> Content:
-        """Return everything the tree holds, read-only. Waits for the device."""
+    def content(self, slots: bool = True) -> Content:
+        """Return everything the tree holds, read-only; without `slots`, all but the slots. Waits for the device."""
 
     @abstractmethod
     def restore(self, saved: Saved) -> None:

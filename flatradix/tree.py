@@ -269,9 +269,12 @@ class RadixTree:
         """Move all edges to the front of the pools, without gaps. `insert` does so when it must. O(cached tokens)."""
         self._index.compact()
 
-    def content(self) -> Content:
-        """Return the tree as arrays in host memory, for tools. Do not write to them. A tree on a GPU is copied."""
-        return self._index.content()
+    def content(self, slots: bool = True) -> Content:
+        """Return the tree as arrays in host memory, for tools. Do not write to them.
+
+        slots: whether the slots are wanted; without them `Content.slots` is empty. What lies on a GPU is copied whole.
+        """
+        return self._index.content(slots)
 
     def check(self) -> None:
         """Verify every invariant. Raises AssertionError for the first that does not hold. O(cached tokens), slow."""

@@ -101,7 +101,7 @@ def forget_tokens(cut: UnderWay, committed: dict[int, int]) -> None:
 def lock_exactly(tree: RadixTree, places: Places) -> None:
     """Change the locks of the tree to one for each of these places. Renew the handles of `places`."""
     tree.split(places)
-    content = tree.content()
+    content = tree.content(slots=False)
     rows = places.handles.cpu().numpy() & ROW_MASK
     wanted = np.bincount(rows, minlength=content.rows)
     own = np.where(np.isin(np.arange(content.rows), content.live()), content.column("own_locks"), 0)

@@ -569,14 +569,14 @@ class DeviceIndex(Index):
         self._open = None
 
     @public_call
-    def content(self) -> Content:
+    def content(self, slots: bool = True) -> Content:
         if self._open:
             self._recover()
         self._finish_all()
         first = int(self._state.numbers[numbers.POOL_END]) - pool_units(self.options.max_tokens, self.options.page_size)
         sizes = (self.mailbox.counter(place) for place in (mail.EVICTABLE, mail.PROTECTED, mail.NODES))
-        slots = self._pool.numpy(force=True)
-        return Content(self.options, as_numpy(self._state), slots, first, self._names.known.items(), *sizes)
+        pool = (self._pool if slots else self._pool[:0]).numpy(force=True)
+        return Content(self.options, as_numpy(self._state), pool, first, self._names.known.items(), *sizes)
 
     def restore(self, saved: Saved) -> None:
         fill(self._state, self._pool, saved)

@@ -78,7 +78,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
 
 
 def _root(tree: RadixTree, count: int) -> SimpleNamespace:
-    handle = pack_handle(0, tree.content().number(numbers.GENERATION))
+    handle = pack_handle(0, tree.content(slots=False).number(numbers.GENERATION))
     lengths = torch.zeros(count, dtype=torch.int32, device=tree.device)
     return SimpleNamespace(handles=torch.full_like(lengths, handle, dtype=torch.int64), lengths=lengths)
 

@@ -554,12 +554,12 @@ class HostIndex(Index):
             self._recover()
 
     @public_call
-    def content(self) -> Content:
+    def content(self, slots: bool = True) -> Content:
         if self._open:
             self._recover()
         sizes = self._numbers[_EVICTABLE], self._numbers[_PROTECTED], self._numbers[_NODES]
-        slots = self._slots.values.numpy(force=True)
-        return Content(self.options, self._arrays, slots, 0, self._namespaces.items(), *sizes)
+        pool = self._slots.values if slots else self._slots.values[:0]
+        return Content(self.options, self._arrays, pool.numpy(force=True), 0, self._namespaces.items(), *sizes)
 
     def restore(self, saved: Saved) -> None:
         fill(self._state, self._slots.values, saved)

@@ -17,7 +17,7 @@ Saved = dict[str, Any]
 
 
 class Content(NamedTuple):
-    """A tree as arrays in host memory. slots: the slot pool, as long as the token pool.
+    """A tree as arrays in host memory. slots: the slot pool, as long as the token pool, or empty if not asked for.
 
     first: the pool index where the part in use begins; on a GPU it may be the second half. evictable, protected, nodes:
     the sizes that the tree reports.

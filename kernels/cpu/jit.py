@@ -74,7 +74,7 @@ class FixedTypes:
 
 
 def fixed_types(signature: str) -> Callable[[Callable[..., Any]], FixedTypes]:
-    """Return a decorator that makes a `FixedTypes` with these argument types, in numba's notation: "(int64, boolean)"."""
+    """Return a decorator that makes a `FixedTypes` with these argument types, in numba's notation: "(int64, int64)"."""
     return lambda function: FixedTypes(function, signature)
 
 

@@ -15,7 +15,7 @@ class _Paths:
     """The part of a tree that leads to some places, by rows. Children are in the order in which they were added."""
 
     def __init__(self, tree: RadixTree) -> None:
-        state = tree.content().state
+        state = tree.content(slots=False).state
         self._parent, self._length, self._end = state.parent, state.length, state.end
         self._known = {_ROOT}
         self.children: dict[int, list[int]] = {}
