@@ -44,7 +44,7 @@ def _in_place(values: torch.Tensor, what: str, query: int = 0) -> torch.Tensor:
 
 
 def _joined(values: torch.Tensor, offsets: torch.Tensor, counts: np.ndarray | None) -> Values:
-    """Sequences one after another on the device, and where each begins."""
+    """Return sequences that lie one after another on the device, int32 or int64, with the offset of each."""
     wide, total, batch = values.dtype is torch.int64, values.shape[0], offsets.shape[0] - 1
     return Values(values.data_ptr(), wide, offsets.data_ptr(), total, batch, counts, (values, offsets))
 
@@ -55,11 +55,11 @@ def _of_ragged(ragged: Ragged, device: torch.device, what: str) -> Values:
     if values.is_cpu:
         ragged.validate()
         counts = np.diff(offsets.numpy())
-        if values.dtype not in (torch.int32, torch.int64):
-            read_one(values[:0], what)  # raises if the dtype is no integer
     if values.device != device:
         values, offsets = upload(values, device), upload(offsets, device)
-    return _joined(_in_place(values, what), offsets.contiguous(), counts)
+    if values.dtype not in (torch.int32, torch.int64) or not values.is_contiguous():
+        values = _in_place(values, what)
+    return _joined(values, offsets.contiguous(), counts)
 
 
 def of_key(key: Buffer, device: torch.device) -> Values:

@@ -159,9 +159,12 @@ def read_host_key(queries: Any, what: str) -> Buffer | None:
 
     Raises QueryError.
     """
-    reader = _KEYS.get(type(queries))
+    kind = type(queries)
+    reader = _KEYS.get(kind)
     if reader is None:
-        return None if is_batch(queries) or is_on_device(queries) else read_one(queries, what)
+        if kind in _BATCHES or is_batch(queries) or is_on_device(queries):
+            return None
+        return read_one(queries, what)
     try:
         return reader(queries)
     except ValueError as error:

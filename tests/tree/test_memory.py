@@ -20,7 +20,7 @@ def test_an_eviction_without_memory_for_its_slots_changes_nothing(device: str, m
     def no_memory(*_arguments: Any, **_options: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(SlotsApart, "evict_into", no_memory)  # of a tree on the CPU
+    monkeypatch.setattr(SlotsApart, "allocate_eviction", no_memory)  # of a tree on the CPU
     monkeypatch.setattr(torch, "empty_like", no_memory)  # of a tree on a GPU
     with pytest.raises(torch.OutOfMemoryError):
         tree.evict(3)
