@@ -39,7 +39,8 @@ class RadixTree:
     policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo" or "priority", as SGLang defines them;
         `flatradix.slru(protected_threshold=...)`; or a function from `flatradix.Nodes` to a tensor of scores. The
         node with the lowest score goes first; of equal scores, the least recently used node. On the CPU, "mru" and a
-        function score every node at each eviction; the other policies cost O(log n) a node.
+        function score every node at each eviction; the other policies cost O(log n) a node. The function sees the
+        nodes alone: a call of the tree in it raises RuntimeError.
     slot_device: where the slots are. None keeps the slots beside the index. An index on the CPU keeps them in a pool on
         this device. An index on a GPU keeps them beside itself and returns them on this device.
     bigram: keys for EAGLE. Unit i is the pair (t[i], t[i + 1]), so n tokens are n - 1 units. All lengths count units.
@@ -166,8 +167,9 @@ class RadixTree:
         """Add one lock to each path, from its place up to the root. Locked nodes are not evicted.
 
         places: as for `slots`. If a place lies inside an edge, the edge is split there, and the handle of the locked
-        part is written to `places.handles`. Unlock with the same object. O(nodes on the paths). Raises QueryError,
-        StaleHandleError. Then nothing is locked.
+        part is written to `places.handles`. Unlock with the same object. On a GPU, leave the tensors of `places`
+        unchanged until the next call: if this call is interrupted, they tell what to undo. O(nodes on the paths).
+        Raises QueryError, StaleHandleError. Then nothing is locked.
         """
         self._index.lock(places)
 

@@ -10,9 +10,12 @@ from hypothesis import HealthCheck, Phase, settings
 
 from flatradix.cache import prefix_cache
 from flatradix.inputs.devices import interpreted, why_not_cuda
+from tests.support.interpreter import patch_once_a_launch
 
 # The workers of a run share the cores: torch's threads would wait for one another in tensors of a few hundred bytes.
 torch.set_num_threads(1)
+if interpreted():
+    patch_once_a_launch()
 
 settings.register_profile(
     "ci",

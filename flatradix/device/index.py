@@ -121,6 +121,7 @@ class DeviceIndex(Index):
         if self._calls.is_capturing():
             if cut is not _NOTHING_YET:
                 raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
+            self._names.doubt()  # a name that it was given may be in use by nothing
             self._open = None
             return
         done = interrupted.undo(cut, self._arrays, self._calls)

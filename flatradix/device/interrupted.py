@@ -80,7 +80,8 @@ def _remove_new(arrays: Arrays, batch: int, call: int) -> None:
     parent, created = (column[:rows].cpu().numpy() for column in (state.parent, state.created))
     live = parent != FREE_ROW
     live[0] = False
-    new = live & (created > found[numbers.CLOCK] - 2 * batch)
+    # Pieces that a lock has split off since the insert before were created one tick after the clock of that time.
+    new = live & (created > found[numbers.CLOCK] - 2 * batch + 1)
     above = np.unique(parent[live & ~new])
     while (above := above[above > 0]).size:  # a new node above an older node is a piece of a split edge
         new[above] = False

@@ -84,6 +84,10 @@ class Names:
             self.known.forget(codes, found)
         self.nothing_given()
 
+    def doubt(self) -> None:
+        """Have the next `look` free the codes that no node uses."""
+        self._unsure = True
+
     def nothing_given(self) -> None:
         self._given = set()
         self._unsure = False

@@ -114,12 +114,14 @@ class HostIndex(Index):
             handles = np.array([self._numbers[numbers.LAST_HANDLE]])
             lengths = np.array([self._numbers[numbers.LAST_LENGTH]], np.int32)
             prefix_lengths = np.array([self._numbers[numbers.LAST_PREFIX]], np.int32)
+        reason = 0
         if operation == numbers.LOCKED:
-            cpu.unlock(self._addresses, 0, handles, lengths)
+            reason = cpu.unlock(self._addresses, 0, handles, lengths)
         elif operation == numbers.UNLOCKED:
-            cpu.lock(self._addresses, 0, handles.copy(), lengths)
+            reason = cpu.lock(self._addresses, 0, handles.copy(), lengths)
         else:
             cpu.take_back_insert(self._addresses, prefix_lengths, lengths, handles)
+        assert reason == 0, "an interrupted lock or unlock could not be undone"
 
     def _refuse(self, operation: str, reason: int) -> NoReturn:
         self._open = 0
@@ -275,7 +277,7 @@ class HostIndex(Index):
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
         renewed = handles.contiguous()
-        call = self._begin(renewed.numpy(), lengths.numpy(), lengths.numpy())
+        call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
         reason = cpu.lock(self._addresses, call, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("lock", reason)
@@ -296,7 +298,7 @@ class HostIndex(Index):
             reason = unlock_one.call(self._addresses, call, places.handle, places.length)
         else:
             lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
-            call = self._begin(handles, lengths, lengths)
+            call = self._begin(handles.copy(), kept := lengths.copy(), kept)
             reason = cpu.unlock(self._addresses, call, handles, lengths)
         if reason < 0:
             self._refuse("unlock", reason)
@@ -450,6 +452,7 @@ class HostIndex(Index):
         self.last_result = result
         self._unreturned = None
         self._open = 0
+        self._eviction = None  # last: until then, it may have to be returned by the next eviction
         return result
 
     def _allocate_eviction(self, before: torch.Tensor | None, wanted: int) -> EvictionMemory:

@@ -59,10 +59,6 @@ class SlotPool(ABC):
         return self.values.device
 
     @abstractmethod
-    def refuse_capture(self) -> None:
-        """Raise RuntimeError while a CUDA graph is captured, if a replay would not repeat the call."""
-
-    @abstractmethod
     def read_one(self, slots: Any, check: bool) -> Buffer:
         """Return the slots of one query."""
 
@@ -128,9 +124,6 @@ class HostSlots(SlotPool):
         self.wide = dtype == torch.int64
         self.limit = int(torch.iinfo(dtype).max)
         self._outputs = Outputs(dtype)
-
-    def refuse_capture(self) -> None:
-        return
 
     def read_one(self, slots: Any, check: bool) -> Buffer:
         return read_one(slots, "slots")

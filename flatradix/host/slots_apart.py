@@ -97,7 +97,7 @@ class SlotsApart(SlotPool):
             self._copy(other, one, self.values, 0, self.range_list(1))
             self._copy(self.values, one, other, 0, self.range_list(1))
 
-    def refuse_capture(self) -> None:
+    def _refuse_capture(self) -> None:
         """Raise RuntimeError while a CUDA graph is captured: the graph would hold memory of this call only."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -108,7 +108,7 @@ class SlotsApart(SlotPool):
 
     def _batch(self, values: torch.Tensor, counts: np.ndarray, check: bool) -> SlotBatch:
         """Return a batch. With `check`, wait for the slot device and raise QueryError if a slot is out of range."""
-        self.refuse_capture()
+        self._refuse_capture()
         offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
         if check and len(values):
@@ -215,7 +215,7 @@ class SlotsApart(SlotPool):
 
     def gather(self, ranges: Ranges) -> torch.Tensor:
         """Return the slots of the ranges, one after another, [total]."""
-        self.refuse_capture()
+        self._refuse_capture()
         if len(ranges.starts) == 1:
             start = int(ranges.starts[0])
             return self.values[start : start + ranges.total].clone()
@@ -254,7 +254,7 @@ class SlotsApart(SlotPool):
         return Ragged.trusted(self.gather(ranges), upload_numbers(offsets, self.device))
 
     def write_rows(self, handles: np.ndarray, lengths: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> int:
-        self.refuse_capture()
+        self._refuse_capture()
         found = self._of_paths(handles, lengths)
         if isinstance(found, int):
             return found
@@ -276,7 +276,7 @@ class SlotsApart(SlotPool):
     # EvictionMemory and compaction
 
     def allocate_eviction(self, before: torch.Tensor | None, most: int, most_nodes: int) -> EvictionMemory:
-        self.refuse_capture()
+        self._refuse_capture()
         return ApartEvictionMemory(self, before, most, most_nodes)
 
     def compact(self, call: int, nodes: int) -> None:

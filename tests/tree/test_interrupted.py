@@ -56,8 +56,10 @@ class Scene:
 
     def __init__(self, home: str) -> None:
         self.tree = tree = RadixTree(
-            24, page_size=PAGE, device=home.split()[0], slot_device="cpu" if home == "cpu apart" else None
+            26, page_size=PAGE, device=home.split()[0], slot_device="cpu" if home == "cpu apart" else None
         )
+        whole = tree.insert([40, 41, 42, 43], [90, 91, 92, 93])
+        tree.lock(whole)
         keys = [[50, 50, 51, 51], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8], [9, 9], [1, 2, 5, 5], [52, 52]]
         slots = [[100 + 10 * number + at for at in range(len(key))] for number, key in enumerate(keys)]
         tree.insert(keys, slots, namespace=["old", None, None, "a", b"b", "old"])
@@ -68,6 +70,9 @@ class Scene:
         self.place = tree.match([1, 2, 3, 4, 7, 8])
         self.places = tree.match([[1, 2, 3, 4, 7, 8], [1, 2], [9, 9]], namespace=[None, None, "a"])
         self.table = torch.zeros((3, 8), dtype=torch.int32, device=tree.device)
+        tree.unlock(whole)
+        self.piece = tree.match([40, 41], touch=False, lock=True)  # the newest node of all, and no insert has made it
+        assert tree.evict(2).slots.tolist() == [92, 93]
         tree.raise_pending()
 
 
@@ -124,13 +129,13 @@ class Judge:
         """Interrupt the act, check the tree, and return the result of `cut`. cut: runs a call and interrupts it."""
         scene = Scene(self.home)
         tree = scene.tree
-        changes = tree.changes()
+        changes, last = tree.changes(), tree.last_result
         outcome = cut(lambda: self.act(scene))
         for _ in range(random.choice((0, 0, 1, 2))):
             interrupt_at(random.randrange(400), tree.raise_pending)  # the recovery may be interrupted again
         done = tree.changes() != changes
         tree.check()
-        told = tree.last_result if done else None
+        told = tree.last_result if done and tree.last_result is not last else None
         freed = told.slots.tolist() if isinstance(told, EvictResult) else []
         self.compare(tree, done, freed)
         if self.locks and isinstance(told, MatchResult) and isinstance(self.result, MatchResult):

@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     TreeLock,
 )
 
+from flatradix.errors import QueryError
 from flatradix.inspect.draw import draw
 from flatradix.integrations.sglang.checkpoint import LOCK, SPLIT, UNLOCK, Checkpoint, free_slots
 from flatradix.integrations.sglang.events import KvEvents
@@ -97,13 +98,16 @@ class FlatRadixCache(BasePrefixCache):
 
     # Locks
 
-    # If interrupted after its change, each of these undoes the change: the caller does not know about it.
+    # If interrupted after its change, each of these undoes the change: the caller does not know about it. A call that
+    # the tree refuses (QueryError) has changed nothing, although `changes` of an index on a GPU counts it.
 
     def lock(self, node: Places) -> TreeLock:
         before = self._changes()
         try:
             self._tree.lock(node)
             return TreeLock(node, _RECEIPT)
+        except QueryError:
+            raise
         except BaseException:
             if self._changes() != before:
                 self._tree.unlock(node)
@@ -115,6 +119,8 @@ class FlatRadixCache(BasePrefixCache):
         before = self._changes()
         try:
             self._tree.unlock(lock.node)
+        except QueryError:
+            raise
         except BaseException:
             if self._changes() != before:
                 self._tree.lock(lock.node)
@@ -125,6 +131,8 @@ class FlatRadixCache(BasePrefixCache):
         try:
             self._tree.lock(node)
             return IncLockRefResult(delta=self.tree.evictable_tokens - before)
+        except QueryError:
+            raise
         except BaseException:
             if self._changes() != changes:
                 self._tree.unlock(node)
@@ -135,6 +143,8 @@ class FlatRadixCache(BasePrefixCache):
         try:
             self._tree.unlock(node)
             return DecLockRefResult(delta=self.tree.evictable_tokens - before)
+        except QueryError:
+            raise
         except BaseException:
             if self._changes() != changes:
                 self._tree.lock(node)
@@ -187,8 +197,17 @@ class FlatRadixCache(BasePrefixCache):
         except BaseException:
             if self._changes() != before:
                 step.place = self.tree.last_result if step.place is None else step.place
-                self._finish(step, start)
+                if self._is_done(step.place):
+                    self._finish(step, start)
             raise
+
+    @staticmethod
+    def _is_done(place: Places) -> bool:
+        """Return whether the insert that reaches a place was carried out. An index on a GPU may have refused it."""
+        try:
+            return place.length >= 0
+        except (ValueError, RuntimeError):
+            return False
 
     def _finish(self, step: Checkpoint, start: Places | None) -> None:
         """Complete a checkpoint after its tokens are in the tree. Each step may be started twice."""
@@ -260,7 +279,7 @@ class FlatRadixCache(BasePrefixCache):
         except BaseException:
             # Interrupted after the eviction: slots that the allocator does not get now would be lost.
             if self._changes() != before and free == free_slots(self.token_to_kv_pool_allocator):
-                self._free(self.tree.last_result, began)
+                self._free(self._tree.last_eviction(), began)
             raise
 
     def _free(self, freed: Any, began: float) -> None:

@@ -55,6 +55,12 @@ class SchedulerTree:
                 raise
             return self.tree.insert(known, slots[: len(known)], **options)
 
+    def last_eviction(self) -> EvictResult:
+        """Return what the last eviction returned, for a caller that was interrupted before it had the result."""
+        result = self.tree.last_result
+        assert isinstance(result, EvictResult)
+        return result
+
     def above(self, place: Places, length: int) -> Places:
         """Return the place on the same path, `length` units from the root."""
         return one_match(length, place.handle)
@@ -127,6 +133,11 @@ class StreamedTree(SchedulerTree):
     def _evict(self, num_tokens: int) -> EvictResult:
         with self.on_own_stream():
             result = self.tree.evict(num_tokens)
+        self._handed_over(result.slots)
+        return result
+
+    def last_eviction(self) -> EvictResult:
+        result = super().last_eviction()
         self._handed_over(result.slots)
         return result
 
