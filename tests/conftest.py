@@ -30,7 +30,7 @@ settings.register_profile("soak", parent=settings.get_profile("ci"), derandomize
 settings.register_profile(
     "interpreted",
     parent=settings.get_profile("ci"),
-    max_examples=5,
+    max_examples=3,
     stateful_step_count=8,
     phases=[Phase.explicit, Phase.generate],
 )

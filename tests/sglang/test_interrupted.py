@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flatradix.errors import QueryError
 from flatradix.inspect.nodes import nodes_of
 from tests.support.devices import interpreted
 from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
@@ -104,3 +105,16 @@ def test_at_every_allocation(name: str, device: str) -> None:
         judge(scene, 0 if failed else LOCKS.get(name, 0))
         if not failed:
             break
+
+
+def test_a_refused_call_is_not_undone(device: str) -> None:
+    """It has changed nothing. An index on a GPU knows that late."""
+    scene = Scene(device)
+    scene.cache.unlock(scene.kept)
+    before = scene.cache.protected_size()
+    for _ in range(2):
+        with pytest.raises(QueryError, match="no lock ends"):
+            scene.cache.dec_lock_ref(scene.kept.node)
+    scene.cache.tree.raise_pending()
+    assert scene.cache.protected_size() == before
+    scene.cache.tree.check()

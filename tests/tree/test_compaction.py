@@ -44,7 +44,7 @@ def test_compaction_keeps_everything(bigram: bool, slot_device: str | None, devi
 
 def test_a_key_as_long_as_the_free_space_always_fits(device: str) -> None:
     rng = random.Random(8)
-    size, keys, cases = (60, 15, 4) if interpreted(device) else (600, 400, 20)
+    size, keys, cases = (60, 15, 2) if interpreted(device) else (600, 400, 20)
     compactions = []
     for seed in range(cases):
         tree = RadixTree(size, page_size=2, device=device)

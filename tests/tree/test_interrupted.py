@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from flatradix import EvictResult, MatchResult, RadixTree
+from flatradix.device.calls import Calls
 from flatradix.inspect.nodes import nodes_of
 from tests.conftest import usable
 from tests.support.inside import names_of
-from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
+from tests.support.interrupts import Interrupt, bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
 
 PAGE = 2
 # Devices of index and slots.
@@ -185,11 +186,43 @@ def test_at_every_bytecode(name: str, home: str) -> None:
 
 @pytest.mark.parametrize("name", ACTS)
 def test_at_every_allocation(name: str, home: str) -> None:
-    judge = Judge(name, home)
     skip_if_slow(home)
+    judge = Judge(name, home)
     for at in range(1000):
         if not judge.judge(partial(fails_at, at), Random(at)):
             break
+
+
+@pytest.mark.parametrize("home", ["cpu", "cpu apart"])
+@pytest.mark.parametrize(("name", "places"), [("lock batch", "places"), ("unlock batch", "locked")])
+def test_the_callers_tensors_may_change_meanwhile(name: str, places: str, home: str) -> None:
+    """An interrupted call is undone by what it was called with, not by what its caller's tensors hold by then."""
+    before = holdings(Scene(home).tree).locks
+    for at in range(bytecodes(partial(ACTS[name], Scene(home)))):
+        scene = Scene(home)
+        changes = scene.tree.changes()
+        interrupt_at(at, partial(ACTS[name], scene))
+        own = getattr(scene, places)
+        own.lengths.zero_(), own.handles.zero_()
+        assert (holdings(scene.tree).locks == before) == (scene.tree.changes() == changes)
+
+
+def test_an_undone_insert_frees_its_own_nodes_only(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted right after its launch. The piece that a lock has split off is as new as a node can be before it."""
+    scene = Scene(cuda)
+    before = holdings(scene.tree)
+
+    def interrupt(*_arguments: Any) -> None:
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Calls, "enqueued", interrupt)
+        with pytest.raises(Interrupt):
+            insert_batch(scene)
+    assert holdings(scene.tree) == before
+    scene.tree.unlock(scene.piece)
+    assert scene.tree.slots(scene.piece).to_list() == [[90, 91]]
+    scene.tree.check()
 
 
 def outcome(home: str, names: Sequence[str], cuts: Sequence[int | None]) -> Holdings:
