@@ -16,8 +16,6 @@ from flatradix.inputs import devices
 from flatradix.inputs.options import read_options
 from flatradix.inputs.policy import Policy, Score
 from flatradix.inputs.ragged import Ragged
-from flatradix.inspect import snapshot
-from flatradix.inspect.check import check
 from flatradix.inspect.content import Content, saved_of
 from flatradix.results import EvictResult, InsertResult, MatchResult
 
@@ -280,6 +278,8 @@ class RadixTree:
 
     def check(self) -> None:
         """Verify every invariant. Raises AssertionError for the first that does not hold. O(cached tokens), slow."""
+        from flatradix.inspect.check import check  # not wanted by most
+
         check(self._index.content())
 
     def digest(self) -> str:
@@ -320,6 +320,8 @@ class RadixTree:
 
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write the tree to a file or an open binary file. A policy function is not saved. O(cached tokens)."""
+        from flatradix.inspect import snapshot
+
         snapshot.write(path, self._compacted())
 
     @staticmethod
@@ -334,6 +336,8 @@ class RadixTree:
         policy: the policy function, if the saved tree had one. Files are trusted: load only your own.
         Raises ValueError for a file that is damaged or that `save` did not write.
         """
+        from flatradix.inspect import snapshot
+
         settings, saved = snapshot.read(path, policy)
         with snapshot.damaged(path):
             tree = RadixTree(device=device, slot_device=slot_device, **settings)

@@ -13,7 +13,6 @@ import torch
 
 from flatradix.cache import recover
 from flatradix.cache.allocator import SlotAllocator
-from flatradix.cache.check import check_holders, check_slot_table, check_slots
 from flatradix.cache.counts import Counts
 from flatradix.cache.input import check_running, computed_ends, read_growth, read_prompts, read_tokens
 from flatradix.cache.places import DevicePlaces, HostPlaces, some_of
@@ -487,6 +486,8 @@ class PrefixCache:
 
         Raises AssertionError for the first check that fails.
         """
+        from flatradix.cache.check import check_holders, check_slot_table, check_slots  # not wanted by most
+
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
         self._open = recover.READING  # a failed check must not start a repair

@@ -9,10 +9,8 @@ The annotations of TreeState are the only list of its fields. Allocation on both
 arrays, `check` and snapshots all follow from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Annotated, NamedTuple, get_type_hints
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -178,9 +176,7 @@ class TreeState(NamedTuple):
     numbers: Numbers  # [numbers.SIZE]
 
 
-FIELDS: dict[str, Array] = {
-    name: hint.__metadata__[0] for name, hint in get_type_hints(TreeState, include_extras=True).items()
-}
+FIELDS: dict[str, Array] = {name: hint.__metadata__[0] for name, hint in TreeState.__annotations__.items()}
 COLUMNS = tuple(name for name, array in FIELDS.items() if array.column)
 
 
