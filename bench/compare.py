@@ -82,7 +82,7 @@ class Work:
                 path.lock(place)
                 path.unlock(place)
 
-            self.add(f"lock and unlock {nodes} nodes", 1500, lock)
+            self.add(f"lock and unlock a path of {nodes}", 1500, lock)
         self.add("slots of 512 tokens", 1500, lambda: path.slots(place))
         held, tail, slots = self._long.match(self._key, lock=True), self.np.arange(512), self.np.arange(512)
 

@@ -203,7 +203,8 @@ def test_the_callers_tensors_may_change_meanwhile(name: str, places: str, home: 
         changes = scene.tree.changes()
         interrupt_at(at, partial(ACTS[name], scene))
         own = getattr(scene, places)
-        own.lengths.zero_(), own.handles.zero_()
+        own.lengths.zero_()
+        own.handles.zero_()
         assert (holdings(scene.tree).locks == before) == (scene.tree.changes() == changes)
 
 
