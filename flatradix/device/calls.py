@@ -15,7 +15,8 @@ from flatradix.layout import mail, reasons
 class Calls:
     """Numbers the calls of one tree, and waits for their results when a caller asks for them.
 
-    mailbox: the words that kernels write.
+    mailbox: the words that kernels write. captured: whether a CUDA graph holds a call. The host does not see replays,
+    so every wait must then have the device write the numbers anew (`tell`).
     """
 
     def __init__(self, options: Options, device: torch.device) -> None:
@@ -23,7 +24,7 @@ class Calls:
         self._options = options
         self._device = device
         self._last = 0
-        self._captured = False
+        self.captured = False
 
     # Enqueueing
 
@@ -45,8 +46,7 @@ class Calls:
     def enqueued(self, call: int, changes: bool = True) -> None:
         """Make every later wait include `call`, which is enqueued by now. changes: whether it may change a size."""
         if self.is_capturing():
-            # The host does not see replays of the graph, so every later wait has the device write the numbers anew.
-            self._captured = True
+            self.captured = True
         else:
             self.enqueued_outside(call, changes)
 
@@ -58,16 +58,8 @@ class Calls:
 
     # Waiting
 
-    def wait(self, tell: Callable[[int], None]) -> int:
-        """Wait for all calls so far. Return how many were refused.
-
-        tell: launches a kernel that writes the tree's numbers under a call number.
-        """
-        if self._captured:
-            self.tell(tell)
-        return self.mailbox.refusals()
-
     def tell(self, tell: Callable[[int], None]) -> None:
+        """Have the device write the tree's numbers. tell: launches the kernel that does so, given a call number."""
         call = self.next()
         tell(call)
         self.enqueued(call)

@@ -142,7 +142,9 @@ class DeviceIndex(Index):
 
     def _wait(self) -> int:
         """Wait for all calls so far. Return how many were refused. Free the namespace codes that no insert used."""
-        refused = self._calls.wait(self._tell)
+        if self._calls.captured:
+            self._calls.tell(self._tell)
+        refused = self.mailbox.refusals()
         if self._names.given:
             self._names.look(self._state.namespace_children, refused > 0)
         return refused
@@ -499,31 +501,32 @@ class DeviceIndex(Index):
 
     # Sizes
 
-    def _counter(self, place: int) -> int:
+    def _counters(self, *places: int) -> int:
+        """Wait for all calls so far, and return the sum of these sizes."""
         if self._open:
             self._recover()
         self._finish_all()
-        return self.mailbox.counter(place)
+        return sum([self.mailbox.counter(place) for place in places])
 
     @property
     @public_call
     def evictable_tokens(self) -> int:
-        return self._counter(mail.EVICTABLE)
+        return self._counters(mail.EVICTABLE)
 
     @property
     @public_call
     def protected_tokens(self) -> int:
-        return self._counter(mail.PROTECTED)
+        return self._counters(mail.PROTECTED)
 
     @property
     @public_call
     def total_tokens(self) -> int:
-        return self._counter(mail.EVICTABLE) + self._counter(mail.PROTECTED)
+        return self._counters(mail.EVICTABLE, mail.PROTECTED)
 
     @property
     @public_call
     def num_nodes(self) -> int:
-        return self._counter(mail.NODES)
+        return self._counters(mail.NODES)
 
     @public_call
     def changes(self) -> int:

@@ -17,7 +17,8 @@ from flatradix.layout.queries import PerQuery, Values
 class Names:
     """Namespace codes as kernels take them: code * 2 + (1 if the caller gave a name).
 
-    known: the names and their codes. Codes allocated since the host last waited may turn out to be unused.
+    known: the names and their codes. given: the codes allocated since the host last waited, which may turn out to be
+    unused.
     """
 
     def __init__(self, codes: int, smallest: int, device: torch.device) -> None:
@@ -27,7 +28,7 @@ class Names:
         self._codes = codes
         self._smallest = smallest
         self._device = device
-        self._given: set[int] = set()
+        self.given: set[int] = set()
         self._unsure = False  # whether a code was given to a key that may store nothing
 
     def find(self, namespace: Any, batch: int) -> PerQuery:
@@ -61,7 +62,7 @@ class Names:
         code = self.known.find(name)
         if code < 0 and (count is None or count >= self._smallest):
             code = self.known.give(name)
-            self._given.add(code)
+            self.given.add(code)
             self._unsure |= count is None
         return code
 
@@ -74,8 +75,8 @@ class Names:
 
         children: `TreeState.namespace_children`. refused: whether one of these inserts may have been refused.
         """
-        if (refused or self._unsure) and self._given:
-            codes = sorted(self._given)
+        if (refused or self._unsure) and self.given:
+            codes = sorted(self.given)
             # A batch that did not fit may have been given codes beyond the array.
             places = torch.tensor(codes, device="cpu").clamp(max=len(children) - 1).to(children.device)
             found = np.zeros(max(codes) + 1, np.int64)
@@ -89,10 +90,5 @@ class Names:
         self._unsure = True
 
     def nothing_given(self) -> None:
-        self._given = set()
+        self.given = set()
         self._unsure = False
-
-    @property
-    def given(self) -> bool:
-        """Whether codes were allocated since the host last looked."""
-        return bool(self._given)
