@@ -5,6 +5,8 @@ from flatradix.cache.request import Request
 from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, StaleHandleError
 from flatradix.inputs.policy import Nodes, slru
 from flatradix.inputs.ragged import Ragged
+from flatradix.queue.orders import Columns
+from flatradix.queue.waiting_queue import Plan, WaitingQueue
 from flatradix.results import EvictResult, InsertResult, MatchResult
 from flatradix.tree import RadixTree
 from flatradix.version import VERSION as __version__
@@ -12,17 +14,20 @@ from flatradix.warm_up import warm_up
 
 __all__ = [
     "CapacityError",
+    "Columns",
     "DeviceUnavailableError",
     "EvictResult",
     "InsertResult",
     "MatchResult",
     "Nodes",
+    "Plan",
     "PrefixCache",
     "QueryError",
     "RadixTree",
     "Ragged",
     "Request",
     "StaleHandleError",
+    "WaitingQueue",
     "__version__",
     "slru",
     "warm_up",

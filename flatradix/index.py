@@ -105,6 +105,18 @@ class Index(ABC):
     def split(self, places: Any) -> None: ...
 
     @abstractmethod
+    def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult: ...
+
+    @abstractmethod
+    def alive(self, places: Any) -> torch.Tensor: ...
+
+    @abstractmethod
+    def want(self, places: Any) -> None: ...
+
+    @abstractmethod
+    def unwant(self, places: Any) -> None: ...
+
+    @abstractmethod
     def insert(
         self,
         q: Any,

@@ -12,6 +12,7 @@ from typing import IO, Any, NoReturn
 import torch
 
 from flatradix import backend
+from flatradix.index import Index
 from flatradix.inputs import devices
 from flatradix.inputs.options import read_options
 from flatradix.inputs.policy import Policy, Score
@@ -92,6 +93,11 @@ class RadixTree:
             bound = getattr(self._index, name)
             bound.__func__.__doc__ = getattr(RadixTree, name).__doc__  # for help(tree.match)
             setattr(self, name, bound)
+
+    @property
+    def index(self) -> Index:
+        """The index that does the work, for other parts of this library."""
+        return self._index
 
     def match(
         self,
@@ -186,6 +192,41 @@ class RadixTree:
         """
         self._index.split(places)
 
+    def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
+        """Find the longest cached prefix of keys that were matched before, from where they ended then.
+
+        q, namespace: the whole keys, as for `match`. places: the results of an earlier match or rematch of these very
+        keys, with `handles` and `lengths`. Tokens up to a place are not compared again. If a place is gone, its key is
+        matched from the root. Touches nothing: the result is that of `match(q, namespace, touch=False)`.
+
+        O(nodes above the place of each key + tokens behind it). Raises QueryError.
+        """
+        return self._index.rematch(q, places, namespace)
+
+    def alive(self, places: Any) -> torch.Tensor:
+        """Return whether each place is still in the tree: bool [B] on the tree's device. places: as for `slots`."""
+        return self._index.alive(places)
+
+    def want(self, places: Any) -> None:
+        """Add a soft pin to each path, from its place up to the root: `evict` spares wanted nodes as long as it can.
+
+        For prefixes that will be used again, such as those of an agent's sessions or of prompt templates. An eviction
+        first frees nodes that nobody wants, however recently they were used. It frees wanted nodes, in the order of the
+        policy, only when nothing else is left.
+
+        places: as for `lock`. Edges are split at places, and handles renewed, in the same way. A want ends with
+        `unwant`, or when its node is evicted; the nodes above then lose it too. It is not saved, and does not count in
+        the digest. O(nodes on the paths). Raises QueryError, StaleHandleError. Then nothing is wanted.
+        """
+        self._index.want(places)
+
+    def unwant(self, places: Any) -> None:
+        """Remove one want from each path. Stale places are skipped: their wants ended when they were evicted.
+
+        O(nodes on the paths). Raises QueryError (no want ends at a place). Then nothing has changed.
+        """
+        self._index.unwant(places)
+
     def insert(
         self,
         q: Any,
@@ -212,6 +253,8 @@ class RadixTree:
 
     def evict(self, num_tokens: int) -> EvictResult:
         """Free whole nodes, in the order of the policy, until `num_tokens` tokens are freed or the rest is locked.
+
+        Nodes that are wanted go last: first those that a `WaitingQueue` with `keep=True` wants, then those of `want`.
 
         Only nodes without children and locks are freed; a parent can follow once its last child is freed. No more nodes
         are freed than needed. Returns the freed slots in the order of eviction.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -26,13 +27,29 @@ from flatradix.kernels import cpu
 from flatradix.kernels.cpu import insert_one, lock_one, match_one, unlock_one
 from flatradix.layout import numbers, reasons
 from flatradix.layout.handles import NO_HANDLE
-from flatradix.layout.state import FREE_ROW, allocate_host, pool_units
+from flatradix.layout.state import FREE_ROW, TreeState, allocate_host, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
 
 _NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves nothing to undo
 _NO_SCORES = np.empty(0, np.int64)
 _EVICTABLE, _PROTECTED, _NODES = numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES
 _RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers.LONGEST, numbers.LAST_CALL
+
+
+class Keeper(Protocol):
+    """A waiting queue that keeps what it wants."""
+
+    def wanted_table(self) -> int:
+        """Bring the wants up to date. Return the address of the queue's address table. Changes no row of the tree."""
+
+
+class Watched(NamedTuple):
+    """What a waiting queue reads of an index. addresses: of the address table of `state`."""
+
+    addresses: int
+    state: TreeState
+    namespaces: Namespaces
+    options: Options
 
 
 class HostIndex(Index):
@@ -66,6 +83,7 @@ class HostIndex(Index):
         self._results = 0, _NO_SCORES, _NO_SCORES, _NO_SCORES
         self._eviction: EvictionMemory | None = None
         self._unreturned: torch.Tensor | None = None
+        self._keeper: weakref.ref[Keeper] | None = None
         self._fresh: list[int] = []  # namespace codes that the last insert gave out
 
     # Interrupted calls
@@ -119,6 +137,12 @@ class HostIndex(Index):
             reason = cpu.unlock(self._addresses, 0, handles, lengths)
         elif operation == numbers.UNLOCKED:
             reason = cpu.lock(self._addresses, 0, handles.copy(), lengths)
+        elif operation == numbers.WANTED:
+            reason = cpu.unwant(self._addresses, 0, handles, lengths)
+        elif operation == numbers.UNWANTED:
+            found = np.empty(len(handles), np.bool_)
+            cpu.alive(self._addresses, handles, lengths, found)
+            reason = cpu.want(self._addresses, 0, handles[found], lengths[found])
         else:
             cpu.take_back_insert(self._addresses, prefix_lengths, lengths, handles)
         assert reason == 0, "an interrupted lock or unlock could not be undone"
@@ -319,6 +343,78 @@ class HostIndex(Index):
             handles.copy_(renewed)
         self._open = 0
 
+    # Waiting queues and soft pins
+
+    @public_call
+    def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
+        if self._open:
+            self._recover()
+        keys = read_batch(q, "tokens")
+        names = namespaces.spread(namespace, len(keys))
+        old_handles, old_lengths = read_starts(places, len(keys))
+        self._open = _NOTHING_TO_UNDO
+        codes = np.array([self._namespaces.find(name) for name in names], np.int64)
+        named = np.array([name is not None for name in names], np.bool_)
+        lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
+        handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
+        reason = cpu.rematch(
+            self._addresses, keys.addresses, keys.wide, keys.counts, codes, named, old_handles, old_lengths,
+            lengths.numpy(), handles.numpy(),
+        )  # fmt: skip
+        if reason < 0:
+            self._refuse("rematch", reason)
+        self._open = 0
+        return MatchResult(lengths, handles)
+
+    @public_call
+    def alive(self, places: Any) -> torch.Tensor:
+        if self._open:
+            self._recover()
+        lengths, handles = read_places(places)
+        found = torch.empty(len(handles), dtype=torch.bool, device="cpu")
+        cpu.alive(self._addresses, handles.contiguous().numpy(), lengths.numpy(), found.numpy())
+        return found
+
+    @public_call
+    def want(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        lengths, handles = read_places(places)
+        refuse_shared_handles(handles)
+        renewed = handles.contiguous()
+        call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
+        reason = cpu.want(self._addresses, call, renewed.numpy(), lengths.numpy())
+        if reason < 0:
+            self._refuse("want", reason)
+        if renewed is not handles:
+            handles.copy_(renewed)
+        self._open = 0
+
+    @public_call
+    def unwant(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
+        call = self._begin(handles.copy(), kept := lengths.copy(), kept)
+        reason = cpu.unwant(self._addresses, call, handles, lengths)
+        if reason < 0:
+            self._refuse("unwant", reason)
+        self._open = 0
+
+    @property
+    def watched(self) -> Watched:
+        """What a waiting queue needs to watch this index."""
+        return Watched(self._addresses, self._state, self._namespaces, self.options)
+
+    def keep_for(self, keeper: Keeper) -> None:
+        """Let every later eviction spare what `keeper` wants, as long as that object lives.
+
+        Raises ValueError if another object keeps already.
+        """
+        if self._keeper is not None and self._keeper() not in (None, keeper):
+            raise ValueError("another waiting queue keeps what it wants in this tree; a tree takes one with keep=True")
+        self._keeper = weakref.ref(keeper)
+
     # Insert
 
     @public_call
@@ -441,10 +537,12 @@ class HostIndex(Index):
         wanted = wanted - known if wanted > known else 0
         score = self.options.order.score
         scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
+        keeper = None if self._keeper is None else self._keeper()
+        kept = 0 if keeper is None else keeper.wanted_table()
         pool, room = self._slots, self._allocate_eviction(before, wanted)
         self._eviction = room
         tokens, nodes = cpu.evict.call(
-            self._addresses, call, wanted, scores, pool.pool, pool.wide, room.starts, room.lengths, room.target
+            self._addresses, call, wanted, scores, kept, pool.pool, pool.wide, room.starts, room.lengths, room.target
         )
         if self._numbers[_RELEASED]:
             self._forget_namespaces()

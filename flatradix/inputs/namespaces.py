@@ -38,12 +38,14 @@ class Namespaces:
     The lowest free code is allocated first, so the codes of cached names stay below the number of pages.
     Names are compared, never their hashes: namespaces are a security boundary.
 
-    Only `_codes` is valid after an interrupted call: `repair` rebuilds the other fields from it.
+    version: a number that is different after each change. Only `_codes` and `version` are valid after an interrupted
+    call: `repair` rebuilds the other fields from `_codes`.
     """
 
     def __init__(self, hashes: np.ndarray) -> None:
         """hashes: int64 [N], the state's own array. `name_hash` of each allocated code is written to it."""
         self._hashes = hashes
+        self.version = 0
         self.clear()
 
     def find(self, name: Namespace) -> int:
@@ -59,6 +61,7 @@ class Namespaces:
         if code is None:
             code = heapq.heappop(self._free) if self._free else len(self._names)
             self._note(code, name)
+            self.version += 1
             self._codes[name] = code
         return code
 
@@ -69,6 +72,7 @@ class Namespaces:
 
     def take_back(self, code: int) -> None:
         """Free the code of an empty namespace."""
+        self.version += 1
         del self._codes[self._names[code]]
         del self._names[code]
         heapq.heappush(self._free, code)
@@ -94,6 +98,7 @@ class Namespaces:
 
     def _set(self, items: Iterable[tuple[int, Namespace]]) -> None:
         names = dict(items)
+        self.version += 1
         self._codes = {name: code for code, name in names.items()}
         self._names = names
         self._free = [code for code in range(max(names)) if code not in names]

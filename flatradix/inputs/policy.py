@@ -7,7 +7,7 @@ is a function from the node arrays to a score for each node.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -108,18 +108,25 @@ def scores_of(score: Score, nodes: Nodes, live: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError for a result of the wrong shape or dtype, or with NaN for a node.
     """
-    scores = score(nodes)
-    rows = len(nodes.tick)
-    if not isinstance(scores, torch.Tensor) or scores.shape != (rows,):
+    return sortable(score(nodes), len(nodes.tick), "policy", "row", live)
+
+
+def sortable(scores: Any, count: int, who: str, what: str, live: torch.Tensor | None = None) -> torch.Tensor:
+    """Return scores, [count] of any real dtype, as int64 of the same order. live: where NaN is refused; None: all.
+
+    Raises ValueError for a wrong shape or dtype, or NaN. who, what: for the message.
+    """
+    if not isinstance(scores, torch.Tensor) or scores.shape != (count,):
         got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise ValueError(f"the policy returned {got}; it must return a tensor with one score a row: ({rows},)")
+        raise ValueError(f"the {who} returned {got}; it must return a tensor with one score a {what}: ({count},)")
     if scores.dtype.is_complex:
-        raise ValueError(f"the policy returned scores of {scores.dtype}; they must be integers or floats")
+        raise ValueError(f"the {who} returned scores of {scores.dtype}; they must be integers or floats")
+    device = scores.device if live is None else live.device
     if not scores.dtype.is_floating_point:
-        return scores.to(live.device, torch.int64).contiguous()
-    broad = scores.to(live.device, torch.float64) + 0.0  # -0.0 becomes 0.0
-    nan = broad.isnan() & live
+        return scores.to(device, torch.int64).contiguous()
+    broad = scores.to(device, torch.float64) + 0.0  # -0.0 becomes 0.0
+    nan = broad.isnan() if live is None else broad.isnan() & live
     if bool(nan.any()):
-        raise ValueError(f"the policy returned NaN for row {int(nan.nonzero()[0])}")
+        raise ValueError(f"the {who} returned NaN for {what} {int(nan.nonzero()[0])}")
     bits = broad.contiguous().view(torch.int64)
     return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)

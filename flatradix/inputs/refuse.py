@@ -12,6 +12,8 @@ _MESSAGES = {
     reasons.NOT_THERE: "length {value} is no page boundary on the path of its handle; pass both as they came",
     reasons.NOT_LOCKED: "no lock ends at its length {value}: unlock once for each lock, with the object that was "
     "locked",
+    reasons.NOT_WANTED: "no want ends at its length {value}: unwant once for each want, with the object that was "
+    "wanted",
     reasons.BAD_TOKEN: "the token at position {value} is outside [0, 2**31 - 1]",
     reasons.OTHER_NAMESPACE: "its start is in another namespace; give that one, or None",
     reasons.OTHER_TOKEN: "with bigrams a key begins with the last token of its start (number {value}); it differs",

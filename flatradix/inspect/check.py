@@ -75,6 +75,9 @@ def _check_relations(content: Content, a: Any) -> None:
     below = np.bincount(above, weights=a.lock_ref[inner], minlength=rows).astype(np.int64)
     _all(a.lock_ref[live] == a.own_locks[live] + below[live], live, "lock_ref is not its own and its children's")
     _all(a.own_locks[live] >= 0, live, "own_locks is negative")
+    below = np.bincount(above, weights=a.wanted[inner], minlength=rows).astype(np.int64)
+    _all(a.wanted[live] == a.own_wants[live] + below[live], live, "wanted is not its own and its children's")
+    _all(a.own_wants[live] >= 0, live, "own_wants is negative")
     _all(a.tick[above] >= a.tick[inner], inner, "it was used after its parent")
     _all(a.priority[above] >= a.priority[inner], inner, "its priority is above its parent's")
     _all(a.tick[live] <= content.number(numbers.CLOCK), live, "its tick is in the future")
@@ -159,6 +162,6 @@ def _check_queue(content: Content, a: Any) -> None:
     tied = scores[above] == scores[below]
     in_order = (scores[above] < scores[below]) | (tied & (ticks[above] <= ticks[below]))
     _all(in_order, rows[below], "it stands behind a later one in the queue")
-    candidates = a.live[(a.children[a.live] == 0) & (a.lock_ref[a.live] == 0)]
+    candidates = a.live[(a.children[a.live] == 0) & (a.lock_ref[a.live] == 0) & (a.wanted[a.live] == 0)]
     equal(sorted(set(candidates.tolist()) - set(rows[places].tolist())), [], "candidates that are not in the queue")
     _all(ticks[places] <= a.tick[rows[places]], rows[places], "its entry in the queue is later than its tick")

@@ -62,8 +62,9 @@ def as_numpy(state: TreeState) -> Any:
     return TreeState(*arrays)
 
 
-# `queued` belongs to the eviction queue, which a tree on a GPU does not have.
-KEPT_COLUMNS = tuple(name for name in COLUMNS if name != "queued")
+# `queued` belongs to the eviction queue, which a tree on a GPU does not have. Wants belong to those who hold them.
+_WANTS = ("wanted", "own_wants")
+KEPT_COLUMNS = tuple(name for name in COLUMNS if name not in ("queued", *_WANTS))
 _KEPT_NUMBERS = (
     numbers.GENERATION, numbers.CLOCK, numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES, numbers.ROWS,
     numbers.FREE_ROWS,
@@ -98,6 +99,8 @@ def fill(state: TreeState, slots: torch.Tensor, saved: Saved) -> None:
     for name in (*KEPT_COLUMNS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
         values = saved[name]
         getattr(state, name)[: len(values)] = values.to(state.numbers.device)
+    for name in _WANTS:
+        getattr(state, name)[: len(saved["parent"])] = 0
     slots[: len(saved["slots"])] = saved["slots"].to(slots.device)
     found = state.numbers.cpu()
     for place, value in zip(_KEPT_NUMBERS, saved["numbers"], strict=True):

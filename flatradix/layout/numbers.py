@@ -46,11 +46,19 @@ LAST_HANDLE = 27
 LAST_LENGTH = 28  # of an eviction: its tokens
 LAST_PREFIX = 29  # of an eviction: its nodes
 LONGEST = 30
+EVENTS = 31  # how many events were ever written to `TreeState.events`
 
 SIZE = 32
 
+# Kinds of events, which waiting queues read. An event is two words: (kind << 32 | row), and what is said here.
+LEAF = 1  # a new leaf below `row`, a row or ~namespace: the tag of its first page
+CUT = 2  # an edge was cut at a path length: (row of the upper part << 32 | that length); `row` is the lower part
+FREED = 3  # a node went: (its parent, a row or ~namespace << 32 | path length at which its edge began)
+ALL_FREED = 4  # a reset
+EVENT_RING = 1 << 15  # events that are kept
+
 # Values of LAST_OPERATION.
-LOCKED, UNLOCKED, INSERTED, EVICTED, COMPACTED, RESET = range(1, 7)
+LOCKED, UNLOCKED, INSERTED, EVICTED, COMPACTED, RESET, WANTED, UNWANTED = range(1, 9)
 
 # Values of POLICY. SCORES: a function scores all nodes at each eviction.
 LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)

@@ -15,6 +15,7 @@ BAD_OFFSETS = -10
 BAD_ROW = -11
 TOO_LONG = -12
 UNEQUAL = -13
+NOT_WANTED = -14
 
 # On a GPU, the value of a NO_CAPACITY refusal is (units needed << FREE_BITS | units free).
 FREE_BITS = 30

@@ -126,6 +126,10 @@ def _numbers(sizes: Sizes) -> int:
     return numbers.SIZE
 
 
+def _event_words(sizes: Sizes) -> int:
+    return 2 * numbers.EVENT_RING
+
+
 _NUMPY = {torch.int8: np.int8, torch.int32: np.int32, torch.int64: np.int64}
 i8, i32, i64 = torch.int8, torch.int32, torch.int64
 Column32 = Annotated[torch.Tensor, Array(i32, _rows, _rows, column=True)]
@@ -141,6 +145,7 @@ Pool = Annotated[torch.Tensor, Array(i32, _units, _units_twice, committed, addre
 BigramPool = Annotated[torch.Tensor, Array(i32, _seconds, _seconds_twice, committed, address=True)]
 Bitmap = Annotated[torch.Tensor, Array(i64, _page_words, _none, zeros)]
 Multipliers = Annotated[torch.Tensor, Array(i64, _page_tokens, _page_tokens, multipliers)]
+EventRing = Annotated[torch.Tensor, Array(i64, _event_words, _none)]
 Numbers = Annotated[torch.Tensor, Array(i64, _numbers, _numbers, zeros)]
 
 
@@ -154,6 +159,8 @@ class TreeState(NamedTuple):
     children: Column32  # [R]
     lock_ref: Column32  # [R]: locks on this node or below
     own_locks: Column32  # [R]: locks that end exactly here
+    wanted: Column32  # [R]: wants of this node or of nodes below; an eviction spares wanted nodes as long as it can
+    own_wants: Column32  # [R]: wants that end exactly here
     hit_count: Column32  # [R]
     tag: Column32  # [R]: hash of (parent, first page), the low 32 bits
     queued: HostColumn8  # [R], on a GPU [0]: 1 while the row has an entry in the eviction queue
@@ -173,6 +180,7 @@ class TreeState(NamedTuple):
     namespace_hash: Rows64  # [R], by namespace code
     released: Rows32  # [R]: namespaces that lost their last node, for the host to forget
     multipliers: Multipliers  # [page], [2 * page] with bigrams: of the multilinear page hash
+    events: EventRing  # [2 EVENT_RING], on a GPU [0]: the last changes of the shape of the tree, for waiting queues
     numbers: Numbers  # [numbers.SIZE]
 
 

@@ -4,9 +4,22 @@ from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.digest import digest
 from flatradix.kernels.cpu.evict import evict
 from flatradix.kernels.cpu.insert import insert, insert_one, take_back_insert
-from flatradix.kernels.cpu.jit import address_table
+from flatradix.kernels.cpu.jit import address_table, waiting_table
 from flatradix.kernels.cpu.lock import lock, lock_one, split, unlock, unlock_one
-from flatradix.kernels.cpu.match import match, match_one
+from flatradix.kernels.cpu.look import forget_places, look, recode
+from flatradix.kernels.cpu.match import match, match_one, rematch
+from flatradix.kernels.cpu.order import depth_first, sort_by, with_oldest
+from flatradix.kernels.cpu.plan import plan
+from flatradix.kernels.cpu.prompts import (
+    BAD_TOKEN,
+    add_prompt,
+    add_prompts,
+    enter_rows,
+    first_bad_token,
+    remove_prompt,
+    remove_prompts,
+    tidy,
+)
 from flatradix.kernels.cpu.reset import rebuild, reset
 from flatradix.kernels.cpu.slots import (
     count_paths,
@@ -16,29 +29,55 @@ from flatradix.kernels.cpu.slots import (
     path_slots_one,
     write_slots,
 )
+from flatradix.kernels.cpu.waiting import enter_keys, entries_by_age, find_entries, set_order
+from flatradix.kernels.cpu.wants import alive, unwant, want
 
 __all__ = [
+    "BAD_TOKEN",
+    "add_prompt",
+    "add_prompts",
     "address_table",
+    "alive",
     "compact",
     "count_paths",
+    "depth_first",
     "digest",
+    "enter_keys",
+    "enter_rows",
+    "entries_by_age",
     "evict",
+    "find_entries",
+    "first_bad_token",
+    "forget_places",
     "insert",
     "insert_one",
     "lock",
     "lock_one",
+    "look",
     "match",
     "match_one",
     "path_ranges",
     "path_ranges_one",
     "path_slots",
     "path_slots_one",
+    "plan",
     "plan_compaction",
     "rebuild",
+    "recode",
+    "rematch",
+    "remove_prompt",
+    "remove_prompts",
     "reset",
+    "set_order",
+    "sort_by",
     "split",
     "take_back_insert",
+    "tidy",
     "unlock",
     "unlock_one",
+    "unwant",
+    "waiting_table",
+    "want",
+    "with_oldest",
     "write_slots",
 ]

@@ -1,16 +1,23 @@
-"""Evict: free childless, unlocked nodes in the order of the policy until enough tokens are free."""
+"""Evict: free childless, unlocked nodes until enough tokens are free.
+
+First nodes that nobody wants, in the order of the policy. Then what a waiting queue wants, from the last prompt in its
+order on. Last what soft pins want, in the order of the policy.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change
-from flatradix.kernels.cpu.jit import fixed_types, helper, open_state
-from flatradix.kernels.cpu.queue import clear, drop, first_at, push, run_at, score_of
+from flatradix.kernels.cpu.jit import fixed_types, helper, open_state, open_waiting
+from flatradix.kernels.cpu.queue import clear, drop, first_at, offer, push, run_at, score_of
 from flatradix.kernels.cpu.rows import free_row
 from flatradix.kernels.cpu.units import copy_slots
-from flatradix.layout import numbers
+from flatradix.kernels.cpu.waiting import mark_dirty
+from flatradix.kernels.cpu.wants import end_wants
+from flatradix.layout import numbers, waiting
 from flatradix.layout.state import FREE_ROW
+from flatradix.layout.waiting import NONE
 
 
 @helper
@@ -21,11 +28,12 @@ def _score(s, scores, row):
 
 
 @helper
-def _fill_queue(s, scores):
-    """Enter every candidate, for policies that score all nodes at each eviction."""
+def _fill_queue(s, scores, wanted):
+    """Enter every candidate that is wanted, or every other. Rows that have an entry keep it."""
     for row in range(1, s.numbers[numbers.ROWS]):
-        if s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0:
-            push(s, row, scores[row])
+        candidate = s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0
+        if candidate and s.queued[row] == 0 and (s.wanted[row] > 0) == wanted:
+            push(s, row, _score(s, scores, row))
 
 
 @helper
@@ -38,16 +46,21 @@ def _empty_queue(s):
 
 
 @helper
-def _detach(s, row, scores):
-    """Remove a victim from its parent, which may become a candidate, or from its namespace.
+def _free(s, row):
+    """Free a victim; return its parent if that has no children and no locks left, else 0.
 
     A namespace that is empty now goes to `released`, except that of no name.
     """
-    parent = s.parent[row]
+    parent = np.int64(s.parent[row])
+    _detach(s, row, parent)
+    free_row(s, row)
+    return parent if parent > 0 and s.children[parent] == 0 and s.lock_ref[parent] == 0 else np.int64(0)
+
+
+@helper
+def _detach(s, row, parent):
     if parent >= 0:
         s.children[parent] -= 1
-        if s.children[parent] == 0 and s.lock_ref[parent] == 0 and s.queued[parent] == 0:
-            push(s, parent, _score(s, scores, parent))
         return
     namespace = ~np.int64(parent)
     s.namespace_children[namespace] -= 1
@@ -57,17 +70,17 @@ def _detach(s, row, scores):
 
 
 @helper
-def _take_first(s, at, scores):
+def _take_first(s, at, scores, spare):
     """Remove the queue's first entry, which is at `at`; return its row if it can be evicted now, else 0.
 
     If the row has been used since it was entered, it is entered again with its present score and tick. If it has
-    children or locks by now, it is not.
+    children or locks by now, or is wanted and such rows are spared, it is not.
     """
     row = np.int64(s.queue_row[at])
     score = s.queue_score[at]
     tick = s.queue_tick[at]
     drop(s, at)
-    if s.children[row] > 0 or s.lock_ref[row] > 0:
+    if s.children[row] > 0 or s.lock_ref[row] > 0 or (spare and s.wanted[row] > 0):
         return np.int64(0)
     if score == _score(s, scores, row) and tick == s.tick[row]:
         return row
@@ -90,31 +103,83 @@ def _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots):
             slots += step * count
 
 
-@fixed_types("(int64, int64, int64, int64[::1], int64, boolean, int32[::1], int32[::1], int64)")
-def evict(addresses, call, wanted, scores, pool, pool_wide, starts, lengths, slots):
-    """Free nodes until `wanted` tokens are free or no candidate is left; return (tokens, nodes).
+@helper
+def _evict_in_order(s, scores, spare, missing):
+    """Free the queue's rows until `missing` tokens are free; return (tokens, nodes). spare: not what is wanted."""
+    tokens = np.int64(0)
+    nodes = np.int64(0)
+    while tokens < missing:
+        at = first_at(s)
+        if at < 0:
+            break
+        row = _take_first(s, at, scores, spare)
+        if row > 0:
+            if s.wanted[row] > 0:
+                end_wants(s, row)
+            above = _free(s, row)
+            if above > 0 and s.queued[above] == 0 and not (spare and s.wanted[above] > 0):
+                push(s, above, _score(s, scores, above))
+            tokens += s.length[row]
+            nodes += 1
+    return tokens, nodes
 
+
+@helper
+def _give_up(s, q, entry):
+    """End the want of a waiting prompt, which wants anew what is left when the queue looks next; return its row."""
+    row = np.int64(q.wants[entry])
+    q.wants[entry] = NONE
+    mark_dirty(q, entry)
+    s.own_wants[row] -= 1
+    above = row
+    while above > 0:
+        s.wanted[above] -= 1
+        above = np.int64(s.parent[above])
+    return row
+
+
+@helper
+def _evict_of_waiting(s, q, missing):
+    """Give up the waiting prompts from the last on, and free from below what nobody wants then, as _evict_in_order."""
+    tokens = np.int64(0)
+    nodes = np.int64(0)
+    entry = np.int64(q.counts[waiting.LAST])
+    while entry != NONE and tokens < missing:
+        if q.wants[entry] != NONE:
+            row = _give_up(s, q, entry)
+            free = s.children[row] == 0 and s.lock_ref[row] == 0
+            while free and row > 0 and s.wanted[row] == 0 and tokens < missing:
+                tokens += s.length[row]
+                nodes += 1
+                row = _free(s, row)
+            if free and row > 0 and s.wanted[row] == 0:
+                offer(s, row)
+        entry = np.int64(q.before[entry])
+    return tokens, nodes
+
+
+@fixed_types("(int64, int64, int64, int64[::1], int64, int64, boolean, int32[::1], int32[::1], int64)")
+def evict(addresses, call, missing, scores, keeper, pool, pool_wide, starts, lengths, slots):
+    """Free nodes until `missing` tokens are free or no candidate is left; return (tokens, nodes).
+
+    keeper: address of the table of the waiting queue that keeps what it wants, and has just looked; 0 if there is none.
     scores: int64 [rows], or [0] if the policy needs no scores or nothing is wanted. The freed slots are copied, in
     order, from the slot pool at the address `pool` to the address `slots`, with the same dtype. If `pool` is 0,
     `starts` and `lengths`, int32, get the pool ranges instead. Each array has space for all that may be freed. Nothing
     is allocated.
     """
     s = open_state(addresses)
-    by_scores = wanted > 0 and s.numbers[numbers.POLICY] == numbers.SCORES
+    by_scores = missing > 0 and s.numbers[numbers.POLICY] == numbers.SCORES
     if by_scores:
-        _fill_queue(s, scores)
-    tokens = np.int64(0)
-    nodes = np.int64(0)
-    while tokens < wanted:
-        at = first_at(s)
-        if at < 0:
-            break
-        row = _take_first(s, at, scores)
-        if row > 0:
-            _detach(s, row, scores)
-            free_row(s, row)
-            tokens += s.length[row]
-            nodes += 1
+        _fill_queue(s, scores, False)
+    tokens, nodes = _evict_in_order(s, scores, True, missing)
+    if tokens < missing and keeper != 0:
+        more_tokens, more_nodes = _evict_of_waiting(s, open_waiting(keeper), missing - tokens)
+        tokens, nodes = tokens + more_tokens, nodes + more_nodes
+    if tokens < missing and tokens < s.numbers[numbers.EVICTABLE]:
+        _fill_queue(s, scores, True)
+        more_tokens, more_nodes = _evict_in_order(s, scores, False, missing - tokens)
+        tokens, nodes = tokens + more_tokens, nodes + more_nodes
     s.numbers[numbers.EVICTABLE] -= tokens
     if by_scores:
         _empty_queue(s)

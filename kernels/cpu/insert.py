@@ -14,7 +14,7 @@ from flatradix.kernels.cpu.children import add_child, grow_table, tag_of
 from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_state
 from flatradix.kernels.cpu.pool import find_free, mark
 from flatradix.kernels.cpu.queue import offer, refill_queue
-from flatradix.kernels.cpu.rows import free_row, handle_of, resolve, row_at, split_edge, take_row
+from flatradix.kernels.cpu.rows import free_row, handle_of, note_event, resolve, row_at, split_edge, take_row
 from flatradix.kernels.cpu.sharing import shared_units
 from flatradix.kernels.cpu.units import copy_checked, first_bad
 from flatradix.kernels.cpu.walk import start_row, walk, whole_pages
@@ -84,11 +84,15 @@ def _add_leaf(s, parent, end, key, wide, count, target, tick, priority):
     s.children[row] = 0
     s.lock_ref[row] = 0
     s.own_locks[row] = 0
+    s.wanted[row] = 0
+    s.own_wants[row] = 0
     s.hit_count[row] = 0
     s.queued[row] = 0
     s.created[row] = tick
     s.priority[row] = priority
-    add_child(s, row, tag_of(s, key, key + step, wide, parent))
+    tag = tag_of(s, key, key + step, wide, parent)
+    add_child(s, row, tag)
+    note_event(s, numbers.LEAF, parent, tag)
     if parent >= 0:
         s.children[parent] += 1
     else:

@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 
 from flatradix import layout
 from flatradix.layout.state import FIELDS, TreeState
+from flatradix.layout.waiting import DTYPES, Waiting
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
 
@@ -107,29 +108,37 @@ def address_table(state: TreeState) -> np.ndarray:
     return np.array([tensor.data_ptr() for tensor in state], dtype=np.int64)
 
 
+def waiting_table(arrays: Waiting) -> np.ndarray:
+    """Return int64 [len(Waiting)]: the address of each array. The arrays must outlive the table."""
+    return np.array([array.ctypes.data for array in arrays], dtype=np.int64)
+
+
+def _opener(opened: Any) -> Any:
+    """Return a function from the address of an address table to a tuple of pointers, and of plain addresses."""
+
+    def open_table(typingctx, addresses):
+        def codegen(context, builder, signature, args):
+            word = context.get_value_type(types.int64)
+            table = builder.inttoptr(args[0], word.as_pointer())
+            values = []
+            for place, kind in enumerate(opened.types):
+                address = builder.load(builder.gep(table, [context.get_constant(types.int64, place)]))
+                pointer = isinstance(kind, types.CPointer)
+                values.append(builder.inttoptr(address, context.get_value_type(kind)) if pointer else address)
+            return context.make_tuple(builder, opened, values)
+
+        return opened(types.int64), codegen
+
+    return intrinsic(open_table)
+
+
 _NUMBA = {torch.int8: types.int8, torch.int32: types.int32, torch.int64: types.int64}
-_OPENED = types.NamedTuple(
-    [types.int64 if array.address else types.CPointer(_NUMBA[array.dtype]) for array in FIELDS.values()], TreeState
+# `tokens` and `seconds` are plain addresses: kernels calculate with them.
+open_state: Any = _opener(
+    types.NamedTuple(
+        [types.int64 if array.address else types.CPointer(_NUMBA[array.dtype]) for array in FIELDS.values()], TreeState
+    )
 )
-
-
-def _open_state(typingctx, addresses):
-    """Return the state with a pointer instead of each tensor, from the address of an address table.
-
-    `tokens` and `seconds` are plain addresses: kernels calculate with them.
-    """
-
-    def codegen(context, builder, signature, args):
-        word = context.get_value_type(types.int64)
-        table = builder.inttoptr(args[0], word.as_pointer())
-        values = []
-        for place, kind in enumerate(_OPENED.types):
-            address = builder.load(builder.gep(table, [context.get_constant(types.int64, place)]))
-            pointer = isinstance(kind, types.CPointer)
-            values.append(builder.inttoptr(address, context.get_value_type(kind)) if pointer else address)
-        return context.make_tuple(builder, _OPENED, values)
-
-    return _OPENED(types.int64), codegen
-
-
-open_state: Any = intrinsic(_open_state)
+open_waiting: Any = _opener(
+    types.NamedTuple([types.CPointer(numba.from_dtype(np.dtype(kind))) for kind in DTYPES.values()], Waiting)
+)

@@ -53,7 +53,7 @@ def _unlock_row(s, row):
         s.lock_ref[above] -= 1
         if s.lock_ref[above] == 0:
             freed += s.length[above]
-            if s.children[above] == 0:
+            if s.children[above] == 0 and s.wanted[above] == 0:
                 offer(s, above)
         above = np.int64(s.parent[above])
     s.numbers[numbers.PROTECTED] -= freed

@@ -7,9 +7,9 @@ import numpy as np
 from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_state
 from flatradix.kernels.cpu.lock import end_at, lock_place
-from flatradix.kernels.cpu.rows import handle_of, row_at
+from flatradix.kernels.cpu.rows import handle_of, resolve, row_at
 from flatradix.kernels.cpu.units import first_bad
-from flatradix.kernels.cpu.walk import start_row, touch_path, walk, whole_pages
+from flatradix.kernels.cpu.walk import namespace_of, start_row, touch_path, walk, whole_pages
 from flatradix.layout import numbers, reasons
 from flatradix.layout.handles import NO_HANDLE
 
@@ -94,4 +94,34 @@ def match(
         handles[query] = _finish(s, row_at(s, handles[query], length), length, touch, lock, split)
     if lock:
         note_change(s, call, numbers.LOCKED, 0, 0, 0)
+    return np.int64(0)
+
+
+@helper
+def _old_place(s, handle, length, namespace, named, units):
+    """Return (row, length) of a place from which a whole key can be walked on, or the root if the place is gone."""
+    row = resolve(s, handle, length)
+    if row <= 0 or length > units or (named and namespace_of(s, row) != namespace):
+        return np.int64(0), np.int64(0)
+    return row, length
+
+
+@kernel
+def rematch(
+    addresses, keys, wide, counts, namespaces, named, old_handles, old_lengths, lengths, handles
+):  # fmt: skip
+    """Match a batch of whole keys from old places of the same keys, without a touch; return 0, or the reason."""
+    s = open_state(addresses)
+    step = 8 if wide else 4
+    for query in range(len(keys)):
+        units = whole_pages(s, counts[query])
+        row, start = _old_place(s, old_handles[query], old_lengths[query], namespaces[query], named[query], units)
+        key = keys[query] + step * start
+        row, length = walk(s, key, wide, units - start, namespaces[query], row, start)
+        bad = _bad_token(s, key, wide, units - start, length - start)
+        if bad >= 0:
+            note_refusal(s, query, start + bad)
+            return np.int64(reasons.BAD_TOKEN)
+        lengths[query] = np.int32(length)
+        handles[query] = handle_of(s, row)
     return np.int64(0)

@@ -1,7 +1,7 @@
 """The eviction queue: candidate rows in the order (score, tick), updated lazily.
 
-A row enters when it becomes childless and unlocked, and has at most one entry (`queued`). Under the policies that use
-the queue, its score and tick never fall, so its entry never comes too late. An eviction that removes an entry compares
+A row enters when it becomes childless, unlocked and unwanted, and has at most one entry (`queued`). Under the policies
+that use the queue, its score and tick never fall, so its entry never comes too late. An eviction that removes an entry compares
 it with the row, and enters the row again if it has been used since. A match therefore costs the queue nothing.
 
 Most rows come in order (under lru, all inserted rows). They are appended to a sorted run, a ring in the upper half of
@@ -170,5 +170,5 @@ def refill_queue(s):
     clear(s)
     for row in range(1, s.numbers[numbers.ROWS]):
         s.queued[row] = 0
-        if s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0:
+        if s.parent[row] != FREE_ROW and s.children[row] == 0 and s.lock_ref[row] == 0 and s.wanted[row] == 0:
             offer(s, row)

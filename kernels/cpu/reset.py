@@ -9,6 +9,7 @@ from flatradix.kernels.cpu.children import refill
 from flatradix.kernels.cpu.jit import kernel, open_state
 from flatradix.kernels.cpu.pool import mark
 from flatradix.kernels.cpu.queue import clear, refill_queue
+from flatradix.kernels.cpu.rows import note_event
 from flatradix.layout import numbers
 from flatradix.layout.state import FREE_ROW, SMALLEST_TABLE
 
@@ -33,6 +34,7 @@ def reset(addresses, call):
         s.numbers[name] = 0
     clear(s)
     refill(s, SMALLEST_TABLE - 1)
+    note_event(s, numbers.ALL_FREED, np.int64(0), np.int64(0))
     note_change(s, call, numbers.RESET, 0, 0, 0)
 
 

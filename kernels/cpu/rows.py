@@ -8,7 +8,7 @@ from flatradix.kernels.cpu.children import add_child, remove_child, replace_chil
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.pool import mark
 from flatradix.layout import handles, numbers, reasons
-from flatradix.layout.handles import GENERATION_MASK, ROW_BITS, ROW_MASK
+from flatradix.layout.handles import GENERATION_MASK, LOW32, ROW_BITS, ROW_MASK
 from flatradix.layout.state import FREE_ROW
 
 pack_handle = helper(handles.pack_handle)
@@ -48,6 +48,16 @@ def resolve(s, handle, length):
 
 
 @helper
+def note_event(s, kind, row, detail):
+    """Write an event for waiting queues. detail: the second word, as `numbers` defines it."""
+    count = s.numbers[numbers.EVENTS]
+    at = 2 * (count & (numbers.EVENT_RING - 1))
+    s.events[at] = (kind << 32) | (row & LOW32)
+    s.events[at + 1] = detail
+    s.numbers[numbers.EVENTS] = count + 1
+
+
+@helper
 def take_row(s):
     count = s.numbers[numbers.FREE_ROWS]
     s.numbers[numbers.NODES] += 1
@@ -63,8 +73,22 @@ def take_row(s):
 @helper
 def free_row(s, row):
     """Free a row. Its handles go stale; its `start` and `length` stay readable until the row is used again."""
-    remove_child(s, row)
+    begin = np.int64(s.end[row]) - s.length[row]
+    note_event(s, numbers.FREED, row, (np.int64(s.parent[row]) << 32) | begin)
     mark(s, s.start[row], s.length[row], False)
+    release_row(s, row)
+
+
+@helper
+def release_row(s, row):
+    """Free a row without a mark in the pool and without an event."""
+    remove_child(s, row)
+    put_back(s, row)
+
+
+@helper
+def put_back(s, row):
+    """Free a row that has no entry in the child table."""
     s.parent[row] = FREE_ROW
     s.generation[row] += 1
     count = s.numbers[numbers.FREE_ROWS]
@@ -78,8 +102,8 @@ def split_edge(s, row, at, created):
     """Cut the edge of `row` at path length `at`, a page boundary inside it; return the row of the upper part.
 
     The lower part keeps the row, so handles of this row and of rows below stay valid. The upper part takes over the
-    entry in the child table, and copies tick, priority, hit_count and lock_ref. Locks that end at the old node end at
-    the lower part.
+    entry in the child table, and copies tick, priority, hit_count, lock_ref and wanted. Locks and wants that end at
+    the old node end at the lower part.
     """
     upper = take_row(s)
     inside = at - (s.end[row] - s.length[row])
@@ -90,6 +114,8 @@ def split_edge(s, row, at, created):
     s.children[upper] = 1
     s.lock_ref[upper] = s.lock_ref[row]
     s.own_locks[upper] = 0
+    s.wanted[upper] = s.wanted[row]
+    s.own_wants[upper] = 0
     s.hit_count[upper] = s.hit_count[row]
     s.queued[upper] = 0
     s.tick[upper] = s.tick[row]
@@ -102,4 +128,5 @@ def split_edge(s, row, at, created):
     s.length[row] -= inside
     start = np.int64(s.start[row])
     add_child(s, row, tag_of(s, s.tokens + 4 * start, s.seconds + 4 * start, False, upper))
+    note_event(s, numbers.CUT, row, (upper << 32) | at)
     return upper

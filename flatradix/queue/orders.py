@@ -1,0 +1,92 @@
+"""The orders of a waiting queue: positions by age in, positions in turn out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from flatradix.inputs.policy import sortable
+from flatradix.kernels import cpu
+
+
+class Columns(NamedTuple):
+    """What an order may look at: one value for each of N waiting prompts, the oldest first.
+
+    cached: int32 [N], tokens that are cached. length: int32 [N], tokens of the prompt. shared: int32 [N], tokens that
+    are not cached and that an older waiting prompt has too. waited: float64 [N], how long it has waited. priority:
+    int64 [N]. arrival: float64 [N].
+    """
+
+    cached: torch.Tensor
+    length: torch.Tensor
+    shared: torch.Tensor
+    waited: torch.Tensor
+    priority: torch.Tensor
+    arrival: torch.Tensor
+
+
+OrderFunction = Callable[[Columns], torch.Tensor]
+NAMES = ("fcfs", "lpm", "dfs-weight", "hrrn", "shortest-prefill", "aged", "k-lpm")
+
+
+def uncached(columns: Columns) -> torch.Tensor:
+    return columns.length - columns.cached
+
+
+def response_ratio(columns: Columns) -> torch.Tensor:
+    """Return the scores of hrrn: minus the time waited for each token to compute. Nothing to compute goes first."""
+    left = uncached(columns)
+    ratio = columns.waited / left.clamp(min=1)
+    return torch.where(left <= 0, -torch.inf, -ratio)
+
+
+def aged(columns: Columns, patience: float) -> torch.Tensor:
+    """Return the scores of `aged`: minus the cached share of the prompt, and of `patience` that it has waited."""
+    return -(columns.cached.double() / columns.length.clamp(min=1) + columns.waited / patience)
+
+
+def scores_of(policy: str | OrderFunction, columns: Columns, patience: float) -> torch.Tensor:
+    """Return the scores of a policy other than fcfs and dfs-weight: [N], the lowest goes first."""
+    if policy in ("lpm", "k-lpm"):
+        return -columns.cached
+    if policy == "hrrn":
+        return response_ratio(columns)
+    if policy == "shortest-prefill":
+        return uncached(columns).clamp(min=1)
+    if policy == "aged":
+        return aged(columns, patience)
+    assert callable(policy)
+    return policy(columns)
+
+
+def by_scores(scores: torch.Tensor, count: int) -> np.ndarray:
+    """Return the positions by score, the lowest first, of equal scores the oldest: int64 [count].
+
+    Raises ValueError for scores of the wrong shape or dtype, or with NaN.
+    """
+    keys = sortable(scores, count, "order", "waiting prompt").cpu()
+    order = np.arange(count)
+    cpu.sort_by(keys.numpy(), order)
+    return order
+
+
+def in_classes(order: np.ndarray, columns: Columns, deferred: bool) -> np.ndarray:
+    """Return an order by priority, the highest first, and of equal priority those that share something last."""
+    if deferred:
+        shares = (columns.shared > 0).numpy()[order]
+        order = np.concatenate([order[~shares], order[shares]])
+    keys = (-columns.priority).contiguous().numpy()
+    if len(keys) and keys.min() != keys.max():
+        order = order.copy()
+        cpu.sort_by(keys, order)
+    return order
+
+
+def with_oldest(order: np.ndarray, columns: Columns, every: int) -> np.ndarray:
+    """Return an order by class in which every `every`-th turn of a class goes to its oldest prompt that is left."""
+    out = np.empty_like(order)
+    cpu.with_oldest(order, columns.priority.contiguous().numpy(), every, out)
+    return out

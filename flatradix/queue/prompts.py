@@ -1,0 +1,192 @@
+"""Prompts: the waiting prompts of a queue in host memory, their tokens in one pool, and what they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flatradix.inputs.namespaces import Namespace
+from flatradix.inputs.sequences import Batch, Buffer, address_of
+from flatradix.kernels import cpu
+from flatradix.layout import numbers, waiting
+from flatradix.layout.state import COLUMNS, TreeState, allocate_host, multipliers
+from flatradix.layout.waiting import Waiting, allocate_waiting, enlarge_waiting
+
+_FEWEST_UNITS = 1 << 12
+_FEWEST_GONE = 1 << 16  # tokens of prompts that left for which a tidying pays
+
+
+class Prompts:
+    """The prompts that wait, and the tree of prompts (see kernels/cpu/prompts.py). Grows as needed.
+
+    arrays: the columns. spaces: the number of each namespace that was used.
+    """
+
+    def __init__(self, page: int, bigram: bool, rows: int, left: int) -> None:
+        """rows: the row capacity of the tree that is watched, 0 if none is. left: tokens at the end that no match covers."""
+        self._left = left
+        self._page = page
+        self._bigram = bigram
+        self.spaces: dict[Namespace, int] = {}
+        self._free_spaces: list[int] = []
+        self._set_arrays(allocate_waiting(rows))
+        self._set_forest(self._new_forest(_FEWEST_UNITS))
+
+    # Memory
+
+    def _set_arrays(self, arrays: Waiting) -> None:
+        table = cpu.waiting_table(arrays)
+        self.arrays, self._table, self.address = arrays, table, address_of(table)
+        self._counts = memoryview(arrays.counts.data)
+
+    def _new_forest(self, units: int) -> TreeState:
+        forest = allocate_host(max(units, self._page) // self._page * self._page, self._page, False, 0)
+        count = self._page * (1 + self._bigram)
+        forest = forest._replace(multipliers=multipliers(count, forest.multipliers.dtype))
+        forest.numbers[numbers.BIGRAM] = self._bigram
+        # There can be as many nodes as pages, so the slack of the pool is left unused.
+        forest.numbers[numbers.POOL_PAGES] = forest.numbers[numbers.MAX_TOKENS] // self._page
+        return forest
+
+    def _set_forest(self, forest: TreeState) -> None:
+        table = cpu.address_table(forest)
+        # The second token of a unit is the token behind the first: prompts lie in one piece.
+        table[TreeState._fields.index("seconds")] = forest.tokens.data_ptr() + 4
+        self._forest, self._forest_table, self.forest_address = forest, table, address_of(table)
+
+    @property
+    def pool(self) -> int:
+        """The address of the tokens, int32."""
+        return self._forest.tokens.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays) + sum(tensor.nbytes for tensor in self._forest)
+
+    def __len__(self) -> int:
+        return self._counts[waiting.LIVE]
+
+    def _ensure_entries(self, more: int) -> None:
+        needed = self._counts[waiting.LIVE] + more + 1
+        if needed > len(self.arrays.id):
+            self._set_arrays(enlarge_waiting(self.arrays, 1 << (needed - 1).bit_length()))
+            cpu.enter_keys(self.address)
+
+    def _enlarge_forest(self, more: int) -> None:
+        """Make space for at least `more` units in one piece."""
+        old = self._forest
+        had = int(old.numbers[numbers.MAX_TOKENS])
+        new = self._new_forest(max(2 * had, had + more))
+        rows, free = int(old.numbers[numbers.ROWS]), int(old.numbers[numbers.FREE_ROWS])
+        for name in COLUMNS:
+            getattr(new, name)[:rows] = getattr(old, name)[:rows]
+        new.tokens[:had] = old.tokens[:had]
+        new.used[: len(old.used)] = old.used
+        new.free_rows[:free] = old.free_rows[:free]
+        new.multipliers.copy_(old.multipliers)
+        kept = new.numbers[[numbers.MAX_TOKENS, numbers.ROW_CAPACITY, numbers.POOL_PAGES]]
+        new.numbers.copy_(old.numbers)
+        new.numbers[[numbers.MAX_TOKENS, numbers.ROW_CAPACITY, numbers.POOL_PAGES]] = kept
+        table = cpu.address_table(new)
+        cpu.enter_rows(address_of(table), int(old.numbers[numbers.TABLE_MASK]) + 1)
+        self._set_forest(new)
+
+    # Namespaces
+
+    def space_of(self, name: Namespace) -> int:
+        """Return the number of a namespace. New ones get one; those without prompts lose theirs before that."""
+        space = self.spaces.get(name)
+        if space is None:
+            if not self._free_spaces:
+                self._forget_spaces()
+            space = self._free_spaces.pop()
+            self.arrays.codes[space] = numbers.UNKNOWN_NAMESPACE
+            self.spaces[name] = space
+        return space
+
+    def _forget_spaces(self) -> None:
+        self.spaces = {name: space for name, space in self.spaces.items() if self.arrays.in_space[space] > 0}
+        if 2 * len(self.spaces) > len(self.arrays.codes):
+            grown = {
+                name: np.concatenate([array, np.zeros_like(array)])
+                for name, array in (("codes", self.arrays.codes), ("in_space", self.arrays.in_space))
+            }
+            self._set_arrays(self.arrays._replace(**grown))
+        self._free_spaces = sorted(set(range(len(self.arrays.codes))) - set(self.spaces.values()), reverse=True)
+
+    # Adding and removing
+
+    def add(self, keys: Batch, spaces: np.ndarray, priorities: np.ndarray, arrivals: np.ndarray) -> np.ndarray | int:
+        """Add prompts; return their ids, int64 [B], or the first query with a token out of range."""
+        self._ensure_entries(len(keys))
+        ids, starts = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
+        batch = keys.addresses, keys.wide, keys.counts, self._left, spaces, priorities, arrivals, starts, ids
+        while True:
+            reason, query = cpu.add_prompts(self.forest_address, self.address, *batch)
+            if reason == 0:
+                return ids
+            if reason == cpu.BAD_TOKEN:
+                return int(query)
+            self._make_space(int(keys.counts.sum()) + len(keys) * self._page)
+
+    def add_one(self, key: Buffer, space: int, priority: int, arrival: float) -> int:
+        """Add one prompt; return its id, or BAD_TOKEN."""
+        address, count, wide, _owner = key
+        self._ensure_entries(1)
+        arguments = address, wide, count, self._left, space, priority, arrival
+        while True:
+            number: int = cpu.add_prompt.call(self.forest_address, self.address, *arguments)
+            if number >= cpu.BAD_TOKEN:
+                return number
+            self._make_space(count + self._page)
+
+    def _make_space(self, units: int) -> None:
+        if self._counts[waiting.GONE]:
+            self.tidy()
+        else:
+            self._enlarge_forest(units)
+
+    def remove(self, ids: np.ndarray, tree: int) -> None:
+        """Remove prompts that wait. tree: the address of the tree that is watched, or 0."""
+        self._ensure_gone(len(ids))
+        cpu.remove_prompts(tree, self.forest_address, self.address, ids)
+
+    def remove_one(self, number: int, tree: int) -> bool:
+        """Remove the prompt with an id, if it waits; return whether it did."""
+        self._ensure_gone(1)
+        return bool(cpu.remove_prompt.call(tree, self.forest_address, self.address, number))
+
+    def _ensure_gone(self, more: int) -> None:
+        """Free the ranges of prompts that left, if they are many, or if `more` could not be noted."""
+        counts = self._counts
+        full = counts[waiting.GONE] + more > len(self.arrays.gone_start)
+        if full or counts[waiting.GONE_TOKENS] > _FEWEST_GONE + counts[waiting.LIVE_TOKENS]:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Find anew what prompts share with older ones, and free what prompts that left have held. O(prompts)."""
+        if self._counts[waiting.GONE]:
+            cpu.tidy(self.forest_address, self.address)
+
+    # Looking
+
+    def entries(self) -> np.ndarray:
+        """Return the entries of all waiting prompts, the oldest first: int64 [N]."""
+        entries = np.empty(len(self), np.int64)
+        cpu.entries_by_age(self.address, entries)
+        return entries
+
+    def find(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the entries of ids, int64 [B], and the first query that does not wait, or -1."""
+        entries = np.empty(len(ids), np.int64)
+        return entries, int(cpu.find_entries(self.address, ids, entries))
+
+    def tokens(self, entry: int) -> np.ndarray:
+        """Return the tokens of a prompt: int32, a copy."""
+        start = int(self.arrays.start[entry])
+        return self._forest.tokens.numpy()[start : start + int(self.arrays.tokens[entry])].copy()
+
+    def columns(self, entries: np.ndarray, *names: str) -> list[Any]:
+        """Return columns of some entries."""
+        return [getattr(self.arrays, name)[entries] for name in names]

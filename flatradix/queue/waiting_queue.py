@@ -1,0 +1,341 @@
+"""WaitingQueue: all prompts that wait beside a tree, their order, what they share, and whom to admit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+
+from flatradix.errors import QueryError
+from flatradix.host.index import HostIndex
+from flatradix.inputs import namespaces
+from flatradix.inputs.arguments import per_query, to_int64
+from flatradix.inputs.ragged import read_batch
+from flatradix.inputs.sequences import Buffer, read_host_key
+from flatradix.kernels import cpu
+from flatradix.layout import waiting
+from flatradix.layout.numbers import MAX_TOKEN
+from flatradix.queue import orders
+from flatradix.queue.orders import Columns, OrderFunction
+from flatradix.queue.watch import HostWatch, Watch
+from flatradix.tree import RadixTree
+
+_NO_LIMIT = 2**62
+
+
+class Plan(NamedTuple):
+    """Whom to admit together. ids: int64 [K], in turn. cached_lengths: int32 [K]. new_tokens: of all together."""
+
+    ids: torch.Tensor
+    cached_lengths: torch.Tensor
+    new_tokens: int
+
+
+class WaitingQueue:
+    """The prompts that wait for a tree: how much of each is cached, what they share, who goes first, whom to admit.
+
+    tree: the RadixTree of the prefix cache.
+    keep: let `tree.evict` spare what waiting prompts would match. It takes such nodes only when nothing else is left:
+        those that only the last prompts in the order of the last `order` call want first. Nothing is locked by this.
+        A tree takes one queue with `keep`.
+    compute_last: leave the last token of each prompt to compute, because its logits are needed: lengths are then those
+        of a match of the prompt without that token.
+
+    A prompt is copied when it is added, and its cached length is kept right from then on: a look costs what the tree's
+    changes concern, never the prompts' tokens again. Results are CPU tensors, one value for each waiting prompt, the
+    oldest first, as `ids` tells. No call of a queue changes what the tree holds.
+
+    Not thread-safe. Raises ValueError if another queue keeps in this tree already.
+    """
+
+    def __init__(self, tree: RadixTree, keep: bool = False, *, compute_last: bool = False) -> None:
+        self.tree = tree
+        self.keep = keep
+        self._watch = _watch_of(tree, keep, compute_last)
+        self._known: np.ndarray | None = None  # entries by age, until the next add or remove
+
+    # The prompts
+
+    @property
+    def _prompts(self) -> Any:
+        return self._watch.prompts
+
+    def add(self, prompts: Any, namespace: Any = None, priority: Any = 0, arrival: Any = None) -> torch.Tensor:
+        """Add prompts, in order; return their ids: int64 [B], rising, never used again.
+
+        prompts: as the queries of `RadixTree.match`. namespace: None, a str or bytes for all, or a list with one each.
+        priority: an int, or one a prompt; higher goes first in every order. arrival: when each prompt came: a number,
+        or one a prompt, of any clock whose time is later passed to `order` as `now`; None is `time.monotonic()` now.
+
+        O(tokens). Raises QueryError (a token out of range), ValueError. Then nothing was added.
+        """
+        key = read_host_key(prompts, "tokens") if isinstance(priority, int) else None
+        if key is not None and not isinstance(namespace, list | tuple) and (arrival is None or type(arrival) is float):
+            return self._add_one(key, namespace, priority, arrival)
+        keys = read_batch(prompts, "tokens")
+        names = namespaces.spread(namespace, len(keys))
+        priorities = per_query(priority, len(keys), "priority")
+        arrivals = _arrivals(arrival, len(keys))
+        spaces = np.array([self._space(name) for name in names], np.int64)
+        found = self._prompts.add(keys, spaces, priorities, arrivals)
+        self._known = None
+        if isinstance(found, int):
+            _refuse_token((int(keys.addresses[found]), int(keys.counts[found]), keys.wide, keys.owner), found)
+        return torch.from_numpy(found)
+
+    def _add_one(self, key: Buffer, namespace: Any, priority: int, arrival: float | None) -> torch.Tensor:
+        namespaces.check(namespace)
+        when = time.monotonic() if arrival is None else arrival
+        if not isfinite(when):
+            raise ValueError("arrival must be a finite number")
+        number = self._watch.prompts.add_one(key, self._space(namespace), to_int64(priority, "priority"), when)
+        self._known = None
+        if number < 0:
+            _refuse_token(key, 0)
+        return torch.from_numpy(np.array([number]))  # torch.tensor takes four times as long
+
+    def _space(self, name: namespaces.Namespace) -> int:
+        space: int | None = self._prompts.spaces.get(name)
+        if space is None:
+            space = self._prompts.space_of(name)
+            self._watch.names_changed()
+        return space
+
+    def remove(self, ids: Any) -> None:
+        """Remove prompts that wait: an id, or several (a sequence, an array, a tensor).
+
+        O(nodes on their paths). Raises QueryError (an id that does not wait, or is given twice). Then all stay.
+        """
+        self._known = None
+        if type(ids) is int and self._watch.remove_one(ids):
+            return
+        numbers = _read_ids(ids)
+        self._find(numbers, "remove")
+        if len(set(numbers.tolist())) < len(numbers):
+            _refuse_twice(numbers)
+        self._watch.remove(numbers)
+
+    def _find(self, numbers: np.ndarray, operation: str) -> np.ndarray:
+        entries, missing = self._prompts.find(numbers)
+        if missing >= 0:
+            raise QueryError(
+                f"{operation}: query {missing}: no prompt with id {numbers[missing]} waits; it has left, or was never "
+                "added (`ids` lists those that wait)",
+                missing,
+            )
+        found: np.ndarray = entries
+        return found
+
+    def prompt(self, id: int) -> torch.Tensor:
+        """Return a copy of the tokens of a waiting prompt: int32 [length]. Raises QueryError."""
+        entry = int(self._find(_read_ids(id), "prompt")[0])
+        return torch.from_numpy(self._prompts.tokens(entry))
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, int) and self._prompts.find(np.array([id], np.int64))[1] < 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the queue's arrays, including memory that has not been touched yet."""
+        total: int = self._prompts.nbytes
+        return total
+
+    # Columns
+
+    def _entries(self) -> np.ndarray:
+        known = self._known
+        if known is None:
+            known = self._known = self._prompts.entries()
+        return known
+
+    def _column(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(getattr(self._prompts.arrays, name)[self._entries()])
+
+    def ids(self) -> torch.Tensor:
+        """Return the ids of all waiting prompts, the oldest first: int64 [N]."""
+        return self._column("id")
+
+    def lengths(self) -> torch.Tensor:
+        """Return the tokens of each waiting prompt: int32 [N]."""
+        return self._column("tokens")
+
+    def cached_lengths(self) -> torch.Tensor:
+        """Return what `tree.match(prompt, namespace, touch=False)` would say of each waiting prompt now: int32 [N].
+
+        On the CPU: O(what the tree's changes since the last look concern + N).
+        """
+        self._watch.look()
+        return self._column("length")
+
+    def shared_lengths(self) -> torch.Tensor:
+        """Return how many tokens of each prompt are not cached, and are known from an older waiting prompt: int32 [N].
+
+        Counted from the cached length on, in whole pages, within a namespace, by tokens. O(N + nodes of the prompts).
+        """
+        self._watch.look()
+        return self._shared()
+
+    def _shared(self) -> torch.Tensor:
+        self._prompts.tidy()
+        return (self._column("shared") - self._column("length")).clamp(min=0)
+
+    # Order
+
+    def order(
+        self,
+        policy: str | OrderFunction = "fcfs",
+        *,
+        now: float | None = None,
+        patience: float = 300.0,
+        every: int = 4,
+        defer_shared: bool = False,
+    ) -> torch.Tensor:
+        """Return the ids of all waiting prompts in the order in which they should be served: int64 [N].
+
+        policy: one of these; ties go to the older prompt.
+            "fcfs": by age. "lpm": the longest cached prefix first. "dfs-weight": depth first through the tree, the
+            branches with the most waiting prompts first, as SGLang does. "hrrn": the longest wait for each token to
+            compute first. "shortest-prefill": the fewest tokens to compute first. "aged": cached share of the prompt +
+            waited / patience. "k-lpm": as lpm, but every `every`-th turn goes to the oldest prompt that is left.
+            A function from `Columns` to a tensor of scores, [N]: the lowest goes first.
+        now: the time on the clock of `arrival`; None is `time.monotonic()`. patience: in units of that clock.
+        defer_shared: prompts that share tokens with an older one that computes them come behind all others, so that
+            they find them cached.
+
+        A prompt with a higher priority goes before all with a lower one. Starvation: with fcfs, only prompts that are
+        older, with aged, only those that came at most `patience` later can go first; with k-lpm, a prompt with n older
+        ones has its turn after at most (n + 1) * every. The other orders have no bound.
+
+        The order is also that by which `keep` gives up nodes. Raises ValueError.
+        """
+        if not (callable(policy) or policy in orders.NAMES):
+            raise ValueError(f"order {policy!r} is unknown: one of {', '.join(orders.NAMES)}, or a function of columns")
+        if not patience > 0:
+            raise ValueError(f"patience must be above 0, not {patience}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, not {every}")
+        positions = self._order(policy, now, patience, every, defer_shared)
+        entries = self._entries()[positions]
+        cpu.set_order(self._prompts.address, entries)
+        return torch.from_numpy(self._prompts.arrays.id[entries])
+
+    def _order(
+        self, policy: str | OrderFunction, now: float | None, patience: float, every: int, defer_shared: bool
+    ) -> np.ndarray:
+        self._watch.look()
+        entries = self._entries()
+        columns = self._columns(entries, now, callable(policy) or defer_shared)
+        if policy == "fcfs":
+            positions = np.arange(len(entries))
+        elif policy == "dfs-weight":
+            positions = np.empty(len(entries), np.int64)
+            cpu.depth_first(self._watch.paths().parents, self._prompts.arrays.row[entries], positions)
+        else:
+            positions = orders.by_scores(orders.scores_of(policy, columns, patience), len(entries))
+        if policy == "k-lpm":
+            positions = orders.with_oldest(orders.in_classes(positions, columns, False), columns, every)
+        return orders.in_classes(positions, columns, defer_shared)
+
+    def _columns(self, entries: np.ndarray, now: float | None, shared: bool) -> Columns:
+        cached, length, priority, arrival = (
+            torch.from_numpy(column)
+            for column in self._prompts.columns(entries, "length", "tokens", "priority", "arrival")
+        )
+        waited = (time.monotonic() if now is None else now) - arrival
+        return Columns(cached, length, self._shared() if shared else cached, waited.clamp(min=0), priority, arrival)
+
+    # Plan
+
+    def plan(
+        self,
+        order: str | OrderFunction | torch.Tensor | Sequence[int] = "fcfs",
+        *,
+        token_budget: int | None = None,
+        max_requests: int | None = None,
+        free_tokens: int | None = None,
+        reserve: int = 0,
+        skip: bool = False,
+    ) -> Plan:
+        """Return whom to admit together, without a change: exactly what matching, locking and counting would find.
+
+        order: a policy of `order`, or ids in the order in which they are considered.
+        token_budget: the most tokens to compute in all. max_requests: the most requests.
+        free_tokens: slots that are free beside the tree's evictable tokens; None is what the tree may still hold.
+        reserve: slots that each request needs besides its prompt, as for its first output.
+        skip: go on behind a request that does not fit; otherwise it ends the plan.
+
+        A request fits if the slots for its tokens that are not cached are free or evictable, where its cached part, and
+        those of the requests before it, are not evictable any more. What several protect counts once.
+
+        O(requests considered x nodes on a path). Raises QueryError, ValueError.
+        """
+        self._watch.look()
+        numbers = self.order(order) if isinstance(order, str) or callable(order) else order
+        entries = self._find(_read_ids(numbers), "plan")
+        ids, rows, cached, tokens = self._prompts.columns(entries, "id", "row", "length", "tokens")
+        paths = self._watch.paths()
+        free = self.tree.max_tokens - paths.evictable - paths.protected if free_tokens is None else free_tokens
+        chosen = np.empty(len(entries), np.int64)
+        count, total = cpu.plan(
+            *paths[:4], rows, cached, tokens, free + paths.evictable,
+            _NO_LIMIT if token_budget is None else token_budget, _NO_LIMIT if max_requests is None else max_requests,
+            reserve, skip, np.zeros(len(paths.parents), np.int32), chosen,
+        )  # fmt: skip
+        chosen = chosen[:count]
+        return Plan(torch.from_numpy(ids[chosen]), torch.from_numpy(cached[chosen]), int(total))
+
+    def __repr__(self) -> str:
+        tokens = int(self._prompts.arrays.counts[waiting.LIVE_TOKENS])
+        return f"WaitingQueue({len(self)} prompts of {tokens} tokens, keep={self.keep}, on {self.tree.device})"
+
+
+def _watch_of(tree: RadixTree, keep: bool, compute_last: bool) -> Watch:
+    index = tree.index
+    if isinstance(index, HostIndex):
+        return HostWatch(index, keep, int(compute_last))
+    raise NotImplementedError("a waiting queue beside a tree on a GPU")
+
+
+def _arrivals(arrival: Any, count: int) -> np.ndarray:
+    if arrival is None:
+        arrival = time.monotonic()
+    values = np.asarray(arrival, np.float64)
+    if values.shape not in ((), (count,)):
+        raise ValueError(f"arrival has shape {values.shape} for {count} prompts; give one number, or one a prompt")
+    if not np.isfinite(values).all():
+        raise ValueError("arrival must be finite numbers")
+    return np.ascontiguousarray(np.broadcast_to(values, count))
+
+
+def _read_ids(ids: Any) -> np.ndarray:
+    """Return ids as int64 [B]."""
+    values = ids.numpy(force=True) if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    if values.size and values.dtype.kind not in "iu":
+        raise ValueError(f"ids must be integers, not {values.dtype}")
+    return np.ascontiguousarray(values.reshape(-1), np.int64)
+
+
+def _refuse_twice(numbers: np.ndarray) -> NoReturn:
+    """Raise QueryError for the first id that is there twice."""
+    seen: set[int] = set()
+    for query, number in enumerate(numbers.tolist()):
+        if number in seen:
+            raise QueryError(f"remove: query {query}: id {number} is there twice; give each id once", query)
+        seen.add(number)
+    raise AssertionError("every id is there once")
+
+
+def _refuse_token(key: Buffer, query: int) -> NoReturn:
+    """Raise QueryError for the first token of a prompt that is out of range."""
+    address, count, wide, _owner = key
+    position = cpu.first_bad_token(address, wide, count)
+    raise QueryError(
+        f"add: query {query}: the token at position {position} is outside [0, {MAX_TOKEN}]; nothing was added", query
+    )

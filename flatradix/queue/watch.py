@@ -1,0 +1,114 @@
+"""Watch: where the match of each waiting prompt ends in a tree."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from flatradix.host.index import HostIndex
+from flatradix.kernels import cpu
+from flatradix.layout import numbers, waiting
+from flatradix.queue.prompts import Prompts
+
+
+class Paths(NamedTuple):
+    """Columns of a tree in host memory, int32 [R]: the way from each row to the root, and the tree's sizes."""
+
+    parents: np.ndarray
+    lengths: np.ndarray
+    ends: np.ndarray
+    locks: np.ndarray
+    evictable: int
+    protected: int
+
+
+class Watch(ABC):
+    """The places of waiting prompts in one tree."""
+
+    prompts: Prompts
+
+    @abstractmethod
+    def look(self) -> None:
+        """Bring `row` and `length` of all prompts up to date, and the wants, if the queue keeps."""
+
+    @abstractmethod
+    def names_changed(self) -> None:
+        """Note that a namespace has got a number in the queue."""
+
+    @abstractmethod
+    def remove(self, ids: np.ndarray) -> None:
+        """Remove prompts that wait, each once."""
+
+    @abstractmethod
+    def remove_one(self, number: int) -> bool:
+        """Remove the prompt with an id, if it waits; return whether it did."""
+
+    @abstractmethod
+    def paths(self) -> Paths:
+        """Return the columns of the tree that lead from a row to the root."""
+
+
+class HostWatch(Watch):
+    """Reads the events of a tree in host memory, so a look costs what has changed."""
+
+    def __init__(self, index: HostIndex, keep: bool, left: int) -> None:
+        self._index = index
+        tree = self._tree = index.watched
+        self.prompts = Prompts(tree.options.page_size, tree.options.bigram, len(tree.state.parent), left)
+        counts = self.prompts.arrays.counts
+        counts[waiting.READ] = int(tree.state.numbers[numbers.EVENTS])
+        counts[waiting.KEEP] = keep
+        self._names_seen = -1
+        if keep:
+            index.keep_for(self)
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing() and hasattr(self, "prompts") and self.prompts.arrays.counts[waiting.KEEP]:
+            cpu.forget_places(self._tree.addresses, self.prompts.address)
+
+    def look(self) -> None:
+        prompts, tree = self.prompts, self._tree
+        if tree.namespaces.version != self._names_seen:
+            self._read_codes()
+        cpu.look.call(tree.addresses, prompts.address, prompts.pool)
+
+    def _read_codes(self) -> None:
+        """Read the tree's code of each namespace. Codes are given out, and forgotten, as tokens come and go."""
+        prompts, names = self.prompts, self._tree.namespaces
+        version = names.version
+        codes = prompts.arrays.codes
+        changed = np.zeros(len(codes), np.bool_)
+        for name, space in prompts.spaces.items():
+            code = names.find(name)
+            changed[space] = codes[space] != code
+            codes[space] = code
+        if changed.any():
+            cpu.recode(prompts.address, changed)
+        self._names_seen = version
+
+    def names_changed(self) -> None:
+        """Read all codes again at the next look: a namespace has got a number in this queue."""
+        self._names_seen = -1
+
+    def wanted_table(self) -> int:
+        self.look()
+        return self.prompts.address
+
+    def remove(self, ids: np.ndarray) -> None:
+        self.prompts.remove(ids, self._tree.addresses)
+
+    def remove_one(self, number: int) -> bool:
+        return self.prompts.remove_one(number, self._tree.addresses)
+
+    def paths(self) -> Paths:
+        state = self._tree.state
+        found = state.numbers.numpy()
+        rows = int(found[numbers.ROWS])
+        parents, lengths, ends, locks = (
+            column.numpy()[:rows] for column in (state.parent, state.length, state.end, state.lock_ref)
+        )
+        return Paths(parents, lengths, ends, locks, int(found[numbers.EVICTABLE]), int(found[numbers.PROTECTED]))

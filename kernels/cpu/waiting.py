@@ -1,0 +1,193 @@
+"""The entries of a waiting queue, and the lists in which they stand: by age, in the queue's order, at a row, by key."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flatradix.kernels.cpu.jit import helper, kernel, open_waiting
+from flatradix.layout import hashing, waiting
+from flatradix.layout.waiting import NONE
+
+mix = helper(hashing.mix)
+GONE_ID = -1
+
+
+@helper
+def take_entry(q):
+    q.counts[waiting.LIVE] += 1
+    count = q.counts[waiting.FREE]
+    if count > 0:
+        q.counts[waiting.FREE] = count - 1
+        return np.int64(q.free[count - 1])
+    entry = q.counts[waiting.ENTRIES]
+    q.counts[waiting.ENTRIES] = entry + 1
+    q.dirty[entry] = 0
+    return entry
+
+
+@helper
+def free_entry(q, entry):
+    q.counts[waiting.LIVE] -= 1
+    q.id[entry] = GONE_ID
+    q.free[q.counts[waiting.FREE]] = entry
+    q.counts[waiting.FREE] += 1
+
+
+@helper
+def close_gaps(q):
+    """Remove the gaps that prompts left in the list by age."""
+    kept = np.int64(0)
+    for at in range(q.counts[waiting.AGED]):
+        if q.by_age[at] != NONE:
+            q.by_age[kept] = q.by_age[at]
+            q.id_by_age[kept] = q.id_by_age[at]
+            kept += 1
+    q.counts[waiting.AGED] = kept
+
+
+@helper
+def position_of(q, number):
+    """Return the position of an id in the list by age, or -1 if no such prompt waits."""
+    low, high = np.int64(0), q.counts[waiting.AGED]
+    while low < high:
+        middle = (low + high) // 2
+        if q.id_by_age[middle] < number:
+            low = middle + 1
+        else:
+            high = middle
+    if low == q.counts[waiting.AGED] or q.id_by_age[low] != number or q.by_age[low] == NONE:
+        return np.int64(-1)
+    return low
+
+
+@helper
+def append_to_order(q, entry):
+    last = q.counts[waiting.LAST]
+    q.before[entry] = last
+    q.after[entry] = NONE
+    if last == NONE:
+        q.counts[waiting.FIRST] = entry
+    else:
+        q.after[last] = entry
+    q.counts[waiting.LAST] = entry
+
+
+@helper
+def remove_from_order(q, entry):
+    before, after = q.before[entry], q.after[entry]
+    if before == NONE:
+        q.counts[waiting.FIRST] = after
+    else:
+        q.after[before] = after
+    if after == NONE:
+        q.counts[waiting.LAST] = before
+    else:
+        q.before[after] = before
+
+
+@helper
+def mark_dirty(q, entry):
+    """Have the next look take an entry up, unless it is noted already."""
+    if q.dirty[entry] == 0:
+        q.dirty[entry] = 1
+        q.todo[q.counts[waiting.TODO]] = entry
+        q.counts[waiting.TODO] += 1
+
+
+@helper
+def enter_row(q, entry, row):
+    q.row[entry] = row
+    if row > 0:
+        first = q.at_row[row]
+        q.next_at_row[entry] = first
+        q.previous_at_row[entry] = NONE
+        if first != NONE:
+            q.previous_at_row[first] = entry
+        q.at_row[row] = entry
+
+
+@helper
+def leave_row(q, entry):
+    row = q.row[entry]
+    if row > 0:
+        after, before = q.next_at_row[entry], q.previous_at_row[entry]
+        if before == NONE:
+            q.at_row[row] = after
+        else:
+            q.next_at_row[before] = after
+        if after != NONE:
+            q.previous_at_row[after] = before
+    q.row[entry] = 0
+
+
+@helper
+def bucket_of(q, key):
+    return mix(key) & (q.counts[waiting.BUCKETS] - 1)
+
+
+@helper
+def enter_key(q, entry, key):
+    q.key[entry] = key
+    q.keyed[entry] = 1
+    bucket = bucket_of(q, key)
+    first = q.buckets[bucket]
+    q.next_with_key[entry] = first
+    q.previous_with_key[entry] = NONE
+    if first != NONE:
+        q.previous_with_key[first] = entry
+    q.buckets[bucket] = entry
+
+
+@helper
+def leave_key(q, entry):
+    if q.keyed[entry] == 0:
+        return
+    after, before = q.next_with_key[entry], q.previous_with_key[entry]
+    if before == NONE:
+        q.buckets[bucket_of(q, q.key[entry])] = after
+    else:
+        q.next_with_key[before] = after
+    if after != NONE:
+        q.previous_with_key[after] = before
+    q.keyed[entry] = 0
+
+
+@kernel
+def enter_keys(table):
+    """Enter every key again, after the buckets were replaced by more."""
+    q = open_waiting(table)
+    for at in range(q.counts[waiting.AGED]):
+        entry = np.int64(q.by_age[at])
+        if entry != NONE and q.keyed[entry] != 0:
+            enter_key(q, entry, q.key[entry])
+
+
+@kernel
+def entries_by_age(table, entries):
+    """Fill `entries`, int64 [N], with the entries of all waiting prompts, the oldest first."""
+    q = open_waiting(table)
+    close_gaps(q)
+    for at in range(q.counts[waiting.AGED]):
+        entries[at] = q.by_age[at]
+
+
+@kernel
+def find_entries(table, ids, entries):
+    """Fill `entries`, int64 [B], with the entries of ids; return the first query that does not wait, or -1."""
+    q = open_waiting(table)
+    for query in range(len(ids)):
+        at = position_of(q, ids[query])
+        if at < 0:
+            return np.int64(query)
+        entries[query] = q.by_age[at]
+    return np.int64(-1)
+
+
+@kernel
+def set_order(table, entries):
+    """Make `entries`, int64 [N], all waiting prompts, the queue's order."""
+    q = open_waiting(table)
+    q.counts[waiting.FIRST] = NONE
+    q.counts[waiting.LAST] = NONE
+    for at in range(len(entries)):
+        append_to_order(q, entries[at])
