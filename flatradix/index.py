@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch
 
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
-from flatradix.inspect.content import Content, Saved
+from flatradix.inspect.content import Content, Paths, Saved
 from flatradix.results import EvictResult, InsertResult, MatchResult
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,6 +65,7 @@ class Index(ABC):
 
     options: Options
     device: torch.device
+    _keeper: weakref.ref[Any] | None = None
     last_result: MatchResult | InsertResult | EvictResult | None = None
 
     @abstractmethod
@@ -115,6 +117,19 @@ class Index(ABC):
 
     @abstractmethod
     def unwant(self, places: Any) -> None: ...
+
+    @abstractmethod
+    def paths(self) -> Paths:
+        """Return the columns of the tree that lead from a row to the root. Do not write to them."""
+
+    def keep_for(self, keeper: Any) -> None:
+        """Let every later eviction spare what a waiting queue wants, as long as the queue lives.
+
+        keeper: the part of the queue that watches this index. Raises ValueError if another queue keeps already.
+        """
+        if self._keeper is not None and self._keeper() is not None:
+            raise ValueError("another waiting queue keeps what it wants in this tree; a tree takes one with keep=True")
+        self._keeper = weakref.ref(keeper)
 
     @abstractmethod
     def insert(

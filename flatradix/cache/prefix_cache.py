@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from flatradix.inputs.upload import upload_numbers
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.results import InsertResult, Places
 from flatradix.tree import RadixTree
+
+if TYPE_CHECKING:
+    from flatradix.cache.waiting import RequestQueue
 
 # Up to this many slots a request, one indexed write serves all requests; beyond, each has a write. A guess, not tuned.
 _FEW_SLOTS = 64
@@ -281,6 +284,28 @@ class PrefixCache:
         shifts = np.array(rows) * self.table.shape[1] + begins - (np.cumsum(many) - many)
         places = upload_numbers(np.repeat(shifts, many) + np.arange(len(slots)), self.kv_device)
         self.table.view(-1)[places] = slots.to(torch.int32)
+
+    # Waiting prompts
+
+    def queue(self, keep: bool = True) -> RequestQueue:
+        """Return a queue for the prompts that wait for this cache: it orders them, and begins those that fit.
+
+        keep: let evictions spare what waiting prompts would find cached, as for `WaitingQueue`. The queue keeps as long
+        as it lives. Raises ValueError if another queue keeps already.
+        """
+        from flatradix.cache.waiting import RequestQueue  # not wanted by most
+
+        return RequestQueue(self, keep)
+
+    @_repaired
+    def free_space(self) -> tuple[int, int]:
+        """Return how many slots are free without an eviction, and how many more requests can run.
+
+        Waits for an index on a GPU if commits are pending.
+        """
+        self._open = UnderWay(recover.OTHER)
+        self._give_back_duplicates()
+        return self._allocator.free_slots, len(self._free_rows)
 
     # Extend
 

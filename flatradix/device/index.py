@@ -32,18 +32,18 @@ from flatradix.index import Index, public_call, refuse_reentry
 from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import check_write_table, token_count
 from flatradix.inputs.devices import interpreted
-from flatradix.inputs.namespaces import name_hash
+from flatradix.inputs.namespaces import Namespaces, name_hash
 from flatradix.inputs.options import Options
 from flatradix.inputs.places import read_places, refuse_shared_handles
 from flatradix.inputs.policy import Nodes, built_in_scores, scores_of
 from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.sequences import Buffer, read_host_key, read_one
 from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
-from flatradix.inspect.content import Content, Saved, as_numpy, fill
+from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
 from flatradix.layout.numbers import MAX_UNITS
-from flatradix.layout.queries import Output, PlaceAddresses, SlotTable, Values
+from flatradix.layout.queries import Output, PlaceAddresses, PromptAddresses, SlotTable, Values, Wants
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
 from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
@@ -85,6 +85,7 @@ class DeviceIndex(Index):
         self._open: OpenCall | None = None  # the call that has begun and not ended
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
+        self._pinned = False  # whether `want` was ever called
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if hasattr(self, "_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
@@ -331,6 +332,85 @@ class DeviceIndex(Index):
             self._changes += 1
             self._open = None
 
+    # Waiting queues and soft pins
+
+    @public_call
+    def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
+        if self._open:
+            self._recover()
+        keys = read_values(q, self.device, "tokens")
+        names = self._names.find(namespace, keys.batch)
+        old = starts_on(places, keys.batch, self.device)
+        self._open = _NOTHING_YET
+        lengths, handles = self._tensors(keys.batch)
+        if keys.batch:
+            self._ensure_scratch(keys.batch)
+            call = self._calls.next()
+            out = Output(handles.data_ptr(), lengths.data_ptr())
+            gpu.rematch(self._arrays, keys, names, old, out, call)
+            self._calls.enqueued(call, False)
+        self._open = None
+        return MatchResult(lengths, handles)
+
+    @public_call
+    def alive(self, places: Any) -> torch.Tensor:
+        if self._open:
+            self._recover()
+        found = self._places(places)
+        out = torch.zeros(found.batch, dtype=torch.int32, device=self.device)
+        if found.batch:
+            gpu.alive(self._arrays, found, out.data_ptr())
+        return out != 0
+
+    @public_call
+    def want(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        self._pinned = True
+        self._renew(places, self._want)
+
+    def _want(self, places: PlaceAddresses) -> None:
+        self._split(places)
+        if places.batch:
+            call = self._calls.next()
+            self._open = OpenCall(interrupted.WANT, call, self._changes, places)
+            gpu.want(self._arrays, places, call)
+            self._calls.enqueued(call)
+
+    @public_call
+    def unwant(self, places: Any) -> None:
+        if self._open:
+            self._recover()
+        found = self._places(places)
+        if found.batch:
+            self._ensure_scratch(found.batch)
+            call = self._calls.next()
+            self._open = OpenCall(interrupted.UNWANT, call, self._changes, found)
+            gpu.unwant(self._arrays, found, call)
+            self._calls.enqueued(call)
+            self._changes += 1
+            self._open = None
+
+    def names(self) -> Namespaces:
+        """Return the codes of the namespaces, for a waiting queue to read."""
+        return self._names.known
+
+    def follow(self, prompts: PromptAddresses) -> None:
+        """Match the prompts of a waiting queue from their places, which are replaced. Enqueues one launch."""
+        call = self._calls.next()
+        gpu.rematch_prompts(self._arrays, *prompts, call)
+        self._calls.enqueued(call, False)
+
+    def paths(self) -> Paths:
+        """Return the columns that lead from a row to the root, copied to the host. Waits for the device."""
+        self._finish_all()
+        s, rows = self._state, int(self._state.numbers[numbers.ROWS])
+        parents, lengths, ends, locks = (
+            column[:rows].cpu().numpy() for column in (s.parent, s.length, s.end, s.lock_ref)
+        )
+        evictable, protected = (self.mailbox.counter(place) for place in (mail.EVICTABLE, mail.PROTECTED))
+        return Paths(parents, lengths, ends, locks, evictable, protected)
+
     # Slots
 
     @public_call
@@ -448,7 +528,9 @@ class DeviceIndex(Index):
         self._open = _NOTHING_YET
         before = self._unreturned
         known = 0 if before is None else len(before)
-        tokens, nodes = self._select(max(wanted - known, 0))
+        keeper = None if self._keeper is None else self._keeper()
+        wants = None if keeper is None else keeper.wanted()
+        tokens, nodes = self._select(max(wanted - known, 0), wants)
         # Allocate all memory before the tree changes: a later failure would lose slots.
         slots = torch.empty(known + tokens, dtype=self.options.slot_dtype, device=self.device)
         where = self.options.slot_device
@@ -458,6 +540,8 @@ class DeviceIndex(Index):
         call = self._calls.next()
         self._open = OpenCall(interrupted.EVICT, call, self._changes, slots=slots, before=before)
         if nodes:
+            if self._pinned:
+                gpu.end_wants(self._arrays, nodes)
             gpu.free(self._arrays, nodes, tokens, slots.data_ptr() + known * slots.itemsize, call)
             self._calls.enqueued(call)
             if len(self._names.known) > 1:
@@ -469,18 +553,22 @@ class DeviceIndex(Index):
         self._open = None
         return result
 
-    def _select(self, wanted: int) -> tuple[int, int]:
-        """Find the nodes to evict. Return their tokens and their number."""
+    def _select(self, wanted: int, wants: Wants | None) -> tuple[int, int]:
+        """Find the nodes to evict. Return their tokens and their number. wants: what waiting prompts want."""
         if wanted == 0:
             return 0, 0
-        if not self._by_tick:
+        by_tick = self._by_tick
+        if not by_tick:
             gpu.effective_keys(self._arrays, self._scores())
+        if wants is not None or self._pinned:
+            gpu.classify(self._arrays, Wants(0, 0, 0) if wants is None else wants, by_tick)
+            by_tick = False
         call = self._calls.next()
-        gpu.select(self._arrays, min(wanted, MAX_UNITS), self._by_tick, call)
+        gpu.select(self._arrays, min(wanted, MAX_UNITS), by_tick, call)
         tokens, nodes = (self.mailbox.wait(place, call) for place in (mail.TOKENS, mail.VICTIMS))
         if nodes & mail.UNORDERED:
             nodes &= ~mail.UNORDERED
-            gpu.order_victims(self._arrays, nodes, self._by_tick)
+            gpu.order_victims(self._arrays, nodes, by_tick)
         return tokens, nodes
 
     def _forget_namespaces(self, count: int) -> None:

@@ -19,7 +19,8 @@ from flatradix.layout.queries import PlaceAddresses
 from flatradix.layout.scratch import STARTED, clean
 from flatradix.layout.state import FREE_ROW
 
-NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET = range(6)
+NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET, WANT, UNWANT = range(8)
+_REVERSED = {LOCK: gpu.unlock, UNLOCK: gpu.lock, WANT: gpu.unwant, UNWANT: gpu.want}
 
 
 class OpenCall(NamedTuple):
@@ -57,7 +58,7 @@ def undo(done: OpenCall, arrays: Arrays, calls: Calls) -> bool:
     if done.operation == INSERT:
         _remove_new(arrays, done.batch, calls.next())
     elif done.places is not None:
-        (gpu.unlock if done.operation == LOCK else gpu.lock)(arrays, done.places, calls.next())
+        _REVERSED[done.operation](arrays, done.places, calls.next())
     return True
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from array import array
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_slot, refuse_unequal
 from flatradix.inputs.sequences import Batch, address_of, is_batch, read_host_key, read_one
 from flatradix.inputs.upload import upload_numbers
-from flatradix.inspect.content import Content, Saved, as_numpy, fill
+from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill
 from flatradix.kernels import cpu
 from flatradix.kernels.cpu import insert_one, lock_one, match_one, unlock_one
 from flatradix.layout import numbers, reasons
@@ -34,13 +33,6 @@ _NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves n
 _NO_SCORES = np.empty(0, np.int64)
 _EVICTABLE, _PROTECTED, _NODES = numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES
 _RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers.LONGEST, numbers.LAST_CALL
-
-
-class Keeper(Protocol):
-    """A waiting queue that keeps what it wants."""
-
-    def wanted_table(self) -> int:
-        """Bring the wants up to date. Return the address of the queue's address table. Changes no row of the tree."""
 
 
 class Watched(NamedTuple):
@@ -83,7 +75,6 @@ class HostIndex(Index):
         self._results = 0, _NO_SCORES, _NO_SCORES, _NO_SCORES
         self._eviction: EvictionMemory | None = None
         self._unreturned: torch.Tensor | None = None
-        self._keeper: weakref.ref[Keeper] | None = None
         self._fresh: list[int] = []  # namespace codes that the last insert gave out
 
     # Interrupted calls
@@ -401,19 +392,15 @@ class HostIndex(Index):
             self._refuse("unwant", reason)
         self._open = 0
 
+    def paths(self) -> Paths:
+        s, rows = self._arrays, self._numbers[_ROWS]
+        sizes = self._numbers[_EVICTABLE], self._numbers[_PROTECTED]
+        return Paths(s.parent[:rows], s.length[:rows], s.end[:rows], s.lock_ref[:rows], *sizes)
+
     @property
     def watched(self) -> Watched:
         """What a waiting queue needs to watch this index."""
         return Watched(self._addresses, self._state, self._namespaces, self.options)
-
-    def keep_for(self, keeper: Keeper) -> None:
-        """Let every later eviction spare what `keeper` wants, as long as that object lives.
-
-        Raises ValueError if another object keeps already.
-        """
-        if self._keeper is not None and self._keeper() not in (None, keeper):
-            raise ValueError("another waiting queue keeps what it wants in this tree; a tree takes one with keep=True")
-        self._keeper = weakref.ref(keeper)
 
     # Insert
 

@@ -56,6 +56,17 @@ class Content(NamedTuple):
         return len(self.state.used) > 0
 
 
+class Paths(NamedTuple):
+    """Columns of a tree in host memory, int32 [R]: the way from each row to the root, and the tree's sizes."""
+
+    parents: np.ndarray
+    lengths: np.ndarray
+    ends: np.ndarray
+    locks: np.ndarray
+    evictable: int
+    protected: int
+
+
 def as_numpy(state: TreeState) -> Any:
     """Return a state as a TreeState of numpy arrays: views if it is in host memory, else copies."""
     arrays: list[Any] = [tensor.numpy(force=True) for tensor in state]

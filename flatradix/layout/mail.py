@@ -22,5 +22,5 @@ CALL_MASK = 0x7FFFFFFF
 # A bit of the word VICTIMS: the victims are final, but not yet in the order of eviction.
 UNORDERED = 1 << 30
 
-OPERATIONS = ("match", "lock", "unlock", "slots", "write_slots", "insert", "evict")
-(MATCH, LOCK, UNLOCK, SLOTS, WRITE_SLOTS, INSERT, EVICT) = range(7)
+OPERATIONS = ("match", "lock", "unlock", "slots", "write_slots", "insert", "evict", "want", "unwant", "rematch")
+(MATCH, LOCK, UNLOCK, SLOTS, WRITE_SLOTS, INSERT, EVICT, WANT, UNWANT, REMATCH) = range(10)

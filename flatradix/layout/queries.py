@@ -41,6 +41,29 @@ class PlaceAddresses(NamedTuple):
     owner: Any = None
 
 
+class PromptAddresses(NamedTuple):
+    """Addresses of the waiting prompts of a queue on a device: what `rematch_prompts` takes.
+
+    pool: int32 tokens. begins, units, names: int64, int32 and int64 [B], by entry. places: the matches so far, which
+    are replaced. rows: int32 [B], the row on which each match ends.
+    """
+
+    pool: int
+    begins: int
+    units: int
+    names: int
+    places: PlaceAddresses
+    rows: int
+
+
+class Wants(NamedTuple):
+    """What waiting prompts want. rows: address of int32, by entry. order: address of int32 [waiting], entries."""
+
+    rows: int
+    order: int
+    waiting: int
+
+
 class Output(NamedTuple):
     """Addresses for the results: int64 [B] handles, int32 [B] lengths and, for inserts, int32 [B] prefix lengths."""
 

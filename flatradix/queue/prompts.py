@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.sequences import Batch, Buffer, address_of
@@ -24,7 +25,7 @@ class Prompts:
     """
 
     def __init__(self, page: int, bigram: bool, rows: int, left: int) -> None:
-        """rows: the row capacity of the tree that is watched, 0 if none is. left: tokens at the end that no match covers."""
+        """rows: the row capacity of the tree that is watched, 0 if none is. left: tokens that no match covers."""
         self._left = left
         self._page = page
         self._bigram = bigram
@@ -105,6 +106,10 @@ class Prompts:
             self.spaces[name] = space
         return space
 
+    def names(self) -> dict[int, Namespace]:
+        """Return the namespace of each space."""
+        return {space: name for name, space in self.spaces.items()}
+
     def _forget_spaces(self) -> None:
         self.spaces = {name: space for name, space in self.spaces.items() if self.arrays.in_space[space] > 0}
         if 2 * len(self.spaces) > len(self.arrays.codes):
@@ -181,6 +186,16 @@ class Prompts:
         """Return the entries of ids, int64 [B], and the first query that does not wait, or -1."""
         entries = np.empty(len(ids), np.int64)
         return entries, int(cpu.find_entries(self.address, ids, entries))
+
+    def in_order(self) -> np.ndarray:
+        """Return the entries of all waiting prompts in the queue's order: int32 [N]."""
+        entries = np.empty(len(self), np.int32)
+        cpu.entries_in_order(self.address, entries)
+        return entries
+
+    def tokens_on_host(self) -> torch.Tensor:
+        """Return the pool of tokens, int32: a view."""
+        return self._forest.tokens
 
     def tokens(self, entry: int) -> np.ndarray:
         """Return the tokens of a prompt: int32, a copy."""

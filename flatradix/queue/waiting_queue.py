@@ -224,6 +224,7 @@ class WaitingQueue:
         positions = self._order(policy, now, patience, every, defer_shared)
         entries = self._entries()[positions]
         cpu.set_order(self._prompts.address, entries)
+        self._watch.order_changed()
         return torch.from_numpy(self._prompts.arrays.id[entries])
 
     def _order(
@@ -236,7 +237,7 @@ class WaitingQueue:
             positions = np.arange(len(entries))
         elif policy == "dfs-weight":
             positions = np.empty(len(entries), np.int64)
-            cpu.depth_first(self._watch.paths().parents, self._prompts.arrays.row[entries], positions)
+            cpu.depth_first(self.tree.index.paths().parents, self._prompts.arrays.row[entries], positions)
         else:
             positions = orders.by_scores(orders.scores_of(policy, columns, patience), len(entries))
         if policy == "k-lpm":
@@ -262,6 +263,7 @@ class WaitingQueue:
         free_tokens: int | None = None,
         reserve: int = 0,
         skip: bool = False,
+        whole_pages: bool = False,
     ) -> Plan:
         """Return whom to admit together, without a change: exactly what matching, locking and counting would find.
 
@@ -270,6 +272,7 @@ class WaitingQueue:
         free_tokens: slots that are free beside the tree's evictable tokens; None is what the tree may still hold.
         reserve: slots that each request needs besides its prompt, as for its first output.
         skip: go on behind a request that does not fit; otherwise it ends the plan.
+        whole_pages: count the slots of each request in whole pages, as an allocator of pages does.
 
         A request fits if the slots for its tokens that are not cached are free or evictable, where its cached part, and
         those of the requests before it, are not evictable any more. What several protect counts once.
@@ -280,8 +283,11 @@ class WaitingQueue:
         numbers = self.order(order) if isinstance(order, str) or callable(order) else order
         entries = self._find(_read_ids(numbers), "plan")
         ids, rows, cached, tokens = self._prompts.columns(entries, "id", "row", "length", "tokens")
-        paths = self._watch.paths()
+        paths = self.tree.index.paths()
         free = self.tree.max_tokens - paths.evictable - paths.protected if free_tokens is None else free_tokens
+        if whole_pages:
+            page = self.tree.page_size
+            tokens, reserve = -(-(tokens + reserve) // page) * page, 0
         chosen = np.empty(len(entries), np.int64)
         count, total = cpu.plan(
             *paths[:4], rows, cached, tokens, free + paths.evictable,
@@ -300,7 +306,9 @@ def _watch_of(tree: RadixTree, keep: bool, compute_last: bool) -> Watch:
     index = tree.index
     if isinstance(index, HostIndex):
         return HostWatch(index, keep, int(compute_last))
-    raise NotImplementedError("a waiting queue beside a tree on a GPU")
+    from flatradix.queue.device_watch import DeviceWatch  # imports Triton
+
+    return DeviceWatch(index, keep, int(compute_last))  # type: ignore[arg-type]
 
 
 def _arrivals(arrival: Any, count: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,17 +12,6 @@ from flatradix.host.index import HostIndex
 from flatradix.kernels import cpu
 from flatradix.layout import numbers, waiting
 from flatradix.queue.prompts import Prompts
-
-
-class Paths(NamedTuple):
-    """Columns of a tree in host memory, int32 [R]: the way from each row to the root, and the tree's sizes."""
-
-    parents: np.ndarray
-    lengths: np.ndarray
-    ends: np.ndarray
-    locks: np.ndarray
-    evictable: int
-    protected: int
 
 
 class Watch(ABC):
@@ -40,16 +28,16 @@ class Watch(ABC):
         """Note that a namespace has got a number in the queue."""
 
     @abstractmethod
+    def order_changed(self) -> None:
+        """Note that the queue's order has changed."""
+
+    @abstractmethod
     def remove(self, ids: np.ndarray) -> None:
         """Remove prompts that wait, each once."""
 
     @abstractmethod
     def remove_one(self, number: int) -> bool:
         """Remove the prompt with an id, if it waits; return whether it did."""
-
-    @abstractmethod
-    def paths(self) -> Paths:
-        """Return the columns of the tree that lead from a row to the root."""
 
 
 class HostWatch(Watch):
@@ -94,6 +82,9 @@ class HostWatch(Watch):
         """Read all codes again at the next look: a namespace has got a number in this queue."""
         self._names_seen = -1
 
+    def order_changed(self) -> None:
+        return  # an eviction reads the order itself
+
     def wanted_table(self) -> int:
         self.look()
         return self.prompts.address
@@ -103,12 +94,3 @@ class HostWatch(Watch):
 
     def remove_one(self, number: int) -> bool:
         return self.prompts.remove_one(number, self._tree.addresses)
-
-    def paths(self) -> Paths:
-        state = self._tree.state
-        found = state.numbers.numpy()
-        rows = int(found[numbers.ROWS])
-        parents, lengths, ends, locks = (
-            column.numpy()[:rows] for column in (state.parent, state.length, state.end, state.lock_ref)
-        )
-        return Paths(parents, lengths, ends, locks, int(found[numbers.EVICTABLE]), int(found[numbers.PROTECTED]))

@@ -29,7 +29,7 @@ from flatradix.kernels.cpu.slots import (
     path_slots_one,
     write_slots,
 )
-from flatradix.kernels.cpu.waiting import enter_keys, entries_by_age, find_entries, set_order
+from flatradix.kernels.cpu.waiting import enter_keys, entries_by_age, entries_in_order, find_entries, set_order
 from flatradix.kernels.cpu.wants import alive, unwant, want
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "enter_keys",
     "enter_rows",
     "entries_by_age",
+    "entries_in_order",
     "evict",
     "find_entries",
     "first_bad_token",

@@ -105,11 +105,12 @@ def _link_children(parents, local, weights, touched, first_child, next_child):
         keys[at] = (np.int64(weights[at + 1]) << 32) | (count - at)
     order = np.arange(count)
     sort_positions(keys, order)
-    for at in order:
-        above = parents[touched[at]]
+    for turn in range(count):
+        child = order[turn] + 1
+        above = parents[touched[child - 1]]
         node = local[above] if above > 0 else 0
-        next_child[at + 1] = first_child[node]
-        first_child[node] = at + 1
+        next_child[child] = first_child[node]
+        first_child[node] = child
 
 
 @helper
@@ -140,17 +141,10 @@ def depth_first(parents, rows, out):
 
     parents: int32 [R], of the tree. rows: int32 [N], the row at which each prompt ends, 0 for the root, oldest first.
     """
-    most = np.int64(0)
-    for row in rows:
-        most = max(most, np.int64(row))
-        above = np.int64(row)
-        while above > 0:
-            most = max(most, above)
-            above = np.int64(parents[above])
-    local = np.zeros(most + 1, np.int32)
+    local = np.zeros(len(parents), np.int32)
     room = np.int64(1)
-    for row in rows:
-        above = np.int64(row)
+    for at in range(len(rows)):
+        above = np.int64(rows[at])
         while above > 0 and local[above] == 0:
             local[above] = 1
             room += 1

@@ -182,6 +182,7 @@ def _remove(addresses, f, q, at):
     q.counts[waiting.GONE_TOKENS] += span
     q.counts[waiting.LIVE_TOKENS] -= span
     free_entry(q, entry)
+    mark_dirty(q, entry)
 
 
 @fixed_types("(int64, int64, int64, int64)")

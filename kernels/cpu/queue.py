@@ -1,8 +1,8 @@
 """The eviction queue: candidate rows in the order (score, tick), updated lazily.
 
 A row enters when it becomes childless, unlocked and unwanted, and has at most one entry (`queued`). Under the policies
-that use the queue, its score and tick never fall, so its entry never comes too late. An eviction that removes an entry compares
-it with the row, and enters the row again if it has been used since. A match therefore costs the queue nothing.
+that use the queue, its score and tick never fall, so its entry never comes too late. An eviction that removes an entry
+compares it with the row, and enters the row again if it has been used since. A match therefore costs the queue nothing.
 
 Most rows come in order (under lru, all inserted rows). They are appended to a sorted run, a ring in the upper half of
 the queue's arrays, and removed from its front. The others go to a min-heap in the lower half. An eviction is therefore

@@ -184,6 +184,16 @@ def find_entries(table, ids, entries):
 
 
 @kernel
+def entries_in_order(table, entries):
+    """Fill `entries`, int32 [N], with the entries of all waiting prompts in the queue's order."""
+    q = open_waiting(table)
+    entry = q.counts[waiting.FIRST]
+    for at in range(len(entries)):
+        entries[at] = entry
+        entry = np.int64(q.after[entry])
+
+
+@kernel
 def set_order(table, entries):
     """Make `entries`, int64 [N], all waiting prompts, the queue's order."""
     q = open_waiting(table)

@@ -3,7 +3,7 @@
 from flatradix.kernels.gpu.compact import compact, rebuild
 from flatradix.kernels.gpu.digest import digest
 from flatradix.kernels.gpu.evict import select
-from flatradix.kernels.gpu.evict_keys import effective_keys
+from flatradix.kernels.gpu.evict_keys import classify, effective_keys
 from flatradix.kernels.gpu.evict_order import order_victims, set_victims
 from flatradix.kernels.gpu.finish import tell
 from flatradix.kernels.gpu.free import free
@@ -12,16 +12,21 @@ from flatradix.kernels.gpu.launch import Arrays, arrays_of, no_arrays
 from flatradix.kernels.gpu.lock import finish_lock, finish_unlock, lock, unlock
 from flatradix.kernels.gpu.match import match, match_one
 from flatradix.kernels.gpu.ranges import copy_ranges
+from flatradix.kernels.gpu.rematch import rematch, rematch_prompts
 from flatradix.kernels.gpu.reset import reset
 from flatradix.kernels.gpu.slots import gather_slots, write_slots
+from flatradix.kernels.gpu.wants import alive, end_wants, unwant, want
 
 __all__ = [
     "Arrays",
+    "alive",
     "arrays_of",
+    "classify",
     "compact",
     "copy_ranges",
     "digest",
     "effective_keys",
+    "end_wants",
     "finish_lock",
     "finish_unlock",
     "free",
@@ -33,10 +38,14 @@ __all__ = [
     "no_arrays",
     "order_victims",
     "rebuild",
+    "rematch",
+    "rematch_prompts",
     "reset",
     "select",
     "set_victims",
     "tell",
     "unlock",
+    "unwant",
+    "want",
     "write_slots",
 ]

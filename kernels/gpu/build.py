@@ -114,6 +114,8 @@ def _add_leaves(
         tl.store(s.children + row, zero, mask=active)
         tl.store(s.lock_ref + row, zero, mask=active)
         tl.store(s.own_locks + row, zero, mask=active)
+        tl.store(s.wanted + row, zero, mask=active)
+        tl.store(s.own_wants + row, zero, mask=active)
         tl.store(s.hit_count + row, zero, mask=active)
         tl.store(s.tick + row, time, mask=active)
         tl.store(s.created + row, time, mask=active)

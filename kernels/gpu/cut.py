@@ -212,6 +212,8 @@ def make_pieces(
         tl.store(s.children + piece, tl.zeros_like(piece) + 1, mask=active)
         tl.store(s.lock_ref + piece, locks, mask=active)
         tl.store(s.own_locks + piece, own, mask=active)
+        tl.store(s.wanted + piece, tl.load(s.wanted + row, mask=active, other=0), mask=active)
+        tl.store(s.own_wants + piece, tl.zeros_like(piece), mask=active)
         tl.store(s.hit_count + piece, tl.load(s.hit_count + row, mask=active, other=0), mask=active)
         tl.store(s.tick + piece, tick, mask=active)
         tl.store(s.created + piece, created, mask=active)

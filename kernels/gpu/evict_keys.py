@@ -12,6 +12,8 @@ import triton.language as tl
 
 from flatradix.kernels.gpu.launch import Arrays, Kernel
 from flatradix.kernels.gpu.rows import FREE
+from flatradix.layout import numbers
+from flatradix.layout.queries import Wants
 
 # Above every key; ticks grow by two with each query.
 HIGHEST = tl.constexpr((1 << 62) - 1)
@@ -76,6 +78,56 @@ def climb_kernel(s, w, rows: tl.int32):
 
 
 _climb = Kernel(climb_kernel, ["i32"])
+
+
+# The class of a key lies above all ranks and ticks: nodes that nobody wants, those of waiting prompts, soft pins.
+CLASS = tl.constexpr(1 << 60)
+NO_TURN = tl.constexpr((1 << 31) - 1)
+
+
+@triton.jit(do_not_specialize=["ends", "order", "count"])
+def turns_kernel(s, w, ends, order, count: tl.int32):
+    """Lower the turn of each row on a waiting prompt's path to the prompt's place in the order."""
+    place = tl.program_id(0) * CLIMBERS + tl.arange(0, CLIMBERS)
+    entry = tl.load(order + place, mask=place < count, other=0)
+    row = tl.load(ends + entry, mask=place < count, other=0)
+    turns = w.victims + tl.load(s.numbers + numbers.ROW_CAPACITY)
+    while tl.max(row) > 0:
+        on = row > 0
+        parent = tl.load(s.parent + row, mask=on, other=0)
+        before = tl.atomic_min(turns + row, place, mask=on, sem="relaxed")
+        # The rows above a row with a lower turn have one, too: from the lane that lowered it.
+        row = tl.where(on & (before > place), tl.maximum(parent, 0), 0)
+
+
+@triton.jit(do_not_specialize=["rows", "count"])
+def classes_kernel(s, w, rows: tl.int32, count: tl.int32, WAITING: tl.constexpr, BY_TICK: tl.constexpr):
+    row = tl.program_id(0) * CLIMBERS + tl.arange(0, CLIMBERS)
+    there = row < rows
+    key = tl.load(keys_of(s, w, BY_TICK) + row, mask=there, other=0)
+    pinned = tl.load(s.wanted + row, mask=there, other=0) > 0
+    if WAITING:
+        turns = w.victims + tl.load(s.numbers + numbers.ROW_CAPACITY)
+        turn = tl.load(turns + row, mask=there, other=NO_TURN)
+        key = tl.where((turn < NO_TURN) & ~pinned, CLASS + (count - turn).to(tl.int64), key)
+    tl.store(w.eviction_key + row, tl.where(pinned, 2 * CLASS + key, key), mask=there)
+
+
+_turns = Kernel(turns_kernel, ["*i32", "*i32", "i32"])
+_classes = Kernel(classes_kernel, ["i32", "i32"])
+
+
+def classify(arrays: Arrays, wants: Wants, by_tick: bool) -> None:
+    """Fill `scratch.eviction_key` so that unwanted nodes go first, then those of waiting prompts, then soft pins.
+
+    The prompts at the front of the queue's order keep their nodes longest. by_tick: the ticks are the keys within a
+    class, else what `effective_keys` has left. Overwrites `scratch.victims[1]`.
+    """
+    rows, count = arrays.rows, wants.waiting
+    if count:
+        arrays.scratch.victims[1].fill_(NO_TURN.value)
+        _turns(arrays, -(-count // CLIMBERS.value), (wants.rows, wants.order, count))
+    _classes(arrays, -(-rows // CLIMBERS.value), (rows, count), (count > 0, by_tick))
 
 
 def effective_keys(arrays: Arrays, scores: torch.Tensor) -> None:

@@ -1,0 +1,63 @@
+"""RequestQueue: the prompts that wait for a PrefixCache. It begins those that fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flatradix.cache.request import RUNNING, Request
+from flatradix.queue.orders import OrderFunction
+from flatradix.queue.waiting_queue import WaitingQueue
+
+if TYPE_CHECKING:
+    from flatradix.cache.prefix_cache import PrefixCache
+
+
+class RequestQueue(WaitingQueue):
+    """A WaitingQueue beside the tree of a PrefixCache. `PrefixCache.queue` makes it.
+
+    Lengths are those of prompts without their last token, which a request always computes.
+    """
+
+    def __init__(self, cache: PrefixCache, keep: bool) -> None:
+        super().__init__(cache.tree, keep, compute_last=True)
+        self._cache = cache
+
+    def begin(
+        self,
+        order: str | OrderFunction | torch.Tensor | Sequence[int] = "fcfs",
+        *,
+        token_budget: int | None = None,
+        max_requests: int | None = None,
+        skip: bool = False,
+    ) -> tuple[list[Request], torch.Tensor]:
+        """Begin the prompts that a plan admits: they leave the queue. Returns their requests and their ids, int64 [K].
+
+        order, token_budget, max_requests, skip: as for `plan`. Free slots, rows and whole pages are those of the cache.
+        Of several that share what is not cached, each computes its own; `order(..., defer_shared=True)` avoids that.
+
+        Raises as `plan` and as `PrefixCache.begin`. Then every prompt still waits.
+        """
+        cache = self._cache
+        free_slots, free_rows = cache.free_space()
+        most = free_rows if max_requests is None else min(max_requests, free_rows)
+        plan = self.plan(
+            order, token_budget=token_budget, max_requests=most, free_tokens=free_slots, skip=skip, whole_pages=True
+        )
+        ids = plan.ids.tolist()
+        prompts, names, priorities = self._prompts_of(plan.ids)
+        requests = cache.begin(prompts, names, priorities)
+        begun = [request.state == RUNNING for request in requests]
+        self.remove([id for id, runs in zip(ids, begun, strict=True) if runs])
+        requests = [request for request in requests if request.state == RUNNING]
+        return requests, plan.ids[torch.tensor(begun, dtype=torch.bool, device="cpu")]
+
+    def _prompts_of(self, ids: torch.Tensor) -> tuple[list[Any], list[Any], list[int]]:
+        """Return the tokens, namespaces and priorities of waiting prompts."""
+        entries = self._find(ids.numpy(), "begin")
+        spaces, priorities = self._prompts.columns(entries, "space", "priority")
+        names = self._prompts.names()
+        tokens = [self._prompts.tokens(int(entry)) for entry in entries]
+        return tokens, [names[space] for space in spaces.tolist()], priorities.tolist()

@@ -1,0 +1,123 @@
+"""Wants: soft pins, counted on every node from a place to the root."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flatradix.kernels.gpu.climb import parent_of
+from flatradix.kernels.gpu.finish import first_refusal, publish, refuse_lanes
+from flatradix.kernels.gpu.launch import Arrays, Kernel
+from flatradix.kernels.gpu.rows import resolve
+from flatradix.layout import mail, reasons, scratch
+from flatradix.layout.queries import PlaceAddresses
+
+LANES = tl.constexpr(128)
+
+
+@triton.jit
+def _row_of(s, handles, lengths, query, batch, PAGE: tl.constexpr, SIGN: tl.constexpr):
+    """Return (row that ends at each lane's place, 0 where there is none; length; reason to refuse, 0 if none).
+
+    Stale places are no error where wants are removed.
+    """
+    active = query < batch
+    handle = tl.load(handles + query, mask=active, other=0)
+    length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
+    row, reason = resolve(s, handle, length, active, PAGE)
+    reason = tl.where(active, reason, 0)
+    if SIGN < 0:
+        reason = tl.where(reason == reasons.STALE, 0, reason)
+    end = tl.load(s.end + row, mask=row > 0, other=0).to(tl.int64)
+    reason = tl.where((row > 0) & (end != length), reasons.NOT_WANTED, reason)
+    return tl.where(reason == 0, row, 0), length, reason
+
+
+@triton.jit
+def _add_wants(s, row, count):
+    """Add `count` to the wants of each lane's row and of all rows above."""
+    while tl.max(row) > 0:
+        tl.atomic_add(s.wanted + row, count, mask=row > 0, sem="relaxed")
+        row = parent_of(s, row, row > 0).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["handles", "lengths", "batch", "call"])
+def wants_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, SIGN: tl.constexpr):
+    first = tl.zeros([], tl.int32)
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row, length, reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
+        refuse_lanes(w, query, reason, length)
+        tl.atomic_add(s.own_wants + row, SIGN, mask=row > 0, sem="relaxed")
+        first += LANES
+    tl.debug_barrier()
+    if SIGN < 0:
+        first = tl.zeros([], tl.int32)
+        while first < batch:
+            query = first + tl.arange(0, LANES)
+            row, length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
+            own = tl.load(s.own_wants + row, mask=row > 0, other=0, volatile=True)
+            refuse_lanes(w, query, tl.where(own < 0, reasons.NOT_WANTED, 0).to(tl.int64), length)
+            first += LANES
+        tl.debug_barrier()
+    error = first_refusal(w)
+    first = tl.zeros([], tl.int32)
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row, length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
+        if error != scratch.NO_ERROR:
+            tl.atomic_add(s.own_wants + row, -SIGN, mask=row > 0, sem="relaxed")
+        else:
+            _add_wants(s, row, SIGN)
+        first += LANES
+    publish(s, w, call.to(tl.int64), error, mail.WANT if SIGN > 0 else mail.UNWANT)
+
+
+_wants = Kernel(wants_kernel, ["*i64", "*i32", "i32", "i64"])
+
+
+def want(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
+    """Add one want to each path. Each place must be the end of a node: `lock` and `unlock` split edges before."""
+    _wants(arrays, 1, (places.handles, places.lengths, places.batch, call), (arrays.page, 1))
+
+
+def unwant(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
+    """Remove one want from each path. Stale places are skipped."""
+    _wants(arrays, 1, (places.handles, places.lengths, places.batch, call), (arrays.page, -1))
+
+
+@triton.jit(do_not_specialize=["count"])
+def end_wants_kernel(s, w, count: tl.int64):
+    victim = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    row = tl.load(w.victims + victim, mask=victim < count, other=0).to(tl.int64)
+    own = tl.load(s.own_wants + row, mask=row > 0, other=0)
+    row = tl.where(own > 0, row, 0)
+    tl.store(s.own_wants + row, 0, mask=row > 0)
+    _add_wants(s, row, -own)
+
+
+_end_wants = Kernel(end_wants_kernel, ["i64"])
+
+
+def end_wants(arrays: Arrays, count: int) -> None:
+    """End the wants of the `count` victims of `select`, before `free`: the nodes above lose them too."""
+    _end_wants(arrays, -(-count // LANES.value), (count,))
+
+
+@triton.jit(do_not_specialize=["handles", "lengths", "out", "batch"])
+def alive_kernel(s, w, handles, lengths, out, batch: tl.int32, PAGE: tl.constexpr):
+    query = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    active = query < batch
+    handle = tl.load(handles + query, mask=active, other=0)
+    length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
+    _row, reason = resolve(s, handle, length, active, PAGE)
+    tl.store(out + query, (reason == 0).to(tl.int32), mask=active)
+
+
+_alive = Kernel(alive_kernel, ["*i64", "*i32", "*i32", "i32"])
+
+
+def alive(arrays: Arrays, places: PlaceAddresses, out: int) -> None:
+    """Fill `out`, the address of int32 [B], with 1 for each place that is still in the tree, else 0."""
+    batch = places.batch
+    _alive(arrays, -(-batch // LANES.value), (places.handles, places.lengths, out, batch), (arrays.page,))

@@ -1,0 +1,68 @@
+"""RequestQueue: waiting prompts of a PrefixCache begin when they fit, as the plan says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import flatradix
+
+
+def _prompt(random_: random.Random) -> list[int]:
+    return [random_.randrange(3) for _ in range(random_.randrange(1, 40))]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm", "aged"])
+def test_what_is_planned_begins(where: dict[str, str], policy: str) -> None:
+    """Every planned prompt runs, the cache stays sound, and the queue loses exactly the prompts that began."""
+    random_ = random.Random(5)
+    cache = flatradix.PrefixCache(240, page_size=4, max_requests=5, max_length=64, **where)
+    queue = cache.queue()
+    running: list[flatradix.Request] = []
+    for _ in range(40):
+        names = [random_.choice([None, "a"]) for _ in range(3)]
+        queue.add([_prompt(random_) for _ in range(3)], namespace=names)
+        before = set(queue.ids().tolist())
+        plan = queue.plan(policy, max_requests=3, free_tokens=cache.free_space()[0], whole_pages=True)
+        most = min(3, cache.free_space()[1])
+        requests, ids = queue.begin(policy, max_requests=3)
+        assert ids.tolist() == plan.ids.tolist()[:most]
+        assert [request.state for request in requests] == ["running"] * len(requests)
+        assert [request.cached_length for request in requests] == plan.cached_lengths.tolist()[:most]
+        assert set(queue.ids().tolist()) == before - set(ids.tolist())
+        running += requests
+        while running and random_.random() < 0.7:
+            cache.finish([running.pop(random_.randrange(len(running)))])
+        cache.check()
+    assert len(queue) < 120
+
+
+def test_a_kept_prefix_is_there_when_its_prompt_begins(where: dict[str, str]) -> None:
+    cache = flatradix.PrefixCache(64, page_size=4, max_length=64, **where)
+    old, new = list(range(16)), list(range(100, 132))
+    (request,) = cache.begin([old])
+    cache.finish([request])
+    queue = cache.queue()
+    queue.add([*old, 7, 8])
+    for start in (200, 300, 400):
+        (request,) = cache.begin([[token + start for token in new]])
+        cache.finish([request])
+    (request,), _ids = queue.begin()
+    assert request.cached_length == 16
+    assert len(queue) == 0
+
+
+def test_a_budget_and_a_limit_end_the_plan() -> None:
+    cache = flatradix.PrefixCache(1000, page_size=4, max_requests=2, max_length=64)
+    queue = cache.queue(keep=False)
+    ids = queue.add([[1] * 10, [2] * 10, [3] * 10])
+    requests, begun = queue.begin(token_budget=12)
+    assert begun.tolist() == ids[:1].tolist()
+    more, begun = queue.begin()
+    assert begun.tolist() == ids[1:2].tolist()  # two requests are the most
+    cache.finish(requests)
+    cache.abort(more)
+    _more, begun = queue.begin(torch.flip(queue.ids(), [0]))
+    assert begun.tolist() == ids[2:].tolist()
