@@ -221,6 +221,12 @@ class WaitingQueue:
             raise ValueError(f"patience must be above 0, not {patience}")
         if every < 1:
             raise ValueError(f"every must be at least 1, not {every}")
+        if policy == "lpm" and not defer_shared:
+            self._watch.look()
+            ids = np.empty(len(self), np.int64)
+            if cpu.order_by_longest.call(self._prompts.address, self.tree.page_size, ids):
+                self._watch.order_changed()
+                return torch.from_numpy(ids)
         positions = self._order(policy, now, patience, every, defer_shared)
         entries = self._entries()[positions]
         cpu.set_order(self._prompts.address, entries)

@@ -29,7 +29,14 @@ from flatradix.kernels.cpu.slots import (
     path_slots_one,
     write_slots,
 )
-from flatradix.kernels.cpu.waiting import enter_keys, entries_by_age, entries_in_order, find_entries, set_order
+from flatradix.kernels.cpu.waiting import (
+    enter_keys,
+    entries_by_age,
+    entries_in_order,
+    find_entries,
+    order_by_longest,
+    set_order,
+)
 from flatradix.kernels.cpu.wants import alive, unwant, want
 
 __all__ = [
@@ -57,6 +64,7 @@ __all__ = [
     "look",
     "match",
     "match_one",
+    "order_by_longest",
     "path_ranges",
     "path_ranges_one",
     "path_slots",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.jit import helper, kernel, open_waiting
+from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_waiting
 from flatradix.layout import hashing, waiting
 from flatradix.layout.waiting import NONE
 
 mix = helper(hashing.mix)
 GONE_ID = -1
+MOST_LENGTHS = 1 << 16
 
 
 @helper
@@ -193,11 +194,60 @@ def entries_in_order(table, entries):
         entry = np.int64(q.after[entry])
 
 
-@kernel
-def set_order(table, entries):
-    """Make `entries`, int64 [N], all waiting prompts, the queue's order."""
+@helper
+def _longest_and_equal(q):
+    """Return (the longest cached length, whether all priorities are equal)."""
+    longest = np.int64(0)
+    first = q.priority[q.by_age[0]]
+    equal = True
+    for at in range(q.counts[waiting.AGED]):
+        entry = q.by_age[at]
+        longest = max(longest, np.int64(q.length[entry]))
+        equal &= q.priority[entry] == first
+    return longest, equal
+
+
+@fixed_types("(int64, int64, int64[::1])")
+def order_by_longest(table, page, ids):
+    """Make "lpm" the queue's order, in one pass, and fill `ids`, int64 [N]; return whether that was done.
+
+    It is not if priorities differ, or if a match has more than MOST_LENGTHS pages.
+    """
     q = open_waiting(table)
+    if q.counts[waiting.AGED] != q.counts[waiting.LIVE]:
+        close_gaps(q)
+    count = q.counts[waiting.AGED]
+    if count == 0:
+        return True
+    longest, equal = _longest_and_equal(q)
+    if not equal or longest // page >= MOST_LENGTHS:
+        return False
+    begins = np.zeros(longest // page + 2, np.int64)
+    for at in range(count):
+        begins[(longest - q.length[q.by_age[at]]) // page + 1] += 1
+    for length in range(len(begins) - 1):
+        begins[length + 1] += begins[length]
+    entries = np.empty(count, np.int32)
+    for at in range(count):
+        entry = q.by_age[at]
+        length = (longest - q.length[entry]) // page
+        entries[begins[length]] = entry
+        begins[length] += 1
+    _set_order(q, entries)
+    for at in range(count):
+        ids[at] = q.id[entries[at]]
+    return True
+
+
+@helper
+def _set_order(q, entries):
     q.counts[waiting.FIRST] = NONE
     q.counts[waiting.LAST] = NONE
     for at in range(len(entries)):
-        append_to_order(q, entries[at])
+        append_to_order(q, np.int64(entries[at]))
+
+
+@kernel
+def set_order(table, entries):
+    """Make `entries`, int64 [N], all waiting prompts, the queue's order."""
+    _set_order(open_waiting(table), entries)
