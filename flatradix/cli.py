@@ -1,14 +1,14 @@
-"""The command line: `flatradix replay`, `flatradix tree`, `flatradix info`."""
+"""The command line: `flatradix replay`, `flatradix simulate`, `flatradix tree`, `flatradix info`."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, ClassVar, NamedTuple, NoReturn
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -30,6 +30,14 @@ from flatradix.replay import tables, traces
 from flatradix.replay import workload as workloads
 from flatradix.replay.plot import PlotUnavailableError
 from flatradix.replay.report import Report, Settings, versions
+from flatradix.simulate import load as loads
+from flatradix.simulate import peer
+from flatradix.simulate import plot as simulation_plotting
+from flatradix.simulate import run as running
+from flatradix.simulate import settings as simulations
+from flatradix.simulate import tables as simulation_tables
+from flatradix.simulate.load import Job
+from flatradix.simulate.report import Report as SimulationReport
 
 ERROR, INTERRUPTED = 2, 130
 STDOUT = "-"
@@ -53,6 +61,12 @@ A trace has one request a line:
 timestamp in ms, lengths in tokens, one hash id for each 512 tokens of the prompt. Equal ids are equal blocks.
 """
 
+_POLICIES_HELP = (
+    f"Whom first: {', '.join(simulations.ORDERS)}; may be given several times. [default: "
+    f"{', '.join(simulations.DEFAULTS['flatradix'])}] With --scheduler sglang: "
+    f"{', '.join(simulations.SGLANG_ORDERS)}. [default: {', '.join(simulations.DEFAULTS['sglang'])}]"
+)
+
 Trace = Annotated[Path | None, typer.Argument(metavar="TRACE", help=_FROM_TRACE, show_default=False)]
 PageSize = Annotated[int, typer.Option("--page-size", help="Tokens a page: prompts are cached in whole pages.")]
 Capacity = Annotated[int, typer.Option("--capacity", help="Tokens that the cache holds.")]
@@ -64,6 +78,15 @@ Batch = Annotated[
 ]
 Limit = Annotated[
     int | None, typer.Option("--limit", help="Stop after so many requests of the trace.", show_default=False)
+]
+JsonPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the figures as JSON; - for standard output.", show_default=False
+    ),
+]
+Requests = Annotated[
+    int | None, typer.Option(help="Without TRACE, how many requests. [default: 3000]", show_default=False)
 ]
 Workload = Annotated[
     str | None,
@@ -108,20 +131,9 @@ def replay(
     batch: Batch = 1,
     limit: Limit = None,
     workload: Workload = None,
-    requests: Annotated[
-        int | None,
-        typer.Option(help="Without TRACE, how many requests. [default: 3000]", show_default=False),
-    ] = None,
+    requests: Requests = None,
     seed: Seed = None,
-    json_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Write the figures as JSON; - for standard output.",
-            show_default=False,
-        ),
-    ] = None,
+    json_path: JsonPath = None,
     plot_path: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Draw them: FILE.png, .svg or .pdf.", show_default=False),
@@ -140,6 +152,85 @@ def replay(
         source = _open(trace, limit, workload, requests, seed, default_requests=3000)
         report = _run(source, settings)
         _write(report, source.name, json_path, plot_path)
+
+
+@app.command(
+    epilog=f"""
+Examples:
+
+    flatradix simulate trace.jsonl --rate 30000 --capacity 1000000 --figure out.png
+
+    flatradix simulate trace.jsonl --policy fcfs --policy fcfs+keep --policy aged+keep
+
+    flatradix simulate trace.jsonl --servers 2 --rate 20000 --json - | jq '.policies[].hit_rate'
+
+    flatradix simulate trace.jsonl --scheduler sglang --policy lpm
+{_FORMAT}"""
+)
+def simulate(
+    trace: Trace = None,
+    rate: Annotated[float, typer.Option("--rate", help="Tokens that a server prefills in a second.")] = 30_000,
+    capacity: Annotated[int, typer.Option("--capacity", help="KV slots (tokens) of a server.")] = 1_000_000,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="NAME[+keep][+defer]", help=_POLICIES_HELP, show_default=False),
+    ] = None,
+    scheduler: Annotated[
+        str, typer.Option("--scheduler", help="flatradix, or sglang: SGLang's own scheduler and cache.")
+    ] = "flatradix",
+    servers: Annotated[int, typer.Option("--servers", help="Equal servers; requests go to them in turn.")] = 1,
+    page_size: PageSize = 64,
+    chunk: Annotated[int, typer.Option("--chunk", help="Tokens that a step prefills, at most.")] = 8192,
+    tpot: Annotated[float, typer.Option("--tpot", help="Seconds for each output token of a request.")] = 0.02,
+    max_running: Annotated[
+        int, typer.Option("--max-running", help="Requests that a server prefills and decodes at a time, at most.")
+    ] = 256,
+    patience: Annotated[
+        float, typer.Option("--patience", help="For aged: seconds of waiting that weigh as much as a full hit.")
+    ] = 300.0,
+    every: Annotated[int, typer.Option("--every", help="For k-lpm: every so many turns, the oldest goes first.")] = 4,
+    offered: Annotated[
+        float | None,
+        typer.Option(
+            "--offered",
+            help="Arrivals faster or slower: prompt tokens that arrive in a second. "
+            "[default: as in TRACE; without TRACE, 1.25 times what the servers can prefill]",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Limit = None,
+    workload: Workload = None,
+    requests: Requests = None,
+    seed: Seed = None,
+    json_path: JsonPath = None,
+    figure_path: Annotated[
+        Path | None,
+        typer.Option("--figure", metavar="FILE", help="Draw them: FILE.png, .svg or .pdf.", show_default=False),
+    ] = None,
+) -> None:
+    """Simulate LLM servers on a trace, once with each policy: hit rates and times to the first token (TTFT).
+
+    A policy says which of the waiting requests go first. With +keep, an eviction spares what waiting requests want.
+    With +defer, a request goes after all others while an older one that waits is about to bring its prefix.
+
+    Arrivals, prompts and output lengths are those of the trace. Trees, queues, locks and evictions are real. A clock
+    takes the place of the model: a step prefills up to CHUNK uncached tokens in tokens / RATE seconds; then a request
+    decodes beside the prefill, and holds its slots for TPOT seconds a token.
+
+    "of Belady" compares the hits with those of an eviction that knows the future (fcfs, whole blocks of 512 tokens).
+    """
+    with _plain_errors():
+        settings = simulations.Settings(rate, capacity, page_size, chunk, servers, tpot, max_running, patience, every)
+        settings.validate()
+        policies = simulations.read_policies(policy, scheduler)
+        _check_outputs(trace, json_path, figure_path)
+        if offered is not None and not 0 < offered < float("inf"):
+            raise ValueError(f"--offered {offered:g}: it must be more than 0")
+        if scheduler == "sglang":
+            peer.find()
+        name, jobs = _load(trace, limit, workload, requests, seed, offered, settings)
+        report = _simulate(name, jobs, settings, policies, scheduler)
+        _write_simulation(report, name, json_path, figure_path)
 
 
 @app.command(
@@ -217,7 +308,14 @@ def _plain_errors() -> Iterator[None]:
         raise
     except (MemoryError, torch.OutOfMemoryError):
         _fail("there is not enough memory for a tree of this capacity")
-    except (ValueError, CapacityError, DeviceUnavailableError, PlotUnavailableError, OSError) as error:
+    except (
+        ValueError,
+        CapacityError,
+        DeviceUnavailableError,
+        PlotUnavailableError,
+        peer.PeerMissingError,
+        OSError,
+    ) as error:
         _fail(str(error))
 
 
@@ -260,52 +358,118 @@ def _open(
     seed: int | None,
     default_requests: int,
 ) -> Source:
-    for name, value, least in (("--limit", limit, 1), ("--requests", requests, 1), ("--seed", seed, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} {value}: it must be {least} or more")
+    _check_source(trace, limit, workload, requests, seed)
     if trace is None:
         kind = workload or "mix"
         count = min(requests or default_requests, limit or sys.maxsize)
         return Source(f"the built-in workload ({kind})", count, workloads.prompts(kind, count, seed or 0))
-    for name, given in (("--workload", workload), ("--requests", requests), ("--seed", seed)):
-        if given is not None:
-            raise ValueError(f"{name} is for the built-in workload; with a TRACE, use --limit")
     found = traces.read_trace(trace, limit)
     return Source(trace.name, len(found), traces.prompts(found))
 
 
+def _check_source(
+    trace: Path | None, limit: int | None, workload: str | None, requests: int | None, seed: int | None
+) -> None:
+    for name, value, least in (("--limit", limit, 1), ("--requests", requests, 1), ("--seed", seed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} {value}: it must be {least} or more")
+    if trace is None:
+        return
+    for name, given in (("--workload", workload), ("--requests", requests), ("--seed", seed)):
+        if given is not None:
+            raise ValueError(f"{name} is for the built-in workload; with a TRACE, use --limit")
+
+
+def _load(
+    trace: Path | None,
+    limit: int | None,
+    workload: str | None,
+    requests: int | None,
+    seed: int | None,
+    offered: float | None,
+    settings: simulations.Settings,
+) -> tuple[str, list[Job]]:
+    """Return the name and the requests of a simulation."""
+    _check_source(trace, limit, workload, requests, seed)
+    if trace is None:
+        kind = workload or "mix"
+        count = min(requests or 3000, limit or sys.maxsize)
+        pace = offered or 1.25 * settings.rate * settings.servers
+        return f"the built-in workload ({kind})", loads.of_workload(kind, count, seed or 0, pace)
+    found = traces.read_trace(trace, limit)
+    with _bar("reading the prompts", len(found)) as step:
+        jobs = loads.of_trace(found, None if step is None else lambda done: step(trace.name, done, None))
+    return trace.name, jobs if offered is None else loads.paced(jobs, offered)
+
+
+def _simulate(
+    name: str, jobs: list[Job], settings: simulations.Settings, policies: list[simulations.Policy], scheduler: str
+) -> SimulationReport:
+    with _bar("getting ready", len(jobs)) as step:
+        if step is None:
+            count = f"{len(policies)} polic" + ("y" if len(policies) == 1 else "ies")
+            line = f"simulating {tables.count_requests(len(jobs))} of {name} with {count}"
+            Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
+        serving = running.scheduler(scheduler, settings.page_size)
+        return running.simulate(jobs, settings, policies, serving, step)
+
+
 def _run(source: Source, settings: Settings) -> Report:
     """Replay with a progress bar on a terminal; elsewhere print one line first."""
-    err = Console(stderr=True, highlight=False)
-
-    def go(progress: replaying.Progress | None) -> Report:
-        s = settings
+    s = settings
+    with _bar("compiling kernels", source.requests) as step:
+        if step is None:
+            line = f"replaying {tables.count_requests(source.requests)} of {source.name}"
+            Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
+        progress = None if step is None else lambda done, rate: step(source.name, done, rate)
         return replaying.replay(source.prompts, s.page_size, s.capacity, s.hold, s.policy, s.device, progress, s.batch)
 
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[str, int, float | None], None] | None]:
+    """Show a progress bar on a terminal. Yield a function that takes (title, done, hit rate); None elsewhere."""
+    err = Console(stderr=True, highlight=False)
     if not err.is_terminal:
-        err.print(f"replaying {tables.count_requests(source.requests)} of {source.name}", soft_wrap=True, markup=False)
-        return go(None)
+        yield None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    rate = TextColumn("hit rate {task.fields[rate]:.1%}")
+    rate = TextColumn("{task.fields[rate]}")
     # No auto-refresh: its thread would take the GIL during timed calls.
     with Progress(*columns, rate, console=err, transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("compiling kernels", total=source.requests, rate=0.0)
+        task = bar.add_task(title, total=total, rate="")
         bar.refresh()
-        name = escape(source.name)
-        return go(lambda n, rate: bar.update(task, description=name, completed=n, rate=rate, refresh=True))
+
+        def step(name: str, done: int, rate: float | None) -> None:
+            shown = "" if rate is None else f"hit rate {rate:.1%}"
+            bar.update(task, description=escape(name), completed=done, rate=shown, refresh=True)
+
+        yield step
 
 
 def _write(report: Report, name: str, json_path: Path | None, plot_path: Path | None) -> None:
     to_stdout = json_path is not None and str(json_path) == STDOUT
     tables.print_report(Console(stderr=to_stdout, highlight=False), report, name)
-    if json_path is not None:
-        text = json.dumps({"source": name, **report.to_json()}, indent=2)
-        if to_stdout:
-            print(text)
-        else:
-            json_path.write_text(text + "\n", encoding="utf-8")
+    _write_json({"source": name, **report.to_json()}, json_path)
     if plot_path is not None:
         plotting.save(report, plot_path, name)
+
+
+def _write_simulation(report: SimulationReport, name: str, json_path: Path | None, figure_path: Path | None) -> None:
+    to_stdout = json_path is not None and str(json_path) == STDOUT
+    simulation_tables.print_report(Console(stderr=to_stdout, highlight=False), report, name)
+    _write_json({"source": name, **report.to_json()}, json_path)
+    if figure_path is not None:
+        simulation_plotting.save(report, figure_path, name)
+
+
+def _write_json(figures: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        return
+    text = json.dumps(figures, indent=2)
+    if str(path) == STDOUT:
+        print(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 class _TreeHighlighter(RegexHighlighter):
