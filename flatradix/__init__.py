@@ -1,16 +1,20 @@
 """flatradix: the index of an LLM server's KV prefix cache. A radix tree in flat tensors; each call takes a batch."""
 
+from typing import TYPE_CHECKING, Any
+
 from flatradix.cache.prefix_cache import PrefixCache
 from flatradix.cache.request import Request
 from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, StaleHandleError
 from flatradix.inputs.policy import Nodes, slru
 from flatradix.inputs.ragged import Ragged
-from flatradix.queue.orders import Columns
-from flatradix.queue.waiting_queue import Plan, WaitingQueue
 from flatradix.results import EvictResult, InsertResult, MatchResult
 from flatradix.tree import RadixTree
 from flatradix.version import VERSION as __version__
 from flatradix.warm_up import warm_up
+
+if TYPE_CHECKING:
+    from flatradix.queue.orders import Columns
+    from flatradix.queue.waiting_queue import Plan, WaitingQueue
 
 __all__ = [
     "CapacityError",
@@ -32,3 +36,12 @@ __all__ = [
     "slru",
     "warm_up",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the waiting queue when it is asked for: it imports a compiler."""
+    if name in ("Columns", "Plan", "WaitingQueue"):
+        from flatradix.queue import orders, waiting_queue
+
+        return orders.Columns if name == "Columns" else getattr(waiting_queue, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

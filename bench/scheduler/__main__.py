@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
         met.append(result["met"])
         times = " | ".join(f"{number(result[side])} {row.unit}" for side in ("ours", "theirs"))
         verdict = "yes" if result["met"] else "NO"
-        print(f"| {row.work} | {times} | {result['ratio']:.3f} | {row.target} | {verdict} |", flush=True)
+        target = f"{row.target} {row.unit}" if row.absolute else row.target
+        print(f"| {row.work} | {times} | {result['ratio']:.3f} | {target} | {verdict} |", flush=True)
     print(f"\n{sum(met)} of {len(met)} targets met")
 
 

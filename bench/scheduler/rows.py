@@ -199,6 +199,55 @@ def _evict(tokens: int, calls: int, setup: Setup) -> Measured:
     return Measured(medians[0], medians[1] if setup.peer else None, f"mean of {calls} in a row")
 
 
+class Queue:
+    """Waiting requests beside a cache, under the policy `lpm`. A part of each is cached, shared by twenty requests."""
+
+    def __init__(self, make_cache: Any, count: int, tokens: int) -> None:
+        stems = [random_key(PAGE * (8 + number), number) for number in range(count // 20)]
+        self.desk = Desk(make_cache, sum(len(stem) + PAGE for stem in stems) + tokens)
+        for stem in stems:
+            self._store(stem)
+        self.policy = self.desk.sglang.policy.SchedulePolicy("lpm", self.desk.cache, False, False, False)
+        self.waiting = []
+        for number in range(count + 1):
+            stem = stems[number % len(stems)]
+            self.waiting.append(self.desk.request(stem + random_key(tokens - len(stem), count + number)))
+            self.waiting[-1].rid = str(number)
+        self._spare = self.waiting.pop()
+        self._passes = 0
+
+    def _store(self, key: array[int]) -> None:
+        params = self.desk.sglang.base.InsertParams(
+            key=self.desk.sglang.radix.RadixKey(key), value=torch.arange(PAGE, PAGE + len(key))
+        )
+        self.desk.cache.insert(params)
+
+    def change(self) -> None:
+        """Cache a page, and evict one; then let the first request leave, and one come."""
+        self._passes += 1
+        self._store(random_key(PAGE, -self._passes % 2**32))
+        self.desk.cache.evict(self.desk.sglang.base.EvictParams(num_tokens=PAGE))
+        self.waiting.append(self._spare)
+        self._spare = self.waiting.pop(0)
+
+    def side(self, calc_priority: Any) -> Side:
+        return Side(lambda: calc_priority(self.policy, self.waiting), self.change)
+
+
+def _schedule(count: int, tokens: int, setup: Setup) -> Measured:
+    """Measure passes over a long queue. SGLang's limit of 128 requests, above which it sorts nothing, is raised."""
+    from flatradix.integrations.sglang import waiting as hooks
+
+    queue = Queue(flat, count, tokens)
+    original = type(queue.policy).calc_priority
+    hooks.WaitingRequests(queue.policy, queue.desk.cache, lambda: queue.waiting)
+    theirs = None
+    if setup.peer:
+        queue.desk.sglang.policy.WAITING_QUEUE_PREFIX_MATCH_MAX = count + 1
+        theirs = Queue(default, count, tokens).side(original)
+    return compare(setup, queue.side(partial(hooks.calc_priority, original)), theirs)
+
+
 def _name(tokens: int) -> str:
     return f"{tokens // 1024}k"
 
@@ -229,4 +278,12 @@ ROWS = [
     ),
     Row("evict-one", "evict one node of 100k", "us", 0.5, partial(_evict, PAGE, 20)),
     Row("evict-percent", "evict 1 % of 100k nodes in one call", "us", 0.5, partial(_evict, 1000 * PAGE, 1)),
+    Row(
+        "schedule",
+        "a scheduling pass (calc_priority) over 2000 waiting requests of 8192 tokens, lpm",
+        "ms",
+        1.0,
+        partial(_schedule, 2000, 8192),
+        absolute=True,
+    ),
 ]

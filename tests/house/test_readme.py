@@ -1,4 +1,4 @@
-"""The code of the README, docs/tree.md and docs/engine.md runs, and does what they say."""
+"""The code of the README, docs/tree.md, docs/queue.md and docs/engine.md runs, and does what they say."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def test_interpreter_session() -> None:
     test = doctest.DocTestParser().get_doctest(">>>" + session, {}, "README.md", str(README), 0)
     result = doctest.DocTestRunner().run(test)
     assert result.attempted >= 8
+    assert result.failed == 0
+
+
+def test_the_session_of_the_queue() -> None:
+    """The first block of docs/queue.md."""
+    result = doctest.testfile(str(ROOT / "docs/queue.md"), module_relative=False)
+    assert result.attempted > 5
     assert result.failed == 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class FlatRadixCache(BasePrefixCache):
     each checkpoint continues from that place. So a chunk costs its own tokens and one step for each node above it. With
     the index on the CPU, reading a size waits for nothing; with the index on a GPU, it waits for the tree's own
     kernels. Not thread-safe: the scheduler calls it from one thread.
+
+    before_eviction: called at the start of each eviction, if it is set (see waiting.py).
     """
 
     def __init__(self, params: Any, device: str | None = None) -> None:
@@ -62,6 +64,7 @@ class FlatRadixCache(BasePrefixCache):
         self._changes = self.tree.changes
         self.root_node = self._tree.match(_NO_TOKENS, None, None)
         _ = self.root_node.length  # read now: later calls overwrite the answer in the mailbox of a GPU
+        self.before_eviction: Callable[[], None] | None = None
         self.kv_events = KvEvents(params)
         self.kv_events.cleared()
         if params.enable_metrics:
@@ -271,6 +274,8 @@ class FlatRadixCache(BasePrefixCache):
         if params.num_tokens <= 0:
             return EvictResult()
         began = time.perf_counter()
+        if self.before_eviction is not None:
+            self.before_eviction()
         before, free = self._changes(), free_slots(self.token_to_kv_pool_allocator)
         try:
             freed = self._tree.evict(params.num_tokens)

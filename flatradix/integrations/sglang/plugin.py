@@ -18,6 +18,7 @@ try:
 
     from flatradix.integrations.sglang.cache import FlatRadixCache
     from flatradix.integrations.sglang.refusals import refuse_unserved
+    from flatradix.integrations.sglang.waiting import register_if_asked
     from flatradix.warm_up import warm_up
 except ImportError as error:
     raise ImportError(
@@ -34,12 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Register `--radix-cache-backend flatradix` with SGLang in this process. A second call changes nothing."""
+    """Register `--radix-cache-backend flatradix` with SGLang in this process. A second call changes nothing.
+
+    If FLATRADIX_QUEUE is 1, also register the hooks of the waiting queue.
+    """
     installed = _installed_version()
     if installed not in (None, VERSION):
         logger.warning("flatradix was tested with SGLang %s, and this is %s", VERSION, installed)
     if registry.get_radix_cache_factory(NAME) is None:
         registry.register_radix_cache_backend(NAME, create)
+    register_if_asked()
 
 
 def create(context: Any) -> BasePrefixCache:
