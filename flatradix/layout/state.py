@@ -160,7 +160,7 @@ class TreeState(NamedTuple):
     lock_ref: Column32  # [R]: locks on this node or below
     own_locks: Column32  # [R]: locks that end exactly here
     wanted: Column32  # [R]: wants of this node or of nodes below; an eviction spares wanted nodes as long as it can
-    own_wants: Column32  # [R]: wants that end exactly here
+    own_wants: Column32  # [R]: soft pins that end exactly here
     hit_count: Column32  # [R]
     tag: Column32  # [R]: hash of (parent, first page), the low 32 bits
     queued: HostColumn8  # [R], on a GPU [0]: 1 while the row has an entry in the eviction queue

@@ -78,7 +78,7 @@ def in_classes(order: np.ndarray, columns: Columns, deferred: bool) -> np.ndarra
     if deferred:
         shares = (columns.shared > 0).numpy()[order]
         order = np.concatenate([order[~shares], order[shares]])
-    keys = (-columns.priority).contiguous().numpy()
+    keys = (~columns.priority).contiguous().numpy()  # falls as the priority rises, also for the lowest of all
     if len(keys) and keys.min() != keys.max():
         order = order.copy()
         cpu.sort_by(keys, order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,6 +25,7 @@ from flatradix.queue.watch import HostWatch, Watch
 from flatradix.tree import RadixTree
 
 _NO_LIMIT = 2**62
+_PATIENCE, _EVERY = 300.0, 4
 
 
 class Plan(NamedTuple):
@@ -193,8 +194,8 @@ class WaitingQueue:
         policy: str | OrderFunction = "fcfs",
         *,
         now: float | None = None,
-        patience: float = 300.0,
-        every: int = 4,
+        patience: float = _PATIENCE,
+        every: int = _EVERY,
         defer_shared: bool = False,
     ) -> torch.Tensor:
         """Return the ids of all waiting prompts in the order in which they should be served: int64 [N].
@@ -215,12 +216,7 @@ class WaitingQueue:
 
         The order is also that by which `keep` gives up nodes. Raises ValueError.
         """
-        if not (callable(policy) or policy in orders.NAMES):
-            raise ValueError(f"order {policy!r} is unknown: one of {', '.join(orders.NAMES)}, or a function of columns")
-        if not patience > 0:
-            raise ValueError(f"patience must be above 0, not {patience}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, not {every}")
+        _check_order(policy, patience, every)
         if policy == "lpm" and not defer_shared:
             self._watch.look()
             ids = np.empty(len(self), np.int64)
@@ -286,8 +282,11 @@ class WaitingQueue:
         O(requests considered x nodes on a path). Raises QueryError, ValueError.
         """
         self._watch.look()
-        numbers = self.order(order) if isinstance(order, str) or callable(order) else order
-        entries = self._find(_read_ids(numbers), "plan")
+        if isinstance(order, str) or callable(order):
+            _check_order(order, _PATIENCE, _EVERY)
+            entries = self._entries()[self._order(order, None, _PATIENCE, _EVERY, False)]
+        else:
+            entries = self._find(_read_ids(order), "plan")
         ids, rows, cached, tokens = self._prompts.columns(entries, "id", "row", "length", "tokens")
         paths = self.tree.index.paths()
         free = self.tree.max_tokens - paths.evictable - paths.protected if free_tokens is None else free_tokens
@@ -317,10 +316,22 @@ def _watch_of(tree: RadixTree, keep: bool, compute_last: bool) -> Watch:
     return DeviceWatch(index, keep, int(compute_last))  # type: ignore[arg-type]
 
 
+def _check_order(policy: object, patience: float, every: int) -> None:
+    if not (callable(policy) or policy in orders.NAMES):
+        raise ValueError(f"order {policy!r} is unknown: one of {', '.join(orders.NAMES)}, or a function of columns")
+    if not patience > 0:
+        raise ValueError(f"patience must be above 0, not {patience}")
+    if every < 1:
+        raise ValueError(f"every must be at least 1, not {every}")
+
+
 def _arrivals(arrival: Any, count: int) -> np.ndarray:
     if arrival is None:
         arrival = time.monotonic()
-    values = np.asarray(arrival, np.float64)
+    try:
+        values = np.asarray(arrival, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"arrival must be a number, or one a prompt, not {arrival!r}") from None
     if values.shape not in ((), (count,)):
         raise ValueError(f"arrival has shape {values.shape} for {count} prompts; give one number, or one a prompt")
     if not np.isfinite(values).all():
@@ -330,7 +341,14 @@ def _arrivals(arrival: Any, count: int) -> np.ndarray:
 
 def _read_ids(ids: Any) -> np.ndarray:
     """Return ids as int64 [B]."""
-    values = ids.numpy(force=True) if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    if isinstance(ids, torch.Tensor):
+        values = ids.numpy(force=True)
+    elif isinstance(ids, Iterable) and not isinstance(ids, np.ndarray):
+        each = list(ids)
+        whole = all(isinstance(id, int | np.integer) for id in each)
+        values = np.array(each) if whole else np.empty(1, np.object_)
+    else:
+        values = np.asarray(ids)
     if values.size and values.dtype.kind not in "iu":
         raise ValueError(f"ids must be integers, not {values.dtype}")
     return np.ascontiguousarray(values.reshape(-1), np.int64)

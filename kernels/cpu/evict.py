@@ -130,7 +130,6 @@ def _give_up(s, q, entry):
     row = np.int64(q.wants[entry])
     q.wants[entry] = NONE
     mark_dirty(q, entry)
-    s.own_wants[row] -= 1
     above = row
     while above > 0:
         s.wanted[above] -= 1

@@ -1,4 +1,8 @@
-"""Wants: soft pins. A count on each node from a place to the root; evictions spare wanted nodes as long as they can."""
+"""Wants: a count on each node from a place to the root; evictions spare wanted nodes as long as they can.
+
+`wanted` counts soft pins and what a waiting queue wants; `own_wants` counts the soft pins that end at a node, so that
+nobody can remove a want of the queue.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,6 @@ from flatradix.layout import numbers, reasons
 def want_row(s, row):
     """Add one want to the path of a row. Its entry in the eviction queue is dropped when its turn comes."""
     row = np.int64(row)
-    s.own_wants[row] += row > 0
     while row > 0:
         s.wanted[row] += 1
         row = np.int64(s.parent[row])
@@ -26,7 +29,6 @@ def want_row(s, row):
 def unwant_row(s, row):
     """Remove one want from the path of a row."""
     row = np.int64(row)
-    s.own_wants[row] -= row > 0
     while row > 0:
         s.wanted[row] -= 1
         if s.wanted[row] == 0 and s.children[row] == 0 and s.lock_ref[row] == 0:
@@ -59,6 +61,7 @@ def want(addresses, call, handles, lengths):
     for query in range(len(handles)):
         length = np.int64(lengths[query])
         row = end_at(s, resolve(s, handles[query], length), length)
+        s.own_wants[row] += row > 0
         want_row(s, row)
         handles[query] = handle_of(s, row)
     note_change(s, call, numbers.WANTED, 0, 0, 0)
@@ -75,11 +78,13 @@ def unwant(addresses, call, handles, lengths):
         if row > 0:
             bad = s.end[row] != lengths[query] or s.own_wants[row] == 0
             if not bad:
+                s.own_wants[row] -= 1
                 unwant_row(s, row)
         if bad:
             for done in range(query):
                 again = resolve(s, handles[done], np.int64(lengths[done]))
                 if again > 0:
+                    s.own_wants[again] += 1
                     want_row(s, again)
             note_refusal(s, query, lengths[query])
             return np.int64(reasons.NOT_WANTED)

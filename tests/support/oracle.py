@@ -5,10 +5,10 @@ The code is slow and obvious on purpose. A batch is validated first; then its qu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from flatradix.errors import CapacityError, QueryError, StaleHandleError
 from flatradix.inputs.policy import Slru
@@ -32,6 +32,8 @@ class Node:
     hit_count: int = 0
     lock_ref: int = 0
     own_locks: int = 0
+    wants: int = 0
+    own_wants: int = 0
     branches: dict[Page, Node] = field(default_factory=dict, repr=False)
     alive: bool = True
 
@@ -46,6 +48,11 @@ class Node:
     @property
     def end(self) -> int:
         return len(self.path())
+
+    @property
+    def can_go(self) -> bool:
+        """Whether an eviction may free the node next."""
+        return self.alive and self.children == 0 and self.lock_ref == 0
 
     def upwards(self) -> Iterator[Node]:
         node: Node | None = self
@@ -89,6 +96,13 @@ class Key(NamedTuple):
     start: int
 
 
+class Keeper(Protocol):
+    """A waiting queue for which evictions keep nodes."""
+
+    def nodes_to_give_up(self) -> list[Node]:
+        """Return the nodes on which matches of the waiting prompts end. The first of them is given up first."""
+
+
 SCORES: dict[str, Callable[[Node], Any]] = {
     "lru": lambda node: 0,
     "lfu": lambda node: node.hit_count,
@@ -104,6 +118,15 @@ def score_of(policy: Any) -> Callable[[Node], Any]:
     if isinstance(policy, Slru):
         return lambda node: node.hit_count >= policy.protected_threshold
     return SCORES[policy] if isinstance(policy, str) else policy
+
+
+def tokens_of(nodes: Iterable[Node]) -> int:
+    return sum(node.length for node in nodes)
+
+
+def every(paths: Iterable[list[Node]]) -> set[Node]:
+    """Return the nodes of all paths."""
+    return {node for path in paths for node in path}
 
 
 def check_range(values: Sequence[int], largest: int, query: int) -> None:
@@ -130,6 +153,7 @@ class Oracle:
         self.largest_slot = largest_slot
         self.clock = 0
         self.tops: dict[Namespace, dict[Page, Node]] = {}
+        self.keeper: Keeper | None = None
 
     # Content
 
@@ -148,7 +172,7 @@ class Oracle:
 
     @property
     def total_tokens(self) -> int:
-        return sum(node.length for node in self.nodes())
+        return tokens_of(self.nodes())
 
     @property
     def protected_tokens(self) -> int:
@@ -227,6 +251,7 @@ class Oracle:
             priority=node.priority,
             hit_count=node.hit_count,
             lock_ref=node.lock_ref,
+            wants=node.wants,
         )
         self.branches_of(node.namespace, node.parent)[self.first_page(upper.units)] = upper
         node.units, node.slots, node.parent = node.units[cut:], node.slots[cut:], upper
@@ -407,23 +432,78 @@ class Oracle:
         self.branches_of(key.namespace, parent)[self.first_page(units)] = leaf
         return leaf
 
+    # Wants
+
+    def want(self, places: Sequence[Place]) -> list[Place]:
+        """Ask evictions to spare the paths as long as they can; return the places with the handles that end it."""
+        for query, place in enumerate(places):
+            self.resolve(place, query)
+        return [self.want_one(place) for place in places]
+
+    def want_one(self, place: Place) -> Place:
+        node, length = self.split_one(place)
+        if node is not None:
+            self.add_wants(node, 1)
+        return Place(node, length)
+
+    def unwant(self, places: Sequence[Place]) -> None:
+        """Take back a want of each place. A want of a stale place has ended already."""
+        nodes: list[Node] = []
+        for query, place in enumerate(places):
+            node = self.resolve(place, query) if place.node is not None and place.node.alive else None
+            if node is not None:
+                nodes.append(node)
+                if place.length != node.end or nodes.count(node) > node.own_wants:
+                    raise QueryError("no want ends there", query)
+        for node in nodes:
+            self.add_wants(node, -1)
+
+    def add_wants(self, node: Node, count: int) -> None:
+        node.own_wants += count
+        for above in node.upwards():
+            above.wants += count
+
+    def alive(self, places: Sequence[Place]) -> list[bool]:
+        return [place.node is None or place.node.alive for place in places]
+
+    def rematch(self, queries: Sequence[Sequence[int]], namespaces: Sequence[Namespace]) -> list[Place]:
+        """Match whole keys again. The places of their earlier match only save time, so nobody passes them here."""
+        return self.match(queries, namespaces, touch=False)
+
     # Evict
 
     def evict(self, num_tokens: int) -> Evicted:
         if num_tokens < 0:
             raise ValueError("a negative number of tokens")
         scores = {node: self.score(node) for node in self.nodes()}
-        slots: list[int] = []
-        count = 0
-        while len(slots) < num_tokens:
-            leaves = [node for node in self.nodes() if node.children == 0 and node.lock_ref == 0]
+        pinned = {node for node in self.nodes() if node.wants > 0}
+        prompts = [list(node.upwards()) for node in self.keeper.nodes_to_give_up()] if self.keeper else []
+        victims: list[Node] = []
+        self.evict_by_policy(num_tokens, victims, scores, pinned | every(prompts))
+        for number, path in enumerate(prompts):
+            self.evict_path(num_tokens, victims, path, pinned | every(prompts[number + 1 :]))
+        self.evict_by_policy(num_tokens, victims, scores, set())
+        for victim in victims:
+            self.add_wants(victim, -victim.own_wants)
+        slots = [slot for victim in victims for slot in victim.slots]
+        return Evicted(slots, len(slots), len(victims))
+
+    def evict_by_policy(self, num_tokens: int, victims: list[Node], scores: dict[Node, Any], kept: set[Node]) -> None:
+        """Free leaves that are not kept, those with the lowest score first."""
+        while tokens_of(victims) < num_tokens:
+            leaves = [node for node in self.nodes() if node.can_go and node not in kept]
             if not leaves:
                 break
             victim = min(leaves, key=lambda node: (scores[node], node.tick, -node.end))
             self.remove(victim)
-            slots.extend(victim.slots)
-            count += 1
-        return Evicted(slots, len(slots), count)
+            victims.append(victim)
+
+    def evict_path(self, num_tokens: int, victims: list[Node], path: list[Node], kept: set[Node]) -> None:
+        """Free the nodes of a path that are not kept, the deepest first."""
+        for node in path:
+            if tokens_of(victims) < num_tokens and node.can_go and node not in kept:
+                self.remove(node)
+                victims.append(node)
 
     def remove(self, node: Node) -> None:
         del self.branches_of(node.namespace, node.parent)[self.first_page(node.units)]

@@ -83,6 +83,14 @@ def places_in(tree: RadixTree, held: Sequence[Held], number: int) -> Any:
 # arguments kept the tree nearly empty. Hypothesis still shrinks the steps.
 SEEDS = st.integers(0, 2**32 - 1).map(Random)
 SLOT_DEVICES = st.sampled_from([None, "cpu"])
+START: dict[str, Any] = {
+    "policy": st.sampled_from(POLICIES),
+    "random": SEEDS,
+    "pages": st.sampled_from([6, 15, 31, 63, 64]),
+    "odd": st.booleans(),
+    "wide_slots": st.booleans(),
+    "slot_device": SLOT_DEVICES,
+}
 
 
 def outcome(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -110,14 +118,7 @@ class Machine(RuleBasedStateMachine):
         self.seen: dict[str, Any] = {}
         self.digests: dict[Any, str] = {}
 
-    @initialize(
-        policy=st.sampled_from(POLICIES),
-        random=SEEDS,
-        pages=st.sampled_from([6, 15, 31, 63, 64]),
-        odd=st.booleans(),
-        wide_slots=st.booleans(),
-        slot_device=SLOT_DEVICES,
-    )
+    @initialize(**START)
     def start(
         self,
         policy: Any,
@@ -176,6 +177,7 @@ class Machine(RuleBasedStateMachine):
                 assert type(caught.value) is type(error)
                 for name in ("needed", "free", "query"):
                     assert getattr(caught.value, name, None) == getattr(error, name, None)
+            del caught  # a cycle of references through its traceback would keep alive what the call used
         return None
 
     def take(self, queries: list[list[int]]) -> list[list[int]]:
