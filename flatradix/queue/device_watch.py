@@ -53,7 +53,8 @@ class DeviceWatch(Watch):
     def _upload(self) -> None:
         """Copy what was added since the last look, and forget what has left."""
         arrays = self.prompts.arrays
-        fresh = arrays.todo[: arrays.counts[waiting.TODO]].astype(np.int64)
+        noted = arrays.todo[: arrays.counts[waiting.TODO]].astype(np.int64)
+        fresh = noted
         pool = self.prompts.tokens_on_host()
         if len(arrays.id) != len(self._begins):
             self._set_entries(len(arrays.id))
@@ -65,7 +66,7 @@ class DeviceWatch(Watch):
         if len(fresh):
             self._copy_columns(fresh)
             self._order = None
-        arrays.dirty[fresh] = 0
+        arrays.dirty[noted] = 0
         arrays.counts[waiting.TODO] = 0
 
     def _copy_tokens(self, pool: torch.Tensor, entries: np.ndarray) -> None:

@@ -41,35 +41,74 @@ def _add_wants(s, row, count):
         row = parent_of(s, row, row > 0).to(tl.int64)
 
 
+@triton.jit
+def _add_own(s, handles, lengths, batch, count, PAGE: tl.constexpr, SIGN: tl.constexpr):
+    """Add `count` to the soft pins that end at the first `batch` places."""
+    first = tl.zeros([], tl.int32)
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
+        tl.atomic_add(s.own_wants + row, count, mask=row > 0, sem="relaxed")
+        first += LANES
+    tl.debug_barrier()
+
+
+@triton.jit
+def _lacks(s, handles, lengths, batch, PAGE: tl.constexpr):
+    """Return whether a place has had more pins removed than there were."""
+    lowest = tl.zeros([], tl.int32)
+    first = tl.zeros([], tl.int32)
+    while first < batch:
+        query = first + tl.arange(0, LANES)
+        row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, -1)
+        lowest = tl.minimum(lowest, tl.min(tl.load(s.own_wants + row, mask=row > 0, other=0, volatile=True)))
+        first += LANES
+    return lowest < 0
+
+
+@triton.jit
+def _refuse_surplus(s, w, handles, lengths, batch, PAGE: tl.constexpr):
+    """Refuse the first place whose pin is not there, given that one is not. Goes one by one, as only errors need it."""
+    query = tl.zeros([], tl.int32)
+    searching = query < batch
+    while searching:
+        one = query + tl.arange(0, 1)
+        row, length, _reason = _row_of(s, handles, lengths, one, batch, PAGE, -1)
+        left = tl.atomic_add(s.own_wants + row, -1, mask=row > 0, sem="relaxed") - 1
+        surplus = tl.min(tl.where(row > 0, left, 0)) < 0
+        if surplus:
+            refuse_lanes(w, one, tl.zeros([1], tl.int64) + reasons.NOT_WANTED, length)
+        query += 1
+        searching = (query < batch) & (not surplus)
+    tl.debug_barrier()
+    _add_own(s, handles, lengths, query, 1, PAGE, -1)
+
+
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "call"])
 def wants_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, SIGN: tl.constexpr):
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row, length, reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
+        _row, length, reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
         refuse_lanes(w, query, reason, length)
-        tl.atomic_add(s.own_wants + row, SIGN, mask=row > 0, sem="relaxed")
         first += LANES
     tl.debug_barrier()
+    _add_own(s, handles, lengths, batch, SIGN, PAGE, SIGN)
     if SIGN < 0:
+        if _lacks(s, handles, lengths, batch, PAGE):
+            _add_own(s, handles, lengths, batch, 1, PAGE, SIGN)
+            _refuse_surplus(s, w, handles, lengths, batch, PAGE)
+            _add_own(s, handles, lengths, batch, -1, PAGE, SIGN)
+    error = first_refusal(w)
+    if error != scratch.NO_ERROR:
+        _add_own(s, handles, lengths, batch, -SIGN, PAGE, SIGN)
+    else:
         first = tl.zeros([], tl.int32)
         while first < batch:
             query = first + tl.arange(0, LANES)
-            row, length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
-            own = tl.load(s.own_wants + row, mask=row > 0, other=0, volatile=True)
-            refuse_lanes(w, query, tl.where(own < 0, reasons.NOT_WANTED, 0).to(tl.int64), length)
-            first += LANES
-        tl.debug_barrier()
-    error = first_refusal(w)
-    first = tl.zeros([], tl.int32)
-    while first < batch:
-        query = first + tl.arange(0, LANES)
-        row, length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
-        if error != scratch.NO_ERROR:
-            tl.atomic_add(s.own_wants + row, -SIGN, mask=row > 0, sem="relaxed")
-        else:
+            row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
             _add_wants(s, row, SIGN)
-        first += LANES
+            first += LANES
     publish(s, w, call.to(tl.int64), error, mail.WANT if SIGN > 0 else mail.UNWANT)
 
 
