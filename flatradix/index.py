@@ -131,6 +131,11 @@ class Index(ABC):
             raise ValueError("another waiting queue keeps what it wants in this tree; a tree takes one with keep=True")
         self._keeper = weakref.ref(keeper)
 
+    def keep_no_longer(self, keeper: Any) -> None:
+        """Undo `keep_for`. Does nothing if another queue keeps, or none."""
+        if self._keeper is not None and self._keeper() in (None, keeper):
+            self._keeper = None
+
     @abstractmethod
     def insert(
         self,

@@ -38,6 +38,11 @@ class Calls:
         with torch.cuda.device(device):
             return torch.cuda.is_current_stream_capturing()
 
+    @property
+    def last(self) -> int | None:
+        """The number of the last call, or None if the host cannot know it: a CUDA graph may replay calls."""
+        return None if self.captured else self._last
+
     def next(self) -> int:
         """Return the number of a call that is about to be enqueued."""
         self._last = self._last % mail.CALL_MASK + 1

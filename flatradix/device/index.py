@@ -395,6 +395,11 @@ class DeviceIndex(Index):
         """Return the codes of the namespaces, for a waiting queue to read."""
         return self._names.known
 
+    @property
+    def last_call(self) -> int | None:
+        """A number that is different after each call that enqueued work; None if the host cannot tell."""
+        return self._calls.last
+
     def follow(self, prompts: PromptAddresses) -> None:
         """Match the prompts of a waiting queue from their places, which are replaced. Enqueues one launch."""
         call = self._calls.next()

@@ -29,6 +29,7 @@ class DeviceWatch(Watch):
         self._pool = torch.empty(0, dtype=torch.int32, device=index.device)
         self._set_entries(0)
         self._order: torch.Tensor | None = None  # the queue's order on the device
+        self._read_at: int | None = None  # the index's last call when the host last read the places
         if keep:
             index.keep_for(self)
 
@@ -44,6 +45,9 @@ class DeviceWatch(Watch):
 
     def names_changed(self) -> None:
         self._names_seen = -1
+
+    def close(self) -> None:
+        self._index.keep_no_longer(self)
 
     def order_changed(self) -> None:
         self._order = None
@@ -112,7 +116,11 @@ class DeviceWatch(Watch):
         self._index.follow(PromptAddresses(self._pool.data_ptr(), *addresses, places, self._rows.data_ptr()))
 
     def look(self) -> None:
+        nothing_new = self.prompts.arrays.counts[waiting.TODO] == 0 and self._index.last_call == self._read_at
+        if nothing_new and self._read_at is not None:
+            return
         self._follow()
+        self._read_at = self._index.last_call
         found = torch.stack([self._lengths, self._rows]).cpu().numpy()
         arrays: Any = self.prompts.arrays
         arrays.length[:], arrays.row[:] = found

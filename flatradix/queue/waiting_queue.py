@@ -24,7 +24,7 @@ from flatradix.queue.orders import Columns, OrderFunction
 from flatradix.queue.watch import HostWatch, Watch
 from flatradix.tree import RadixTree
 
-_NO_LIMIT = 2**62
+_NO_LIMIT = 2**60
 _PATIENCE, _EVERY = 300.0, 4
 
 
@@ -54,10 +54,17 @@ class WaitingQueue:
     """
 
     def __init__(self, tree: RadixTree, keep: bool = False, *, compute_last: bool = False) -> None:
+        if not isinstance(tree, RadixTree):
+            raise ValueError(f"a waiting queue stands beside a RadixTree, not beside a {type(tree).__name__}")
         self.tree = tree
         self.keep = keep
         self._watch = _watch_of(tree, keep, compute_last)
         self._known: np.ndarray | None = None  # entries by age, until the next add or remove
+
+    def close(self) -> None:
+        """Keep nothing from now on, as if the queue were deleted: another queue can then keep in this tree."""
+        self.keep = False
+        self._watch.close()
 
     # The prompts
 
@@ -140,7 +147,9 @@ class WaitingQueue:
         return len(self._prompts)
 
     def __contains__(self, id: object) -> bool:
-        return isinstance(id, int) and self._prompts.find(np.array([id], np.int64))[1] < 0
+        if not isinstance(id, int | np.integer) or not 0 <= id < _NO_LIMIT:
+            return False
+        return bool(self._prompts.find(np.array([id], np.int64))[1] < 0)
 
     @property
     def nbytes(self) -> int:
@@ -216,7 +225,7 @@ class WaitingQueue:
 
         The order is also that by which `keep` gives up nodes. Raises ValueError.
         """
-        _check_order(policy, patience, every)
+        _check_order(policy, now, patience, every)
         if policy == "lpm" and not defer_shared:
             self._watch.look()
             ids = np.empty(len(self), np.int64)
@@ -272,6 +281,7 @@ class WaitingQueue:
         order: a policy of `order`, or ids in the order in which they are considered.
         token_budget: the most tokens to compute in all. max_requests: the most requests.
         free_tokens: slots that are free beside the tree's evictable tokens; None is what the tree may still hold.
+            A negative number reserves evictable tokens.
         reserve: slots that each request needs besides its prompt, as for its first output.
         skip: go on behind a request that does not fit; otherwise it ends the plan.
         whole_pages: count the slots of each request in whole pages, as an allocator of pages does.
@@ -281,23 +291,26 @@ class WaitingQueue:
 
         O(requests considered x nodes on a path). Raises QueryError, ValueError.
         """
+        budget, most = _limit(token_budget, "token_budget"), _limit(max_requests, "max_requests")
+        reserve = _limit(reserve, "reserve")
         self._watch.look()
         if isinstance(order, str) or callable(order):
-            _check_order(order, _PATIENCE, _EVERY)
+            _check_order(order, None, _PATIENCE, _EVERY)
             entries = self._entries()[self._order(order, None, _PATIENCE, _EVERY, False)]
         else:
             entries = self._find(_read_ids(order), "plan")
         ids, rows, cached, tokens = self._prompts.columns(entries, "id", "row", "length", "tokens")
         paths = self.tree.index.paths()
-        free = self.tree.max_tokens - paths.evictable - paths.protected if free_tokens is None else free_tokens
+        free = self.tree.max_tokens - paths.evictable - paths.protected
+        if free_tokens is not None:
+            free = _limit(free_tokens, "free_tokens", -_NO_LIMIT)
         if whole_pages:
             page = self.tree.page_size
             tokens, reserve = -(-(tokens + reserve) // page) * page, 0
         chosen = np.empty(len(entries), np.int64)
         count, total = cpu.plan(
-            *paths[:4], rows, cached, tokens, free + paths.evictable,
-            _NO_LIMIT if token_budget is None else token_budget, _NO_LIMIT if max_requests is None else max_requests,
-            reserve, skip, np.zeros(len(paths.parents), np.int32), chosen,
+            *paths[:4], rows, cached, tokens, free + paths.evictable, budget, most, reserve, skip,
+            np.zeros(len(paths.parents), np.int32), chosen,
         )  # fmt: skip
         chosen = chosen[:count]
         return Plan(torch.from_numpy(ids[chosen]), torch.from_numpy(cached[chosen]), int(total))
@@ -316,13 +329,25 @@ def _watch_of(tree: RadixTree, keep: bool, compute_last: bool) -> Watch:
     return DeviceWatch(index, keep, int(compute_last))  # type: ignore[arg-type]
 
 
-def _check_order(policy: object, patience: float, every: int) -> None:
-    if not (callable(policy) or policy in orders.NAMES):
+def _check_order(policy: object, now: object, patience: object, every: object) -> None:
+    """Raise ValueError for a bad argument of an order."""
+    if not (callable(policy) or (isinstance(policy, str) and policy in orders.NAMES)):
         raise ValueError(f"order {policy!r} is unknown: one of {', '.join(orders.NAMES)}, or a function of columns")
-    if not patience > 0:
-        raise ValueError(f"patience must be above 0, not {patience}")
-    if every < 1:
-        raise ValueError(f"every must be at least 1, not {every}")
+    if now is not None and not (isinstance(now, int | float) and isfinite(now)):
+        raise ValueError(f"now must be a finite number, not {now!r}")
+    if not (isinstance(patience, int | float) and patience > 0):
+        raise ValueError(f"patience must be above 0, not {patience!r}")
+    if not (isinstance(every, int) and every >= 1):
+        raise ValueError(f"every must be at least 1, an integer, not {every!r}")
+
+
+def _limit(value: Any, name: str, least: int = 0) -> int:
+    """Return a limit of a plan; None is no limit. Raises ValueError unless it is an integer of at least `least`."""
+    if value is None:
+        return _NO_LIMIT
+    if not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+    return min(int(value), _NO_LIMIT)
 
 
 def _arrivals(arrival: Any, count: int) -> np.ndarray:

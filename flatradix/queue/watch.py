@@ -28,6 +28,10 @@ class Watch(ABC):
         """Note that a namespace has got a number in the queue."""
 
     @abstractmethod
+    def close(self) -> None:
+        """Keep nothing from now on."""
+
+    @abstractmethod
     def order_changed(self) -> None:
         """Note that the queue's order has changed."""
 
@@ -55,8 +59,16 @@ class HostWatch(Watch):
             index.keep_for(self)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_finalizing() and hasattr(self, "prompts") and self.prompts.arrays.counts[waiting.KEEP]:
-            cpu.forget_places(self._tree.addresses, self.prompts.address)
+        if not is_finalizing() and hasattr(self, "prompts"):
+            self.close()
+
+    def close(self) -> None:
+        counts = self.prompts.arrays.counts
+        if counts[waiting.KEEP]:
+            self.look()
+            cpu.forget_wants(self._tree.addresses, self.prompts.address)
+            counts[waiting.KEEP] = 0
+            self._index.keep_no_longer(self)
 
     def look(self) -> None:
         prompts, tree = self.prompts, self._tree

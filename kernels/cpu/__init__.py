@@ -6,7 +6,7 @@ from flatradix.kernels.cpu.evict import evict
 from flatradix.kernels.cpu.insert import insert, insert_one, take_back_insert
 from flatradix.kernels.cpu.jit import address_table, waiting_table
 from flatradix.kernels.cpu.lock import lock, lock_one, split, unlock, unlock_one
-from flatradix.kernels.cpu.look import forget_places, look, recode
+from flatradix.kernels.cpu.look import forget_wants, look, recode
 from flatradix.kernels.cpu.match import match, match_one, rematch
 from flatradix.kernels.cpu.order import depth_first, sort_by, with_oldest
 from flatradix.kernels.cpu.plan import plan
@@ -56,7 +56,7 @@ __all__ = [
     "evict",
     "find_entries",
     "first_bad_token",
-    "forget_places",
+    "forget_wants",
     "insert",
     "insert_one",
     "lock",

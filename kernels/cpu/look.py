@@ -175,9 +175,12 @@ def recode(table, changed):
 
 
 @kernel
-def forget_places(addresses, table):
-    """End the wants of all prompts of a queue that goes."""
+def forget_wants(addresses, table):
+    """End the wants of all prompts of a queue that keeps no longer."""
     s, q = open_state(addresses), open_waiting(table)
     for at in range(q.counts[waiting.AGED]):
-        if q.by_age[at] != NONE:
-            forget_place(s, q, q.by_age[at])
+        entry = q.by_age[at]
+        if entry != NONE:
+            if _is_wanted(s, q, entry):
+                unwant_row(s, q.wants[entry])
+            q.wants[entry] = NONE

@@ -94,6 +94,7 @@ def test_a_node_goes_with_the_first_that_wants_it(device: str) -> None:
     assert victims(tree) == [0, 1]
 
 
+@pytest.mark.interpreted
 def test_one_eviction_goes_through_all_ranks(device: str) -> None:
     tree = tree_with(device, [1, 2, 3], [1, 2, 4], [5], [6, 7], [8])
     queue = WaitingQueue(tree, keep=True)
@@ -192,6 +193,7 @@ def test_a_second_queue_that_keeps_is_refused(device: str) -> None:
     assert everything(tree) == [10, 0]
 
 
+@pytest.mark.interpreted
 def test_a_deleted_queue_keeps_nothing(device: str) -> None:
     tree = tree_with(device, [1], [2], [3])
     queue = WaitingQueue(tree, keep=True)
@@ -346,6 +348,7 @@ def refuses(tree: RadixTree, call: Callable[[], Any], message: str, error: type[
     tree.check()
 
 
+@pytest.mark.interpreted
 def test_a_surplus_unwant_changes_nothing(device: str) -> None:
     tree = tree_with(device, [1, 2, 3], [4])
     pin = tree.match([1, 2], touch=False)
@@ -357,6 +360,7 @@ def test_a_surplus_unwant_changes_nothing(device: str) -> None:
     assert everything(tree) == [2, 10, 0]
 
 
+@pytest.mark.interpreted
 def test_an_unwant_takes_nothing_from_a_queue(device: str) -> None:
     tree = tree_with(device, [1], [2])
     queue = WaitingQueue(tree, keep=True)
@@ -368,6 +372,7 @@ def test_an_unwant_takes_nothing_from_a_queue(device: str) -> None:
     tree.check()
 
 
+@pytest.mark.interpreted
 def test_stale_places(device: str) -> None:
     tree = tree_with(device, [1], [2], [3])
     pins = tree.match([[1], [2], [9]], touch=False)
@@ -386,6 +391,7 @@ def test_stale_places(device: str) -> None:
     assert tree.alive(pins).tolist() == [False, False, True]
 
 
+@pytest.mark.interpreted
 def test_rematch(device: str) -> None:
     tree = tree_with(device, [1, 2, 3], [5, 6], page_size=1)
     keys = [[1, 2, 3, 4], [1, 9], [5, 6, 7], [8], []]
@@ -423,3 +429,17 @@ def test_bad_arguments_of_a_rematch(device: str) -> None:
     refuses(tree, lambda: tree.rematch([[1, 2], [-1, 3]], m), "query 1: .*position 0")
     with pytest.raises(ValueError, match="1 places for 2 queries"):
         settled(tree, lambda: tree.rematch([[1, 2], [3]], tree.match([1, 2], touch=False)))
+
+
+def test_a_closed_queue_keeps_nothing(device: str) -> None:
+    tree = tree_with(device, [1], [2])
+    queue = WaitingQueue(tree, keep=True)
+    queue.add([1])
+    queue.close()
+    queue.close()
+    tree.check()
+    other = WaitingQueue(tree, keep=True)
+    other.add([2])
+    assert tree.evict(1).slots.tolist() == [0]
+    assert queue.cached_lengths().tolist() == [0]
+    assert other.cached_lengths().tolist() == [1]

@@ -121,6 +121,7 @@ def test_the_oldest_of_many_that_share_leaves(device: str) -> None:
     assert queue.shared_lengths().tolist() == [0, 5]
 
 
+@pytest.mark.interpreted
 def test_namespaces_share_nothing(device: str) -> None:
     tree = RadixTree(64, device=device)
     tree.insert([[1, 2], [1, 2, 3]], [[0, 1], [2, 3, 4]], namespace=["a", b"a"])
@@ -669,6 +670,7 @@ def test_more_changes_than_a_queue_remembers() -> None:
     tree.check()
 
 
+@pytest.mark.interpreted
 def test_reset(device: str) -> None:
     tree = tree_with(device, [1, 2, 3], [4, 5])
     queue = WaitingQueue(tree, keep=True)
@@ -692,9 +694,9 @@ def test_files_and_copies_know_no_queue(device: str) -> None:
     queue.add([1, 2, 3])
     tree.want(tree.match([1], touch=False))  # soft pins are not saved either
     file = io.BytesIO()
-    tree.save(file)  # type: ignore[arg-type]
+    tree.save(file)
     file.seek(0)
-    loaded = RadixTree.load(file, device)  # type: ignore[arg-type]
+    loaded = RadixTree.load(file, device)
     assert loaded.digest() == tree.digest()
     loaded.check()
     other = WaitingQueue(loaded, keep=True)
@@ -708,9 +710,9 @@ def test_files_and_copies_know_no_queue(device: str) -> None:
 
 def test_a_loaded_tree_goes_on_with_a_queue(device: str) -> None:
     file = io.BytesIO()
-    tree_with(device, [1, 2], [1, 3], [4]).save(file)  # type: ignore[arg-type]
+    tree_with(device, [1, 2], [1, 3], [4]).save(file)
     file.seek(0)
-    loaded = RadixTree.load(file, device)  # type: ignore[arg-type]
+    loaded = RadixTree.load(file, device)
     queue = WaitingQueue(loaded, keep=True)
     queue.add([[1, 3, 5], [4, 4]])
     assert queue.cached_lengths().tolist() == [2, 1]
@@ -721,6 +723,7 @@ def test_a_loaded_tree_goes_on_with_a_queue(device: str) -> None:
 # The last token
 
 
+@pytest.mark.interpreted
 def test_the_last_token_is_left_to_compute(device: str) -> None:
     tree = tree_with(device, [1, 2, 3, 4], page_size=2)
     queue = WaitingQueue(tree, compute_last=True)
@@ -759,3 +762,31 @@ def test_long_pages(page_size: int, device: str) -> None:
     while oracle.num_nodes:
         assert tree.evict(page_size).slots.tolist() == oracle.evict(page_size).slots
         assert queue.cached_lengths().tolist() == waiting.cached_lengths()
+
+
+BAD_LIMITS = [
+    ({"token_budget": -1}, "token_budget must be an integer of at least 0"),
+    ({"token_budget": 1.5}, "token_budget"),
+    ({"max_requests": -1}, "max_requests"),
+    ({"free_tokens": "3"}, "free_tokens"),  # a negative number is fine
+    ({"reserve": -5}, "reserve"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_LIMITS)
+def test_bad_limits(busy: WaitingQueue, given: dict[str, Any], message: str) -> None:
+    refuses(busy, lambda: busy.plan(**given), message)
+    assert busy.plan(free_tokens=2**70, token_budget=2**70, max_requests=2**70).ids.tolist() == [1, 2, 3]
+
+
+def test_bad_arguments_of_an_empty_queue(device: str) -> None:
+    queue = WaitingQueue(tree_with(device))
+    for given, message in (({"every": 1.5}, "every"), ({"now": float("nan")}, "now"), ({"patience": "3"}, "patience")):
+        with pytest.raises(ValueError, match=message):
+            queue.order("k-lpm", **given)
+    with pytest.raises(ValueError, match="RadixTree"):
+        WaitingQueue(5)  # type: ignore[arg-type]
+    assert 2**70 not in queue
+    assert np.int64(0) not in queue
+    queue.add([1])
+    assert np.int64(0) in queue

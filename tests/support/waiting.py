@@ -63,8 +63,8 @@ class WaitingOracle:
             check_range(tokens, LARGEST, query)
         ids = list(range(self.next_id, self.next_id + len(queries)))
         self.next_id += len(queries)
-        for id, tokens, *rest in zip(ids, queries, namespaces, priorities, arrivals, strict=True):
-            self.prompts.append(Prompt(id, tuple(tokens), *rest))
+        keys = [tuple(tokens) for tokens in queries]
+        self.prompts += map(Prompt, ids, keys, namespaces, priorities, arrivals)
         return ids
 
     def remove(self, ids: Sequence[int]) -> None:
