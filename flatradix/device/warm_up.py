@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from flatradix.device.stages import STAGED_BYTES
+from flatradix.host.warm_up import use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
 from flatradix.layout import numbers
@@ -75,6 +76,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
     yield lambda tree: tree.split(_root(tree, 1))
     yield _write_slots
     yield lambda tree: tree.reset()
+    yield use_queue
 
 
 def _root(tree: RadixTree, count: int) -> SimpleNamespace:

@@ -7,6 +7,7 @@ import io
 import numpy as np
 import torch
 
+from flatradix.errors import QueryError
 from flatradix.inputs.sequences import address_of
 from flatradix.kernels import cpu
 from flatradix.layout.state import allocate_host
@@ -35,7 +36,39 @@ def warm_up_host(slot_device: str | torch.device | None) -> None:
     file.seek(0)
     RadixTree.load(file, device="cpu").reset()
     _take_back()
+    use_queue(RadixTree(16, page_size=2, device="cpu"))
     _use_slots_apart(RadixTree(16, page_size=2, device="cpu", slot_device=slot_device or "cpu"))
+
+
+def use_queue(tree: RadixTree) -> None:
+    """Run every operation of a waiting queue beside an empty tree."""
+    from flatradix.queue.orders import NAMES
+    from flatradix.queue.waiting_queue import WaitingQueue
+
+    queue = WaitingQueue(tree, keep=True)
+    key = list(range(2 * tree.page_size + tree.bigram))
+    places = tree.insert([key], [key], "a")
+    tree.alive(places)
+    tree.rematch([key], places)
+    tree.want(places)
+    tree.unwant(places)
+    queue.add(key)
+    queue.add([key] * 70, ["a"] * 70, priority=[0, *[1] * 69])  # more than the first arrays hold
+    queue.add(np.zeros(5000, np.int64))  # and than the first pool
+    for policy in NAMES:
+        queue.order(policy, defer_shared=True)
+    queue.order("lpm")
+    queue.turns()
+    queue.plan()
+    queue.plan(queue.ids())
+    tree.evict(1)
+    queue.remove(0)
+    queue.remove(queue.ids()[:2])
+    queue.shared_lengths()
+    try:
+        queue.add([-1])
+    except QueryError:  # the kernel that finds the bad token
+        queue.close()
 
 
 def _take_back() -> None:

@@ -263,6 +263,13 @@ class WaitingQueue:
         waited = (time.monotonic() if now is None else now) - arrival
         return Columns(cached, length, self._shared() if shared else cached, waited.clamp(min=0), priority, arrival)
 
+    def turns(self) -> torch.Tensor:
+        """Return the ids in the order of the last `order` call, those added since at the end: int64 [N].
+
+        With `keep`, an eviction gives up prompts from the end of this order on.
+        """
+        return torch.from_numpy(self._prompts.arrays.id[self._prompts.in_order()])
+
     # Plan
 
     def plan(

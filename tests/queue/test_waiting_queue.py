@@ -790,3 +790,14 @@ def test_bad_arguments_of_an_empty_queue(device: str) -> None:
     assert np.int64(0) not in queue
     queue.add([1])
     assert np.int64(0) in queue
+
+
+def test_turns_are_the_last_order_and_what_came_since(device: str) -> None:
+    queue = WaitingQueue(tree_with(device, [1, 2]))
+    queue.add([[9], [1, 2], [1]])
+    assert queue.turns().tolist() == [0, 1, 2]
+    queue.order("lpm")
+    queue.add([1, 2])
+    queue.remove(2)
+    queue.plan("fcfs")
+    assert queue.turns().tolist() == [1, 0, 3]
