@@ -119,6 +119,10 @@ class Index(ABC):
     def unwant(self, places: Any) -> None: ...
 
     @abstractmethod
+    def settle(self) -> None:
+        """Undo an interrupted call, if there is one. Raises RuntimeError if a call is under way."""
+
+    @abstractmethod
     def paths(self) -> Paths:
         """Return the columns of the tree that lead from a row to the root. Do not write to them."""
 

@@ -391,6 +391,11 @@ class DeviceIndex(Index):
             self._changes += 1
             self._open = None
 
+    @public_call
+    def settle(self) -> None:
+        if self._open:
+            self._recover()
+
     def names(self) -> Namespaces:
         """Return the codes of the namespaces, for a waiting queue to read."""
         return self._names.known

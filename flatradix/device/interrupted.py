@@ -20,7 +20,7 @@ from flatradix.layout.scratch import STARTED, clean
 from flatradix.layout.state import FREE_ROW
 
 NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET, WANT, UNWANT = range(8)
-_REVERSED = {LOCK: gpu.unlock, UNLOCK: gpu.lock, WANT: gpu.unwant, UNWANT: gpu.want}
+_REVERSED = {LOCK: gpu.unlock, UNLOCK: gpu.lock, WANT: gpu.unwant, UNWANT: gpu.want_again}
 
 
 class OpenCall(NamedTuple):

@@ -392,6 +392,11 @@ class HostIndex(Index):
             self._refuse("unwant", reason)
         self._open = 0
 
+    @public_call
+    def settle(self) -> None:
+        if self._open:
+            self._recover()
+
     def paths(self) -> Paths:
         s, rows = self._arrays, self._numbers[_ROWS]
         sizes = self._numbers[_EVICTABLE], self._numbers[_PROTECTED]

@@ -22,7 +22,6 @@ TODO = 6  # length of `todo`
 GONE = 7  # length of `gone_start` and `gone_tokens`
 FIRST = 8  # ends of the queue's order, which decides whose nodes are evicted first
 LAST = 9
-TIDY = 10  # whether `shared` and the edges of the prompt tree are right
 KEEP = 11  # whether the queue wants what its prompts match
 GONE_TOKENS = 12  # tokens of prompts that left, and may still be in the pool
 LIVE_TOKENS = 13

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +12,27 @@ from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.sequences import Batch, Buffer, address_of
 from flatradix.kernels import cpu
 from flatradix.layout import numbers, waiting
+from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.state import COLUMNS, TreeState, allocate_host, multipliers
 from flatradix.layout.waiting import Waiting, allocate_waiting, enlarge_waiting
 
 _FEWEST_UNITS = 1 << 12
 _FEWEST_GONE = 1 << 16  # tokens of prompts that left for which a tidying pays
+
+
+class _Columns(NamedTuple):
+    """The columns of a queue, in one piece: an interruption sees all of the old or all of the new."""
+
+    arrays: Waiting
+    table: np.ndarray
+    address: int
+    counts: memoryview
+
+
+class _Forest(NamedTuple):
+    state: TreeState
+    table: np.ndarray
+    address: int
 
 
 class Prompts:
@@ -30,16 +47,25 @@ class Prompts:
         self._page = page
         self._bigram = bigram
         self.spaces: dict[Namespace, int] = {}
+        self.names_version = 0  # different after each change of `spaces`
         self._free_spaces: list[int] = []
         self._set_arrays(allocate_waiting(rows))
         self._set_forest(self._new_forest(_FEWEST_UNITS))
 
     # Memory
 
-    def _set_arrays(self, arrays: Waiting) -> None:
-        table = cpu.waiting_table(arrays)
-        self.arrays, self._table, self.address = arrays, table, address_of(table)
-        self._counts = memoryview(arrays.counts.data)
+    def _set_arrays(self, arrays: Waiting, table: np.ndarray | None = None) -> None:
+        table = cpu.waiting_table(arrays) if table is None else table
+        self._columns = _Columns(arrays, table, address_of(table), memoryview(arrays.counts.data))
+
+    @property
+    def arrays(self) -> Waiting:
+        return self._columns.arrays
+
+    @property
+    def address(self) -> int:
+        """The address of the table of `arrays`."""
+        return self._columns.address
 
     def _new_forest(self, units: int) -> TreeState:
         forest = allocate_host(max(units, self._page) // self._page * self._page, self._page, False, 0)
@@ -54,7 +80,11 @@ class Prompts:
         table = cpu.address_table(forest)
         # The second token of a unit is the token behind the first: prompts lie in one piece.
         table[TreeState._fields.index("seconds")] = forest.tokens.data_ptr() + 4
-        self._forest, self._forest_table, self.forest_address = forest, table, address_of(table)
+        self._tree = _Forest(forest, table, address_of(table))
+
+    @property
+    def _forest(self) -> TreeState:
+        return self._tree.state
 
     @property
     def pool(self) -> int:
@@ -66,19 +96,23 @@ class Prompts:
         return sum(array.nbytes for array in self.arrays) + sum(tensor.nbytes for tensor in self._forest)
 
     def __len__(self) -> int:
-        return self._counts[waiting.LIVE]
+        return self._columns.counts[waiting.LIVE]
 
     def _ensure_entries(self, more: int) -> None:
-        needed = self._counts[waiting.LIVE] + more + 1
+        needed = self._columns.counts[waiting.LIVE] + more + 1
         if needed > len(self.arrays.id):
-            self._set_arrays(enlarge_waiting(self.arrays, 1 << (needed - 1).bit_length()))
-            cpu.enter_keys(self.address)
+            larger = enlarge_waiting(self.arrays, 1 << (needed - 1).bit_length())
+            table = cpu.waiting_table(larger)
+            cpu.enter_keys(address_of(table))
+            self._set_arrays(larger, table)  # last: a call that is cut short before has changed nothing
 
     def _enlarge_forest(self, more: int) -> None:
         """Make space for at least `more` units in one piece."""
         old = self._forest
         had = int(old.numbers[numbers.MAX_TOKENS])
-        new = self._new_forest(max(2 * had, had + more))
+        if had + more > MAX_UNITS:
+            raise ValueError(f"a queue holds at most {MAX_UNITS} tokens of waiting prompts; {had} are taken")
+        new = self._new_forest(min(max(2 * had, had + more), MAX_UNITS))
         rows, free = int(old.numbers[numbers.ROWS]), int(old.numbers[numbers.FREE_ROWS])
         for name in COLUMNS:
             getattr(new, name)[:rows] = getattr(old, name)[:rows]
@@ -95,30 +129,35 @@ class Prompts:
 
     # Namespaces
 
-    def space_of(self, name: Namespace) -> int:
-        """Return the number of a namespace. New ones get one; those without prompts lose theirs before that."""
-        space = self.spaces.get(name)
-        if space is None:
-            if not self._free_spaces:
-                self._forget_spaces()
-            space = self._free_spaces.pop()
-            self.arrays.codes[space] = numbers.UNKNOWN_NAMESPACE
-            self.spaces[name] = space
-        return space
+    def spaces_of(self, names: Sequence[Namespace]) -> np.ndarray:
+        """Return the number of each namespace, int64 [B]. New ones get one that no waiting prompt has."""
+        new = [name for name in dict.fromkeys(names) if name not in self.spaces]
+        if new:
+            self.names_version += 1
+            if len(new) > len(self._free_spaces):
+                self._forget_spaces(set(names), len(new))
+            for name in new:
+                space = self._free_spaces.pop()
+                self.arrays.codes[space] = numbers.UNKNOWN_NAMESPACE
+                self.spaces[name] = space
+        return np.array([self.spaces[name] for name in names], np.int64)
 
     def names(self) -> dict[int, Namespace]:
         """Return the namespace of each space."""
         return {space: name for name, space in self.spaces.items()}
 
-    def _forget_spaces(self) -> None:
-        self.spaces = {name: space for name, space in self.spaces.items() if self.arrays.in_space[space] > 0}
-        if 2 * len(self.spaces) > len(self.arrays.codes):
-            grown = {
-                name: np.concatenate([array, np.zeros_like(array)])
-                for name, array in (("codes", self.arrays.codes), ("in_space", self.arrays.in_space))
-            }
-            self._set_arrays(self.arrays._replace(**grown))
-        self._free_spaces = sorted(set(range(len(self.arrays.codes))) - set(self.spaces.values()), reverse=True)
+    def _forget_spaces(self, kept: set[Namespace], more: int) -> None:
+        """Free the numbers of namespaces without prompts, except `kept`; make arrays for at least `more` numbers."""
+        in_space = self.arrays.in_space
+        self.spaces = {name: space for name, space in self.spaces.items() if name in kept or in_space[space] > 0}
+        spaces = len(in_space)
+        while spaces < 2 * len(self.spaces) + more:
+            spaces *= 2
+        if spaces > len(in_space):
+            codes, counts = np.zeros(spaces, np.int64), np.zeros(spaces, np.int32)
+            codes[: len(in_space)], counts[: len(in_space)] = self.arrays.codes, in_space
+            self._set_arrays(self.arrays._replace(codes=codes, in_space=counts))
+        self._free_spaces = sorted(set(range(spaces)) - set(self.spaces.values()), reverse=True)
 
     # Adding and removing
 
@@ -128,7 +167,7 @@ class Prompts:
         ids, starts = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
         batch = keys.addresses, keys.wide, keys.counts, self._left, spaces, priorities, arrivals, starts, ids
         while True:
-            reason, query = cpu.add_prompts(self.forest_address, self.address, *batch)
+            reason, query = cpu.add_prompts(self._tree.address, self.address, *batch)
             if reason == 0:
                 return ids
             if reason == cpu.BAD_TOKEN:
@@ -141,13 +180,13 @@ class Prompts:
         self._ensure_entries(1)
         arguments = address, wide, count, self._left, space, priority, arrival
         while True:
-            number: int = cpu.add_prompt.call(self.forest_address, self.address, *arguments)
+            number: int = cpu.add_prompt.call(self._tree.address, self.address, *arguments)
             if number >= cpu.BAD_TOKEN:
                 return number
             self._make_space(count + self._page)
 
     def _make_space(self, units: int) -> None:
-        if self._counts[waiting.GONE]:
+        if self._columns.counts[waiting.GONE]:
             self.tidy()
         else:
             self._enlarge_forest(units)
@@ -155,24 +194,24 @@ class Prompts:
     def remove(self, ids: np.ndarray, tree: int) -> None:
         """Remove prompts that wait. tree: the address of the tree that is watched, or 0."""
         self._ensure_gone(len(ids))
-        cpu.remove_prompts(tree, self.forest_address, self.address, ids)
+        cpu.remove_prompts(tree, self._tree.address, self.address, ids)
 
     def remove_one(self, number: int, tree: int) -> bool:
         """Remove the prompt with an id, if it waits; return whether it did."""
         self._ensure_gone(1)
-        return bool(cpu.remove_prompt.call(tree, self.forest_address, self.address, number))
+        return bool(cpu.remove_prompt.call(tree, self._tree.address, self.address, number))
 
     def _ensure_gone(self, more: int) -> None:
         """Free the ranges of prompts that left, if they are many, or if `more` could not be noted."""
-        counts = self._counts
+        counts = self._columns.counts
         full = counts[waiting.GONE] + more > len(self.arrays.gone_start)
         if full or counts[waiting.GONE_TOKENS] > _FEWEST_GONE + counts[waiting.LIVE_TOKENS]:
             self.tidy()
 
     def tidy(self) -> None:
         """Find anew what prompts share with older ones, and free what prompts that left have held. O(prompts)."""
-        if self._counts[waiting.GONE]:
-            cpu.tidy(self.forest_address, self.address)
+        if self._columns.counts[waiting.GONE]:
+            cpu.tidy(self._tree.address, self.address)
 
     # Looking
 

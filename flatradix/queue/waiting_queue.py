@@ -57,14 +57,19 @@ class WaitingQueue:
         if not isinstance(tree, RadixTree):
             raise ValueError(f"a waiting queue stands beside a RadixTree, not beside a {type(tree).__name__}")
         self.tree = tree
-        self.keep = keep
+        self._keep = keep
         self._watch = _watch_of(tree, keep, compute_last)
         self._known: np.ndarray | None = None  # entries by age, until the next add or remove
 
     def close(self) -> None:
         """Keep nothing from now on, as if the queue were deleted: another queue can then keep in this tree."""
-        self.keep = False
         self._watch.close()
+        self._keep = False
+
+    @property
+    def keep(self) -> bool:
+        """Whether evictions spare what waiting prompts would match."""
+        return self._keep
 
     # The prompts
 
@@ -88,9 +93,9 @@ class WaitingQueue:
         names = namespaces.spread(namespace, len(keys))
         priorities = per_query(priority, len(keys), "priority")
         arrivals = _arrivals(arrival, len(keys))
-        spaces = np.array([self._space(name) for name in names], np.int64)
-        found = self._prompts.add(keys, spaces, priorities, arrivals)
+        spaces = self._prompts.spaces_of(names)
         self._known = None
+        found = self._prompts.add(keys, spaces, priorities, arrivals)
         if isinstance(found, int):
             _refuse_token((int(keys.addresses[found]), int(keys.counts[found]), keys.wide, keys.owner), found)
         return torch.from_numpy(found)
@@ -100,18 +105,15 @@ class WaitingQueue:
         when = time.monotonic() if arrival is None else arrival
         if not isfinite(when):
             raise ValueError("arrival must be a finite number")
-        number = self._watch.prompts.add_one(key, self._space(namespace), to_int64(priority, "priority"), when)
+        priority = to_int64(priority, "priority")
+        space = self._prompts.spaces.get(namespace)
+        if space is None:
+            space = int(self._prompts.spaces_of([namespace])[0])
         self._known = None
+        number = self._prompts.add_one(key, space, priority, when)
         if number < 0:
             _refuse_token(key, 0)
         return torch.from_numpy(np.array([number]))  # torch.tensor takes four times as long
-
-    def _space(self, name: namespaces.Namespace) -> int:
-        space: int | None = self._prompts.spaces.get(name)
-        if space is None:
-            space = self._prompts.space_of(name)
-            self._watch.names_changed()
-        return space
 
     def remove(self, ids: Any) -> None:
         """Remove prompts that wait: an id, or several (a sequence, an array, a tensor).
@@ -119,12 +121,11 @@ class WaitingQueue:
         O(nodes on their paths). Raises QueryError (an id that does not wait, or is given twice). Then all stay.
         """
         self._known = None
-        if type(ids) is int and self._watch.remove_one(ids):
+        if type(ids) is int and 0 <= ids < _NO_LIMIT and self._watch.remove_one(ids):
             return
         numbers = _read_ids(ids)
         self._find(numbers, "remove")
-        if len(set(numbers.tolist())) < len(numbers):
-            _refuse_twice(numbers)
+        _refuse_twice(numbers, "remove")
         self._watch.remove(numbers)
 
     def _find(self, numbers: np.ndarray, operation: str) -> np.ndarray:
@@ -140,7 +141,10 @@ class WaitingQueue:
 
     def prompt(self, id: int) -> torch.Tensor:
         """Return a copy of the tokens of a waiting prompt: int32 [length]. Raises QueryError."""
-        entry = int(self._find(_read_ids(id), "prompt")[0])
+        entries = self._find(_read_ids(id), "prompt")
+        if len(entries) != 1:
+            raise ValueError(f"prompt takes one id, not {len(entries)}")
+        entry = int(entries[0])
         return torch.from_numpy(self._prompts.tokens(entry))
 
     def __len__(self) -> int:
@@ -219,9 +223,10 @@ class WaitingQueue:
         defer_shared: prompts that share tokens with an older one that computes them come behind all others, so that
             they find them cached.
 
-        A prompt with a higher priority goes before all with a lower one. Starvation: with fcfs, only prompts that are
-        older, with aged, only those that came at most `patience` later can go first; with k-lpm, a prompt with n older
-        ones has its turn after at most (n + 1) * every. The other orders have no bound.
+        A prompt with a higher priority goes before all with a lower one. Starvation, with equal priorities and without
+        `defer_shared`: with fcfs, only prompts that are older, with aged, only those that came at most `patience` later
+        can go first; with k-lpm, a prompt with n older ones has its turn after at most (n + 1) * every turns of one
+        call: serve at least `every` before the next call. The other orders have no bound.
 
         The order is also that by which `keep` gives up nodes. Raises ValueError.
         """
@@ -250,7 +255,10 @@ class WaitingQueue:
             positions = np.empty(len(entries), np.int64)
             cpu.depth_first(self.tree.index.paths().parents, self._prompts.arrays.row[entries], positions)
         else:
-            positions = orders.by_scores(orders.scores_of(policy, columns, patience), len(entries))
+            scores = orders.scores_of(policy, columns, patience)
+            if self._known is not entries:
+                raise RuntimeError("the function of the order has changed the queue; it may only look at the columns")
+            positions = orders.by_scores(scores, len(entries))
         if policy == "k-lpm":
             positions = orders.with_oldest(orders.in_classes(positions, columns, False), columns, every)
         return orders.in_classes(positions, columns, defer_shared)
@@ -305,8 +313,11 @@ class WaitingQueue:
             _check_order(order, None, _PATIENCE, _EVERY)
             entries = self._entries()[self._order(order, None, _PATIENCE, _EVERY, False)]
         else:
-            entries = self._find(_read_ids(order), "plan")
-        ids, rows, cached, tokens = self._prompts.columns(entries, "id", "row", "length", "tokens")
+            numbers = _read_ids(order)
+            entries = self._find(numbers, "plan")
+            _refuse_twice(numbers, "plan")
+        ids, rows, cached = self._prompts.columns(entries, "id", "row", "length")
+        tokens = self._prompts.arrays.tokens[entries].astype(np.int64)
         paths = self.tree.index.paths()
         free = self.tree.max_tokens - paths.evictable - paths.protected
         if free_tokens is not None:
@@ -344,7 +355,7 @@ def _check_order(policy: object, now: object, patience: object, every: object) -
         raise ValueError(f"now must be a finite number, not {now!r}")
     if not (isinstance(patience, int | float) and patience > 0):
         raise ValueError(f"patience must be above 0, not {patience!r}")
-    if not (isinstance(every, int) and every >= 1):
+    if not (isinstance(every, int) and 1 <= every <= _NO_LIMIT):
         raise ValueError(f"every must be at least 1, an integer, not {every!r}")
 
 
@@ -377,23 +388,26 @@ def _read_ids(ids: Any) -> np.ndarray:
         values = ids.numpy(force=True)
     elif isinstance(ids, Iterable) and not isinstance(ids, np.ndarray):
         each = list(ids)
-        whole = all(isinstance(id, int | np.integer) for id in each)
+        whole = all(isinstance(id, int | np.integer) and -(2**63) <= id < 2**63 for id in each)
         values = np.array(each) if whole else np.empty(1, np.object_)
     else:
         values = np.asarray(ids)
+        if values.dtype.kind == "u" and values.size and values.max() >= 2**63:
+            values = np.empty(1, np.object_)
     if values.size and values.dtype.kind not in "iu":
-        raise ValueError(f"ids must be integers, not {values.dtype}")
+        raise ValueError("ids must be integers of 64 bits")
     return np.ascontiguousarray(values.reshape(-1), np.int64)
 
 
-def _refuse_twice(numbers: np.ndarray) -> NoReturn:
-    """Raise QueryError for the first id that is there twice."""
+def _refuse_twice(numbers: np.ndarray, operation: str) -> None:
+    """Raise QueryError for the first id that is there twice, if any."""
+    if len(set(numbers.tolist())) == len(numbers):
+        return
     seen: set[int] = set()
     for query, number in enumerate(numbers.tolist()):
         if number in seen:
-            raise QueryError(f"remove: query {query}: id {number} is there twice; give each id once", query)
+            raise QueryError(f"{operation}: query {query}: id {number} is there twice; give each id once", query)
         seen.add(number)
-    raise AssertionError("every id is there once")
 
 
 def _refuse_token(key: Buffer, query: int) -> NoReturn:

@@ -24,10 +24,6 @@ class Watch(ABC):
         """Bring `row` and `length` of all prompts up to date, and the wants, if the queue keeps."""
 
     @abstractmethod
-    def names_changed(self) -> None:
-        """Note that a namespace has got a number in the queue."""
-
-    @abstractmethod
     def close(self) -> None:
         """Keep nothing from now on."""
 
@@ -45,7 +41,10 @@ class Watch(ABC):
 
 
 class HostWatch(Watch):
-    """Reads the events of a tree in host memory, so a look costs what has changed."""
+    """Reads the events of a tree in host memory, so a look costs what has changed.
+
+    The wants of a queue that keeps are counted in the tree. (On a GPU, each eviction finds them from the places.)
+    """
 
     def __init__(self, index: HostIndex, keep: bool, left: int) -> None:
         self._index = index
@@ -54,7 +53,7 @@ class HostWatch(Watch):
         counts = self.prompts.arrays.counts
         counts[waiting.READ] = int(tree.state.numbers[numbers.EVENTS])
         counts[waiting.KEEP] = keep
-        self._names_seen = -1
+        self._names_seen = -1, -1
         if keep:
             index.keep_for(self)
 
@@ -63,46 +62,43 @@ class HostWatch(Watch):
             self.close()
 
     def close(self) -> None:
-        counts = self.prompts.arrays.counts
-        if counts[waiting.KEEP]:
-            self.look()
-            cpu.forget_wants(self._tree.addresses, self.prompts.address)
-            counts[waiting.KEEP] = 0
-            self._index.keep_no_longer(self)
+        cpu.forget_wants(self._tree.addresses, self.prompts.address)
+        self._index.keep_no_longer(self)
+        self.prompts.arrays.counts[waiting.KEEP] = 0
 
     def look(self) -> None:
+        self._index.settle()
+        self._look()
+
+    def _look(self) -> None:
         prompts, tree = self.prompts, self._tree
-        if tree.namespaces.version != self._names_seen:
+        if (tree.namespaces.version, prompts.names_version) != self._names_seen:
             self._read_codes()
         cpu.look.call(tree.addresses, prompts.address, prompts.pool)
 
     def _read_codes(self) -> None:
         """Read the tree's code of each namespace. Codes are given out, and forgotten, as tokens come and go."""
         prompts, names = self.prompts, self._tree.namespaces
-        version = names.version
-        codes = prompts.arrays.codes
-        changed = np.zeros(len(codes), np.bool_)
+        seen = names.version, prompts.names_version
+        codes = prompts.arrays.codes.copy()
         for name, space in prompts.spaces.items():
-            code = names.find(name)
-            changed[space] = codes[space] != code
-            codes[space] = code
-        if changed.any():
-            cpu.recode(prompts.address, changed)
-        self._names_seen = version
+            codes[space] = names.find(name)
+        cpu.recode(prompts.address, codes != prompts.arrays.codes)
+        prompts.arrays.codes[:] = codes  # after the prompts are noted: if this is cut short, all is done again
+        self._names_seen = seen
 
-    def names_changed(self) -> None:
-        """Read all codes again at the next look: a namespace has got a number in this queue."""
-        self._names_seen = -1
+    def wanted_table(self) -> int:
+        """Bring the wants up to date, within an eviction. Return the address of the queue's table."""
+        self._look()
+        return self.prompts.address
 
     def order_changed(self) -> None:
         return  # an eviction reads the order itself
 
-    def wanted_table(self) -> int:
-        self.look()
-        return self.prompts.address
-
     def remove(self, ids: np.ndarray) -> None:
+        self._index.settle()
         self.prompts.remove(ids, self._tree.addresses)
 
     def remove_one(self, number: int) -> bool:
+        self._index.settle()
         return self.prompts.remove_one(number, self._tree.addresses)

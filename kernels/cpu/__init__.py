@@ -30,6 +30,7 @@ from flatradix.kernels.cpu.slots import (
     write_slots,
 )
 from flatradix.kernels.cpu.waiting import (
+    clear_todo,
     enter_keys,
     entries_by_age,
     entries_in_order,
@@ -45,6 +46,7 @@ __all__ = [
     "add_prompts",
     "address_table",
     "alive",
+    "clear_todo",
     "compact",
     "count_paths",
     "depth_first",

@@ -95,6 +95,15 @@ def mark_dirty(q, entry):
         q.counts[waiting.TODO] += 1
 
 
+@kernel
+def clear_todo(table):
+    """Forget the entries that are noted for the next look."""
+    q = open_waiting(table)
+    for at in range(q.counts[waiting.TODO]):
+        q.dirty[q.todo[at]] = 0
+    q.counts[waiting.TODO] = 0
+
+
 @helper
 def enter_row(q, entry, row):
     q.row[entry] = row

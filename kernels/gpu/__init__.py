@@ -15,7 +15,7 @@ from flatradix.kernels.gpu.ranges import copy_ranges
 from flatradix.kernels.gpu.rematch import rematch, rematch_prompts
 from flatradix.kernels.gpu.reset import reset
 from flatradix.kernels.gpu.slots import gather_slots, write_slots
-from flatradix.kernels.gpu.wants import alive, end_wants, unwant, want
+from flatradix.kernels.gpu.wants import alive, end_wants, unwant, want, want_again
 
 __all__ = [
     "Arrays",
@@ -47,5 +47,6 @@ __all__ = [
     "unlock",
     "unwant",
     "want",
+    "want_again",
     "write_slots",
 ]

@@ -16,17 +16,17 @@ LANES = tl.constexpr(128)
 
 
 @triton.jit
-def _row_of(s, handles, lengths, query, batch, PAGE: tl.constexpr, SIGN: tl.constexpr):
+def _row_of(s, handles, lengths, query, batch, PAGE: tl.constexpr, SKIP: tl.constexpr):
     """Return (row that ends at each lane's place, 0 where there is none; length; reason to refuse, 0 if none).
 
-    Stale places are no error where wants are removed.
+    SKIP: stale places are no error.
     """
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
     length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
     row, reason = resolve(s, handle, length, active, PAGE)
     reason = tl.where(active, reason, 0)
-    if SIGN < 0:
+    if SKIP:
         reason = tl.where(reason == reasons.STALE, 0, reason)
     end = tl.load(s.end + row, mask=row > 0, other=0).to(tl.int64)
     reason = tl.where((row > 0) & (end != length), reasons.NOT_WANTED, reason)
@@ -42,12 +42,12 @@ def _add_wants(s, row, count):
 
 
 @triton.jit
-def _add_own(s, handles, lengths, batch, count, PAGE: tl.constexpr, SIGN: tl.constexpr):
+def _add_own(s, handles, lengths, batch, count, PAGE: tl.constexpr, SKIP: tl.constexpr):
     """Add `count` to the soft pins that end at the first `batch` places."""
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
+        row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SKIP)
         tl.atomic_add(s.own_wants + row, count, mask=row > 0, sem="relaxed")
         first += LANES
     tl.debug_barrier()
@@ -60,7 +60,7 @@ def _lacks(s, handles, lengths, batch, PAGE: tl.constexpr):
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
-        row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, -1)
+        row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, True)
         lowest = tl.minimum(lowest, tl.min(tl.load(s.own_wants + row, mask=row > 0, other=0, volatile=True)))
         first += LANES
     return lowest < 0
@@ -73,7 +73,7 @@ def _refuse_surplus(s, w, handles, lengths, batch, PAGE: tl.constexpr):
     searching = query < batch
     while searching:
         one = query + tl.arange(0, 1)
-        row, length, _reason = _row_of(s, handles, lengths, one, batch, PAGE, -1)
+        row, length, _reason = _row_of(s, handles, lengths, one, batch, PAGE, True)
         left = tl.atomic_add(s.own_wants + row, -1, mask=row > 0, sem="relaxed") - 1
         surplus = tl.min(tl.where(row > 0, left, 0)) < 0
         if surplus:
@@ -81,32 +81,35 @@ def _refuse_surplus(s, w, handles, lengths, batch, PAGE: tl.constexpr):
         query += 1
         searching = (query < batch) & (not surplus)
     tl.debug_barrier()
-    _add_own(s, handles, lengths, query, 1, PAGE, -1)
+    _add_own(s, handles, lengths, query, 1, PAGE, True)
 
 
 @triton.jit(do_not_specialize=["handles", "lengths", "batch", "call"])
-def wants_kernel(s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, SIGN: tl.constexpr):
+def wants_kernel(
+    s, w, handles, lengths, batch: tl.int32, call: tl.int64, PAGE: tl.constexpr, SIGN: tl.constexpr,
+    SKIP: tl.constexpr,
+):  # fmt: skip
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, LANES)
-        _row, length, reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
+        _row, length, reason = _row_of(s, handles, lengths, query, batch, PAGE, SKIP)
         refuse_lanes(w, query, reason, length)
         first += LANES
     tl.debug_barrier()
-    _add_own(s, handles, lengths, batch, SIGN, PAGE, SIGN)
+    _add_own(s, handles, lengths, batch, SIGN, PAGE, SKIP)
     if SIGN < 0:
         if _lacks(s, handles, lengths, batch, PAGE):
-            _add_own(s, handles, lengths, batch, 1, PAGE, SIGN)
+            _add_own(s, handles, lengths, batch, 1, PAGE, SKIP)
             _refuse_surplus(s, w, handles, lengths, batch, PAGE)
-            _add_own(s, handles, lengths, batch, -1, PAGE, SIGN)
+            _add_own(s, handles, lengths, batch, -1, PAGE, SKIP)
     error = first_refusal(w)
     if error != scratch.NO_ERROR:
-        _add_own(s, handles, lengths, batch, -SIGN, PAGE, SIGN)
+        _add_own(s, handles, lengths, batch, -SIGN, PAGE, SKIP)
     else:
         first = tl.zeros([], tl.int32)
         while first < batch:
             query = first + tl.arange(0, LANES)
-            row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SIGN)
+            row, _length, _reason = _row_of(s, handles, lengths, query, batch, PAGE, SKIP)
             _add_wants(s, row, SIGN)
             first += LANES
     publish(s, w, call.to(tl.int64), error, mail.WANT if SIGN > 0 else mail.UNWANT)
@@ -117,12 +120,17 @@ _wants = Kernel(wants_kernel, ["*i64", "*i32", "i32", "i64"])
 
 def want(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     """Add one want to each path. Each place must be the end of a node: `lock` and `unlock` split edges before."""
-    _wants(arrays, 1, (places.handles, places.lengths, places.batch, call), (arrays.page, 1))
+    _wants(arrays, 1, (places.handles, places.lengths, places.batch, call), (arrays.page, 1, False))
 
 
 def unwant(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     """Remove one want from each path. Stale places are skipped."""
-    _wants(arrays, 1, (places.handles, places.lengths, places.batch, call), (arrays.page, -1))
+    _wants(arrays, 1, (places.handles, places.lengths, places.batch, call), (arrays.page, -1, True))
+
+
+def want_again(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
+    """Undo `unwant`, which has skipped stale places."""
+    _wants(arrays, 1, (places.handles, places.lengths, places.batch, call), (arrays.page, 1, True))
 
 
 @triton.jit(do_not_specialize=["count"])
