@@ -11,6 +11,7 @@ from flatradix.errors import QueryError
 from flatradix.inputs.sequences import address_of
 from flatradix.kernels import cpu
 from flatradix.layout.state import allocate_host
+from flatradix.layout.waiting import allocate_waiting
 from flatradix.tree import RadixTree
 
 
@@ -72,7 +73,10 @@ def use_queue(tree: RadixTree) -> None:
 
 
 def _take_back() -> None:
-    """Run the kernel that only an interrupted call needs."""
+    """Run the kernels that only an interrupted call, and a queue beside a GPU, need."""
+    queue = allocate_waiting(0)  # named, so that it outlives the call
+    addresses = cpu.waiting_table(queue)
+    cpu.clear_todo(address_of(addresses))
     state = allocate_host(2, 1, False, 0)  # named, so that it outlives the call
     table = cpu.address_table(state)
     nothing = np.empty(0, np.int32)

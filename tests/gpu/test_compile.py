@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from flatradix import RadixTree, Ragged
+from flatradix import RadixTree, Ragged, WaitingQueue
 from flatradix.inputs import devices
 
 pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile with")
@@ -137,6 +137,7 @@ def use_everything(tree: RadixTree, few: bool) -> None:
     found = tree.match(single.numpy())
     tree.lock(found)
     tree.unlock(found)
+    use_queue(tree, many, places)
     if few:
         return
     for touch, lock in ((True, False), (False, False), (True, True), (False, True)):
@@ -150,6 +151,19 @@ def use_everything(tree: RadixTree, few: bool) -> None:
     tree.insert(wide, wide)
     tree.insert(many, wide, start=places)
     tree.write_slots(places, table.long(), numbers)
+
+
+def use_queue(tree: RadixTree, many: Ragged, places: Any) -> None:
+    """Keep for a waiting queue, and pin softly."""
+    tree.rematch(many, places)
+    tree.alive(places)
+    tree.want(places)
+    tree.unwant(places)
+    queue = WaitingQueue(tree, keep=True)
+    queue.add([1, 2, 3, 4])
+    queue.cached_lengths()
+    tree.evict(1)
+    queue.close()
 
 
 def use_slots_apart(dtype: torch.dtype) -> None:

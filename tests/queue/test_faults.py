@@ -40,7 +40,7 @@ def test_ids_given_twice_begin_nothing() -> None:
     queue = cache.queue()
     queue.add([[1, 2, 3], [4, 5]])
     for call in (queue.begin, queue.plan):
-        with pytest.raises(QueryError, match="query 1: id 0 .*once"):
+        with pytest.raises(QueryError, match=r"query 1: id 0 .*once"):
             call([0, 0])
     assert cache.free_space() == (200, 256)
     assert len(queue) == 2
