@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from flatradix.cache.request import RUNNING, Request
 from flatradix.queue.orders import OrderFunction
 from flatradix.queue.waiting_queue import WaitingQueue
+from flatradix.tree import RadixTree
 
-if TYPE_CHECKING:
-    from flatradix.cache.prefix_cache import PrefixCache
+
+class Cache(Protocol):
+    """What a queue needs of its PrefixCache."""
+
+    tree: RadixTree
+
+    def begin(self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0) -> list[Request]: ...
+
+    def free_space(self) -> tuple[int, int]: ...
 
 
 class RequestQueue(WaitingQueue):
@@ -21,7 +29,7 @@ class RequestQueue(WaitingQueue):
     Lengths are those of prompts without their last token, which a request always computes.
     """
 
-    def __init__(self, cache: PrefixCache, keep: bool) -> None:
+    def __init__(self, cache: Cache, keep: bool) -> None:
         super().__init__(cache.tree, keep, compute_last=True)
         self._cache = cache
 
