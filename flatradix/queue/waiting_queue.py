@@ -379,7 +379,7 @@ def _arrivals(arrival: Any, count: int) -> np.ndarray:
         raise ValueError(f"arrival has shape {values.shape} for {count} prompts; give one number, or one a prompt")
     if not np.isfinite(values).all():
         raise ValueError("arrival must be finite numbers")
-    return np.ascontiguousarray(np.broadcast_to(values, count))
+    return np.array(np.broadcast_to(values, count))  # a copy: kernels are compiled for arrays that can be written
 
 
 def _read_ids(ids: Any) -> np.ndarray:
