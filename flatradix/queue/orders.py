@@ -73,6 +73,17 @@ def by_scores(scores: torch.Tensor, count: int) -> np.ndarray:
     return order
 
 
+def depth_first(parents: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return positions depth first through a tree, the branches with the most prompts first: int64 [N].
+
+    parents: int32 [R], of the tree. rows: int32 [N], the row on which each match ends, 0 for the root. Of equal
+    branches, that with the first prompt goes first; prompts that end at a node come after those below.
+    """
+    order = np.empty(len(rows), np.int64)
+    cpu.depth_first(parents, rows, order)
+    return order
+
+
 def in_classes(order: np.ndarray, columns: Columns, deferred: bool) -> np.ndarray:
     """Return an order by priority, the highest first, and of equal priority those that share something last."""
     if deferred:

@@ -252,8 +252,7 @@ class WaitingQueue:
         if policy == "fcfs":
             positions = np.arange(len(entries))
         elif policy == "dfs-weight":
-            positions = np.empty(len(entries), np.int64)
-            cpu.depth_first(self.tree.index.paths().parents, self._prompts.arrays.row[entries], positions)
+            positions = orders.depth_first(self.tree.index.paths().parents, self._prompts.arrays.row[entries])
         else:
             scores = orders.scores_of(policy, columns, patience)
             if self._known is not entries:
@@ -304,7 +303,8 @@ class WaitingQueue:
         A request fits if the slots for its tokens that are not cached are free or evictable, where its cached part, and
         those of the requests before it, are not evictable any more. What several protect counts once.
 
-        O(requests considered x nodes on a path). Raises QueryError, ValueError.
+        O(requests considered x nodes on a path). Beside a tree on a GPU, four of its columns are copied to the host
+        first. Raises QueryError, ValueError.
         """
         budget, most = _limit(token_budget, "token_budget"), _limit(max_requests, "max_requests")
         reserve = _limit(reserve, "reserve")

@@ -54,7 +54,7 @@ class FollowedQueue:
     """
 
     def __init__(self, cache: FlatRadixCache) -> None:
-        """Raises NotImplementedError if there is no queue for the tree's device, ValueError if the tree has one."""
+        """Raises ValueError if another queue keeps in the tree already."""
         self.queue = WaitingQueue(cache.tree, keep=True)
         self.columns = Columns.of(_FEWEST)
         self.requests: list[Any] = [None] * _FEWEST  # by slot
