@@ -408,8 +408,12 @@ class DeviceIndex(Index):
     def follow(self, prompts: PromptAddresses) -> None:
         """Match the prompts of a waiting queue from their places, which are replaced. Enqueues one launch."""
         call = self._calls.next()
-        gpu.rematch_prompts(self._arrays, *prompts, call)
+        gpu.follow(self._arrays, prompts, call)
         self._calls.enqueued(call, False)
+
+    def wait(self) -> None:
+        """Wait for all calls so far. Does not tell whether one was refused."""
+        self._wait()
 
     def paths(self) -> Paths:
         """Return the columns that lead from a row to the root, copied to the host. Waits for the device."""

@@ -42,18 +42,23 @@ class PlaceAddresses(NamedTuple):
 
 
 class PromptAddresses(NamedTuple):
-    """Addresses of the waiting prompts of a queue on a device: what `rematch_prompts` takes.
+    """Addresses of the waiting prompts of a queue on a device, for `entries` entries: what `follow` takes.
 
-    pool: int32 tokens. begins, units, names: int64, int32 and int64 [B], by entry. places: the matches so far, which
-    are replaced. rows: int32 [B], the row on which each match ends.
+    pool: int32 tokens. begins, units, names: int64, int32 and int64 [B]: where each prompt begins in the pool, the
+    units in its whole pages, the code of its namespace. handles, lengths: int64 and int32 [2, B]: the place at which
+    its match ends, and a place above. rows: int32 [B], the row at which its match ends. told: int32 [2, B] in pinned
+    memory: lengths and rows for the host.
     """
 
     pool: int
     begins: int
     units: int
     names: int
-    places: PlaceAddresses
+    handles: int
+    lengths: int
     rows: int
+    told: int
+    entries: int
 
 
 class Wants(NamedTuple):

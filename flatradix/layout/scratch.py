@@ -22,6 +22,7 @@ CUT_COUNT = 80  # queries that cut; in an unlock, above 0 if a row has fewer loc
 NEW_ROWS = 88  # nodes that the call makes
 EVICTION_HINT = 96  # three words that an eviction leaves as a guess for the next one
 STARTED = 104  # the last call whose first launch of two has run, negative if it unlocks
+TOLD = 112  # places of waiting prompts that were written to pinned memory; only its order with these is of use
 COUNTERS = 128
 NO_ERROR = 1 << 62
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from flatradix.device.index import DeviceIndex
+from flatradix.device.mailbox import abandon
 from flatradix.kernels import cpu
 from flatradix.layout import waiting
 from flatradix.layout.handles import NO_HANDLE
-from flatradix.layout.queries import PlaceAddresses, PromptAddresses, Wants
+from flatradix.layout.queries import PromptAddresses, Wants
 from flatradix.queue.prompts import Prompts
 from flatradix.queue.watch import Watch
 
 
 class Columns(NamedTuple):
-    """What the device knows of each entry of a queue, [W]: as `PromptAddresses`, in tensors."""
+    """What the device knows of each entry of a queue, [W] or [2, W]: as `PromptAddresses`, in tensors."""
 
     begins: torch.Tensor
     units: torch.Tensor
@@ -25,19 +28,23 @@ class Columns(NamedTuple):
     handles: torch.Tensor
     lengths: torch.Tensor
     rows: torch.Tensor
+    told: torch.Tensor
 
 
 def _columns(entries: int, device: torch.device) -> Columns:
     """Return columns for so many entries. Every prompt is matched from the root next."""
-    wide, narrow = torch.zeros(entries, dtype=torch.int64, device=device), torch.int32
-    units, lengths, rows = (torch.zeros(entries, dtype=narrow, device=device) for _ in range(3))
-    return Columns(wide, units, wide - 2, torch.full_like(wide, NO_HANDLE), lengths, rows)
+    wide = torch.zeros(entries, dtype=torch.int64, device=device)
+    units, rows = (torch.zeros(entries, dtype=torch.int32, device=device) for _ in range(2))
+    handles = torch.full((2, entries), NO_HANDLE, dtype=torch.int64, device=device)
+    lengths = torch.zeros(2, entries, dtype=torch.int32, device=device)
+    told = torch.zeros(2, entries, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    return Columns(wide, units, wide - 1, handles, lengths, rows, told)
 
 
 class DeviceWatch(Watch):
     """Keeps a copy of the prompts on the device, and there the place of each.
 
-    A look matches every prompt from its place in one launch, and most change nothing.
+    A look matches every prompt from its place in one launch, which writes what has changed to pinned memory.
     """
 
     def __init__(self, index: DeviceIndex, keep: bool, left: int) -> None:
@@ -47,10 +54,15 @@ class DeviceWatch(Watch):
         self._names_seen = -1, -1
         self._pool = torch.empty(0, dtype=torch.int32, device=index.device)
         self._entries = _columns(0, index.device)
+        self._addresses = PromptAddresses(0, 0, 0, 0, 0, 0, 0, 0, 0)
         self._order: torch.Tensor | None = None  # the queue's order on the device
         self._read_at: int | None = None  # the index's last call when the host last read the places
         if keep:
             index.keep_for(self)
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing() and hasattr(self, "_entries"):
+            abandon(self._index.mailbox, self._entries.told)
 
     def order_changed(self) -> None:
         self._order = None
@@ -74,7 +86,13 @@ class DeviceWatch(Watch):
         if len(fresh):
             self._copy_columns(fresh, entries)
             self._order = None
-        self._entries = entries
+        if entries is not self._entries:
+            abandon(self._index.mailbox, self._entries.told)
+            self._entries = entries
+        begins, units, names, handles, lengths, rows, told = (column.data_ptr() for column in entries)
+        self._addresses = PromptAddresses(
+            self._pool.data_ptr(), begins, units, names, handles, lengths, rows, told, len(entries.begins)
+        )
         cpu.clear_todo(self.prompts.address)
 
     def _copy_tokens(self, pool: torch.Tensor, entries: np.ndarray) -> None:
@@ -91,13 +109,12 @@ class DeviceWatch(Watch):
     def _copy_columns(self, entries: np.ndarray, target: Columns) -> None:
         begins, units, spaces, ids = self.prompts.columns(entries, "start", "units", "space", "id")
         units = np.where(ids >= 0, units, 0)  # of an entry that has left, nothing is matched
-        packed = np.stack([entries, begins, units, 2 * self.prompts.arrays.codes[spaces]])
+        packed = np.stack([entries, begins, units, self.prompts.arrays.codes[spaces]])
         where, begin, unit, name = torch.from_numpy(packed).to(self._index.device)
         target.begins[where] = begin
         target.units[where] = unit.to(torch.int32)
         target.names[where] = name
-        target.handles[where] = NO_HANDLE
-        target.lengths[where] = 0
+        target.handles[:, where] = NO_HANDLE
 
     def _read_codes(self) -> None:
         """Read the tree's code of each namespace. A place in a namespace that lost its code is stale."""
@@ -106,7 +123,7 @@ class DeviceWatch(Watch):
         for name, space in prompts.spaces.items():
             arrays.codes[space] = names.find(name)
         if len(self._entries.names) == len(arrays.id):
-            self._entries.names.copy_(torch.from_numpy(2 * arrays.codes[arrays.space]))
+            self._entries.names.copy_(torch.from_numpy(arrays.codes[arrays.space]))
         self._names_seen = seen
 
     # Looking
@@ -115,10 +132,10 @@ class DeviceWatch(Watch):
         if (self._index.names().version, self.prompts.names_version) != self._names_seen:
             self._read_codes()
             self._read_at = None
-        self._upload()
-        begins, units, names, handles, lengths, rows = (column.data_ptr() for column in self._entries)
-        places = PlaceAddresses(handles, lengths, len(self._entries.begins))
-        self._index.follow(PromptAddresses(self._pool.data_ptr(), begins, units, names, places, rows))
+        arrays = self.prompts.arrays
+        if arrays.counts[waiting.TODO] or len(arrays.id) != self._addresses.entries:
+            self._upload()
+        self._index.follow(self._addresses)
 
     def look(self) -> None:
         self._index.settle()
@@ -128,8 +145,8 @@ class DeviceWatch(Watch):
             return
         self._follow()
         call = self._index.last_call
-        found = torch.stack([self._entries.lengths, self._entries.rows]).cpu().numpy()
-        arrays.length[:], arrays.row[:] = found
+        self._index.wait()
+        arrays.length[:], arrays.row[:] = self._entries.told.numpy()
         self._read_at = call
 
     def wanted(self) -> Wants:

@@ -204,23 +204,45 @@ def entries_in_order(table, entries):
 
 
 @helper
-def _longest_and_equal(q):
-    """Return (the longest cached length, whether all priorities are equal)."""
-    longest = np.int64(0)
+def _longest_and_equal(q, count):
+    """Return (a bound of the cached lengths, whether the priorities of the `count` waiting prompts are equal)."""
+    longest = np.int32(0)
+    for entry in range(1, q.counts[waiting.ENTRIES]):  # without a branch, so eight entries at a time
+        longest = max(longest, q.length[entry])
     first = q.priority[q.by_age[0]]
-    equal = True
-    for at in range(q.counts[waiting.AGED]):
-        entry = q.by_age[at]
-        longest = max(longest, np.int64(q.length[entry]))
-        equal &= q.priority[entry] == first
-    return longest, equal
+    differing = np.int64(0)
+    for at in range(count):
+        differing |= q.priority[q.by_age[at]] ^ first
+    return np.int64(longest), differing == 0
+
+
+@helper
+def _shift_of(page):
+    """Return the highest power of two that divides a page, as a shift: a division takes longer than all else here."""
+    shift = np.int64(0)
+    while (page >> shift) & 1 == 0:
+        shift += 1
+    return shift
+
+
+@helper
+def _begins_of(q, count, longest, shift):
+    """Return where the prompts of each cached length, in shifted units from the longest on, begin in the order."""
+    begins = np.zeros((longest >> shift) + 2, np.int32)
+    for at in range(count):
+        begins[((longest - q.length[q.by_age[at]]) >> shift) + 1] += 1
+    total = np.int32(0)
+    for length in range(len(begins)):
+        total += begins[length]
+        begins[length] = total
+    return begins
 
 
 @fixed_types("(int64, int64, int64[::1])")
 def order_by_longest(table, page, ids):
-    """Make "lpm" the queue's order, in one pass, and fill `ids`, int64 [N]; return whether that was done.
+    """Make "lpm" the queue's order, and fill `ids`, int64 [N]; return whether that was done. A counting sort.
 
-    It is not if priorities differ, or if a match has more than MOST_LENGTHS pages.
+    It is not if priorities differ, or if a match has more than MOST_LENGTHS different lengths.
     """
     q = open_waiting(table)
     if q.counts[waiting.AGED] != q.counts[waiting.LIVE]:
@@ -228,32 +250,35 @@ def order_by_longest(table, page, ids):
     count = q.counts[waiting.AGED]
     if count == 0:
         return True
-    longest, equal = _longest_and_equal(q)
-    if not equal or longest // page >= MOST_LENGTHS:
+    shift = _shift_of(page)
+    longest, equal = _longest_and_equal(q, count)
+    if not equal or longest >> shift >= MOST_LENGTHS:
         return False
-    begins = np.zeros(longest // page + 2, np.int64)
-    for at in range(count):
-        begins[(longest - q.length[q.by_age[at]]) // page + 1] += 1
-    for length in range(len(begins) - 1):
-        begins[length + 1] += begins[length]
+    begins = _begins_of(q, count, longest, shift)
     entries = np.empty(count, np.int32)
     for at in range(count):
         entry = q.by_age[at]
-        length = (longest - q.length[entry]) // page
+        length = (longest - q.length[entry]) >> shift
         entries[begins[length]] = entry
+        ids[begins[length]] = q.id_by_age[at]
         begins[length] += 1
     _set_order(q, entries)
-    for at in range(count):
-        ids[at] = q.id[entries[at]]
     return True
 
 
 @helper
 def _set_order(q, entries):
+    before = np.int64(NONE)
     q.counts[waiting.FIRST] = NONE
-    q.counts[waiting.LAST] = NONE
     for at in range(len(entries)):
-        append_to_order(q, np.int64(entries[at]))
+        entry = np.int64(entries[at])
+        q.before[entry] = before
+        q.after[before] = entry  # that of entry 0 is not used
+        before = entry
+    q.after[before] = NONE
+    q.counts[waiting.LAST] = before
+    if len(entries) > 0:
+        q.counts[waiting.FIRST] = entries[0]
 
 
 @kernel

@@ -6,13 +6,14 @@ from flatradix.kernels.gpu.evict import select
 from flatradix.kernels.gpu.evict_keys import classify, effective_keys
 from flatradix.kernels.gpu.evict_order import order_victims, set_victims
 from flatradix.kernels.gpu.finish import tell
+from flatradix.kernels.gpu.follow import follow
 from flatradix.kernels.gpu.free import free
 from flatradix.kernels.gpu.insert import insert
 from flatradix.kernels.gpu.launch import Arrays, arrays_of, no_arrays
 from flatradix.kernels.gpu.lock import finish_lock, finish_unlock, lock, unlock
 from flatradix.kernels.gpu.match import match, match_one
 from flatradix.kernels.gpu.ranges import copy_ranges
-from flatradix.kernels.gpu.rematch import rematch, rematch_prompts
+from flatradix.kernels.gpu.rematch import rematch
 from flatradix.kernels.gpu.reset import reset
 from flatradix.kernels.gpu.slots import gather_slots, write_slots
 from flatradix.kernels.gpu.wants import alive, end_wants, unwant, want, want_again
@@ -29,6 +30,7 @@ __all__ = [
     "end_wants",
     "finish_lock",
     "finish_unlock",
+    "follow",
     "free",
     "gather_slots",
     "insert",
@@ -39,7 +41,6 @@ __all__ = [
     "order_victims",
     "rebuild",
     "rematch",
-    "rematch_prompts",
     "reset",
     "select",
     "set_victims",

@@ -1,4 +1,4 @@
-"""Rematch: match whole keys from where they ended before, without a touch. For tools, and for waiting queues."""
+"""Rematch: match whole keys from where they ended before, without a touch."""
 
 from __future__ import annotations
 
@@ -50,31 +50,22 @@ def _undo(lengths, handles, batch):
 
 @triton.jit(
     do_not_specialize=[
-        "values", "begins", "units", "names", "old_handles", "old_lengths", "lengths", "handles", "rows", "total",
-        "name", "batch", "call",
+        "values", "offsets", "names", "old_handles", "old_lengths", "lengths", "handles", "total", "name", "batch",
+        "call",
     ]
 )  # fmt: skip
 def rematch_kernel(
-    s, w, values, begins, units, names, old_handles, old_lengths, lengths, handles, rows,
+    s, w, values, offsets, names, old_handles, old_lengths, lengths, handles,
     total: tl.int64, name: tl.int64, batch: tl.int32, call: tl.int64,
-    PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr,
-    SINGLE: tl.constexpr, NAMES: tl.constexpr,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
+    NAMES: tl.constexpr,
 ):  # fmt: skip
-    """RAGGED: `begins` are offsets, and tokens are checked. Else each key has its begin and its units in whole pages.
-
-    Then `rows` gets the row on which each match ends.
-    """
     query = tl.program_id(0)
     errors = tl.load(s.numbers + numbers.ERRORS)
     clock = tl.load(s.numbers + numbers.CLOCK)
     code, named = name_of(names, name, query, NAMES)
-    good = batch > 0
-    if RAGGED:
-        begin, count, good = key_range(begins, query, batch, total, SINGLE)
-        wanted = whole_pages(count, PAGE, BIGRAM)
-    else:
-        begin = tl.load(begins + query)
-        wanted = tl.load(units + query)
+    begin, count, good = key_range(offsets, query, batch, total, SINGLE)
+    wanted = whole_pages(count, PAGE, BIGRAM)
     row, start = _old_place(s, old_handles, old_lengths, query, wanted, code, named, PAGE)
     key = values + begin + start
     left = wanted - start
@@ -82,19 +73,16 @@ def rematch_kernel(
         s, w, key, left, code, row, start, clock, clock, PAGE, WIDTH, BIGRAM, BLOCK, False, False
     )
     bad = False
-    if RAGGED:
-        if not good:
-            refuse(w, query, tl.zeros([], tl.int64) + reasons.BAD_OFFSETS, start)
+    if not good:
+        refuse(w, query, tl.zeros([], tl.int64) + reasons.BAD_OFFSETS, start)
+        bad = True
+    elif done < left:
+        place = first_outside(key, done, PAGE + BIGRAM, MAX_TOKEN, WIDTH)
+        if place >= 0:
+            refuse(w, query, tl.zeros([], tl.int64) + reasons.BAD_TOKEN, start + place)
             bad = True
-        elif done < left:
-            place = first_outside(key, done, PAGE + BIGRAM, MAX_TOKEN, WIDTH)
-            if place >= 0:
-                refuse(w, query, tl.zeros([], tl.int64) + reasons.BAD_TOKEN, start + place)
-                bad = True
     tl.store(lengths + query, start + done)
     tl.store(handles + query, handle_of(s, row))
-    if not RAGGED:
-        tl.store(rows + query, row)
     last, any_bad = arrive(w, tl.num_programs(0), bad)
     if last:
         if any_bad:
@@ -104,35 +92,15 @@ def rematch_kernel(
             publish_done(w, call, errors)
 
 
-_rematch = Kernel(
-    rematch_kernel,
-    ["*w", "*i64", "*i32", "*i64", "*i64", "*i32", "*i32", "*i64", "*i32", "i64", "i64", "i32", "i64"],
-)
+_rematch = Kernel(rematch_kernel, ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "i64", "i64", "i32", "i64"])
 
 
 def rematch(arrays: Arrays, keys: Values, names: PerQuery, places: PlaceAddresses, out: Output, call: int) -> None:
     """Match whole keys from old places, in one launch. names, out: as for `match`."""
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, False)
     arguments = (
-        keys.address, keys.offsets, 0, names.address, places.handles, places.lengths, out.lengths, out.handles, 0,
-        keys.total, names.number, keys.batch, call,
+        keys.address, keys.offsets, names.address, places.handles, places.lengths, out.lengths, out.handles, keys.total,
+        names.number, keys.batch, call,
     )  # fmt: skip
-    constants = *page_constants(arrays.page, arrays.bigram, block), True, keys.offsets == 0, names.address != 0
+    constants = *page_constants(arrays.page, arrays.bigram, block), keys.offsets == 0, names.address != 0
     _rematch(arrays, keys.batch, arguments, constants, (keys.wide,), warps, registers)
-
-
-def rematch_prompts(
-    arrays: Arrays, pool: int, begins: int, units: int, names: int, places: PlaceAddresses, rows: int, call: int
-) -> None:
-    """Match prompts of a waiting queue from their places, which are replaced.
-
-    pool: address of int32 tokens. begins, units, names: addresses of int64, int32 and int64 [B]: where each prompt
-    begins, its units in whole pages, and twice the code of its namespace. rows: int32 [B], gets the row of each match.
-    """
-    # Most walks end at once, so what counts is how many programs fit on a multiprocessor.
-    arguments = (
-        pool, begins, units, names, places.handles, places.lengths, places.lengths, places.handles, rows, 0, 0,
-        places.batch, call,
-    )  # fmt: skip
-    constants = *page_constants(arrays.page, arrays.bigram, 256), False, False, True
-    _rematch(arrays, places.batch, arguments, constants, (False,), 1, 64)
