@@ -47,7 +47,13 @@ def check_slot_table(
 
 
 def check_loans(loans: Loans, table: torch.Tensor, running: Mapping[int, Request], page: int) -> None:
-    """Raise AssertionError unless each loan is between running requests that have equal tokens and equal slots."""
+    """Raise AssertionError unless each loan is between running requests that have equal tokens and equal slots.
+
+    And unless each request computes what it owns, except what it has committed.
+    """
+    for row, request in running.items():
+        lent = loans[row].borrowed if row in loans else 0
+        equal(request.cached_length <= max(request.committed, lent), True, f"row {row}: its own tokens are computed")
     for row, (lender, borrowed) in loans.items():
         what = f"the loan of row {row}"
         equal(row in running and lender in running, True, f"{what}: both requests run")
