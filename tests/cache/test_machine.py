@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import commonprefix
 from random import Random
 
 from hypothesis import strategies as st
@@ -44,23 +45,44 @@ class Machine(RuleBasedStateMachine):
         running = self.running
         return random.sample(running, random.randint(min(1, len(running)), len(running)))
 
-    @rule(random=st.integers(0, 2**32 - 1).map(Random), count=st.integers(1, 3))
-    def begin(self, random: Random, count: int) -> None:
+    @rule(random=st.integers(0, 2**32 - 1).map(Random), count=st.integers(1, 5), share=st.booleans())
+    def begin(self, random: Random, count: int, share: bool) -> None:
         prompts = [self.prompt(random) for _ in range(count)]
         names = random.choices([None, None, "a"], k=count)
         keys = [prompt[:-1] for prompt in prompts]
         cached = self.cache.tree.match(keys, names, touch=False).lengths.tolist()
         idle = not self.running
-        requests = self.engine.begin(prompts, names, random.randint(0, 2))
+        held = self.cache.counts().held
+        requests = self.engine.begin(prompts, names, random.randint(0, 2), share)
+        started = [request for request in requests if request.state == "running"]
         for request, length in zip(requests, cached, strict=True):
             if request.state == "running":
-                assert request.cached_length <= length
+                assert request.committed <= length
                 assert request.length == request.num_tokens
             else:
                 assert request.missing > 0 or len(self.running) == 5
+        self.compare_shared(started, share)
+        needed = sum(self.pages(request.tokens) - request.cached_length for request in started)
+        assert self.cache.counts().held == held + needed
         if idle and self.pages(prompts[0]) <= self.cache.counts().slots:
             assert requests[0].state == "running"
             assert requests[0].cached_length == cached[0]
+
+    def compare_shared(self, started: list[Request], share: bool) -> None:
+        """Compare what the requests of a `begin` share with plain Python."""
+        page = self.cache.page_size
+        for number, request in enumerate(started):
+            key = request.tokens[:-1].tolist()
+            shared = {None: request.committed}
+            for other in started[:number] if share else ():
+                pages = commonprefix([key, other.tokens[:-1].tolist()])
+                if other.namespace == request.namespace:
+                    shared[other] = len(pages) // page * page
+            longest = max(shared.values())
+            assert request.cached_length == longest
+            lenders = [other for other, length in shared.items() if length == longest]
+            assert request.lender is lenders[0]
+            assert request.borrowed == (longest if lenders[0] else 0)
 
     @rule(random=st.integers(0, 2**32 - 1).map(Random))
     def compute_and_commit(self, random: Random) -> None:
@@ -68,6 +90,8 @@ class Machine(RuleBasedStateMachine):
         ends = []
         for request in requests:
             done, most = self.engine.computed[request], min(request.num_tokens, request.length)
+            if request in self.engine.together or request.borrowed:
+                done = request.committed
             ends.append(random.randint(done, max(done, most)))
             self.engine.compute(request, ends[-1])
         self.cache.commit(requests, ends)
@@ -83,19 +107,46 @@ class Machine(RuleBasedStateMachine):
         self.cache.commit(grown, 0, tokens=[[random.randint(0, 2) for _ in range(n)] for _ in grown])
 
     @rule(random=st.integers(0, 2**32 - 1).map(Random))
+    def forward(self, random: Random) -> None:
+        """Compute requests that began together, and commit nothing yet."""
+        waiting = [request for request in self.engine.together if request.state == "running"]
+        if waiting:
+            self.engine.forward(self.engine.together[random.choice(waiting)])
+
+    @rule(random=st.integers(0, 2**32 - 1).map(Random))
     def end(self, random: Random) -> None:
         requests = self.some(random)
+        self.forget(requests)
+        self.cache.abort(requests)
+
+    @rule(random=st.integers(0, 2**32 - 1).map(Random))
+    def end_lender(self, random: Random) -> None:
+        """End one request from which others borrow, mostly before these tokens are committed."""
+        lenders = [request.lender for request in self.running if request.lender]
+        if lenders:
+            lender = random.choice(lenders)
+            length = lender.length
+            if random.random() < 0.5:
+                up_to = random.randint(0, min(length, lender.num_tokens))
+                self.engine.compute(lender, up_to)
+                self.forget([lender])
+                self.cache.finish([lender], up_to)
+            else:
+                self.forget([lender])
+                self.cache.abort([lender])
+
+    def forget(self, requests: list[Request]) -> None:
         for request in requests:
             self.engine.computed.pop(request)
-        self.cache.abort(requests)
+            self.engine.together.pop(request, None)
 
     @rule(random=st.integers(0, 2**32 - 1).map(Random))
     def finish(self, random: Random) -> None:
         requests = self.some(random)
         for request in requests:
             self.engine.compute(request, min(request.num_tokens, request.length))
-            self.engine.computed.pop(request)
             self.known = [*self.known[-12:], request.tokens[:36].tolist()]
+        self.forget(requests)
         self.cache.finish(requests)
         assert all(request.state == "ended" for request in requests)
 
