@@ -92,6 +92,9 @@ class Index(ABC):
     def slots(self, places: Any) -> Ragged: ...
 
     @abstractmethod
+    def tokens(self, places: Any) -> Ragged: ...
+
+    @abstractmethod
     def path_slots(self, place: Any) -> torch.Tensor: ...
 
     @abstractmethod

@@ -150,6 +150,13 @@ class RadixTree:
         """
         return self._index.slots(places)
 
+    def tokens(self, places: Any) -> Ragged:
+        """Return the tokens of each place: a Ragged of int32 beside the index; of bigrams, the first token of each.
+
+        places: as for `slots`. O(tokens). Raises as `slots`.
+        """
+        return self._index.tokens(places)
+
     def path_slots(self, place: Any) -> torch.Tensor:
         """Return the KV slots of a single place: [length] of slot_dtype on the slot device. Raises as `slots`."""
         return self._index.path_slots(place)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from flatradix.cache import prefix_cache
+from flatradix.cache import home
 from flatradix.inputs.devices import interpreted, why_not_cuda
 from tests.support.interpreter import patch_once_a_launch
 
@@ -74,7 +74,7 @@ def gpu(cuda: str) -> str:
     return cuda
 
 
-# Devices of index and slots: both in one index on a device, or (apart) an index on the CPU with a separate slot pool.
+# Devices of a PrefixCache: index and tables on one device, or (apart) an index on the CPU with tables that are copies.
 WHERE = ["cpu", "apart", GPU, pytest.param("cuda apart", marks=pytest.mark.gpu)]
 
 
@@ -83,7 +83,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> di
     """Keyword arguments of a PrefixCache."""
     name = request.param
     if name == "apart":
-        monkeypatch.setattr(prefix_cache, "_slot_device", lambda index, kv: kv)
+        monkeypatch.setattr(home, "apart", lambda kv: True)
     if name.startswith("cuda"):
         usable("cuda")
         if name == "cuda apart" and interpreted():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
-import torch
 
+from flatradix.cache.columns import Columns
 from flatradix.cache.counts import Counts
-from flatradix.cache.request import Request
+from flatradix.cache.pages import Pages
 from flatradix.cache.share import Loans
 from flatradix.inspect.check import check, equal
 from flatradix.inspect.content import Content
@@ -16,52 +14,63 @@ from flatradix.layout.handles import ROW_MASK
 from flatradix.results import Places
 
 
-def check_slots(counts: Counts, content: Content, free: torch.Tensor, held: Sequence[torch.Tensor]) -> None:
-    """Raise AssertionError unless every slot is exactly one of free, cached or held by a request."""
+def check_slots(counts: Counts, content: Content, pages: Pages, held: list[np.ndarray]) -> None:
+    """Raise AssertionError unless every page is exactly one of free, cached or held by a request. held: their pages."""
     check(content)
-    live = content.live()
+    page, live = pages.page_size, content.live()
     edges = zip(content.column("start")[live].tolist(), content.column("length")[live].tolist(), strict=True)
     cached = [content.slots[begin : begin + length] for begin, length in edges]
-    where = np.concatenate([free.cpu().numpy(), *cached, *(part.cpu().numpy() for part in held)]).astype(np.int64)
+    for slots in cached:
+        equal(slots.tolist(), (slots[::page, None] + np.arange(page)).reshape(-1).tolist(), "slots of a cached page")
+    where = np.concatenate([pages.free_list(), *(slots[::page] // page for slots in cached), *held]).astype(np.int64)
     equal(counts.free + counts.evictable + counts.protected + counts.held, counts.slots, "slots in all")
-    equal(np.sort(where).tolist(), list(range(counts.slots)), "slots that are free, cached or held")
+    equal(np.sort(where).tolist(), list(range(pages.num_pages)), "slots that are free, cached or held, in pages")
 
 
-def check_holders(content: Content, running: Sequence[Request], places: Places) -> None:
+def check_holders(content: Content, committed: np.ndarray, places: Places) -> None:
     """Raise AssertionError unless each request holds a lock at its place, and there are no other locks."""
-    equal(places.lengths.tolist(), [request.committed for request in running], "places that requests hold")
+    equal(places.lengths.tolist(), committed.tolist(), "places that requests hold")
     holders = np.bincount(places.handles.cpu().numpy() & ROW_MASK, minlength=content.rows)
     holders[0] = 0  # nothing is locked at the root
     live = content.live()
     equal(holders[live].tolist(), content.column("own_locks")[live].tolist(), "requests that hold each node")
 
 
-def check_slot_table(
-    table: torch.Tensor, running: Sequence[Request], slots: list[list[int]], free_rows: list[int]
-) -> None:
-    """Raise AssertionError unless each request's row agrees with the tree, and every row is free or in use."""
-    for request, cached in zip(running, slots, strict=True):
-        equal(table[request.row, : request.committed].tolist(), cached, f"row {request.row} of the table")
-    rows = sorted([*free_rows, *(request.row for request in running)])
-    equal(rows, list(range(len(table))), "rows that are free or in use")
+def check_tables(pages: Pages, columns: Columns, rows: np.ndarray, cached: list[list[int]], free: list[int]) -> None:
+    """Raise AssertionError unless each row agrees with the tree and with its copies, and is free or in use.
 
-
-def check_loans(loans: Loans, table: torch.Tensor, running: Mapping[int, Request], page: int) -> None:
-    """Raise AssertionError unless each loan is between running requests that have equal tokens and equal slots.
-
-    And unless each request computes what it owns, except what it has committed.
+    cached: the slots of the tree for each row. free: the free rows.
     """
-    for row, request in running.items():
-        lent = loans[row].borrowed if row in loans else 0
-        equal(request.cached_length <= max(request.committed, lent), True, f"row {row}: its own tokens are computed")
+    page, own = pages.page_size, pages.on_host(rows)
+    table, slots = pages.page_table.cpu().numpy(), pages.slot_table().cpu().numpy()
+    for query, row in enumerate(rows.tolist()):
+        end = -(-int(columns.length[row]) // page)
+        equal(
+            own[query, : len(cached[query]) // page].tolist(),
+            [slot // page for slot in cached[query][::page]],
+            f"row {row}",
+        )
+        equal(table[row, :end].tolist(), own[query, :end].tolist(), f"row {row} of the page table")
+        expected = (own[query, :end, None] * page + np.arange(page)).reshape(-1)
+        equal(slots[row, : end * page].tolist(), expected.tolist(), f"row {row} of the slot table")
+    equal(sorted([*free, *rows.tolist()]), list(range(len(columns.serial))), "rows that are free or in use")
+
+
+def check_loans(loans: Loans, pages: Pages, columns: Columns, tokens: dict[int, np.ndarray]) -> None:
+    """Raise AssertionError unless each loan is between running requests that have equal tokens and equal pages.
+
+    tokens: those of each running request, by its row.
+    """
+    page = pages.page_size
     for row, (lender, borrowed) in loans.items():
         what = f"the loan of row {row}"
-        equal(row in running and lender in running, True, f"{what}: both requests run")
-        one, other = running[row], running[lender]
-        equal(one.namespace, other.namespace, f"{what}: namespaces")
+        equal(row in tokens and lender in tokens, True, f"{what}: both requests run")
+        one, other = pages.on_host(np.array([row, lender]))
+        equal(columns.names[row], columns.names[lender], f"{what}: namespaces")
         equal(borrowed % page, 0, f"{what}: tokens behind the last page")
-        equal(one.committed, other.committed, f"{what}: committed tokens")
+        equal(int(columns.committed[row]), int(columns.committed[lender]), f"{what}: committed tokens")
         lent = loans[lender].borrowed if lender in loans else 0
-        equal(max(one.committed, lent) < borrowed <= min(one.length, other.length), True, f"{what}: its length fits")
-        equal(one.tokens[:borrowed].tolist(), other.tokens[:borrowed].tolist(), f"{what}: tokens")
-        equal(table[row, :borrowed].tolist(), table[lender, :borrowed].tolist(), f"{what}: slots")
+        shortest = min(int(columns.length[row]), int(columns.length[lender]))
+        equal(max(int(columns.committed[row]), lent) < borrowed <= shortest, True, f"{what}: its length fits")
+        equal(tokens[row][:borrowed].tolist(), tokens[lender][:borrowed].tolist(), f"{what}: tokens")
+        equal(one[: borrowed // page].tolist(), other[: borrowed // page].tolist(), f"{what}: pages")

@@ -2,99 +2,185 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from flatradix.cache.request import RUNNING, Owner, Request
+from flatradix.cache.columns import Columns
+from flatradix.cache.requests import Owner, Request, Requests
 from flatradix.errors import QueryError
 from flatradix.inputs import namespaces as names_of
 from flatradix.inputs.arguments import per_query
-from flatradix.inputs.sequences import is_batch, read_one
+from flatradix.inputs.namespaces import Namespace
+from flatradix.inputs.ragged import Ragged, read_batch
+from flatradix.inputs.sequences import Batch, is_batch
 from flatradix.layout.numbers import MAX_TOKEN
 
 
-def _token_ids(sequence: Any, query: int) -> np.ndarray:
-    """Return a copy of a sequence as int64. Raises QueryError for a token out of range."""
-    values = np.array(read_one(sequence, "tokens", query)[3], np.int64)
-    if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= MAX_TOKEN:
-        bad = np.flatnonzero((values < 0) | (values > MAX_TOKEN))
-        raise QueryError(
-            f"tokens of query {query}: {values[bad[0]]} at position {bad[0]} is outside [0, 2**31 - 1]", query
-        )
-    return values
+class Prompts(NamedTuple):
+    """The prompts of a `begin`: their tokens, a namespace for all or a list with one each, int64 [B] priorities.
+
+    on_device: the tokens as a Ragged on the index's device, if the caller passed one: then `tokens` has only counts.
+    """
+
+    tokens: Batch
+    names: Namespace | list[Namespace]
+    priorities: np.ndarray
+    on_device: Ragged | None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self.tokens.counts
+
+    def name(self, query: int) -> Namespace:
+        return self.names[query] if isinstance(self.names, list) else self.names
+
+    def some(self, queries: np.ndarray) -> Prompts:
+        """Return the prompts of some queries, in host memory: waits if they are on a device."""
+        tokens = self.tokens if self.on_device is None else read_batch(self.on_device.to("cpu"), "tokens")
+        addresses, counts, wide, owner = tokens
+        names = [self.names[query] for query in queries] if isinstance(self.names, list) else self.names
+        return Prompts(Batch(addresses[queries], counts[queries], wide, owner), names, self.priorities[queries], None)
+
+    def array(self, query: int) -> np.ndarray:
+        """Return the tokens of a query, int32 or int64: a view."""
+        kind = ctypes.c_int64 if self.tokens.wide else ctypes.c_int32
+        return np.ctypeslib.as_array((kind * int(self.counts[query])).from_address(int(self.tokens.addresses[query])))
+
+    def keys(self) -> Batch:
+        """Return the prompts without their last tokens, which are always computed."""
+        addresses, counts, wide, owner = self.tokens
+        return Batch(addresses, counts - 1, wide, owner)
 
 
-def read_prompts(
-    owner: Owner, table: torch.Tensor, max_length: int, prompts: Any, namespaces: Any, priority: Any
-) -> list[Request]:
-    """Return a new request for each prompt. The requests have not begun yet."""
-    if not isinstance(prompts, list | tuple) or (len(prompts) and not is_batch(prompts)):
-        raise ValueError("begin takes a list of prompts; wrap a single one: [prompt]")
-    names = names_of.spread(namespaces, len(prompts))
-    priorities = per_query(priority, len(prompts), "priority").tolist()
-    requests = []
-    for query, prompt in enumerate(prompts):
-        tokens = _token_ids(prompt, query)
-        if len(tokens) == 0:
-            raise QueryError(f"tokens of query {query}: the prompt is empty; there must be a token to compute", query)
-        if len(tokens) > max_length:
-            raise QueryError(
-                f"tokens of query {query}: {len(tokens)} are more than max_length {max_length}; cut the prompt", query
-            )
-        requests.append(Request(owner, table, tokens, names[query], priorities[query]))
-    return requests
+def read_prompts(prompts: Any, namespaces: Any, priority: Any, device: torch.device) -> Prompts:
+    """Read the prompts of a `begin`. Raises QueryError for an empty prompt."""
+    if not is_batch(prompts) and not (isinstance(prompts, list | tuple) and len(prompts) == 0):
+        raise ValueError("begin takes a list of prompts, or a Ragged; wrap a single one: [prompt]")
+    ragged = prompts if isinstance(prompts, Ragged) and prompts.device == device and device.type != "cpu" else None
+    tokens = _read_tokens(prompts, ragged)
+    empty = np.flatnonzero(tokens.counts == 0)
+    if len(empty):
+        query = int(empty[0])
+        raise QueryError(f"tokens of query {query}: the prompt is empty; there must be a token to compute", query)
+    names = names_of.spread(namespaces, len(tokens))
+    found = list(names) if isinstance(namespaces, list | tuple) else namespaces
+    return Prompts(tokens, found, per_query(priority, len(tokens), "priority"), ragged)
 
 
-def check_running(owner: object, operation: str, requests: Sequence[Request]) -> None:
-    """Raise QueryError unless every request is running in this cache and is given once."""
+def _read_tokens(prompts: Any, on_device: Ragged | None) -> Batch:
+    """Return the tokens in host memory, or if they stay on a device, their counts alone."""
+    nothing = np.zeros(0, np.int64)
+    if len(prompts) == 0:
+        return Batch(nothing, nothing, False, None)
+    if on_device is None:
+        return read_batch(prompts, "tokens")
+    on_device.validate()
+    counts = np.diff(on_device.offsets.cpu().numpy())
+    return Batch(np.zeros_like(counts), counts, on_device.values.dtype == torch.int64, on_device)
+
+
+def rows_of(owner: Owner, operation: str, requests: Sequence[Request]) -> np.ndarray:
+    """Return the rows of running requests, int64 [B]. Raises QueryError unless each runs here and is given once."""
+    columns = owner.columns
+    if isinstance(requests, Requests):
+        rows, serials, ours = requests.rows, requests.serials, requests.owner is owner
+    else:
+        rows = np.array([request.row for request in requests], np.int64)
+        serials = np.array([request.serial for request in requests], np.int64)
+        ours = all(request.owner is owner for request in requests)
+    marks = np.full(len(columns.serial), -1)
+    marks[rows] = np.arange(len(rows))
+    good = (rows >= 0) & (columns.serial[rows] == serials) & (marks[rows] == np.arange(len(rows)))
+    if not (ours and good.all()):
+        _refuse_requests(owner, operation, requests)
+    return rows
+
+
+def _refuse_requests(owner: Owner, operation: str, requests: Sequence[Request]) -> None:
     seen: set[int] = set()
     for query, request in enumerate(requests):
         if request.owner is not owner:
             raise QueryError(f"{operation}: request {query} is of another PrefixCache", query)
-        if request.state != RUNNING:
+        if request.row < 0:
             raise QueryError(f"{operation}: request {query} {request.why_not_running()}", query)
         if request.row in seen:
             raise QueryError(f"{operation}: request {query} is there twice", query)
         seen.add(request.row)
 
 
-def read_growth(requests: Sequence[Request], n: Any, max_length: int) -> list[int]:
-    """Return how many more tokens each request is to have. Raises QueryError for a bad number."""
-    more = per_query(n, len(requests), "n").tolist()
-    for query, (request, count) in enumerate(zip(requests, more, strict=True)):
-        if count < 0 or request.length + count > max_length:
-            raise QueryError(
-                f"extend: request {query} has {request.length} tokens, and {count} more are asked for; "
-                f"give 0 or more, up to max_length {max_length}",
-                query,
-            )
+def read_growth(columns: Columns, rows: np.ndarray, n: Any, max_length: int) -> np.ndarray:
+    """Return how many more tokens each request is to have, int64 [B]. Raises QueryError for a bad number."""
+    more = per_query(n, len(rows), "n")
+    lengths = columns.length[rows]
+    bad = np.flatnonzero((more < 0) | (lengths + more > max_length))
+    if len(bad):
+        query = int(bad[0])
+        raise QueryError(
+            f"extend: request {query} has {lengths[query]} tokens, and {more[query]} more are asked for; "
+            f"give 0 or more, up to max_length {max_length}",
+            query,
+        )
     return more
 
 
-def read_tokens(operation: str, requests: Sequence[Request], tokens: Any) -> list[np.ndarray]:
-    """Return the new tokens of each request, int64 [K] each."""
-    if tokens is None:
-        return [np.empty(0, np.int64)] * len(requests)
-    if len(tokens) != len(requests):
-        raise ValueError(f"{operation}: {len(requests)} requests, but tokens for {len(tokens)}")
-    return [_token_ids(sequence, query) for query, sequence in enumerate(tokens)]
+def read_tokens(operation: str, rows: np.ndarray, tokens: Any) -> Batch | None:
+    """Return the new tokens of each request, if there are any. A flat sequence has one token for each request."""
+    if tokens is None or len(rows) == 0:
+        return None
+    flat = not is_batch(tokens) and (not isinstance(tokens, torch.Tensor | np.ndarray) or tokens.ndim == 1)
+    if isinstance(tokens, torch.Tensor | np.ndarray) and tokens.ndim == 2:
+        tokens = list(tokens)
+    found = read_batch(tokens, "tokens")
+    if flat:
+        step = 8 if found.wide else 4
+        count = int(found.counts[0])
+        places = found.addresses[0] + step * np.arange(count)
+        found = Batch(places, np.ones(count, np.int64), found.wide, found.owner)
+    if len(found) != len(rows):
+        raise ValueError(f"{operation}: {len(rows)} requests, but tokens for {len(found)}")
+    return found
 
 
-def computed_ends(operation: str, requests: Sequence[Request], added: list[np.ndarray], up_to: Any) -> list[int]:
-    """Return how many tokens of each request are computed: by default all tokens that are known and have slots."""
-    most = [min(request.num_tokens + len(new), request.length) for request, new in zip(requests, added, strict=True)]
+def refuse_long(operation: str, known: np.ndarray, most: int) -> None:
+    """Raise QueryError for a request that would know more tokens than a row holds."""
+    long = np.flatnonzero(known > most)
+    if len(long):
+        query = int(long[0])
+        raise QueryError(f"{operation}: request {query} would have {known[query]} tokens; max_length is {most}", query)
+
+
+def refuse_token(tokens: Batch, query: int, position: int) -> None:
+    """Raise QueryError for a token out of range."""
+    kind = ctypes.c_int64 if tokens.wide else ctypes.c_int32
+    value = kind.from_address(int(tokens.addresses[query]) + ctypes.sizeof(kind) * position).value
+    raise QueryError(f"tokens of query {query}: {value} at position {position} is outside [0, {MAX_TOKEN}]", query)
+
+
+def computed_ends(
+    operation: str, columns: Columns, rows: np.ndarray, known: np.ndarray, up_to: Any, page: int
+) -> np.ndarray:
+    """Return how many tokens of each request are computed, int64 [B]: by default all that are known and have slots.
+
+    known: tokens of each that will be known. More than `length` may be computed, up to the end of the last page.
+    """
+    lengths = columns.length[rows]
     if up_to is None:
-        return most
-    ends = per_query(up_to, len(requests), "up_to").tolist()
-    for query, (request, end, limit) in enumerate(zip(requests, ends, most, strict=True)):
-        if not 0 <= end <= limit:
-            known = request.num_tokens + len(added[query])
-            raise QueryError(
-                f"{operation}: request {query} cannot have {end} tokens computed: it has {request.length} slots, "
-                f"and {known} tokens are known",
-                query,
-            )
+        return np.minimum(known, lengths)
+    ends = per_query(up_to, len(rows), "up_to")
+    most = np.minimum(known, -(-lengths // page) * page)
+    bad = np.flatnonzero((ends < 0) | (ends > most))
+    if len(bad):
+        query = int(bad[0])
+        raise QueryError(
+            f"{operation}: request {query} cannot have {ends[query]} tokens computed: it has "
+            f"{-(-lengths[query] // page) * page} slots, and {known[query]} tokens are known",
+            query,
+        )
     return ends

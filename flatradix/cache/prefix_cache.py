@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
@@ -11,56 +10,75 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from flatradix.cache import recover, share
-from flatradix.cache.allocator import SlotAllocator
+from flatradix.cache import home, recover, share
+from flatradix.cache.columns import Columns
 from flatradix.cache.counts import Counts
-from flatradix.cache.input import check_running, computed_ends, read_growth, read_prompts, read_tokens
-from flatradix.cache.places import DevicePlaces, HostPlaces, some_of
+from flatradix.cache.input import (
+    Prompts,
+    computed_ends,
+    read_growth,
+    read_prompts,
+    read_tokens,
+    refuse_long,
+    refuse_token,
+    rows_of,
+)
 from flatradix.cache.recover import UnderWay
-from flatradix.cache.request import REFUSED, RUNNING, Request
+from flatradix.cache.requests import Request, Requests
 from flatradix.cache.share import Loan, Loans, Sharing
+from flatradix.errors import QueryError
 from flatradix.index import public_call, refuse_reentry
 from flatradix.inputs import devices
 from flatradix.inputs.policy import Policy
-from flatradix.inputs.upload import upload_numbers
+from flatradix.inputs.sequences import Batch
 from flatradix.layout.numbers import MAX_UNITS
-from flatradix.results import InsertResult, Places
+from flatradix.results import Places
 from flatradix.tree import RadixTree
 
 if TYPE_CHECKING:
     from flatradix.cache.waiting import RequestQueue
 
-# Up to this many slots a request, one indexed write serves all requests; beyond, each has a write. A guess, not tuned.
-_FEW_SLOTS = 64
-_MOST_PENDING = 64
-
-
-class _Pending(NamedTuple):
-    """A commit for which the host does not know yet how many of its tokens were cached before."""
-
-    result: InsertResult
-    begins: list[int]
-    slots: list[torch.Tensor]  # the slots of its own that each request brought: for its tokens from `begins` on
-
-    def duplicates(self, prefixes: list[int]) -> list[torch.Tensor]:
-        """Return the slots that requests brought for tokens that the tree had. prefixes: what it had of each."""
-        parts = zip(prefixes, self.begins, self.slots, strict=True)
-        return [slots[: prefix - begin] for prefix, begin, slots in parts if prefix > begin]
-
 
 class _Grant(NamedTuple):
-    """What requests get that begin: a row each, and slots for all tokens but the first `begins`.
+    """What prompts get that begin, int64 [B]: rows, slots for `lengths` tokens, and pages from `begins` to `ends`.
 
-    Of these, `cached` are cached; the others are borrowed as `loans` say.
+    Of the tokens before `begins`, `cached` are cached; the others are borrowed as `loans` say.
     """
 
-    rows: list[int]
-    cached: list[int]
-    begins: list[int]
-    needed: list[int]
+    rows: np.ndarray
+    cached: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+    ends: np.ndarray
     loans: dict[int, Loan]
 
 
+class Step(NamedTuple):
+    """What `step` returns. short: requests that got no slot. changed: those whose slots were replaced.
+
+    With an index on a GPU, the host does not know which were: `changed` has all that may be.
+    """
+
+    short: list[Request]
+    changed: Requests
+
+
+class Probe(NamedTuple):
+    """What a `begin` would find now. cached_lengths, needed_slots: int64 [B]. fits: bool [B], each prompt alone."""
+
+    cached_lengths: np.ndarray
+    needed_slots: np.ndarray
+    fits: np.ndarray
+
+
+class _Lack(NamedTuple):
+    """Why prompts do not fit: slots that are needed, and slots that can be had."""
+
+    needed: int
+    left: int
+
+
+_ALL: Any = slice(None)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -89,19 +107,23 @@ def _repaired(method: F) -> F:
 
 
 class PrefixCache:
-    """The KV slots of an engine, and the tokens that they hold. Calls: `begin`, `extend`, `commit`, `finish`, `abort`.
+    """The KV slots of an engine, and the tokens that they hold.
 
-    Every operation takes a list of requests and serves them in order. The engine owns the KV memory: in each layer,
-    space for the keys and values of `num_slots` tokens. The cache decides which slot each token has.
+    The calls of an engine: `begin`, `extend`, `commit`, `finish` and `abort`; `step` is a commit and an extend of
+    requests that decode. Each takes a batch of requests: what `begin` returned or a part of it, `running`, or any
+    sequence of `Request`. A batch costs a fixed number of calls of compiled code, however large it is.
 
-    num_slots: KV slots, cut down to whole pages. page_size: slots in a page; requests share whole pages only.
+    The engine owns the KV memory: in each layer, space for the keys and values of `num_slots` tokens. The cache decides
+    which slot each token has.
+
+    num_slots: KV slots, cut down to whole pages. page_size: slots in a page; requests share whole pages only. An engine
+    may have larger or smaller pages of its own.
     max_requests: the most requests that run at once. max_length: the most tokens of a request, prompt and output.
-    kv_device: the device of the KV cache, and so of the free list and the table.
+    kv_device: the device of the KV cache, and so of the tables.
     device: the device of the index. "cpu", the default, serves a KV cache on a GPU without waiting for the GPU.
     policy: what is evicted first, as for RadixTree.
 
-    table: int32 [max_requests, max_length in whole pages] on kv_device. Each running request has its slots in its own
-        row, as paged attention takes them.
+    columns: the state of the running requests; not to be changed.
 
     All work on a GPU goes to torch's current stream. If a forward pass runs on another stream, wait for it before a
     `commit`, `finish` or `abort` of a request that it reads.
@@ -132,43 +154,96 @@ class PrefixCache:
             raise ValueError(f"num_slots must be from one page ({page_size}) to {MAX_UNITS}, not {num_slots}")
         self.page_size = page_size
         self.max_length = max_length
+        self.max_requests = max_requests
         kv = torch.empty(0, device=kv_device).device  # with its index
-        index = devices.preferred(device)
         slots = num_slots // page_size * page_size
-        self.tree = RadixTree(slots, page_size, index, policy, _slot_device(index, kv), check_slots=False)
-        # Whether results of the tree are known only after a wait for its device.
-        self._waits = index.type != "cpu"
+        self.tree = RadixTree(slots, page_size, devices.preferred(device), policy, check_slots=False)
         with torch.inference_mode(False):  # else the tensors would be inference tensors forever
-            self.table = torch.zeros(max_requests, self._in_pages(max_length), dtype=torch.int32, device=kv)
-            self._allocator = SlotAllocator(slots, page_size, kv)
-            self._places = DevicePlaces(max_requests, self.tree.device) if self._waits else HostPlaces(max_requests)
+            self._pages = home.make_pages(self.tree, slots, max_requests, self._in_pages(max_length), kv)
         self._open: UnderWay | None = None  # the call that has begun and not ended
+        self._serial = 1  # of the next request
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
-        self._running: dict[int, Request] = {}
-        self._free_rows = list(range(len(self.table) - 1, -1, -1))
-        self._pending: deque[_Pending] = deque()
+        self.columns = Columns.of(self.max_requests)
+        self._views: dict[int, Request] = {}  # of running requests, by row
+        self._free_rows = list(range(self.max_requests - 1, -1, -1))
         self._loans: Loans = {}
-        self._begun = self._refused = self._prompt = self._cached = self._evicted = self._duplicate = self._shared = 0
+        self._begun = self._refused = self._prompt = self._cached = self._evicted = self._shared = 0
+        self._duplicates_before = self._pages.duplicates
 
-    def _in_pages(self, tokens: int) -> int:
-        """Round a number of tokens up to whole pages."""
+    def _in_pages(self, tokens: Any) -> Any:
+        """Round numbers of tokens up to whole pages."""
         return -(-tokens // self.page_size) * self.page_size
 
     @property
     def kv_device(self) -> torch.device:
-        return self.table.device
+        return self._pages.kv_device
 
     @property
-    def running(self) -> list[Request]:
-        """The running requests. For an engine that was interrupted before it received the requests of a `begin`."""
-        return list(self._running.values())
+    def page_table(self) -> torch.Tensor:
+        """int32 [max_requests, max_length in pages] on kv_device: the KV pages of each running request, in its row."""
+        return self._pages.page_table
+
+    @property
+    def table(self) -> torch.Tensor:
+        """int32 [max_requests, max_length in whole pages] on kv_device: the KV slots of each running request.
+
+        Made when it is first asked for, and kept up from then on: an engine that wants pages alone pays nothing for it.
+        """
+        return self._pages.slot_table()
+
+    @property
+    def running(self) -> Requests:
+        """The running requests, the oldest first."""
+        rows = np.flatnonzero(self.columns.serial)
+        rows = rows[np.argsort(self.columns.serial[rows])]
+        return self._batch(rows)
+
+    def _batch(self, rows: np.ndarray) -> Requests:
+        return Requests(self, rows, self.columns.serial[rows])
+
+    # For views
+
+    def view(self, row: int, serial: int) -> Request:
+        """Return the view of a request: always the same object while it runs."""
+        view = self._views.get(row)
+        if view is not None and view.serial == serial:
+            return view
+        if self.columns.serial[row] != serial:
+            return Request(self, -1, serial, None, 0)
+        view = Request(self, row, serial, self.columns.names[row], int(self.columns.priority[row]))
+        self._views[row] = view
+        return view
+
+    def _end_views(self) -> None:
+        """Let the views of requests that have ended keep their numbers, before their rows are used again."""
+        serial = self.columns.serial
+        for row in [row for row, view in self._views.items() if serial[row] != view.serial]:
+            self._views[row].end()
+            del self._views[row]
+
+    def tokens_of(self, row: int) -> np.ndarray:
+        """Return the known tokens of a row, int32: those that were cached from the tree, the others from the row."""
+        rows, columns = np.array([row]), self.columns
+        kept, known = columns.kept[rows], columns.num_tokens[rows]
+        cached = self.tree.tokens(self._pages.places(rows, columns.committed[rows]))
+        return np.concatenate(
+            [cached.values[: int(kept[0])].cpu().numpy(), self._pages.own_tokens(row, int(kept[0]), int(known[0]))]
+        )
+
+    def pages_of(self, row: int, length: int) -> torch.Tensor:
+        return self._pages.page_table[row, : -(-length // self.page_size)]
+
+    def slots_of(self, row: int, length: int) -> torch.Tensor:
+        return self._pages.slots_of_row(row)[:length]
 
     def loan_of(self, request: Request) -> tuple[Request | None, int]:
         """Return what `Request.lender` and `Request.borrowed` say."""
         loan = self._loans.get(request.row)
-        return (None, 0) if loan is None else (self._running[loan.lender], loan.borrowed)
+        if loan is None:
+            return None, 0
+        return self.view(loan.lender, int(self.columns.serial[loan.lender])), loan.borrowed
 
     # Interrupted calls
 
@@ -180,48 +255,54 @@ class PrefixCache:
         if cut is recover.READING:
             self._open = None
             return
-        running = recover.requests_left(cut, self._running)
-        places, committed = recover.find_committed(self.tree, self.table, running, self.page_size, self._loans)
-        recover.forget_tokens(cut, {id(request): end for request, end in zip(running, committed, strict=True)})
+        columns, pages = self.columns, self._pages
+        rows = recover.end_begun(cut, columns)
+        self._end_views()
+        places, committed = recover.find_committed(self.tree, pages, columns, rows, self._loans)
+        ends = np.zeros_like(columns.committed)
+        ends[rows] = committed
+        recover.forget_tokens(cut, columns, ends)
         recover.lock_exactly(self.tree, places)
-        rows = [request.row for request in running]
-        if rows:
-            self._places.set(rows, places)
-            self.tree.write_slots(places, self.table, rows)
-        for request, end in zip(running, committed, strict=True):
-            request.committed = end
-        self._running = {request.row: request for request in running}
+        pages.set_places(rows, places)
+        pages.write_cached(places, rows)
+        columns.committed[rows] = committed
+        columns.length[rows] = np.maximum(columns.length[rows], committed)
         self._settle_loans()
-        ending = share.end_others(self._loans, self._running)
-        self._inherit(ending)
-        self._pending = deque()
-        self._free_rows = [row for row in range(len(self.table) - 1, -1, -1) if row not in self._running]
-        held = [self._held_slots(request) for request in running]
-        free = recover.free_pages(self.tree, held, self._allocator.num_pages, self.page_size)
-        self._allocator.set_free(free)
+        self._inherit(share.end_others(self._loans, set(rows.tolist())))
+        self._free_rows = [row for row in range(self.max_requests - 1, -1, -1) if columns.serial[row] == 0]
+        pages.set_free(recover.free_pages(self.tree, pages, columns, rows))
+        pages.copy_rows(rows, columns.length[rows])
         self._open = None
 
     # Begin
 
     @_repaired
     def begin(
-        self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0, share: bool = False
-    ) -> list[Request]:
+        self,
+        prompts: Any,
+        namespaces: Any = None,
+        priority: Any = 0,
+        share: bool = False,
+        chunk: int | None = None,
+    ) -> Requests:
         """Start requests: find the cached part of each prompt, lock it, and allocate slots for the rest.
 
-        prompts: a list of token sequences (lists, `array`, numpy, tensors), none of them empty.
+        prompts: a list of token sequences (lists, `array`, numpy, tensors), or a Ragged, none of them empty.
         namespaces, priority: one for all, or a list with one for each prompt.
         share: let new tokens that several of these prompts share have the same slots, those of the first of these
             prompts. Only for engines that compute all of these prompts in one forward pass, each as a whole, and that
             in each layer write all KV before they read any: see docs/engine.md. Without `share`, each request has slots
             of its own for all that is not cached.
+        chunk: allocate slots for at most this many tokens that are not cached, for a first chunk of the prefill;
+            `extend` allocates more. None allocates for the whole prompt.
 
         At least the last token of each prompt is left to compute, because its logits are needed.
 
-        Returns a Request for each prompt. The first `cached_length` tokens need not be computed. `slots` has the slot
-        of each token. A request is refused if it does not fit even after all evictable tokens are evicted. A refused
-        request holds nothing: `refusal` says why, `missing` how many slots were lacking. Pass its prompt again when
-        other requests have ended. Requests are served in order; a smaller request after a refused request can start.
+        Returns a batch of B requests. Of each, the first `cached_length` tokens need not be computed, and `length`
+        tokens have slots. A request is refused if it does not fit even after all evictable tokens are evicted, or if
+        the prompt is longer than `max_length`. A refused request holds nothing: `refusal` says why, `missing` how many
+        slots were lacking. Pass its prompt again when other requests have ended. Requests are served in order; a
+        smaller request after a refused request can start.
 
         With `share`, what a prompt shares with an earlier one of the call, in whole pages and without the last token of
         either, is part of its `cached_length`. After an `abort` or `finish` of one of these requests, read the
@@ -231,125 +312,158 @@ class PrefixCache:
         With an index on a GPU it waits for the device. Raises QueryError and ValueError with nothing changed. If a
         policy function raises or a device has no memory left, the new requests hold nothing.
         """
-        requests = read_prompts(self, self.table, self.max_length, prompts, namespaces, priority)
-        self._open = UnderWay(recover.BEGIN, requests)
+        found = read_prompts(prompts, namespaces, priority, self.tree.device)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
+        self._open = UnderWay(recover.BEGIN, serial=self._serial)
         self._give_back_duplicates()
         self.tree.raise_pending()
-        # One by one if they do not fit together: the cached part of a refused request must stay evictable for others.
         sharing = Sharing(self.page_size) if share else None
-        if requests and not self._start(requests, sharing) and len(requests) > 1:
-            for request in requests:
-                self._start([request], sharing)
-        self._refused += sum(request.state == REFUSED for request in requests)
-        return requests
+        rows = np.full(len(found), -1)
+        refused = self._refuse_long(found)
+        fitting = np.array([query for query in range(len(found)) if query not in refused]) if refused else _ALL
+        # One by one if they do not fit together: the cached part of a refused request must stay evictable for others.
+        groups = [fitting] if len(found) > len(refused) else []
+        while groups:
+            group = groups.pop(0)
+            some = found if group is _ALL else found.some(group)
+            given = self._start(some, chunk, sharing)
+            if not isinstance(given, _Lack):
+                rows[group] = given
+            elif len(some) > 1:
+                groups = [np.array([query]) for query in np.arange(len(found))[group]]
+            else:
+                refused[int(np.arange(len(found))[group][0])] = self._refuse(some, given)
+        self._refused += len(refused)
+        return Requests(self, rows, np.where(rows >= 0, self.columns.serial[rows], 0), refused)
 
-    def _start(self, requests: list[Request], sharing: Sharing | None) -> bool:
-        """Start requests if all of them fit, and return whether they do. Otherwise they hold nothing.
+    def _refuse_long(self, prompts: Prompts) -> dict[int, Request]:
+        """Return a refused request for each prompt that is too long."""
+        long = np.flatnonzero(prompts.counts > self.max_length).tolist()
+        return {query: self._refuse(prompts.some(np.array([query])), _Lack(0, 0)) for query in long}
 
-        A single request that does not fit is told why. sharing: the prompts of this call that have started.
+    def _refuse(self, prompt: Prompts, lack: _Lack) -> Request:
+        """Return the request of a single prompt that is refused."""
+        count = int(prompt.counts[0])
+        missing = max(lack.needed - lack.left, 0)
+        if count > self.max_length:
+            text = f"{count} tokens are more than max_length {self.max_length}: cut the prompt"
+        elif missing:
+            text = f"{lack.needed} slots are needed and {lack.left} can be had: {missing} too few"
+        else:
+            text = f"all {self.max_requests} requests that max_requests allows are running"
+        return Request.refused(self, count, (prompt.name(0), int(prompt.priorities[0])), text, missing)
+
+    def _start(self, prompts: Prompts, chunk: int | None, sharing: Sharing | None) -> np.ndarray | _Lack:
+        """Start prompts if all of them fit, and return their rows, int64 [B]. Otherwise they hold nothing.
+
+        sharing: the prompts of this call that have started.
         """
-        free = len(self._free_rows) - len(requests)
-        if free < 0 and len(requests) > 1:
-            return False
-        rows = self._free_rows[free:] if free >= 0 else [-1]
-        names = [request.namespace for request in requests]
-        keys: Any = [request.tokens[:-1] for request in requests]
-        # A single key is cheaper than a batch of one. The match does not touch: a prompt that is refused again and
-        # again would keep its cached part from being evicted. The first commit touches.
-        match = self.tree.match(keys if len(keys) > 1 else keys[0], names, touch=False, lock=True)
-        cached = [match.length] if len(keys) == 1 else match.lengths.tolist()
+        free = len(self._free_rows) - len(prompts)
+        if free < 0 and len(prompts) > 1:
+            return _Lack(0, 0)
+        rows = np.array(self._free_rows[free:] if free >= 0 else [0], np.int64)
+        # The match does not touch: a prompt that is refused again and again would keep its cached part from being
+        # evicted. The first commit touches.
+        place, cached = self._pages.lock_cached(self.tree, prompts)
         begins, loans = cached, {}
         if sharing is not None:
-            found = map(sharing.start, rows, keys, names, cached)
-            loans = {row: loan for row, loan in zip(rows, found, strict=True) if loan is not None}
-            begins = [loans[row].borrowed if row in loans else length for row, length in zip(rows, cached, strict=True)]
-        needed = [self._in_pages(request.num_tokens) - begin for request, begin in zip(requests, begins, strict=True)]
-        left = self._allocator.free_slots + self.tree.evictable_tokens
-        if sum(needed) <= left and free >= 0:
-            self._admit(requests, match, _Grant(rows, cached, begins, needed, loans))
-            return True
-        self.tree.unlock(match)
+            loans = _loans_of(sharing, prompts, rows, cached)
+            begins = cached.copy()
+            for query, row in enumerate(rows.tolist()):
+                begins[query] = loans[row].borrowed if row in loans else begins[query]
+        lengths = prompts.counts if chunk is None else np.minimum(prompts.counts, begins + chunk)
+        grant = _Grant(rows, cached, begins, lengths, self._in_pages(lengths), loans)
+        needed = int((grant.ends - begins).sum())
+        left = self._pages.free_slots
+        if needed > left:
+            left += self.tree.evictable_tokens
+        if needed <= left and free >= 0:
+            try:
+                self._admit(prompts, place, grant)
+            except QueryError:
+                self.tree.unlock(place)
+                raise
+            return rows
+        self.tree.unlock(place)
         if sharing is not None:
-            for row, name in zip(rows, names, strict=True):
-                sharing.take_back(row, name)
-        if len(requests) == 1:
-            self._refuse(requests[0], needed[0], left)
-        return False
+            for query, row in enumerate(rows.tolist()):
+                sharing.take_back(row, prompts.name(query))
+        return _Lack(needed, left)
 
-    def _refuse(self, request: Request, needed: int, left: int) -> None:
-        request.missing = max(needed - left, 0)
-        if request.missing:
-            request.refusal = f"{needed} slots are needed and {left} can be had: {request.missing} too few"
-        else:
-            request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
-
-    def _admit(self, requests: list[Request], match: Places, grant: _Grant) -> None:
-        """Give rows and slots to requests that fit."""
-        rows, cached, begins, needed, loans = grant
-        slots = self._take(sum(needed))
-        if any(cached):
-            self.tree.write_slots(match, self.table, rows)
-        self._write(rows, begins, needed, slots)
+    def _admit(self, prompts: Prompts, place: Places, grant: _Grant) -> None:
+        """Give rows, tokens and pages to prompts that fit. Raises QueryError for a bad token; then nothing is given."""
+        pages, columns = self._pages, self.columns
+        rows, cached, begins, lengths, ends, loans = grant
+        pages.store_prompts(rows, prompts, cached)
+        self._make_space(int((ends - begins).sum()))
+        pages.write_cached(place, rows)
+        pages.take(rows, begins, ends)
+        for (lender, begin, end), borrowers in share.copies(
+            loans, dict(zip(rows.tolist(), cached.tolist(), strict=True))
+        ).items():
+            pages.copy(lender, np.array(borrowers), begin, end)
+        pages.set_places(rows, place)
+        columns.num_tokens[rows], columns.length[rows], columns.kept[rows] = prompts.counts, lengths, cached
+        columns.cached[rows], columns.committed[rows] = begins, cached
+        columns.counted[rows] = columns.missing[rows] = 0
+        columns.priority[rows] = prompts.priorities
+        columns.set_names(rows, prompts.names)
+        del self._free_rows[len(self._free_rows) - len(rows) :]
+        self._serial += len(rows)
+        columns.serial[rows] = np.arange(self._serial - len(rows), self._serial)
         if loans:
-            self._lend(loans, dict(zip(rows, cached, strict=True)))
-        self._places.set(rows, match)
-        del self._free_rows[len(self._free_rows) - len(requests) :]
-        for request, row, length, begin in zip(requests, rows, cached, begins, strict=True):
-            request.row, request.state, request.length = row, RUNNING, request.num_tokens
-            request.cached_length, request.committed = begin, length
-            self._running[row] = request
-        self._begun += len(requests)
-        self._prompt += sum(request.num_tokens for request in requests)
-        self._cached += sum(cached)
-        self._shared += sum(begins) - sum(cached)
+            self._loans = {**self._loans, **loans}
+        self._begun += len(rows)
+        self._prompt += int(prompts.counts.sum())
+        self._cached += int(cached.sum())
+        self._shared += int((begins - cached).sum())
 
-    def _lend(self, loans: dict[int, Loan], cached: dict[int, int]) -> None:
-        """Copy the slots that new requests borrow to their rows. cached: what each row has already."""
-        for (lender, begin, end), rows in share.copies(loans, cached).items():
-            index = upload_numbers(np.array(rows), self.kv_device)
-            self.table[index, begin:end] = self.table[lender, begin:end]
-        self._loans = {**self._loans, **loans}
-
-    def _held_places(self, requests: Sequence[Request]) -> Places:
-        return self._places.get([request.row for request in requests])
-
-    def _held_slots(self, request: Request) -> torch.Tensor:
-        """Return the slots that this request owns, in whole pages: a view of its row."""
-        return self.table[request.row, self._owned_from(request) : self._in_pages(request.length)]
-
-    def _owned_from(self, request: Request) -> int:
-        """Return how many tokens of a request have slots that the tree or another request owns."""
-        loan = self._loans.get(request.row)
-        return request.committed if loan is None else loan.borrowed
-
-    def _grow(self, requests: Sequence[Request], lengths: list[int]) -> None:
-        """Give running requests slots up to new lengths. Enough slots must be free or evictable."""
-        begins = [self._in_pages(request.length) for request in requests]
-        counts = [self._in_pages(length) - begin for length, begin in zip(lengths, begins, strict=True)]
-        if any(counts):
-            self._write([request.row for request in requests], begins, counts, self._take(sum(counts)))
-        for request, length in zip(requests, lengths, strict=True):
-            request.length = length
-
-    def _take(self, num_slots: int) -> torch.Tensor:
-        """Allocate slots in whole pages, and return them as int64. Evicts tokens if too few slots are free."""
-        short = num_slots - self._allocator.free_slots
+    def _make_space(self, slots: int) -> None:
+        """Evict until so many slots are free. Enough must be free or evictable."""
+        short = slots - self._pages.free_slots
         if short > 0:
             evicted = self.tree.evict(short)
-            self._allocator.give(evicted.slots)
+            self._pages.give_evicted(evicted)
             self._evicted += evicted.num_tokens
-        return self._allocator.take(num_slots // self.page_size)
 
-    def _write(self, rows: list[int], begins: list[int], counts: list[int], slots: torch.Tensor) -> None:
-        """Write slots to the table: the next `counts[i]` of `slots` to row `rows[i]`, from column `begins[i]` on."""
-        if sum(counts) > _FEW_SLOTS * len(rows):
-            for row, begin, part in zip(rows, begins, slots.split(counts), strict=True):
-                self.table[row, begin : begin + len(part)] = part
-            return
-        many = np.array(counts)
-        shifts = np.array(rows) * self.table.shape[1] + begins - (np.cumsum(many) - many)
-        places = upload_numbers(np.repeat(shifts, many) + np.arange(len(slots)), self.kv_device)
-        self.table.view(-1)[places] = slots.to(torch.int32)
+    # Look without taking
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that are free without an eviction. O(1). Duplicates of pending commits are not counted yet."""
+        return self._pages.free_slots
+
+    @property
+    def available_slots(self) -> int:
+        """Slots that are free, or held by tokens that can be evicted. O(1). Waits for an index on a GPU."""
+        return self._pages.free_slots + self.tree.evictable_tokens
+
+    @_repaired
+    def probe(self, prompts: Any, namespaces: Any = None) -> Probe:
+        """Return what a `begin` of these prompts would find now. Takes nothing, and leaves the order of eviction.
+
+        prompts, namespaces: as for `begin`. cached_lengths of the result: tokens that need not be computed.
+        needed_slots: slots for the rest, in whole pages. fits: whether a `begin` of the prompt alone would start it.
+
+        O(prompt tokens). Raises QueryError and ValueError.
+        """
+        found = read_prompts(prompts, namespaces, 0, self.tree.device)
+        self._open = UnderWay(recover.OTHER)
+        self._give_back_duplicates()
+        cached, needed, fits = (
+            np.zeros(len(found), np.int64),
+            np.zeros(len(found), np.int64),
+            np.zeros(len(found), np.bool_),
+        )
+        for query in range(len(found)):
+            one = found.some(np.array([query]))
+            place, length = self._pages.lock_cached(self.tree, one)
+            left = self._pages.free_slots + self.tree.evictable_tokens
+            self.tree.unlock(place)
+            cached[query], needed[query] = length[0], self._in_pages(one.counts[0]) - length[0]
+            fits[query] = needed[query] <= left and bool(self._free_rows) and one.counts[0] <= self.max_length
+        return Probe(cached, needed, fits)
 
     # Waiting prompts
 
@@ -371,7 +485,7 @@ class PrefixCache:
         """
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
-        return self._allocator.free_slots, len(self._free_rows)
+        return self._pages.free_slots, len(self._free_rows)
 
     # Extend
 
@@ -386,193 +500,276 @@ class PrefixCache:
         Evicts as needed. O(requests). It waits for the device only if the index is on a GPU and too few slots are free.
         Raises QueryError (a request that is not running, or would be longer than max_length) with nothing changed.
         """
-        check_running(self, "extend", requests)
-        more = read_growth(requests, n, self.max_length)
-        self._open = recover.begun(recover.EXTEND, requests)
-        counts = [
-            self._in_pages(request.length + count) - self._in_pages(request.length)
-            for request, count in zip(requests, more, strict=True)
-        ]
-        left = self._allocator.free_slots
-        if sum(counts) > left:
+        rows = rows_of(self, "extend", requests)
+        more = read_growth(self.columns, rows, n, self.max_length)
+        self._open = recover.begun(recover.EXTEND, self.columns, rows)
+        return self._extend(rows, more)
+
+    def _extend(self, rows: np.ndarray, more: np.ndarray) -> list[Request]:
+        lengths = self.columns.length[rows]
+        begins, ends = self._in_pages(lengths), self._in_pages(lengths + more)
+        needed = ends - begins
+        left = self._pages.free_slots
+        if needed.sum() > left:
             self._give_back_duplicates()
-            left = self._allocator.free_slots + self.tree.evictable_tokens
-        fitting, short = [], []
-        for request, needed, count in zip(requests, counts, more, strict=True):
-            request.missing = max(needed - left, 0)
-            if request.missing:
-                short.append(request)
-            else:
-                left -= needed
-                fitting.append((request, request.length + count))
-        self._grow([request for request, _ in fitting], [length for _, length in fitting])
-        return short
+            left = self._pages.free_slots + self.tree.evictable_tokens
+        missing = np.zeros(len(rows), np.int64)
+        if needed.sum() > left:
+            for query, slots in enumerate(needed.tolist()):
+                missing[query] = max(slots - left, 0)
+                left -= slots if slots <= left else 0
+        fits = missing == 0
+        grow = fits & (needed > 0)
+        if grow.any():
+            self._make_space(int(needed[grow].sum()))
+            self._pages.take(rows[grow], begins[grow], ends[grow])
+        self.columns.missing[rows] = missing
+        self.columns.length[rows] = lengths + np.where(fits, more, 0)
+        return [] if fits.all() else list(self._batch(rows[~fits]))
 
     # Commit
 
     @_repaired
-    def commit(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
+    def commit(self, requests: Sequence[Request], up_to: Any = None, tokens: Any = None) -> Requests:
         """Declare the KV of requests as computed, so that others can reuse it: after a chunk of a prefill, or any time.
 
         up_to: how many tokens of each request are computed: one number, or a list. None means all tokens that are known
             and have slots. Pass `up_to` if fewer are computed: in the middle of a prefill, or if tokens are only
-            proposed.
-        tokens: a list with the tokens that each request has generated since, if any. They are known from now on.
+            proposed. It may go up to the end of a request's last page.
+        tokens: the tokens that each request has generated since, if any: a list of sequences, a Ragged, [B, n], or [B]
+            with one for each. They are known from now on.
 
         Only whole pages go to the tree. If another request has committed the same tokens meanwhile, its slots replace
-        the slots of this request, which become free: read `slots` again. What running requests share with these through
-        `begin(share=True)` is committed for them, too: their `committed` and `slots` may change. The commit continues
-        from the place that the request holds: O(new tokens + nodes on the path). With an index on a GPU it does not
-        wait for the device, except when more than 64 commits are pending since the last call that waited. Raises
-        QueryError and ValueError with nothing changed.
-        """
-        check_running(self, "commit", requests)
-        added = read_tokens("commit", requests, tokens)
-        ends = computed_ends("commit", requests, added, up_to)
-        self._open = recover.begun(recover.COMMIT, requests)
-        self._commit(requests, added, ends)
+        the slots of this request, which become free. Returns the requests whose slots were replaced: read their `slots`
+        again. With an index on a GPU, the host does not know: those that committed a page. What requests share through
+        `begin(share=True)` is committed for all of them, so others than `requests` may be among them.
 
-    def _commit(self, requests: Sequence[Request], added: list[np.ndarray], ends: list[int]) -> None:
-        for request, tokens in zip(requests, added, strict=True):
-            request.append(tokens)
-        growing = self._growing(requests, [end // self.page_size * self.page_size for end in ends])
-        if not growing:
-            return
-        chosen = [request for request, _ in growing]
-        rows, begins = [request.row for request in chosen], [request.committed for request in chosen]
-        brought = [self.table[request.row, request.committed : end] for request, end in growing]
-        if self._waits:  # the rows change before the host knows which of these slots are duplicates
-            brought = [slots.clone() for slots in brought]
-        lent = [min(self._owned_from(request), end) - request.committed for request, end in growing]
-        before = self._places.get(rows)
-        result = self._insert(growing, brought, before)
-        self.tree.lock(result)
-        self._places.set(rows, result)
-        for request, end in growing:
-            request.committed = request.counted = end
+        The commit continues from the place that the request holds: O(new tokens + nodes on the path). With an index on
+        a GPU it does not wait for the device, except when more than 64 commits are pending since the last call that
+        waited. Raises QueryError and ValueError with nothing changed.
+        """
+        rows = rows_of(self, "commit", requests)
+        added, known = self._read_added("commit", rows, tokens)
+        ends = computed_ends("commit", self.columns, rows, known, up_to, self.page_size)
+        self._store_added(rows, added)
+        self._open = recover.begun(recover.COMMIT, self.columns, rows)
+        return self._commit(rows, known, ends)
+
+    def _read_added(self, operation: str, rows: np.ndarray, tokens: Any) -> tuple[Batch | None, np.ndarray]:
+        """Return the new tokens of each request, and how many it will have in all, int64 [B]."""
+        added = read_tokens(operation, rows, tokens)
+        known: np.ndarray = self.columns.num_tokens[rows] + (0 if added is None else added.counts)
+        if added is not None:
+            refuse_long(operation, known, self._in_pages(self.max_length))
+        return added, known
+
+    def _store_added(self, rows: np.ndarray, added: Batch | None) -> None:
+        """Write new tokens behind those that are known, where nobody reads yet. Raises QueryError for a bad token."""
+        if added is not None:
+            begins = self.columns.num_tokens[rows]
+            query, position = self._pages.store_tokens(rows, begins, added, np.zeros_like(rows))
+            if query >= 0:
+                refuse_token(added, query, position)
+
+    def _commit(self, rows: np.ndarray, known: np.ndarray, ends: np.ndarray) -> Requests:
+        columns, page = self.columns, self.page_size
+        columns.num_tokens[rows] = known
+        columns.length[rows] = np.maximum(columns.length[rows], ends)
+        whole = ends // page * page
+        if self._loans:
+            rows, whole = self._with_families(rows, whole)
+        committed = columns.committed[rows]
+        whole = np.maximum(whole, committed)
+        # The first commit of a request counts its hits, even if it adds nothing.
+        growing = (whole > committed) | ((committed > 0) & (columns.counted[rows] == 0))
+        if not growing.any():
+            return self._batch(rows[:0])
+        rows, begins, ends = rows[growing], committed[growing], whole[growing]
+        changed = self._insert(rows, begins, ends)
+        return self._batch(rows if changed is None else rows[changed])
+
+    def _with_families(self, rows: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Add the requests that share what is committed. Every lender stands before its borrowers."""
+        found = share.together(self._loans, dict(zip(rows.tolist(), ends.tolist(), strict=True)))
+        given = set(rows.tolist())
+        committed = self.columns.committed
+        found = {row: end for row, end in found.items() if row in given or end > committed[row]}
+        return np.array(list(found), np.int64), np.array(list(found.values()), np.int64)
+
+    def _insert(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
+        """Insert tokens of some rows; return which rows have other pages now, bool [B], or None if nobody knows yet."""
+        tree, pages, columns = self.tree, self._pages, self.columns
+        before, owned = pages.places(rows, begins), self._owned_from(rows)
+        result = tree.insert(
+            pages.tokens(rows, begins, ends), pages.slots(rows, begins, ends), columns.names_of(rows),
+            columns.priority[rows], before, columns.counted[rows],
+        )  # fmt: skip
+        tree.lock(result)
+        pages.set_places(rows, result)
+        columns.committed[rows] = ends
+        columns.counted[rows] = ends
         if self._loans:
             self._settle_loans()
-        self.tree.unlock(before)
-        own = [slots[count:] for slots, count in zip(brought, lent, strict=True)]
-        owned = [begin + count for begin, count in zip(begins, lent, strict=True)]
-        if self._waits:
-            self.tree.write_slots(result, self.table, rows)
-            self._pending.append(_Pending(result, owned, own))
-            if len(self._pending) > _MOST_PENDING:
-                self._give_back_duplicates()
-        else:
-            self._use_tree_slots(result, rows, begins, _Pending(result, owned, own))
+        tree.unlock(before)
+        return pages.replace(result, rows, begins, owned, ends)
 
-    def _growing(self, requests: Sequence[Request], ends: list[int]) -> list[tuple[Request, int]]:
-        """Return the requests that a commit up to `ends` concerns, and their ends. Lenders are before borrowers."""
-        pairs: Any = zip(requests, ends, strict=True)
-        if self._loans:
-            given = {request.row: end for request, end in pairs}
-            found = share.together(self._loans, given)
-            pairs = [(self._running[row], end) for row, end in found.items()]
-            pairs = [(request, end) for request, end in pairs if request.row in given or end > request.committed]
-        # The first commit of a request counts its hits, even if it adds nothing.
-        return [
-            (request, max(end, request.committed))
-            for request, end in pairs
-            if end > request.committed or (request.committed and not request.counted)
-        ]
+    def _owned_from(self, rows: np.ndarray) -> np.ndarray:
+        """Return the tokens before which each request's slots are not its own: cached or borrowed, int64 [B]."""
+        owned: np.ndarray = self.columns.committed[rows]
+        for query, row in enumerate(rows.tolist()) if self._loans else ():
+            if row in self._loans:
+                owned[query] = max(owned[query], self._loans[row].borrowed)
+        return owned
 
     def _settle_loans(self) -> None:
         """End the loans of requests that have committed what they borrow."""
-        self._loans = share.unsettled(self._loans, {row: request.committed for row, request in self._running.items()})
-
-    def _insert(self, growing: list[tuple[Request, int]], slots: list[torch.Tensor], before: Places) -> InsertResult:
-        if len(growing) == 1:  # a single key is cheaper than a batch of one
-            ((request, end),) = growing
-            key = request.tokens[request.committed : end]
-            return self.tree.insert(key, slots[0], request.namespace, request.priority, before, request.counted)
-        return self.tree.insert(
-            [request.tokens[request.committed : end] for request, end in growing],
-            slots,
-            [request.namespace for request, _ in growing],
-            [request.priority for request, _ in growing],
-            before,
-            [request.counted for request, _ in growing],
-        )
-
-    def _use_tree_slots(self, result: InsertResult, rows: list[int], begins: list[int], own: _Pending) -> None:
-        """Where a token was cached before, write the tree's slot to the request's row and free the request's own."""
-        prefixes = [result.prefix_length] if len(rows) == 1 else result.prefix_lengths.tolist()
-        queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
-        if queries:
-            duplicates = [slots.clone() for slots in own.duplicates(prefixes)]
-            self.tree.write_slots(some_of(result, queries), self.table, [rows[query] for query in queries])
-            self._give(duplicates)
-
-    def _give(self, duplicates: list[torch.Tensor]) -> None:
-        for slots in duplicates:
-            self._allocator.give(slots)
-            self._duplicate += len(slots)
+        rows = np.flatnonzero(self.columns.serial).tolist()
+        self._loans = share.unsettled(self._loans, {row: int(self.columns.committed[row]) for row in rows})
 
     def _give_back_duplicates(self) -> None:
         """Free the slots that pending commits brought for tokens cached already. Waits for an index on a GPU."""
-        while self._pending:
-            pending = self._pending[0]
-            prefixes = pending.result.prefix_lengths.tolist()
-            self._pending.popleft()
-            self._give(pending.duplicates(prefixes))
+        self._pages.give_back_duplicates()
+
+    # Decode
+
+    @_repaired
+    def step(self, requests: Sequence[Request], tokens: Any, n: int | Sequence[int] = 1) -> Step:
+        """Do what a decode step needs, in one call: append tokens, commit whole pages, and give slots for `n` more.
+
+        The KV of all slots that a request has must be computed: then `tokens` are what it has generated from them. It
+        means `commit(requests, tokens=tokens)`, then `extend(requests, n)`.
+
+        tokens: as for `commit`, usually [B]. n: as for `extend`.
+
+        Returns the requests that got no slots, and those whose slots were replaced. O(requests + new whole pages).
+        Raises QueryError and ValueError with nothing changed.
+        """
+        rows = rows_of(self, "step", requests)
+        added, known = self._read_added("step", rows, tokens)
+        more = read_growth(self.columns, rows, n, self.max_length)
+        ends = computed_ends("step", self.columns, rows, known, None, self.page_size)
+        self._store_added(rows, added)
+        self._open = recover.begun(recover.STEP, self.columns, rows)
+        changed = self._commit(rows, known, ends)
+        return Step(self._extend(rows, more), changed)
+
+    # Fork
+
+    @_repaired
+    def fork(self, request: Request, n: int) -> tuple[Requests, torch.Tensor]:
+        """Start `n` requests that continue a running one, as for samples or beams. Its KV must be computed.
+
+        All that is known of `request` and has slots is committed. The new requests share its whole pages, and have
+        pages of their own for the rest: the KV of a last page that is not full must be copied.
+
+        Returns the requests, and the pages to copy in each layer before the next forward pass: int64 [K, 2], from and
+        to, on the device of the KV cache. If they do not fit, all of them are refused.
+        """
+        rows = rows_of(self, "fork", [request])
+        if n < 1:
+            raise ValueError(f"fork: n must be at least 1, not {n}")
+        self._open = UnderWay(recover.BEGIN, rows, serial=self._serial)
+        known = self.columns.num_tokens[rows]
+        self._commit(rows, known, np.minimum(known, self.columns.length[rows]))
+        return self._fork(int(rows[0]), n)
+
+    def _fork(self, row: int, n: int) -> tuple[Requests, torch.Tensor]:
+        columns, pages = self.columns, self._pages
+        self._give_back_duplicates()
+        begin, length = int(columns.committed[row]), int(columns.length[row])
+        needed = n * (self._in_pages(length) - begin)
+        left = self.available_slots
+        none = np.full(n, -1)
+        if needed > left or n > len(self._free_rows):
+            names = columns.names[row], int(columns.priority[row])
+            text = f"{needed} slots are needed and {left} can be had" if needed > left else "max_requests are running"
+            self._refused += n
+            refused = {at: Request.refused(self, length, names, text, max(needed - left, 0)) for at in range(n)}
+            return Requests(self, none, np.zeros(n, np.int64), refused), torch.empty(
+                0, 2, dtype=torch.int64, device=self.kv_device
+            )
+        rows = np.array(self._free_rows[-n:], np.int64)
+        place = pages.places(np.full(n, row), np.full(n, begin))
+        self.tree.lock(place)
+        self._make_space(needed)
+        begins, ends = np.full(n, begin), np.full(n, self._in_pages(length))
+        pages.copy(row, rows, 0, begin)
+        pages.take(rows, begins, ends)
+        pages.copy_tokens(row, rows)
+        pages.set_places(rows, place)
+        for column in columns:
+            if column is not columns.serial:
+                column[rows] = column[row]
+        columns.cached[rows] = begin
+        del self._free_rows[-n:]
+        self._serial += n
+        columns.serial[rows] = np.arange(self._serial - n, self._serial)
+        self._begun += n
+        table, parts = pages.page_table, slice(begin // self.page_size, self._in_pages(length) // self.page_size)
+        new = torch.stack([table[int(one), parts] for one in rows])
+        old = table[row, parts].expand_as(new)
+        return self._batch(rows), torch.stack([old.reshape(-1), new.reshape(-1)], 1).to(torch.int64)
 
     # End
 
     @_repaired
-    def finish(self, requests: Sequence[Request], up_to: Any = None, tokens: Sequence[Any] | None = None) -> None:
+    def finish(self, requests: Sequence[Request], up_to: Any = None, tokens: Any = None, touch: bool = False) -> None:
         """Commit, with `up_to` and `tokens` as for `commit`, and end the requests. Cached tokens become evictable.
 
         If a prefill did not complete, pass `up_to`, or call `abort`: committed KV is served to other requests.
+        touch: make what the requests have cached the most recently used, in their order. Without it, the last commit of
+        a request with new pages decides.
 
         Slots after the last whole page become free. Raises QueryError and ValueError with nothing changed.
         """
-        check_running(self, "finish", requests)
-        added = read_tokens("finish", requests, tokens)
-        ends = computed_ends("finish", requests, added, up_to)
-        self._open = recover.begun(recover.END, requests)
-        self._commit(requests, added, ends)
-        self._release(requests)
+        rows = rows_of(self, "finish", requests)
+        added, known = self._read_added("finish", rows, tokens)
+        ends = computed_ends("finish", self.columns, rows, known, up_to, self.page_size)
+        self._store_added(rows, added)
+        self._open = recover.begun(recover.END, self.columns, rows)
+        self._commit(rows, known, ends)
+        self._release(rows, touch)
 
     @_repaired
-    def abort(self, requests: Sequence[Request]) -> None:
-        """End requests, and free their uncommitted slots. Committed tokens become evictable.
+    def abort(self, requests: Sequence[Request], touch: bool = False) -> None:
+        """End requests, and free their uncommitted slots. Committed tokens become evictable. touch: as for `finish`.
 
         Slots that other requests share through `begin(share=True)` pass to one of these. It has to compute them, if the
         forward pass has not: its `cached_length` falls, so read the `cached_length` of those requests again.
 
         Raises QueryError with nothing changed.
         """
-        check_running(self, "abort", requests)
-        self._open = recover.begun(recover.END, requests)
-        self._release(requests)
+        rows = rows_of(self, "abort", requests)
+        self._open = recover.begun(recover.END, self.columns, rows)
+        self._release(rows, touch)
 
-    def _release(self, requests: Sequence[Request]) -> None:
-        if not requests:
+    def _release(self, rows: np.ndarray, touch: bool) -> None:
+        if len(rows) == 0:
             return
-        ended = [request.row for request in requests]
-        ending = share.end(self._loans, ended)
-        slots = torch.cat(
-            [
-                self.table[request.row, max(request.committed, begin) : self._in_pages(request.length)]
-                for request, begin in zip(requests, ending.begins, strict=True)
-            ]
-        )
-        self.tree.unlock(self._held_places(requests))
-        gone = set(ended)
-        self._running = {row: request for row, request in self._running.items() if row not in gone}
-        self._free_rows.extend(ended)
-        self._inherit(ending)
-        for request in requests:
-            request.end()
-        self._allocator.give(slots)
+        columns, pages = self.columns, self._pages
+        ending = share.end(self._loans, rows.tolist()) if self._loans else None
+        begins = columns.committed[rows]
+        if ending is not None:
+            begins = np.maximum(begins, ending.begins)
+        ends = np.maximum(self._in_pages(columns.length[rows]), begins)
+        place = pages.places(rows, columns.committed[rows])
+        if touch:
+            self.tree.match(pages.tokens(rows, begins, begins), columns.names_of(rows), start=place)
+        self.tree.unlock(place)
+        columns.serial[rows] = 0
+        self._end_views()
+        self._free_rows.extend(rows.tolist())
+        if ending is not None:
+            self._inherit(ending)
+        pages.give(rows, begins, ends)
 
     def _inherit(self, ending: share.Ending) -> None:
         """Let heirs compute what a lender that has ended would have, and replace the loans."""
+        columns = self.columns
         for row in ending.heirs:
-            request, loan = self._running[row], ending.loans.get(row)
-            request.cached_length = min(request.cached_length, loan.borrowed if loan else request.committed)
+            loan = ending.loans.get(row)
+            left = loan.borrowed if loan else int(columns.committed[row])
+            columns.cached[row] = min(int(columns.cached[row]), left)
         self._loans = ending.loans  # last: before, a repair does all of this again
 
     # The whole cache
@@ -588,21 +785,21 @@ class PrefixCache:
         return self._count()
 
     def _count(self) -> Counts:
-        running = self._running.values()
+        rows = np.flatnonzero(self.columns.serial)
         return Counts(
             requests=self._begun,
             refused=self._refused,
-            running=len(running),
+            running=len(rows),
             prompt_tokens=self._prompt,
             cached_tokens=self._cached,
             evicted_tokens=self._evicted,
-            duplicate_tokens=self._duplicate,
+            duplicate_tokens=self._pages.duplicates - self._duplicates_before,
             shared_tokens=self._shared,
-            slots=self._allocator.num_pages * self.page_size,
-            free=self._allocator.free_slots,
+            slots=self._pages.num_pages * self.page_size,
+            free=self._pages.free_slots,
             evictable=self.tree.evictable_tokens,
             protected=self.tree.protected_tokens,
-            held=sum(self._in_pages(request.length) - self._owned_from(request) for request in running),
+            held=int((self._in_pages(self.columns.length[rows]) - self._owned_from(rows)).sum()),
         )
 
     @_repaired
@@ -616,36 +813,39 @@ class PrefixCache:
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
         self._open = recover.READING  # a failed check must not start a repair
-        running = self.running
-        places, content = self._held_places(running), self.tree.content()
-        check.check_slots(self._count(), content, self._allocator.free_list(), [*map(self._held_slots, running)])
-        check.check_holders(content, running, places)
-        check.check_slot_table(self.table, running, self.tree.slots(places).to_list(), self._free_rows)
-        check.check_loans(self._loans, self.table, self._running, self.page_size)
+        columns, pages, page = self.columns, self._pages, self.page_size
+        rows = np.flatnonzero(columns.serial)
+        places, content = pages.places(rows, columns.committed[rows]), self.tree.content()
+        begins, ends = self._owned_from(rows) // page, self._in_pages(columns.length[rows]) // page
+        held = [own[begin:end] for own, begin, end in zip(pages.on_host(rows), begins, ends, strict=True)]
+        check.check_slots(self._count(), content, pages, held)
+        check.check_holders(content, columns.committed[rows], places)
+        check.check_tables(pages, columns, rows, self.tree.slots(places).to_list(), self._free_rows)
+        check.check_loans(self._loans, pages, columns, {row: self.tokens_of(row) for row in rows.tolist()})
 
     @_repaired
     def reset(self) -> None:
         """Abort all requests, and drop everything that is cached. All counters restart at 0."""
-        requests = list(self._running.values())
-        self._open = UnderWay(recover.RESET, requests)
+        self._open = UnderWay(recover.RESET)
         self.tree.reset()
-        self._allocator.reset()
+        self.columns.serial[:] = 0
+        self._end_views()
+        self._pages.reset()
         self._begin_afresh()
-        for request in requests:
-            request.end()
 
     def __repr__(self) -> str:
         return (
-            f"PrefixCache({self._allocator.free_slots} of {self._allocator.num_pages * self.page_size} slots free, "
-            f"{len(self._running)} requests running, page_size={self.page_size}, index on {self.tree.device}, "
-            f"KV on {self.kv_device})"
+            f"PrefixCache({self._pages.free_slots} of {self._pages.num_pages * self.page_size} slots free, "
+            f"{int((self.columns.serial > 0).sum())} requests running, page_size={self.page_size}, "
+            f"index on {self.tree.device}, KV on {self.kv_device})"
         )
 
 
-def _slot_device(index: torch.device, kv: torch.device) -> torch.device | None:
-    """Return the tree's slot device, or None to keep slots beside the index. Raises ValueError for two devices."""
-    if index.type == "cpu":
-        return None if kv.type == "cpu" else kv
-    if index != kv and not devices.interpreted():
-        raise ValueError(f"with its index on {index} a PrefixCache needs the KV cache there, not on {kv}")
-    return None
+def _loans_of(sharing: Sharing, prompts: Prompts, rows: np.ndarray, cached: np.ndarray) -> dict[int, Loan]:
+    """Return what prompts borrow from those before them, by row."""
+    found = {}
+    for query, (row, length) in enumerate(zip(rows.tolist(), cached.tolist(), strict=True)):
+        loan = sharing.start(row, prompts.array(query)[:-1], prompts.name(query), length)
+        if loan is not None:
+            found[row] = loan
+    return found

@@ -1,107 +1,92 @@
 """Repairing a PrefixCache after an interrupted call.
 
 No record tells how far the call came. The content of the tree and the running requests determine where each slot is,
-and which locks must exist. If the tree holds a request's own slots, the request was committed up to these slots.
+and which locks must exist. If the tree holds a request's own pages, the request was committed up to these pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flatradix.cache import share
-from flatradix.cache.request import RUNNING, Request
+from flatradix.cache.columns import Columns
+from flatradix.cache.pages import Pages
 from flatradix.layout import numbers
 from flatradix.layout.handles import ROW_MASK, pack_handle
 from flatradix.results import Places
 from flatradix.tree import RadixTree
 
-BEGIN, EXTEND, COMMIT, END, RESET, OTHER = "begin", "extend", "commit", "end", "reset", "other"
+BEGIN, EXTEND, COMMIT, STEP, END, RESET, OTHER = "begin", "extend", "commit", "step", "end", "reset", "other"
+_NO_ROWS = np.empty(0, np.int64)
 
 
 class UnderWay(NamedTuple):
-    """A call that has begun: its requests, and their numbers before the call."""
+    """A call that has begun, and its requests before the call. serial: that of the first request that it may begin."""
 
     operation: str
-    requests: Sequence[Request] = ()
-    lengths: Sequence[int] = ()
-    num_tokens: Sequence[int] = ()
-    committed: Sequence[int] = ()
+    rows: np.ndarray = _NO_ROWS
+    length: np.ndarray = _NO_ROWS
+    num_tokens: np.ndarray = _NO_ROWS
+    committed: np.ndarray = _NO_ROWS
+    serial: int = 0
 
 
 READING = UnderWay("reading")  # a call that has changed nothing so far
 
 
-def begun(operation: str, requests: Sequence[Request]) -> UnderWay:
+def begun(operation: str, columns: Columns, rows: np.ndarray) -> UnderWay:
     """Return the record of a call on running requests."""
-    return UnderWay(
-        operation,
-        requests,
-        [request.length for request in requests],
-        [request.num_tokens for request in requests],
-        [request.committed for request in requests],
-    )
+    return UnderWay(operation, rows, columns.length[rows], columns.num_tokens[rows], columns.committed[rows])
 
 
-def requests_left(cut: UnderWay, running: dict[int, Request]) -> list[Request]:
-    """Return the requests that run on. End the other requests of the call, and all that an interrupted `begin` started.
+def end_begun(cut: UnderWay, columns: Columns) -> np.ndarray:
+    """End what an interrupted `begin` started; return the rows of the requests that run on, int64 [B].
 
     After an `extend`, the lengths from before the call are restored.
     """
-    left = list(running.values())
-    if cut.operation in (BEGIN, RESET):
-        began = set(map(id, cut.requests))
-        left = [request for request in left if id(request) not in began]
-    runs = set(map(id, left))
-    for request in cut.requests:
-        if request.state == RUNNING and id(request) not in runs:
-            request.end()
-    if cut.operation == EXTEND:
-        for request, length in zip(cut.requests, cut.lengths, strict=True):
-            request.length = length
-    return left
+    if cut.operation == BEGIN:
+        columns.serial[columns.serial >= cut.serial] = 0
+    if cut.operation == RESET:
+        columns.serial[:] = 0
+    if cut.operation in (EXTEND, STEP):
+        columns.length[cut.rows] = cut.length
+    return np.flatnonzero(columns.serial)
 
 
 def find_committed(
-    tree: RadixTree, table: torch.Tensor, requests: list[Request], page: int, loans: share.Loans
-) -> tuple[Places, list[int]]:
+    tree: RadixTree, pages: Pages, columns: Columns, rows: np.ndarray, loans: share.Loans
+) -> tuple[Places, np.ndarray]:
     """Return a place on the path of each request, and how many of its tokens are in the tree, in whole pages.
 
-    At least `request.committed` tokens are in the tree, and those up to the last slot of its own that the tree holds.
-    What a request shares with others by `loans` is in the tree for all of these requests.
+    At least `committed` tokens are in the tree, and those up to the last page of its own that the tree holds. What a
+    request shares with others by `loans` is in the tree for all of these requests.
     """
-    device = tree.device
-    if not requests:
-        empty = torch.empty(0, dtype=torch.int32, device=device)
-        return Places(empty, empty.to(torch.int64)), []
-    keys = [request.tokens[: min(request.length, request.num_tokens) // page * page] for request in requests]
-    match = tree.match(keys, [request.namespace for request in requests], touch=False)
-    cached = tree.slots(match).to("cpu")
-    committed = []
-    for query, request in enumerate(requests):
-        slots = cached[query].numpy()
-        own = table[request.row, : len(slots)].cpu().numpy()
-        same = np.flatnonzero(slots[request.committed :] == own[request.committed :])
-        committed.append(request.committed + (int(same[-1]) + 1 if len(same) else 0))
+    page, before = pages.page_size, columns.committed[rows]
+    if len(rows) == 0:
+        empty = torch.empty(0, dtype=torch.int32, device=tree.device)
+        return Places(empty, empty.to(torch.int64)), before
+    known = np.minimum(columns.length[rows], columns.num_tokens[rows]) // page * page
+    keys = pages.tokens(rows, before, np.maximum(known, before))
+    match = tree.match(keys, columns.names_of(rows), touch=False, start=pages.places(rows, before))
+    cached, own = tree.slots(match).to("cpu"), pages.on_host(rows)
+    committed = before.copy()
+    for query, length in enumerate(match.lengths.tolist()):
+        theirs = cached[query].numpy()[before[query] :: page] // page
+        same = np.flatnonzero(theirs == own[query, before[query] // page : length // page])
+        committed[query] += page * (int(same[-1]) + 1 if len(same) else 0)
     if loans:
-        ends = {request.row: end for request, end in zip(requests, committed, strict=True)}
-        known = share.together(loans, ends)
-        committed = [known[row] for row in ends]
-    lengths = torch.tensor(committed, dtype=torch.int32, device="cpu").to(device)
-    return Places(lengths, match.handles), committed
+        ends = share.together(loans, dict(zip(rows.tolist(), committed.tolist(), strict=True)))
+        committed = np.array([ends[row] for row in rows.tolist()], np.int64)
+    return Places(torch.from_numpy(committed.astype(np.int32)).to(tree.device), match.handles), committed
 
 
-def forget_tokens(cut: UnderWay, committed: dict[int, int]) -> None:
-    """Drop the new tokens of an interrupted commit, unless it reached the tree. committed: by the id of a request."""
-    if cut.operation not in (COMMIT, END):
-        return
-    before = zip(cut.requests, cut.committed, strict=True)
-    if not any(committed.get(id(request), 0) > known for request, known in before):
-        for request, known in zip(cut.requests, cut.num_tokens, strict=True):
-            request.num_tokens = known
+def forget_tokens(cut: UnderWay, columns: Columns, committed: np.ndarray) -> None:
+    """Drop the new tokens of an interrupted commit, unless it reached the tree. committed: by row, int64 [R]."""
+    if cut.operation in (COMMIT, STEP, END) and not (committed[cut.rows] > cut.committed).any():
+        columns.num_tokens[cut.rows] = cut.num_tokens
 
 
 def lock_exactly(tree: RadixTree, places: Places) -> None:
@@ -122,15 +107,16 @@ def lock_exactly(tree: RadixTree, places: Places) -> None:
             operation(Places(lengths, handles))
 
 
-def free_pages(tree: RadixTree, held: list[torch.Tensor], pages: int, page: int) -> torch.Tensor:
-    """Return the pages with slots that are neither in the tree nor held by a request: int64 [K], the lowest last."""
+def free_pages(tree: RadixTree, pages: Pages, columns: Columns, rows: np.ndarray) -> np.ndarray:
+    """Return the pages that are neither in the tree nor held by a request: int64 [K], the lowest last."""
     tree.evict(0)  # drops the slots of an interrupted eviction from the tree: no node holds them, so they are free
-    content = tree.content()
-    used = np.zeros(pages, np.bool_)
+    content, page = tree.content(), pages.page_size
+    used = np.zeros(pages.num_pages, np.bool_)
     for row in content.live().tolist():
         begin = int(content.column("start")[row])
         slots = content.slots[begin : begin + int(content.column("length")[row]) : page]
         used[slots // page] = True
-    for part in held:
-        used[part[::page].cpu().numpy() // page] = True
-    return torch.from_numpy(np.flatnonzero(~used)[::-1].copy())
+    begins, ends = columns.committed[rows] // page, -(-columns.length[rows] // page)
+    for own, begin, end in zip(pages.on_host(rows), begins, ends, strict=True):
+        used[own[begin:end]] = True
+    return np.flatnonzero(~used)[::-1].copy()

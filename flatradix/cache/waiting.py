@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flatradix.cache.request import RUNNING, Request
+from flatradix.cache.requests import Requests
 from flatradix.queue.orders import OrderFunction
 from flatradix.queue.waiting_queue import WaitingQueue
 from flatradix.tree import RadixTree
@@ -18,9 +18,7 @@ class Cache(Protocol):
 
     tree: RadixTree
 
-    def begin(
-        self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0, share: bool = False
-    ) -> list[Request]: ...
+    def begin(self, prompts: Any, namespaces: Any = None, priority: Any = 0, share: bool = False) -> Requests: ...
 
     def free_space(self) -> tuple[int, int]: ...
 
@@ -43,7 +41,7 @@ class RequestQueue(WaitingQueue):
         max_requests: int | None = None,
         skip: bool = False,
         share: bool = False,
-    ) -> tuple[list[Request], torch.Tensor]:
+    ) -> tuple[Requests, torch.Tensor]:
         """Begin the prompts that a plan admits: they leave the queue. Returns their requests and their ids, int64 [K].
 
         order, token_budget, max_requests, skip: as for `plan`. Free slots, rows and whole pages are those of the cache.
@@ -60,13 +58,11 @@ class RequestQueue(WaitingQueue):
             order, token_budget=token_budget, max_requests=most, free_tokens=free_slots, skip=skip, whole_pages=True,
             share=share,
         )  # fmt: skip
-        ids = plan.ids.tolist()
-        prompts, names, priorities = self._prompts_of(plan.ids)
-        requests = cache.begin(prompts, names, priorities, share)
-        begun = [request.state == RUNNING for request in requests]
-        self.remove([id for id, runs in zip(ids, begun, strict=True) if runs])
-        requests = [request for request in requests if request.state == RUNNING]
-        return requests, plan.ids[torch.tensor(begun, dtype=torch.bool, device="cpu")]
+        requests = cache.begin(*self._prompts_of(plan.ids), share)
+        begun = requests.running
+        ids = plan.ids[torch.from_numpy(begun)]
+        self.remove(ids)
+        return requests[begun], ids
 
     def _prompts_of(self, ids: torch.Tensor) -> tuple[list[Any], list[Any], list[int]]:
         """Return the tokens, namespaces and priorities of waiting prompts."""

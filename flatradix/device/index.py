@@ -431,6 +431,17 @@ class DeviceIndex(Index):
     def slots(self, places: Any) -> Ragged:
         if self._open:
             self._recover()
+        ragged = self._gather(places, self._pool)
+        return ragged if self.options.slot_device is None else ragged.to(self.options.slot_device)
+
+    @public_call
+    def tokens(self, places: Any) -> Ragged:
+        if self._open:
+            self._recover()
+        return self._gather(places, self._state.tokens)
+
+    def _gather(self, places: Any, pool: torch.Tensor) -> Ragged:
+        """Return what a pool has for each unit of each place. Waits for the device."""
         self._finish_all()
         lengths, handles = read_places(places, self.device)
         handles = handles.contiguous()
@@ -438,16 +449,15 @@ class DeviceIndex(Index):
         self._ensure_scratch(len(handles))
         offsets = torch.zeros(len(handles) + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(lengths.clamp(0, self.options.max_tokens), 0, out=offsets[1:])
-        values = torch.empty(int(offsets[-1]), dtype=self.options.slot_dtype, device=self.device)
+        values = torch.empty(int(offsets[-1]), dtype=pool.dtype, device=self.device)
         if len(handles):
             call = self._calls.next()
             found = PlaceAddresses(handles.data_ptr(), lengths.data_ptr(), len(handles))
-            gpu.gather_slots(self._arrays, found, offsets.data_ptr(), values.data_ptr(), call)
+            gpu.gather(self._arrays, found, pool, offsets.data_ptr(), values.data_ptr(), call)
             self._calls.enqueued(call, False)
             self._finish_all()
         self._open = None
-        ragged = Ragged.trusted(values, offsets)
-        return ragged if self.options.slot_device is None else ragged.to(self.options.slot_device)
+        return Ragged.trusted(values, offsets)
 
     def path_slots(self, place: Any) -> torch.Tensor:
         return self.slots(place).values
@@ -461,14 +471,26 @@ class DeviceIndex(Index):
         if where is not None and torch.empty(0, device=where).device != self.device:
             raise ValueError(f"write_slots: the slots are returned on {where}, and the tree is not there")
         numbered = check_write_table(table, rows, found.batch, self.device, self.options.slot_dtype)
-        if found.batch == 0:
-            return
-        self._open = _NOTHING_YET
-        self._ensure_scratch(found.batch)
         numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
         into = SlotTable(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
+        self._write(found, numbered, into, False)
+
+    @public_call
+    def write_pages(self, places: Any, table: torch.Tensor, rows: np.ndarray) -> None:
+        """Write the page of each `page_size` slots of places to rows of a page table, int32 [R, W] on the device."""
+        if self._open:
+            self._recover()
+        height, width = table.shape
+        into = SlotTable(table.data_ptr(), False, width, height, width * self.options.page_size)
+        self._write(self._places(places), upload_numbers(rows, self.device), into, True)
+
+    def _write(self, places: PlaceAddresses, rows: torch.Tensor, table: SlotTable, pages: bool) -> None:
+        if places.batch == 0:
+            return
+        self._open = _NOTHING_YET
+        self._ensure_scratch(places.batch)
         call = self._calls.next()
-        gpu.write_slots(self._arrays, found, numbered.data_ptr(), into, call)
+        gpu.write_slots(self._arrays, places, rows.data_ptr(), table, call, pages)
         self._calls.enqueued(call, False)
         self._open = None
 

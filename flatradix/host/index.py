@@ -44,6 +44,14 @@ class Watched(NamedTuple):
     options: Options
 
 
+class PageRanges(NamedTuple):
+    """Columns of rows of a page table, int64 [B]: from `begins` to `ends`; from `owned` on, pages are the row's own."""
+
+    begins: np.ndarray
+    owned: np.ndarray
+    ends: np.ndarray
+
+
 class HostIndex(Index):
     """A tree in host memory; numba kernels do the work.
 
@@ -185,6 +193,15 @@ class HostIndex(Index):
         self._open = _NOTHING_TO_UNDO
         return self._namespaces.find(namespaces.only(namespace))
 
+    def _codes(self, namespace: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the namespace code of each query, int64 [B], and whether the caller gave a namespace, bool [B]."""
+        if not isinstance(namespace, list | tuple):  # one for all
+            code = self._namespaces.find(namespaces.only(namespace))
+            return np.full(queries, code, np.int64), np.full(queries, namespace is not None)
+        names = namespaces.spread(namespace, queries)
+        codes = np.array([self._namespaces.find(name) for name in names], np.int64)
+        return codes, np.array([name is not None for name in names], np.bool_)
+
     def _match_one(
         self, address: int, wide: bool, count: int, code: int, touch: bool, lock: bool, split: bool
     ) -> MatchResult:
@@ -202,10 +219,8 @@ class HostIndex(Index):
     def _match_batch(
         self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any, split: bool
     ) -> MatchResult:
-        names = namespaces.spread(namespace, len(keys))
         self._open = _NOTHING_TO_UNDO
-        codes = np.array([self._namespaces.find(name) for name in names], np.int64)
-        named = np.array([name is not None for name in names], np.bool_)
+        codes, named = self._codes(namespace, len(keys))
         start_handles, start_lengths = read_starts(start, len(keys))
         lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
         handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
@@ -241,6 +256,22 @@ class HostIndex(Index):
         return found
 
     @public_call
+    def tokens(self, places: Any) -> Ragged:
+        if self._open:
+            self._recover()
+        lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
+        self._open = _NOTHING_TO_UNDO
+        total, _nodes = cpu.count_paths(self._addresses, handles, lengths)
+        if total < 0:
+            self._refuse("tokens", total)
+        out, offsets = np.empty(total, np.int32), np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        tokens = self._state.tokens.data_ptr()
+        cpu.path_slots(self._addresses, handles, lengths, tokens, False, address_of(out))
+        self._open = 0
+        return Ragged.trusted(torch.from_numpy(out), torch.from_numpy(offsets))
+
+    @public_call
     def path_slots(self, place: Any) -> torch.Tensor:
         if self._open:
             self._recover()
@@ -270,6 +301,30 @@ class HostIndex(Index):
         if reason < 0:
             self._refuse("write_slots", reason)
         self._open = 0
+
+    # Page tables of a cache, whose places are good
+
+    @public_call
+    def write_pages(self, handles: np.ndarray, lengths: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
+        """Write the page of each `page_size` slots of places to rows of a page table. See `kernels.cpu.write_pages`."""
+        if self._open:
+            self._recover()
+        page = self.options.page_size
+        cpu.write_pages(self._addresses, handles, lengths, self._slots.pool, page, pages, rows)
+
+    @public_call
+    def replace_pages(
+        self, handles: np.ndarray, lengths: np.ndarray, pages: np.ndarray, rows: np.ndarray, columns: PageRanges,
+        stack: np.ndarray, free: int,
+    ) -> int:  # fmt: skip
+        """Let rows of a page table have the tree's pages; return how many are free. See `kernels.cpu.replace_pages`."""
+        if self._open:
+            self._recover()
+        page, pool = self.options.page_size, self._slots.pool
+        found: int = cpu.replace_pages(
+            self._addresses, handles, lengths, pool, page, pages, rows, *columns, stack, free
+        )
+        return found
 
     # Lock
 
@@ -341,11 +396,9 @@ class HostIndex(Index):
         if self._open:
             self._recover()
         keys = read_batch(q, "tokens")
-        names = namespaces.spread(namespace, len(keys))
         old_handles, old_lengths = read_starts(places, len(keys))
         self._open = _NOTHING_TO_UNDO
-        codes = np.array([self._namespaces.find(name) for name in names], np.int64)
-        named = np.array([name is not None for name in names], np.bool_)
+        codes, named = self._codes(namespace, len(keys))
         lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
         handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
         reason = cpu.rematch(
@@ -469,9 +522,11 @@ class HostIndex(Index):
         pool = self._slots
         source = pool.read(slots, self.options.check_slots)
         check_counts(keys.counts, source.counts)
-        names = namespaces.spread(namespace, len(keys))
         start_handles, start_lengths = read_starts(start, len(keys))
-        named = np.array([name is not None for name in names], np.bool_)
+        if isinstance(namespace, list | tuple):
+            namespaces.spread(namespace, len(keys))  # checks the names
+        else:
+            namespaces.check(namespace)
         prefixes = torch.empty(len(keys), dtype=torch.int32, device="cpu")
         lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
         handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
@@ -480,9 +535,7 @@ class HostIndex(Index):
         out = prefixes.numpy(), lengths.numpy(), handles.numpy()
         self._fresh = []
         call = self._begin(out[2], out[1], out[0])
-        codes = np.zeros(len(keys), np.int64)
-        for query, name in enumerate(names):
-            codes[query] = self._code_to_insert(name, keys.counts[query], start_lengths[query])
+        codes, named = self._codes_to_insert(namespace, keys.counts, start_lengths)
         arguments = (
             keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths, priorities, inserted,
             source.addresses, source.wide, pool.pool, pool.wide, pool.limit, *out, pool_starts,
@@ -498,6 +551,16 @@ class HostIndex(Index):
         self.last_result = result
         self._open = 0
         return result
+
+    def _codes_to_insert(self, namespace: Any, counts: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the namespace code of each key, int64 [B], and whether the caller gave a namespace, bool [B]."""
+        if isinstance(namespace, list | tuple):
+            each = zip(namespace, counts, starts, strict=True)
+            codes = np.array([self._code_to_insert(*key) for key in each], np.int64)
+            return codes, np.array([name is not None for name in namespace], np.bool_)
+        most = int(counts.max(where=starts == 0, initial=0))
+        code = self._code_to_insert(namespace, most, 0)
+        return np.full(len(counts), code, np.int64), np.full(len(counts), namespace is not None)
 
     def _code_to_insert(self, name: namespaces.Namespace, count: int, start: int) -> int:
         """Return the code of a key's namespace; give out a new code only if the key stores units."""

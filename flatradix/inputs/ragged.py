@@ -122,10 +122,14 @@ def _read_ragged(ragged: Ragged, what: str) -> Batch:
 def read_batch(queries: Any, what: str) -> Batch:
     """Read a Ragged, a list of sequences, or one flat sequence (a batch of one) as a batch in host memory.
 
+    A Batch is returned as it is: its maker vouches for it.
+
     `what` ("tokens", "slots") is named in errors. Raises QueryError, or ValueError for bad offsets.
     """
     if isinstance(queries, Ragged):
         return _read_ragged(queries, what)
+    if isinstance(queries, Batch):
+        return queries
     if is_batch(queries):
         return read_many(queries, what)
     address, count, wide, _owner = buffer = read_one(queries, what)

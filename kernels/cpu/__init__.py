@@ -20,6 +20,15 @@ from flatradix.kernels.cpu.prompts import (
     remove_prompts,
     tidy,
 )
+from flatradix.kernels.cpu.requests import (
+    give_pages,
+    give_slots,
+    replace_pages,
+    slots_of_pages,
+    store_tokens,
+    take_pages,
+    write_pages,
+)
 from flatradix.kernels.cpu.reset import rebuild, reset
 from flatradix.kernels.cpu.slots import (
     count_paths,
@@ -59,6 +68,8 @@ __all__ = [
     "find_entries",
     "first_bad_token",
     "forget_wants",
+    "give_pages",
+    "give_slots",
     "insert",
     "insert_one",
     "lock",
@@ -78,11 +89,15 @@ __all__ = [
     "rematch",
     "remove_prompt",
     "remove_prompts",
+    "replace_pages",
     "reset",
     "set_order",
+    "slots_of_pages",
     "sort_by",
     "split",
+    "store_tokens",
     "take_back_insert",
+    "take_pages",
     "tidy",
     "unlock",
     "unlock_one",
@@ -90,5 +105,6 @@ __all__ = [
     "waiting_table",
     "want",
     "with_oldest",
+    "write_pages",
     "write_slots",
 ]

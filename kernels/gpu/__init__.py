@@ -15,7 +15,7 @@ from flatradix.kernels.gpu.match import match, match_one
 from flatradix.kernels.gpu.ranges import copy_ranges
 from flatradix.kernels.gpu.rematch import rematch
 from flatradix.kernels.gpu.reset import reset
-from flatradix.kernels.gpu.slots import gather_slots, write_slots
+from flatradix.kernels.gpu.slots import gather, write_slots
 from flatradix.kernels.gpu.wants import alive, end_wants, unwant, want, want_again
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "finish_unlock",
     "follow",
     "free",
-    "gather_slots",
+    "gather",
     "insert",
     "lock",
     "match",

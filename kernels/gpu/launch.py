@@ -151,11 +151,14 @@ class Pointer:
         return self._address
 
 
-def _typed(address: int, kind: str) -> Any:
+def _typed(address: int, kind: str, arrays: Arrays) -> Any:
     if not INTERPRETED:
         return Pointer(address, kind)
     if address == 0:
         return torch.empty(1, dtype=_DTYPES[kind], device="cpu")
+    for tensor in (tensor for part in arrays.tensors for tensor in part):
+        if tensor.data_ptr() == address:
+            return tensor  # the interpreter copies each tensor once, so it must know that they are the same
     view = (_CTYPES[kind] * 1).from_address(address)
     return torch.frombuffer(view, dtype=_DTYPES[kind])
 
@@ -247,7 +250,7 @@ class Kernel:
     def _first(self, arrays: Arrays, launch: Launch) -> Any:
         """Launch through Triton's public interface. Return the compiled kernel, None where kernels are interpreted."""
         pairs = zip(launch.arguments, self.types(launch.wide), strict=True)
-        typed = [_typed(value, kind) if kind[0] == "*" else value for value, kind in pairs]
+        typed = [_typed(value, kind, arrays) if kind[0] == "*" else value for value, kind in pairs]
         options: dict[str, Any] = {"num_warps": launch.warps}
         if self.cooperative:
             options["launch_cooperative_grid"] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -36,8 +37,11 @@ def _check(s, w, handles, lengths, rows, height, width, query, batch, PAGE: tl.c
 
 
 @triton.jit
-def _copy_path(s, row, length, pool, target):
-    """Copy the slots of one path, from its last edge up. The next edge is looked up while an edge is copied."""
+def _copy_path(s, row, length, pool, target, STEP: tl.constexpr):
+    """Copy the slots of one path, from its last edge up. The next edge is looked up while an edge is copied.
+
+    STEP: 1, or the size of a page: then the page of each first slot is copied.
+    """
     begin = tl.load(s.end + row) - tl.load(s.length + row)
     start = tl.load(s.start + row)
     parent = tl.load(s.parent + row)
@@ -46,11 +50,12 @@ def _copy_path(s, row, length, pool, target):
         next_begin = tl.load(s.end + above) - tl.load(s.length + above)
         next_start = tl.load(s.start + above)
         next_parent = tl.load(s.parent + above)
-        at = begin
-        while at < length:
+        at = begin // STEP
+        while at < length // STEP:
             j = at + tl.arange(0, BLOCK)
-            slot = tl.load(pool + start + (j - begin), mask=j < length, other=0)
-            tl.store(target + j, slot.to(target.dtype.element_ty), mask=j < length)
+            inside = j < length // STEP
+            slot = tl.load(pool + start + (j * STEP - begin), mask=inside, other=0) // STEP
+            tl.store(target + j, slot.to(target.dtype.element_ty), mask=inside)
             at += BLOCK
         length = begin
         row = above
@@ -66,9 +71,9 @@ def _copy_path(s, row, length, pool, target):
 )  # fmt: skip
 def slots_kernel(
     s, w, handles, lengths, rows, pool, target, stride: tl.int64, height: tl.int64, width: tl.int64, batch: tl.int32,
-    call: tl.int64, PAGE: tl.constexpr, TABLE: tl.constexpr,
+    call: tl.int64, PAGE: tl.constexpr, TABLE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Copy the slots of each place to `target`, all or nothing.
+    """Copy the slots of each place to `target`, or with STEP its pages, all or nothing.
 
     rows: int64 [B]. TABLE: the row of the slot table for each place; else the offset in `target` for each place.
     """
@@ -87,7 +92,7 @@ def slots_kernel(
             place = tl.load(rows + query).to(tl.int64)
             if TABLE:
                 place = place * stride
-            _copy_path(s, row, tl.load(lengths + query), pool, target + place)
+            _copy_path(s, row, tl.load(lengths + query), pool, target + place, STEP)
             query += programs
     last, _bad = arrive(w, programs)
     if last:
@@ -105,20 +110,22 @@ _slots = Kernel(
 )
 
 
-def gather_slots(arrays: Arrays, places: PlaceAddresses, offsets: int, out: int, call: int) -> None:
-    """Write the slots of place i to `out`, from `offsets[i]` on, all or nothing, in one launch.
+def gather(arrays: Arrays, places: PlaceAddresses, pool: torch.Tensor, offsets: int, out: int, call: int) -> None:
+    """Write what a pool has for place i to `out`, from `offsets[i]` on, all or nothing, in one launch.
 
-    offsets: address of int64 [B]. out: address of values of the pool's dtype.
+    pool: slots or tokens of the tree. offsets: address of int64 [B]. out: address of values of the pool's dtype.
     """
-    arguments = (places.handles, places.lengths, offsets, arrays.pool, out, 0, 0, 0, places.batch, call)
-    wide = arrays.pool_wide, arrays.pool_wide
-    _slots(arrays, cooperative_programs(arrays, places.batch, 8), arguments, (arrays.page, False), wide)
+    arguments = (places.handles, places.lengths, offsets, pool.data_ptr(), out, 0, 0, 0, places.batch, call)
+    wide = (pool.dtype == torch.int64,) * 2
+    _slots(arrays, cooperative_programs(arrays, places.batch, 8), arguments, (arrays.page, False, 1), wide)
 
 
-def write_slots(arrays: Arrays, places: PlaceAddresses, rows: int, table: SlotTable, call: int) -> None:
+def write_slots(
+    arrays: Arrays, places: PlaceAddresses, rows: int, table: SlotTable, call: int, pages: bool = False
+) -> None:
     """Write the slots of place i into row `rows[i]` of an engine's slot table, all or nothing, in one launch.
 
-    rows: address of int64 [B].
+    rows: address of int64 [B]. pages: write the page of each `page` slots instead; the table's width counts tokens.
     """
     arguments = (
         places.handles, places.lengths, rows, arrays.pool, table.address, table.stride, table.height, table.width,
@@ -128,6 +135,6 @@ def write_slots(arrays: Arrays, places: PlaceAddresses, rows: int, table: SlotTa
         arrays,
         cooperative_programs(arrays, places.batch, 8),
         arguments,
-        (arrays.page, True),
+        (arrays.page, True, arrays.page if pages else 1),
         (arrays.pool_wide, table.wide),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,15 +125,15 @@ def test_a_begin_that_fails_on_the_way_leaves_nothing_behind(
     """Not all three prompts fit, so they start one by one. The first has started when the third gets no memory."""
     this = engine(where, 16)
     this.run(list(range(9)))
-    take, taken = this.cache._take, []
+    take, taken = this.cache._pages.take, []
 
-    def no_memory(num_slots: int) -> torch.Tensor:
-        taken.append(num_slots)
+    def no_memory(rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
+        taken.append(int((ends - begins).sum()))
         if len(taken) == 2:
             raise torch.OutOfMemoryError
-        return take(num_slots)
+        take(rows, begins, ends)
 
-    monkeypatch.setattr(this.cache, "_take", no_memory)
+    monkeypatch.setattr(this.cache._pages, "take", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         this.begin([[50, 51], [60] * 40, [70, 71]])
     assert taken == [4, 4]
@@ -163,12 +164,11 @@ def test_mistakes_change_nothing(where: dict[str, str]) -> None:
         (lambda: cache.begin([1, 2, 3]), r"wrap a single one: \[prompt\]"),
         (lambda: cache.begin([[1], []]), "tokens of query 1: the prompt is empty"),
         (lambda: cache.begin([[1], [3, -1]]), "tokens of query 1: -1 at position 1 is outside"),
-        (lambda: cache.begin([[0] * 65]), "65 are more than max_length 64"),
         (lambda: cache.begin([[1], [2]], ["a"]), "namespace"),
         (lambda: cache.commit([a, a]), "request 1 is there twice"),
         (lambda: cache.commit([foreign]), "request 0 is of another PrefixCache"),
         (lambda: cache.abort([a, ended]), "abort: request 1 has ended"),
-        (lambda: cache.commit([a, b], [9, 3]), "request 1 cannot have 3 tokens computed: it has 2 slots, and 2 tokens"),
+        (lambda: cache.commit([a, b], [9, 3]), "request 1 cannot have 3 tokens computed: it has 4 slots, and 2 tokens"),
         (lambda: cache.commit([a], -1), "cannot have -1 tokens"),
         (lambda: cache.finish([a, b], tokens=[[1]]), "2 requests, but tokens for 1"),
         (lambda: cache.commit([a, b], tokens=[[1], [2**31]]), "tokens of query 1: 2147483648 at position 0"),

@@ -1,0 +1,126 @@
+"""The running requests of a PrefixCache in host memory: their tokens, their pages, and the stack of free pages.
+
+Requests are given by their rows, int64 [B]. pages: int32 [R, W], the page of each `page` tokens of a request; page i
+has the slots i * page to (i + 1) * page - 1. stack: int32 [P], the free pages; the last is allocated first. Begins and
+ends of pages, int64 [B], are counted in pages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flatradix.kernels.cpu.jit import helper, int32_at, kernel, open_state
+from flatradix.kernels.cpu.rows import resolve
+from flatradix.kernels.cpu.units import copy_checked, first_bad
+from flatradix.layout.numbers import MAX_TOKEN
+
+
+@kernel
+def store_tokens(tokens, width, rows, begins, addresses, wide, counts, skips):
+    """Store tokens of each query in its row from `begins` on; return (first query with a bad token or -1, position).
+
+    tokens: the address of int32 [R, width]. addresses, counts: int64 [B], of int64 tokens if `wide`, else of int32.
+    skips: int64 [B], tokens of each query that are not stored. A position is counted from the query's first token.
+    """
+    step = 8 if wide else 4
+    for query in range(len(rows)):
+        left = counts[query] - skips[query]
+        if left <= 0:
+            continue
+        source = addresses[query] + step * skips[query]
+        target = tokens + 4 * (width * rows[query] + begins[query])
+        if copy_checked(source, wide, target, False, left, MAX_TOKEN) < 0:
+            return np.int64(query), np.int64(first_bad(addresses[query], wide, skips[query], counts[query], MAX_TOKEN))
+    return np.int64(-1), np.int64(0)
+
+
+@kernel
+def take_pages(stack, free, pages, rows, begins, ends):
+    """Take pages from the stack for columns `begins` to `ends` of each row; return how many are still free.
+
+    There must be enough.
+    """
+    for query in range(len(rows)):
+        row = rows[query]
+        for at in range(begins[query], ends[query]):
+            free -= 1
+            pages[row, at] = stack[free]
+    return free
+
+
+@kernel
+def give_pages(stack, free, pages, rows, begins, ends):
+    """Put the pages in columns `begins` to `ends` of each row back on the stack; return how many are free now."""
+    for query in range(len(rows)):
+        row = rows[query]
+        for at in range(begins[query], ends[query]):
+            stack[free] = pages[row, at]
+            free += 1
+    return free
+
+
+@kernel
+def give_slots(stack, free, slots, page):
+    """Put the pages of slots, int32 [K * page], back on the stack; return how many are free now."""
+    for at in range(0, len(slots), page):
+        stack[free] = slots[at] // page
+        free += 1
+    return free
+
+
+@kernel
+def slots_of_pages(pages, page, rows, begins, ends, slots):
+    """Fill `slots`, int32, with the slots of columns `begins` to `ends` of each row, one row behind the other."""
+    count = np.int64(0)
+    for query in range(len(rows)):
+        row = rows[query]
+        for at in range(begins[query], ends[query]):
+            first = np.int32(pages[row, at]) * np.int32(page)
+            for within in range(page):
+                slots[count + within] = first + np.int32(within)
+            count += page
+
+
+@helper
+def _write_pages(s, row, begin, end, pool, page, pages, number):
+    """Write the pages of a path's units from `begin` to `end`, whole pages, to row `number`. Goes from its end up."""
+    slots = int32_at(pool)
+    while row > 0 and end > begin:
+        first = np.int64(s.end[row] - s.length[row])
+        start = np.int64(s.start[row]) - first
+        low = max(first, begin)
+        for at in range(low // page, end // page):
+            pages[number, at] = slots[start + at * page] // page
+        end = low
+        row = np.int64(s.parent[row])
+
+
+@kernel
+def write_pages(addresses, handles, lengths, pool, page, pages, rows):
+    """Write the pages of places, which must be good, to rows. pool: the address of the tree's slots, int32."""
+    s = open_state(addresses)
+    for query in range(len(rows)):
+        length = np.int64(lengths[query])
+        row = resolve(s, handles[query], length)
+        _write_pages(s, row, np.int64(0), length, pool, page, pages, rows[query])
+
+
+@kernel
+def replace_pages(addresses, handles, lengths, pool, page, pages, rows, begins, owned, ends, stack, free):
+    """Let rows have the tree's pages for the columns `begins` to `ends`; put the pages that they had back.
+
+    Only pages from column `owned` on are put back. Returns how many are free now.
+    """
+    s = open_state(addresses)
+    for query in range(len(rows)):
+        if ends[query] <= begins[query]:
+            continue
+        number = rows[query]
+        for at in range(max(begins[query], owned[query]), ends[query]):
+            stack[free] = pages[number, at]
+            free += 1
+        row = resolve(s, handles[query], np.int64(lengths[query]))
+        while row > 0 and s.end[row] - s.length[row] >= ends[query] * page:
+            row = np.int64(s.parent[row])
+        _write_pages(s, row, begins[query] * page, ends[query] * page, pool, page, pages, number)
+    return free
