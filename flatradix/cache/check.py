@@ -51,9 +51,6 @@ def check_loans(loans: Loans, table: torch.Tensor, running: Mapping[int, Request
 
     And unless each request computes what it owns, except what it has committed.
     """
-    for row, request in running.items():
-        lent = loans[row].borrowed if row in loans else 0
-        equal(request.cached_length <= max(request.committed, lent), True, f"row {row}: its own tokens are computed")
     for row, (lender, borrowed) in loans.items():
         what = f"the loan of row {row}"
         equal(row in running and lender in running, True, f"{what}: both requests run")
@@ -65,3 +62,6 @@ def check_loans(loans: Loans, table: torch.Tensor, running: Mapping[int, Request
         equal(max(one.committed, lent) < borrowed <= min(one.length, other.length), True, f"{what}: its length fits")
         equal(one.tokens[:borrowed].tolist(), other.tokens[:borrowed].tolist(), f"{what}: tokens")
         equal(table[row, :borrowed].tolist(), table[lender, :borrowed].tolist(), f"{what}: slots")
+    for row, request in running.items():
+        lent = loans[row].borrowed if row in loans else 0
+        equal(request.cached_length <= max(request.committed, lent), True, f"row {row}: its own tokens are computed")

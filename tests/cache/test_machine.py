@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from os.path import commonprefix
 from random import Random
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from flatradix import PrefixCache, Request
-from tests.support.prefix_engine import Engine
+from tests.support.prefix_engine import Engine, common
 
 POLICIES = ("lru", "lfu", "priority", "slru")
 
@@ -72,12 +71,11 @@ class Machine(RuleBasedStateMachine):
         """Compare what the requests of a `begin` share with plain Python."""
         page = self.cache.page_size
         for number, request in enumerate(started):
-            key = request.tokens[:-1].tolist()
-            shared = {None: request.committed}
+            key = request.tokens[:-1]
+            shared: dict[Request | None, int] = {None: request.committed}
             for other in started[:number] if share else ():
-                pages = commonprefix([key, other.tokens[:-1].tolist()])
                 if other.namespace == request.namespace:
-                    shared[other] = len(pages) // page * page
+                    shared[other] = common(key, other.tokens[:-1]) // page * page
             longest = max(shared.values())
             assert request.cached_length == longest
             lenders = [other for other, length in shared.items() if length == longest]
