@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from flatradix.cache.allocator import SlotAllocator
 from flatradix.cache.counts import Counts
 from flatradix.cache.input import check_running, computed_ends, read_growth, read_prompts, read_tokens
 from flatradix.cache.places import DevicePlaces, HostPlaces, some_of
+from flatradix.cache.records import Grant, Pending
 from flatradix.cache.recover import UnderWay
 from flatradix.cache.request import REFUSED, RUNNING, Request
 from flatradix.cache.share import Loan, Loans, Sharing
@@ -33,33 +34,6 @@ if TYPE_CHECKING:
 # Up to this many slots a request, one indexed write serves all requests; beyond, each has a write. A guess, not tuned.
 _FEW_SLOTS = 64
 _MOST_PENDING = 64
-
-
-class _Pending(NamedTuple):
-    """A commit for which the host does not know yet how many of its tokens were cached before."""
-
-    result: InsertResult
-    begins: list[int]
-    slots: list[torch.Tensor]  # the slots of its own that each request brought: for its tokens from `begins` on
-
-    def duplicates(self, prefixes: list[int]) -> list[torch.Tensor]:
-        """Return the slots that requests brought for tokens that the tree had. prefixes: what it had of each."""
-        parts = zip(prefixes, self.begins, self.slots, strict=True)
-        return [slots[: prefix - begin] for prefix, begin, slots in parts if prefix > begin]
-
-
-class _Grant(NamedTuple):
-    """What requests get that begin: a row each, and slots for all tokens but the first `begins`.
-
-    Of these, `cached` are cached; the others are borrowed as `loans` say.
-    """
-
-    rows: list[int]
-    cached: list[int]
-    begins: list[int]
-    needed: list[int]
-    loans: dict[int, Loan]
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -148,7 +122,7 @@ class PrefixCache:
     def _begin_afresh(self) -> None:
         self._running: dict[int, Request] = {}
         self._free_rows = list(range(len(self.table) - 1, -1, -1))
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[Pending] = deque()
         self._loans: Loans = {}
         self._begun = self._refused = self._prompt = self._cached = self._evicted = self._duplicate = self._shared = 0
 
@@ -168,7 +142,7 @@ class PrefixCache:
     def loan_of(self, request: Request) -> tuple[Request | None, int]:
         """Return what `Request.lender` and `Request.borrowed` say."""
         loan = self._loans.get(request.row)
-        return (None, 0) if loan is None else (self._running[loan.lender], loan.borrowed)
+        return (None, 0) if loan is None else (self._running.get(loan.lender), loan.borrowed)
 
     # Interrupted calls
 
@@ -266,7 +240,7 @@ class PrefixCache:
         needed = [self._in_pages(request.num_tokens) - begin for request, begin in zip(requests, begins, strict=True)]
         left = self._allocator.free_slots + self.tree.evictable_tokens
         if sum(needed) <= left and free >= 0:
-            self._admit(requests, match, _Grant(rows, cached, begins, needed, loans))
+            self._admit(requests, match, Grant(rows, cached, begins, needed, loans))
             return True
         self.tree.unlock(match)
         if sharing is not None:
@@ -283,7 +257,7 @@ class PrefixCache:
         else:
             request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
 
-    def _admit(self, requests: list[Request], match: Places, grant: _Grant) -> None:
+    def _admit(self, requests: list[Request], match: Places, grant: Grant) -> None:
         """Give rows and slots to requests that fit."""
         rows, cached, begins, needed, loans = grant
         slots = self._take(sum(needed))
@@ -457,11 +431,11 @@ class PrefixCache:
         owned = [begin + count for begin, count in zip(begins, lent, strict=True)]
         if self._waits:
             self.tree.write_slots(result, self.table, rows)
-            self._pending.append(_Pending(result, owned, own))
+            self._pending.append(Pending(result, owned, own))
             if len(self._pending) > _MOST_PENDING:
                 self._give_back_duplicates()
         else:
-            self._use_tree_slots(result, rows, begins, _Pending(result, owned, own))
+            self._use_tree_slots(result, rows, begins, Pending(result, owned, own))
 
     def _growing(self, requests: Sequence[Request], ends: list[int]) -> list[tuple[Request, int]]:
         """Return the requests that a commit up to `ends` concerns, and their ends. Lenders are before borrowers."""
@@ -496,7 +470,7 @@ class PrefixCache:
             [request.counted for request, _ in growing],
         )
 
-    def _use_tree_slots(self, result: InsertResult, rows: list[int], begins: list[int], own: _Pending) -> None:
+    def _use_tree_slots(self, result: InsertResult, rows: list[int], begins: list[int], own: Pending) -> None:
         """Where a token was cached before, write the tree's slot to the request's row and free the request's own."""
         prefixes = [result.prefix_length] if len(rows) == 1 else result.prefix_lengths.tolist()
         queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
