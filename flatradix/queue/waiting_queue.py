@@ -331,7 +331,7 @@ class WaitingQueue:
         chosen = np.empty(len(entries), np.int64)
         count, total = cpu.plan(
             *paths[:4], rows, cached, tokens, free + paths.evictable, budget, most, reserve, skip,
-            np.zeros(len(paths.parents), np.int32), chosen, share, leaves, *self._prompts.paths(),
+            np.zeros(len(paths.parents), np.int32), chosen, bool(share), leaves, *self._prompts.paths(),
         )  # fmt: skip
         chosen = chosen[:count]
         return Plan(torch.from_numpy(ids[chosen]), torch.from_numpy(cached[chosen]), int(total))

@@ -22,6 +22,11 @@ def fingerprints(tokens: Sequence[int], namespace: Any) -> list[int]:
     return found
 
 
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at the start."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 class Engine:
     """An engine's KV memory, and how many tokens of each request have their KV there.
 
