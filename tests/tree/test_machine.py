@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -23,6 +22,7 @@ from flatradix.inspect.nodes import nodes_of
 from tests.support.devices import settled
 from tests.support.forms import FORMS, FORMS_THERE, as_ragged, poison, poison_results
 from tests.support.inside import index_of
+from tests.support.notes import note
 from tests.support.oracle import LARGEST, ROOT, Oracle, Place, dump, dump_tree
 
 NAMES = (None, None, None, "a", b"a", "")
