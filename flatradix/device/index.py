@@ -573,7 +573,7 @@ class DeviceIndex(Index):
             return 0, 0
         by_tick = self._by_tick
         if not by_tick:
-            gpu.effective_keys(self._arrays, self._scores())
+            gpu.effective_keys(self._arrays, self._scores(), self._pinned)
         if wants is not None or self._pinned:
             gpu.classify(self._arrays, Wants(0, 0, 0) if wants is None else wants, by_tick)
             by_tick = False
