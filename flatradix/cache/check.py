@@ -74,3 +74,6 @@ def check_loans(loans: Loans, pages: Pages, columns: Columns, tokens: dict[int, 
         equal(max(int(columns.committed[row]), lent) < borrowed <= shortest, True, f"{what}: its length fits")
         equal(tokens[row][:borrowed].tolist(), tokens[lender][:borrowed].tolist(), f"{what}: tokens")
         equal(one[: borrowed // page].tolist(), other[: borrowed // page].tolist(), f"{what}: pages")
+    for row in tokens:
+        computed = max(int(columns.committed[row]), loans[row].borrowed if row in loans else 0)
+        equal(int(columns.cached[row]) <= computed, True, f"row {row}: its own tokens are computed")

@@ -122,6 +122,7 @@ class PrefixCache:
     kv_device: the device of the KV cache, and so of the tables.
     device: the device of the index. "cpu", the default, serves a KV cache on a GPU without waiting for the GPU.
     policy: what is evicted first, as for RadixTree.
+    evict_by: "page" or "node", as for RadixTree. By page, no more pages are evicted than are needed.
 
     columns: the state of the running requests; not to be changed.
 
@@ -146,6 +147,7 @@ class PrefixCache:
         kv_device: str | torch.device = "cpu",
         device: str | torch.device = "cpu",
         policy: str | Policy = "lru",
+        evict_by: str = "page",
     ) -> None:
         for name, value in (("page_size", page_size), ("max_requests", max_requests), ("max_length", max_length)):
             if value < 1:
@@ -157,7 +159,8 @@ class PrefixCache:
         self.max_requests = max_requests
         kv = torch.empty(0, device=kv_device).device  # with its index
         slots = num_slots // page_size * page_size
-        self.tree = RadixTree(slots, page_size, devices.preferred(device), policy, check_slots=False)
+        index = devices.preferred(device)
+        self.tree = RadixTree(slots, page_size, index, policy, check_slots=False, evict_by=evict_by)
         with torch.inference_mode(False):  # else the tensors would be inference tensors forever
             self._pages = home.make_pages(self.tree, slots, max_requests, self._in_pages(max_length), kv)
         self._open: UnderWay | None = None  # the call that has begun and not ended
@@ -243,7 +246,8 @@ class PrefixCache:
         loan = self._loans.get(request.row)
         if loan is None:
             return None, 0
-        return self.view(loan.lender, int(self.columns.serial[loan.lender])), loan.borrowed
+        serial = int(self.columns.serial[loan.lender])
+        return self.view(loan.lender, serial) if serial else None, loan.borrowed
 
     # Interrupted calls
 

@@ -57,16 +57,20 @@ def evictable_block(s, w, base, capacity, BY_TICK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def climb_kernel(s, w, rows: tl.int32):
+def climb_kernel(s, w, rows: tl.int32, PINNED: tl.constexpr):
     """Raise the keys of all rows above each evictable row at least to its own key.
 
     A lane stops at a locked row, and at a row whose key another lane has raised as far: that lane continues upwards.
+    PINNED: a lane from a row without soft pins stops below a row with some, which goes when no such rows are left.
     """
     row = tl.program_id(0) * CLIMBERS + tl.arange(0, CLIMBERS)
     climbs = is_evictable(s, row, row < rows)
     key = tl.load(w.eviction_key + row, mask=climbs, other=0)
     above = tl.load(s.parent + row, mask=climbs, other=-1)
     climbs = climbs & (above >= 0)
+    if PINNED:
+        pinned = tl.load(s.wanted + row, mask=climbs, other=0) > 0
+        climbs = climbs & (pinned | (tl.load(s.wanted + above, mask=climbs, other=0) == 0))
     while tl.max(climbs.to(tl.int32)) > 0:
         locks = tl.load(s.lock_ref + above, mask=climbs, other=1)
         known = tl.load(w.eviction_key + above, mask=climbs, other=0)
@@ -75,6 +79,8 @@ def climb_kernel(s, w, rows: tl.int32):
         before = tl.atomic_max(w.eviction_key + above, key, mask=climbs, sem="relaxed")
         climbs = climbs & (before < key) & (parent >= 0)
         above = tl.where(climbs, parent, 0)
+        if PINNED:
+            climbs = climbs & (pinned | (tl.load(s.wanted + above, mask=climbs, other=0) == 0))
 
 
 _climb = Kernel(climb_kernel, ["i32"])
@@ -130,14 +136,15 @@ def classify(arrays: Arrays, wants: Wants, by_tick: bool) -> None:
     _classes(arrays, -(-rows // CLIMBERS.value), (rows, count), (count > 0, by_tick))
 
 
-def effective_keys(arrays: Arrays, scores: torch.Tensor) -> None:
+def effective_keys(arrays: Arrays, scores: torch.Tensor, pinned: bool) -> None:
     """Fill `scratch.eviction_key` with the highest rank in each node's subtree. Ranks follow the order (score, tick).
 
-    scores: int64, one a row; those of free rows are arbitrary. Takes 0.9 ms for a million rows on an H200, nearly all
+    scores: int64, one a row; those of free rows are arbitrary. pinned: whether there are soft pins: of a subtree with
+    soft pins, only its nodes with soft pins count. Takes 0.9 ms for a million rows on an H200, nearly all
     of it in two sorts. Nodes with equal score and tick lie on one path, where the order of their ranks does not matter.
     """
     rows = scores.shape[0]
     order = torch.argsort(arrays.state.tick[:rows], stable=True)
     order = order[torch.argsort(scores[order], stable=True)]
     arrays.scratch.eviction_key[:rows].scatter_(0, order, torch.arange(rows, device=scores.device))
-    _climb(arrays, -(-rows // CLIMBERS.value), (rows,))
+    _climb(arrays, -(-rows // CLIMBERS.value), (rows,), (pinned,))

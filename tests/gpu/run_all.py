@@ -5,6 +5,8 @@ the steps that cannot run here.
 
   soak        one process for each configuration, in parallel; 100,000 operations in all, if --seconds allows;
               compiles all kernels on the way
+  soak-queue  twelve processes with random programs of a waiting queue; 100,000 operations in all, if --queue-seconds
+              allows
   pytest      python3 -m pytest -m gpu, in parallel if pytest-xdist is installed
   reference   all reference rows of a trace (--traces FOLDER)
   memcheck, racecheck   compute-sanitizer over a short soak, if it is installed
@@ -27,8 +29,12 @@ from pathlib import Path
 from tests.gpu.soak import CONFIGURATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ("soak", "pytest", "reference", "memcheck", "racecheck", "bench", "index")
+STEPS = ("soak", "soak-queue", "pytest", "reference", "memcheck", "racecheck", "bench", "index")
 OPERATIONS = 100_000
+QUEUE_SOAKS = 12
+# The first rounds of two processes lie so far apart. One more than a multiple of the number of configurations: no two
+# of eight processes compile the same kernels at the beginning.
+ROUNDS_APART = 1001
 Command = tuple[str, list[str]]  # the name of its log, and the command line
 
 
@@ -37,6 +43,13 @@ def soaks(options: argparse.Namespace) -> Iterator[Command]:
     for number in range(len(CONFIGURATIONS)):
         arguments = ["--seed", str(options.seed), "--round", str(number), "--operations", str(each)]
         yield f"soak{number}", ["-m", "tests.gpu.soak", *arguments, "--seconds", str(options.seconds)]
+
+
+def queue_soaks(options: argparse.Namespace) -> Iterator[Command]:
+    each = -(-OPERATIONS // QUEUE_SOAKS)
+    for number in range(QUEUE_SOAKS):
+        arguments = ["--seed", str(options.seed), "--round", str(number * ROUNDS_APART), "--operations", str(each)]
+        yield f"soak-queue{number}", ["-m", "tests.gpu.soak_queue", *arguments, "--seconds", str(options.queue_seconds)]
 
 
 def tests(options: argparse.Namespace) -> Iterator[Command]:
@@ -72,7 +85,14 @@ def comparisons(options: argparse.Namespace) -> Iterator[Command]:
 def commands(step: str, options: argparse.Namespace) -> list[Command]:
     if step in ("memcheck", "racecheck"):
         return list(sanitized(step, options))
-    makers = {"soak": soaks, "pytest": tests, "reference": references, "bench": benchmarks, "index": comparisons}
+    makers = {
+        "soak": soaks,
+        "soak-queue": queue_soaks,
+        "pytest": tests,
+        "reference": references,
+        "bench": benchmarks,
+        "index": comparisons,
+    }
     return list(makers[step](options))
 
 
@@ -114,6 +134,7 @@ def main() -> int:
     parser.add_argument("--traces", type=Path, help="folder of the trace and its reference figures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=150, help="the longest that the soak goes on")
+    parser.add_argument("--queue-seconds", type=int, default=240, help="the longest that the queue's soak goes on")
     parser.add_argument("--limit", type=int, default=400, help="seconds after which a step is stopped")
     options = parser.parse_args()
     options.out = options.out.resolve()

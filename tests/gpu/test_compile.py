@@ -129,7 +129,8 @@ def use_everything(tree: RadixTree, few: bool) -> None:
     tree.evict(1)
     tree.digest()
     gpu.tell(arrays_of(tree), 1)
-    gpu.effective_keys(arrays_of(tree), arrays_of(tree).state.created)
+    for pinned in (False, True):
+        gpu.effective_keys(arrays_of(tree), arrays_of(tree).state.created, pinned)
     for sequence in (single.numpy(), single.long().numpy()):
         for lock in (False, True):
             tree.match(sequence, lock=lock)

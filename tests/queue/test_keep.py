@@ -300,6 +300,16 @@ def test_a_want_covers_the_path(device: str) -> None:
     assert everything(tree)[:3] == [10, 20, 71]
 
 
+@pytest.mark.interpreted
+def test_soft_pins_go_by_their_own_scores(device: str) -> None:
+    """What lies below a pin has gone before, so its score does not hold the pin back."""
+    tree = RadixTree(64, device=device, policy=lambda nodes: nodes.length)
+    keys = [[1], [1, 2, 2, 2], [5, 5]]
+    tree.insert(keys, [[10], [10, 11, 12, 13], [20, 21]])
+    tree.want(tree.match([[1], [5, 5]], touch=False))
+    assert tree.evict(100).slots.tolist() == [11, 12, 13, 10, 20, 21]
+
+
 def test_wants_of_a_child_end_with_the_child(device: str) -> None:
     tree = tree_with(device, [1, 2, 3], [1, 2, 4], [5])
     tree.want(tree.match([1, 2, 4], touch=False))

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, note, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule, run_state_machine_as_test
 
 from flatradix import WaitingQueue
 from tests.support.devices import interpreted
 from tests.support.forms import poison, poison_results
+from tests.support.notes import note
 from tests.support.oracle import Namespace, tokens_of
 from tests.support.waiting import Plan, Prompt, WaitingOracle
 from tests.tree.test_machine import NAMES, SEEDS, START, Held, Machine
