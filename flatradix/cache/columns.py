@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
+from flatradix.layout import running
 
-class Columns(NamedTuple):
-    """Arrays in host memory, [R] int64. A row with serial 0 is free.
 
-    serial: the number of the request that has the row; requests are numbered from 1 on, and numbers are never used
-    again. num_tokens: tokens that are known. length: tokens that have slots. committed: tokens that are in the tree,
-    whole pages. counted: tokens for which an insert has counted a hit. cached: prompt tokens that need no computing.
-    kept: tokens that the tree alone keeps; those behind are in the request's row of tokens. missing: slots that the
-    last `extend` lacked. priority: of the inserts. names: object, the namespace.
+class Columns:
+    """The numbers of the running requests, each int64 [R], as views of one array; see `layout/running.py`.
+
+    data: that array, int64 [FIELDS, R]. names: object [R], the namespace of each.
     """
 
-    serial: np.ndarray
-    num_tokens: np.ndarray
-    length: np.ndarray
-    committed: np.ndarray
-    counted: np.ndarray
-    cached: np.ndarray
-    kept: np.ndarray
-    missing: np.ndarray
-    priority: np.ndarray
-    names: np.ndarray
-
-    @classmethod
-    def of(cls, rows: int) -> Columns:
-        kinds = {"names": object}
-        return cls(**{name: np.zeros(rows, kinds.get(name, np.int64)) for name in cls._fields})
+    def __init__(self, rows: int) -> None:
+        self.data = data = np.zeros((running.FIELDS, rows), np.int64)
+        self.serial = data[running.SERIAL]
+        self.num_tokens = data[running.NUM_TOKENS]
+        self.length = data[running.LENGTH]
+        self.committed = data[running.COMMITTED]
+        self.counted = data[running.COUNTED]
+        self.cached = data[running.CACHED]
+        self.kept = data[running.KEPT]
+        self.missing = data[running.MISSING]
+        self.priority = data[running.PRIORITY]
+        self.names = np.zeros(rows, object)
 
     def names_of(self, rows: np.ndarray) -> object:
         """Return the namespace of all rows if they have the same, else a list with one for each row."""
-        names = self.names[rows]
         if len(rows) == 0:
             return None
-        return names[0] if len(rows) == 1 or bool((names == names[0]).all()) else names.tolist()
+        names = self.names[rows]
+        first = names[0]
+        return first if len(rows) == 1 or bool((names == first).all()) else names.tolist()
 
     def set_names(self, rows: np.ndarray, names: object) -> None:
         """Set the namespace of some rows: one for all, or a list with one each."""

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flatradix.cache.columns import Columns
 from flatradix.cache.input import Prompts, refuse_token
-from flatradix.cache.pages import Pages
+from flatradix.cache.pages import Inserted, Pages
 from flatradix.device.index import DeviceIndex
 from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.sequences import Batch
@@ -52,7 +53,7 @@ class DevicePages(Pages):
         self._stack = torch.empty(num_pages, dtype=torch.int32, device=device)
         self._handles = torch.zeros(rows, dtype=torch.int64, device=device)
         self._within = torch.arange(page_size, dtype=torch.int32, device=device)
-        self._slot_table: torch.Tensor | None = None
+        self.slot_copy: torch.Tensor | None = None
         self._pending: deque[_Pending] = deque()
         self.duplicates = 0
         self.reset()
@@ -113,17 +114,33 @@ class DevicePages(Pages):
             self._index.write_pages(places, self.page_table, rows)
             self._changed(rows)
 
-    def replace(
-        self, result: InsertResult, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray, ends: np.ndarray
-    ) -> np.ndarray | None:
-        first, counts = owned // self.page_size, np.maximum(ends - owned, 0) // self.page_size
+    def insert(
+        self, tree: RadixTree, columns: Columns, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray
+    ) -> Inserted:
+        before = self.places(rows, begins)
+        result = tree.insert(
+            self.tokens(rows, begins, ends), self.slots(rows, begins, ends), columns.names_of(rows),
+            columns.priority[rows], before, columns.counted[rows],
+        )  # fmt: skip
+        tree.lock(result)
+        self.set_places(rows, result)
+        return Inserted(result, before, ends)
+
+    def replace(self, found: Inserted, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray) -> np.ndarray | None:
+        first, counts = owned // self.page_size, np.maximum(found.ends - owned, 0) // self.page_size
         brought = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
         self._copy(self.page_table, self._columns(rows, first), brought, np.cumsum(counts) - counts, counts)
-        self.write_cached(result, rows)
-        self._pending.append(_Pending(result, owned, brought, counts))
+        self.write_cached(found.result, rows)
+        self._pending.append(_Pending(found.result, owned, brought, counts))
         if len(self._pending) > _MOST_PENDING:
             self.give_back_duplicates()
         return None
+
+    def held(self, rows: np.ndarray, lengths: np.ndarray) -> Places:
+        return self.places(rows, lengths)
+
+    def unlock(self, tree: RadixTree, places: Places) -> None:
+        tree.unlock(places)
 
     def give_back_duplicates(self) -> None:
         while self._pending:
@@ -146,9 +163,9 @@ class DevicePages(Pages):
     # The table of slots
 
     def _changed(self, rows: np.ndarray) -> None:
-        if self._slot_table is not None and self.page_size > 1:
+        if self.slot_copy is not None and self.page_size > 1:
             where = upload_numbers(rows, self._index.device)
-            self._slot_table[where] = self._slots_of(self.page_table[where]).view(len(rows), -1)
+            self.slot_copy[where] = self._slots_of(self.page_table[where]).view(len(rows), -1)
 
     def _slots_of(self, pages: torch.Tensor) -> torch.Tensor:
         return pages[..., None] * self.page_size + self._within
@@ -159,10 +176,10 @@ class DevicePages(Pages):
     def slot_table(self) -> torch.Tensor:
         if self.page_size == 1:
             return self.page_table
-        if self._slot_table is None:
+        if self.slot_copy is None:
             with torch.inference_mode(False):
-                self._slot_table = self._slots_of(self.page_table).view(len(self.page_table), -1)
-        return self._slot_table
+                self.slot_copy = self._slots_of(self.page_table).view(len(self.page_table), -1)
+        return self.slot_copy
 
     # Tokens
 

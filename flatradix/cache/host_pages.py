@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from flatradix.cache.columns import Columns
 from flatradix.cache.input import Prompts, refuse_token
-from flatradix.cache.pages import Pages
+from flatradix.cache.pages import Inserted, Pages
 from flatradix.host.index import HostIndex, PageRanges
 from flatradix.inputs.sequences import Batch
 from flatradix.inputs.upload import upload
 from flatradix.kernels import cpu
-from flatradix.results import EvictResult, InsertResult, Places
+from flatradix.results import EvictResult, Places
 from flatradix.tree import RadixTree
 
 
@@ -32,7 +33,7 @@ class HostPages(Pages):
         self._tokens = np.empty((rows, length), np.int32)
         self._stack = np.empty(num_pages, np.int32)
         self._handles = np.zeros(rows, np.int64)
-        self._slot_table: torch.Tensor | None = None
+        self.slot_copy: torch.Tensor | None = None
         self.duplicates = 0
         self._apart = apart
         self.page_table = torch.from_numpy(self._pages)
@@ -73,23 +74,48 @@ class HostPages(Pages):
         self._index.write_pages(places.handles.numpy(), lengths, self._pages, rows)
         self._changed(rows, np.zeros_like(rows), lengths.astype(np.int64) // self.page_size)
 
-    def replace(
-        self, result: InsertResult, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray, ends: np.ndarray
-    ) -> np.ndarray | None:
-        found = result.prefix_lengths.numpy().astype(np.int64)
-        other = found > begins
+    def grow(self, columns: Columns, rows: np.ndarray, more: np.ndarray) -> bool:
+        chosen = np.empty((3, len(rows)), np.int64)
+        self.free_pages, count = cpu.grow(
+            columns.data, rows, more, self.page_size, self._stack, self.free_pages, self._pages, chosen
+        )
+        if count > 0:
+            self._changed(*chosen[:, :count])
+        return bool(count >= 0)
+
+    def insert(
+        self, tree: RadixTree, columns: Columns, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray
+    ) -> Inserted:
+        index, before = self._index, self.held(rows, begins)
+        found = index.insert_arrays(
+            self.tokens(rows, begins, ends), self.slots(rows, begins, ends), columns.names_of(rows),
+            (columns.priority[rows], columns.counted[rows]), (before[0], begins),
+        )  # fmt: skip
+        _prefixes, lengths, handles = found
+        index.lock_arrays(handles, lengths)
+        self._handles[rows] = handles
+        return Inserted(found, before, ends)
+
+    def replace(self, found: Inserted, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray) -> np.ndarray | None:
+        prefixes, lengths, handles = found.result
+        other: np.ndarray = prefixes > begins
         if other.any():
             page = self.page_size
-            begins, owned, ends = begins // page, owned // page, np.maximum(found, begins) // page
-            self._ensure_out(int((ends - np.maximum(begins, owned)).clip(0).sum()))
+            ranges = PageRanges(begins // page, owned // page, np.maximum(prefixes, begins) // page)
+            self._ensure_out(int((ranges.ends - np.maximum(ranges.begins, ranges.owned)).clip(0).sum()))
             before = self.free_pages
             self.free_pages = self._index.replace_pages(
-                result.handles.numpy(), result.lengths.numpy(), self._pages, rows, PageRanges(begins, owned, ends),
-                self._stack, before,
-            )  # fmt: skip
+                handles, lengths, self._pages, rows, ranges, self._stack, before
+            )
             self.duplicates += (self.free_pages - before) * page
-            self._changed(rows, begins, ends)
+            self._changed(rows, ranges.begins, ranges.ends)
         return other
+
+    def held(self, rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._handles[rows], lengths.astype(np.int32)
+
+    def unlock(self, tree: RadixTree, places: tuple[np.ndarray, np.ndarray]) -> None:
+        self._index.unlock_arrays(*places)
 
     def give_back_duplicates(self) -> None:
         return
@@ -106,7 +132,7 @@ class HostPages(Pages):
 
     def _changed(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
         """Copy columns of some rows, in pages, to the tables of the KV cache."""
-        if not self._apart and self._slot_table is None:
+        if not self._apart and self.slot_copy is None:
             return
         counts = ends - begins
         total = int(counts.sum())
@@ -119,8 +145,8 @@ class HostPages(Pages):
         where = where.to(torch.int64)
         if self._apart:
             self.page_table.view(-1)[where] = pages
-        if self._slot_table is not None:
-            self._slot_table.view(-1, self.page_size)[where] = self._slots_of(pages)
+        if self.slot_copy is not None:
+            self.slot_copy.view(-1, self.page_size)[where] = self._slots_of(pages)
 
     def _slots_of(self, pages: torch.Tensor) -> torch.Tensor:
         return pages[..., None] * self.page_size + self._within
@@ -128,10 +154,10 @@ class HostPages(Pages):
     def slot_table(self) -> torch.Tensor:
         if self.page_size == 1:
             return self.page_table
-        if self._slot_table is None:
+        if self.slot_copy is None:
             with torch.inference_mode(False):
-                self._slot_table = self._slots_of(self.page_table).view(len(self.page_table), -1)
-        return self._slot_table
+                self.slot_copy = self._slots_of(self.page_table).view(len(self.page_table), -1)
+        return self.slot_copy
 
     def slots_of_row(self, row: int) -> torch.Tensor:
         return self.slot_table()[row] if self.page_size == 1 else self._slots_of(self.page_table[row]).view(-1)

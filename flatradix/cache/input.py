@@ -17,7 +17,10 @@ from flatradix.inputs.arguments import per_query
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.sequences import Batch, is_batch
+from flatradix.kernels import cpu
 from flatradix.layout.numbers import MAX_TOKEN
+
+NO_LIMIT = 1 << 62
 
 
 class Prompts(NamedTuple):
@@ -88,19 +91,25 @@ def _read_tokens(prompts: Any, on_device: Ragged | None) -> Batch:
 
 def rows_of(owner: Owner, operation: str, requests: Sequence[Request]) -> np.ndarray:
     """Return the rows of running requests, int64 [B]. Raises QueryError unless each runs here and is given once."""
-    columns = owner.columns
-    if isinstance(requests, Requests):
-        rows, serials, ours = requests.rows, requests.serials, requests.owner is owner
-    else:
-        rows = np.array([request.row for request in requests], np.int64)
-        serials = np.array([request.serial for request in requests], np.int64)
-        ours = all(request.owner is owner for request in requests)
-    marks = np.full(len(columns.serial), -1)
-    marks[rows] = np.arange(len(rows))
-    good = (rows >= 0) & (columns.serial[rows] == serials) & (marks[rows] == np.arange(len(rows)))
-    if not (ours and good.all()):
+    rows, serials = numbers_of(owner, operation, requests)
+    nothing = np.zeros(len(rows), np.int64)
+    reason, _ = cpu.check_requests(owner.columns.data, rows, serials, nothing, NO_LIMIT, nothing, NO_LIMIT)
+    if reason:
         _refuse_requests(owner, operation, requests)
     return rows
+
+
+def numbers_of(owner: Owner, operation: str, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows and serials of requests, int64 [B], not checked. Raises QueryError for those of another cache."""
+    if isinstance(requests, Requests):
+        if requests.owner is not owner and len(requests):
+            _refuse_requests(owner, operation, requests)
+        return requests.rows, requests.serials
+    for query, request in enumerate(requests):
+        if request.owner is not owner:
+            raise QueryError(f"{operation}: request {query} is of another PrefixCache", query)
+    rows = np.array([request.row for request in requests], np.int64)
+    return rows, np.array([request.serial for request in requests], np.int64)
 
 
 def _refuse_requests(owner: Owner, operation: str, requests: Sequence[Request]) -> None:
@@ -130,10 +139,11 @@ def read_growth(columns: Columns, rows: np.ndarray, n: Any, max_length: int) -> 
     return more
 
 
-def read_tokens(operation: str, rows: np.ndarray, tokens: Any) -> Batch | None:
-    """Return the new tokens of each request, if there are any. A flat sequence has one token for each request."""
+def read_tokens(operation: str, rows: np.ndarray, tokens: Any) -> Batch:
+    """Return the new tokens of each request. A flat sequence has one token for each request."""
     if tokens is None or len(rows) == 0:
-        return None
+        nothing = np.zeros(len(rows), np.int64)
+        return Batch(nothing, nothing, False, None)
     flat = not is_batch(tokens) and (not isinstance(tokens, torch.Tensor | np.ndarray) or tokens.ndim == 1)
     if isinstance(tokens, torch.Tensor | np.ndarray) and tokens.ndim == 2:
         tokens = list(tokens)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from flatradix.cache.columns import Columns
 from flatradix.cache.input import Prompts
 from flatradix.inputs.sequences import Batch
-from flatradix.results import EvictResult, InsertResult, Places
+from flatradix.results import EvictResult, Places
 from flatradix.tree import RadixTree
+
+
+class Inserted(NamedTuple):
+    """What an insert has found: its numbers, the places that its requests held before, and the ends as given."""
+
+    result: Any
+    before: Any
+    ends: np.ndarray
 
 
 class Pages(ABC):
@@ -23,6 +32,7 @@ class Pages(ABC):
 
     num_pages: all pages. free_pages: how many are free. duplicates: tokens of duplicates that were freed so far.
     page_table: int32 [R, W] on the device of the KV cache: the page of each `page_size` tokens of each row.
+    slot_copy: the table of slots, if it was ever asked for and is not the page table itself.
     """
 
     page_size: int
@@ -30,6 +40,7 @@ class Pages(ABC):
     free_pages: int
     duplicates: int
     page_table: torch.Tensor
+    slot_copy: torch.Tensor | None
 
     @property
     def free_slots(self) -> int:
@@ -57,15 +68,34 @@ class Pages(ABC):
     def write_cached(self, places: Places, rows: np.ndarray) -> None:
         """Write the tree's pages of each place to its row, from the first column on."""
 
+    def grow(self, columns: Columns, rows: np.ndarray, more: np.ndarray) -> bool:
+        """Give requests slots for `more` tokens, int64 [B], if enough pages are free and this is quick; return whether.
+
+        Sets `length` and `missing`.
+        """
+        return False
+
     @abstractmethod
-    def replace(
-        self, result: InsertResult, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray, ends: np.ndarray
-    ) -> np.ndarray | None:
-        """After an insert of tokens from `begins` to `ends`, let rows have the tree's pages. Frees duplicates.
+    def insert(
+        self, tree: RadixTree, columns: Columns, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray
+    ) -> Inserted:
+        """Insert the tokens from `begins`, where the rows hold a place, to `ends`; lock and hold the new places."""
+
+    @abstractmethod
+    def replace(self, found: Inserted, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray) -> np.ndarray | None:
+        """After an insert of tokens from `begins` on, let rows have the tree's pages. Frees duplicates.
 
         Of a row, only pages from `owned` on are freed. Returns which rows have other pages now, bool [B], or None if
         only the device knows: `give_back_duplicates` then frees the pages.
         """
+
+    @abstractmethod
+    def unlock(self, tree: RadixTree, places: Any) -> None:
+        """Unlock places: those of `held`, or those that were held before an insert."""
+
+    @abstractmethod
+    def held(self, rows: np.ndarray, lengths: np.ndarray) -> Any:
+        """Return the places that rows hold, of these path lengths, for `unlock`."""
 
     @abstractmethod
     def give_back_duplicates(self) -> None:

@@ -16,6 +16,7 @@ from flatradix.cache.counts import Counts
 from flatradix.cache.input import (
     Prompts,
     computed_ends,
+    numbers_of,
     read_growth,
     read_prompts,
     read_tokens,
@@ -29,8 +30,11 @@ from flatradix.cache.share import Loan, Loans, Sharing
 from flatradix.errors import QueryError
 from flatradix.index import public_call, refuse_reentry
 from flatradix.inputs import devices
+from flatradix.inputs.arguments import per_query
 from flatradix.inputs.policy import Policy
 from flatradix.inputs.sequences import Batch
+from flatradix.kernels import cpu
+from flatradix.layout import running
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.results import Places
 from flatradix.tree import RadixTree
@@ -168,7 +172,7 @@ class PrefixCache:
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
-        self.columns = Columns.of(self.max_requests)
+        self.columns = Columns(self.max_requests)
         self._views: dict[int, Request] = {}  # of running requests, by row
         self._free_rows = list(range(self.max_requests - 1, -1, -1))
         self._loans: Loans = {}
@@ -510,6 +514,8 @@ class PrefixCache:
         return self._extend(rows, more)
 
     def _extend(self, rows: np.ndarray, more: np.ndarray) -> list[Request]:
+        if self._pages.grow(self.columns, rows, more):
+            return []
         lengths = self.columns.length[rows]
         begins, ends = self._in_pages(lengths), self._in_pages(lengths + more)
         needed = ends - begins
@@ -559,63 +565,57 @@ class PrefixCache:
         self._open = recover.begun(recover.COMMIT, self.columns, rows)
         return self._commit(rows, known, ends)
 
-    def _read_added(self, operation: str, rows: np.ndarray, tokens: Any) -> tuple[Batch | None, np.ndarray]:
+    def _read_added(self, operation: str, rows: np.ndarray, tokens: Any) -> tuple[Batch, np.ndarray]:
         """Return the new tokens of each request, and how many it will have in all, int64 [B]."""
         added = read_tokens(operation, rows, tokens)
-        known: np.ndarray = self.columns.num_tokens[rows] + (0 if added is None else added.counts)
-        if added is not None:
-            refuse_long(operation, known, self._in_pages(self.max_length))
+        known: np.ndarray = self.columns.num_tokens[rows] + added.counts
+        refuse_long(operation, known, self._in_pages(self.max_length))
         return added, known
 
-    def _store_added(self, rows: np.ndarray, added: Batch | None) -> None:
+    def _store_added(self, rows: np.ndarray, added: Batch) -> None:
         """Write new tokens behind those that are known, where nobody reads yet. Raises QueryError for a bad token."""
-        if added is not None:
+        if added.owner is not None:
             begins = self.columns.num_tokens[rows]
             query, position = self._pages.store_tokens(rows, begins, added, np.zeros_like(rows))
             if query >= 0:
                 refuse_token(added, query, position)
 
     def _commit(self, rows: np.ndarray, known: np.ndarray, ends: np.ndarray) -> Requests:
-        columns, page = self.columns, self.page_size
-        columns.num_tokens[rows] = known
-        columns.length[rows] = np.maximum(columns.length[rows], ends)
-        whole = ends // page * page
+        """Let requests know `known` tokens, and insert the whole pages of the first `ends` that are not in the tree."""
+        columns = self.columns
         if self._loans:
-            rows, whole = self._with_families(rows, whole)
-        committed = columns.committed[rows]
-        whole = np.maximum(whole, committed)
-        # The first commit of a request counts its hits, even if it adds nothing.
-        growing = (whole > committed) | ((committed > 0) & (columns.counted[rows] == 0))
-        if not growing.any():
+            rows, known, ends = self._with_families(rows, known, ends)
+        chosen = np.empty((3, len(rows)), np.int64)
+        count = cpu.begin_commit(columns.data, rows, known, ends, self.page_size, chosen)
+        if count == 0:
             return self._batch(rows[:0])
-        rows, begins, ends = rows[growing], committed[growing], whole[growing]
+        rows, begins, ends = chosen[:, :count]
         changed = self._insert(rows, begins, ends)
         return self._batch(rows if changed is None else rows[changed])
 
-    def _with_families(self, rows: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _with_families(
+        self, rows: np.ndarray, known: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Add the requests that share what is committed. Every lender stands before its borrowers."""
-        found = share.together(self._loans, dict(zip(rows.tolist(), ends.tolist(), strict=True)))
-        given = set(rows.tolist())
-        committed = self.columns.committed
-        found = {row: end for row, end in found.items() if row in given or end > committed[row]}
-        return np.array(list(found), np.int64), np.array(list(found.values()), np.int64)
+        given = dict(zip(rows.tolist(), zip(known.tolist(), ends.tolist(), strict=True), strict=True))
+        columns, page = self.columns, self.page_size
+        whole = share.together(self._loans, {row: end // page * page for row, (_, end) in given.items()})
+        found = {row: end for row, end in whole.items() if row in given or end > columns.committed[row]}
+        all_rows = np.array(list(found), np.int64)
+        knows = [given[row][0] if row in given else int(columns.num_tokens[row]) for row in found]
+        all_ends = [max(end, given[row][1] if row in given else 0) for row, end in found.items()]
+        return all_rows, np.array(knows, np.int64), np.array(all_ends, np.int64)
 
     def _insert(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
         """Insert tokens of some rows; return which rows have other pages now, bool [B], or None if nobody knows yet."""
-        tree, pages, columns = self.tree, self._pages, self.columns
-        before, owned = pages.places(rows, begins), self._owned_from(rows)
-        result = tree.insert(
-            pages.tokens(rows, begins, ends), pages.slots(rows, begins, ends), columns.names_of(rows),
-            columns.priority[rows], before, columns.counted[rows],
-        )  # fmt: skip
-        tree.lock(result)
-        pages.set_places(rows, result)
+        pages, columns, owned = self._pages, self.columns, self._owned_from(rows)
+        found = pages.insert(self.tree, columns, rows, begins, ends)
         columns.committed[rows] = ends
         columns.counted[rows] = ends
         if self._loans:
             self._settle_loans()
-        tree.unlock(before)
-        return pages.replace(result, rows, begins, owned, ends)
+        pages.unlock(self.tree, found.before)
+        return pages.replace(found, rows, begins, owned)
 
     def _owned_from(self, rows: np.ndarray) -> np.ndarray:
         """Return the tokens before which each request's slots are not its own: cached or borrowed, int64 [B]."""
@@ -648,14 +648,26 @@ class PrefixCache:
         Returns the requests that got no slots, and those whose slots were replaced. O(requests + new whole pages).
         Raises QueryError and ValueError with nothing changed.
         """
-        rows = rows_of(self, "step", requests)
-        added, known = self._read_added("step", rows, tokens)
-        more = read_growth(self.columns, rows, n, self.max_length)
-        ends = computed_ends("step", self.columns, rows, known, None, self.page_size)
+        rows, added, more = self._read_step(requests, tokens, n)
+        known = self.columns.num_tokens[rows] + added.counts
+        ends = np.minimum(known, self.columns.length[rows])
         self._store_added(rows, added)
         self._open = recover.begun(recover.STEP, self.columns, rows)
         changed = self._commit(rows, known, ends)
         return Step(self._extend(rows, more), changed)
+
+    def _read_step(self, requests: Sequence[Request], tokens: Any, n: Any) -> tuple[np.ndarray, Batch, np.ndarray]:
+        """Return rows, new tokens and how many slots more, int64 [B], checked."""
+        rows, serials = numbers_of(self, "step", requests)
+        added = read_tokens("step", rows, tokens)
+        more = per_query(n, len(rows), "n")
+        most = self._in_pages(self.max_length)
+        reason, _ = cpu.check_requests(self.columns.data, rows, serials, added.counts, most, more, self.max_length)
+        if reason:  # find it again, and say it
+            rows_of(self, "step", requests)
+            refuse_long("step", self.columns.num_tokens[rows] + added.counts, most)
+            read_growth(self.columns, rows, n, self.max_length)
+        return rows, added, more
 
     # Fork
 
@@ -701,9 +713,8 @@ class PrefixCache:
         pages.take(rows, begins, ends)
         pages.copy_tokens(row, rows)
         pages.set_places(rows, place)
-        for column in columns:
-            if column is not columns.serial:
-                column[rows] = column[row]
+        columns.data[running.SERIAL + 1 :, rows] = columns.data[running.SERIAL + 1 :, row, None]
+        columns.names[rows] = columns.names[row]
         columns.cached[rows] = begin
         del self._free_rows[-n:]
         self._serial += n
@@ -756,10 +767,10 @@ class PrefixCache:
         if ending is not None:
             begins = np.maximum(begins, ending.begins)
         ends = np.maximum(self._in_pages(columns.length[rows]), begins)
-        place = pages.places(rows, columns.committed[rows])
         if touch:
+            place = pages.places(rows, columns.committed[rows])
             self.tree.match(pages.tokens(rows, begins, begins), columns.names_of(rows), start=place)
-        self.tree.unlock(place)
+        pages.unlock(self.tree, pages.held(rows, columns.committed[rows]))
         columns.serial[rows] = 0
         self._end_views()
         self._free_rows.extend(rows.tolist())

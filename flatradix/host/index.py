@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from flatradix.host.slots import EvictionMemory, HostSlots, SlotPool
+from flatradix.host.slots import EvictionMemory, HostSlots, SlotBatch, SlotPool
 from flatradix.host.slots_apart import SlotsApart
 from flatradix.index import Index, public_call, refuse_reentry
 from flatradix.inputs import namespaces
@@ -376,6 +376,26 @@ class HostIndex(Index):
         self._open = 0
 
     @public_call
+    def lock_arrays(self, handles: np.ndarray, lengths: np.ndarray) -> None:
+        """Lock good places, int64 and int32 [B]. `handles` is updated where an edge was split."""
+        if self._open:
+            self._recover()
+        reason = cpu.lock(self._addresses, self._begin(handles.copy(), lengths, lengths), handles, lengths)
+        if reason < 0:
+            self._refuse("lock", reason)
+        self._open = 0
+
+    @public_call
+    def unlock_arrays(self, handles: np.ndarray, lengths: np.ndarray) -> None:
+        """Unlock good places, int64 and int32 [B]."""
+        if self._open:
+            self._recover()
+        reason = cpu.unlock(self._addresses, self._begin(handles, lengths, lengths), handles, lengths)
+        if reason < 0:
+            self._refuse("unlock", reason)
+        self._open = 0
+
+    @public_call
     def split(self, places: Any) -> None:
         if self._open:
             self._recover()
@@ -532,13 +552,43 @@ class HostIndex(Index):
         lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
         handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
         result = InsertResult(prefixes, lengths, handles)
-        pool_starts = np.empty(len(keys), np.int64)
         out = prefixes.numpy(), lengths.numpy(), handles.numpy()
+        starts = start_handles, start_lengths
+        self._insert_arrays(keys, source, namespace, (priorities, inserted), starts, out, slots)
+        self.last_result = result
+        self._open = 0
+        return result
+
+    @public_call
+    def insert_arrays(
+        self, keys: Batch, slots: Batch, namespace: Any, counts: tuple[np.ndarray, np.ndarray],
+        starts: tuple[np.ndarray, np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        """Do what `insert` does, for a caller that has everything as arrays; nothing is checked.
+
+        counts: priorities and inserted lengths, starts: handles and lengths, int64 [B]. Returns prefix lengths and
+        lengths, int32 [B], and handles, int64 [B].
+        """
+        if self._open:
+            self._recover()
+        prefixes, lengths = np.empty((2, len(keys)), np.int32)
+        out = prefixes, lengths, np.empty(len(keys), np.int64)
+        self._insert_arrays(keys, SlotBatch(*slots), namespace, counts, starts, out, ())
+        self._open = 0
+        return out
+
+    def _insert_arrays(
+        self, keys: Batch, source: SlotBatch, namespace: Any, counts: tuple[np.ndarray, np.ndarray],
+        starts: tuple[np.ndarray, np.ndarray], out: tuple[np.ndarray, np.ndarray, np.ndarray], slots: Any,
+    ) -> None:  # fmt: skip
+        pool = self._slots
+        start_handles, start_lengths = starts
+        pool_starts = np.empty(len(keys), np.int64)
         self._fresh = []
         call = self._begin(out[2], out[1], out[0])
         codes, named = self._codes_to_insert(namespace, keys.counts, start_lengths)
         arguments = (
-            keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths, priorities, inserted,
+            keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths, *counts,
             source.addresses, source.wide, pool.pool, pool.wide, pool.limit, *out, pool_starts,
         )  # fmt: skip
         reason = cpu.insert(self._addresses, call, *arguments)
@@ -549,9 +599,6 @@ class HostIndex(Index):
             self._refuse_insert(reason, slots if is_batch(slots) else [slots])
         if pool.pool == 0:
             pool.store(source, out[0] - start_lengths, out[1] - out[0], pool_starts)
-        self.last_result = result
-        self._open = 0
-        return result
 
     def _codes_to_insert(self, namespace: Any, counts: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the namespace code of each key, int64 [B], and whether the caller gave a namespace, bool [B]."""

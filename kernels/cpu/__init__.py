@@ -21,8 +21,11 @@ from flatradix.kernels.cpu.prompts import (
     tidy,
 )
 from flatradix.kernels.cpu.requests import (
+    begin_commit,
+    check_requests,
     give_pages,
     give_slots,
+    grow,
     replace_pages,
     slots_of_pages,
     store_tokens,
@@ -55,6 +58,8 @@ __all__ = [
     "add_prompts",
     "address_table",
     "alive",
+    "begin_commit",
+    "check_requests",
     "clear_todo",
     "compact",
     "count_paths",
@@ -70,6 +75,7 @@ __all__ = [
     "forget_wants",
     "give_pages",
     "give_slots",
+    "grow",
     "insert",
     "insert_one",
     "lock",

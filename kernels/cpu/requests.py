@@ -12,6 +12,7 @@ import numpy as np
 from flatradix.kernels.cpu.jit import helper, int32_at, kernel, open_state
 from flatradix.kernels.cpu.rows import resolve
 from flatradix.kernels.cpu.units import copy_checked, first_bad
+from flatradix.layout import running
 from flatradix.layout.numbers import MAX_TOKEN
 
 
@@ -124,3 +125,79 @@ def replace_pages(addresses, handles, lengths, pool, page, pages, rows, begins, 
             row = np.int64(s.parent[row])
         _write_pages(s, row, begins[query] * page, ends[query] * page, pool, page, pages, number)
     return free
+
+
+@kernel
+def check_requests(data, rows, serials, added, most_tokens, more, most_length):
+    """Return (0, -1) if all requests are running, are given once, and may have `added` more tokens, `more` more slots.
+
+    Else a reason of `layout.running`, and the first query. data: int64 [FIELDS, R]. rows, serials, added, more: int64
+    [B]. most_tokens: of a request that are known. most_length: the most slots of a request.
+    """
+    reason, query = 0, -1
+    for at in range(len(rows)):
+        row = rows[at]
+        if row < 0 or serials[at] == 0 or data[running.SERIAL, row] != serials[at]:
+            reason = running.NOT_RUNNING
+        elif data[running.MARK, row] != 0:
+            reason = running.TWICE
+        elif data[running.NUM_TOKENS, row] + added[at] > most_tokens:
+            reason = running.TOO_MANY_TOKENS
+        elif more[at] < 0 or data[running.LENGTH, row] + more[at] > most_length:
+            reason = running.TOO_LONG
+        if reason != 0:
+            query = at
+            break
+        data[running.MARK, row] = 1
+    for at in range(len(rows) if query < 0 else query):
+        data[running.MARK, rows[at]] = 0
+    return reason, query
+
+
+@kernel
+def begin_commit(data, rows, known, ends, page, chosen):
+    """Let requests know `known` tokens, of which `ends` are computed; return how many have whole pages to insert.
+
+    known, ends: int64 [B]. chosen: int64 [3, B], gets the rows of these requests, the tokens that they have committed,
+    and the ends of their whole pages. The first commit of a request counts its hits, even if it adds nothing.
+    """
+    count = 0
+    for at in range(len(rows)):
+        row = rows[at]
+        data[running.NUM_TOKENS, row] = known[at]
+        data[running.LENGTH, row] = max(data[running.LENGTH, row], ends[at])
+        committed = data[running.COMMITTED, row]
+        end = ends[at] // page * page
+        if end > committed or (committed > 0 and data[running.COUNTED, row] == 0):
+            chosen[0, count], chosen[1, count], chosen[2, count] = row, committed, max(end, committed)
+            count += 1
+    return count
+
+
+@kernel
+def grow(data, rows, more, page, stack, free, pages, chosen):
+    """Give requests slots for `more` tokens, int64 [B], if enough pages are free; return (how many are free, chosen).
+
+    If they are not, nothing changes, and the second number is -1. chosen: int64 [3, B], gets the rows that got pages,
+    and the columns of these pages.
+    """
+    needed = np.int64(0)
+    for at in range(len(rows)):
+        length = data[running.LENGTH, rows[at]]
+        needed += (length + more[at] + page - 1) // page - (length + page - 1) // page
+    if needed > free:
+        return free, -1
+    count = 0
+    for at in range(len(rows)):
+        row = rows[at]
+        length = data[running.LENGTH, row]
+        begin, end = (length + page - 1) // page, (length + more[at] + page - 1) // page
+        for column in range(begin, end):
+            free -= 1
+            pages[row, column] = stack[free]
+        if end > begin:
+            chosen[0, count], chosen[1, count], chosen[2, count] = row, begin, end
+            count += 1
+        data[running.LENGTH, row] = length + more[at]
+        data[running.MISSING, row] = 0
+    return free, count

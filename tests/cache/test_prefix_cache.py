@@ -190,7 +190,7 @@ def test_check_finds_a_slot_in_two_places(where: dict[str, str]) -> None:
     table = this.cache.page_table
     kept = table[a.row].clone()
     table[a.row] = table[b.row]
-    with pytest.raises(AssertionError, match="slots that are free, cached or held|row . of the .* table"):
+    with pytest.raises(AssertionError, match=r"slots that are free, cached or held|row . of the .* table"):
         this.cache.check()
     table[a.row] = kept
     this.cache.check()

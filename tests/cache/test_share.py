@@ -6,7 +6,6 @@ from random import Random
 
 import numpy as np
 import pytest
-import torch
 
 from flatradix import Request
 from flatradix.cache.check import check_loans
@@ -313,7 +312,7 @@ def test_reset_ends_loans(where: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("loan", "message"),
     [
-        (Loan(7, 12), "both requests run"),
+        (Loan(3, 12), "both requests run"),
         (Loan(2, 12), "namespaces"),
         (Loan(0, 11), "behind the last page"),
         (Loan(0, 16), "its length fits"),
@@ -322,11 +321,17 @@ def test_reset_ends_loans(where: dict[str, str]) -> None:
 def test_check_finds_a_wrong_loan(loan: Loan, message: str) -> None:
     this = engine({})
     requests = this.begin([[*STEM, 20], [*STEM, 30], [*STEM, 40]], [None, None, "a"], share=True)
-    numbered = dict(enumerate(requests))
-    rows = torch.stack([this.cache.table[request.row] for request in requests])
-    check_loans({1: Loan(0, 12)}, rows, numbered, 4)
+    rows = [request.row for request in requests]
+    tokens = {request.row: request.tokens for request in requests}
+    free = 3  # the only row without a request
+
+    def check(loan: Loan) -> None:
+        lender = rows[loan.lender] if loan.lender < len(rows) else free
+        check_loans({rows[1]: loan._replace(lender=lender)}, this.cache._pages, this.cache.columns, tokens)
+
+    check(Loan(0, 12))
     with pytest.raises(AssertionError, match=message):
-        check_loans({1: loan}, rows, numbered, 4)
+        check(loan)
 
 
 # Plain values

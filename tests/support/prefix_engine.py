@@ -42,7 +42,7 @@ class Engine:
     def begin(
         self, prompts: list[list[int]], namespaces: Any = None, priority: Any = 0, share: bool = False
     ) -> list[Request]:
-        requests = self.cache.begin(prompts, namespaces, priority, share=share)
+        requests = list(self.cache.begin(prompts, namespaces, priority, share=share))
         running = [request for request in requests if request.state == "running"]
         for request in running:
             self.kv[request.slots.cpu().numpy()[request.committed :]] = 0  # whatever KV was there, it is of no use
