@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from flatradix.cache.prefix_cache import PrefixCache
-from flatradix.cache.requests import Request
+from flatradix.cache.requests import Request, Requests
 from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, StaleHandleError
 from flatradix.inputs.policy import Nodes, slru
 from flatradix.inputs.ragged import Ragged
@@ -30,6 +30,7 @@ __all__ = [
     "RadixTree",
     "Ragged",
     "Request",
+    "Requests",
     "StaleHandleError",
     "WaitingQueue",
     "__version__",

@@ -183,15 +183,17 @@ class DevicePages(Pages):
 
     # Tokens
 
-    def lock_cached(self, tree: RadixTree, prompts: Prompts) -> tuple[Places, np.ndarray]:
+    def find_cached(self, tree: RadixTree, prompts: Prompts, lock: bool) -> tuple[Places, np.ndarray]:
         if prompts.on_device is not None:
-            return self._lock_on_device(tree, prompts, prompts.on_device)
+            return self._find_on_device(tree, prompts, prompts.on_device, lock)
         keys = [prompts.array(query)[:-1] for query in range(len(prompts))]
-        match = tree.match(keys, prompts.names, touch=False, lock=True)
+        match = tree.match(keys, prompts.names, touch=False, lock=lock)
         return match, np.array(match.lengths.tolist(), np.int64)
 
-    def _lock_on_device(self, tree: RadixTree, prompts: Prompts, ragged: Ragged) -> tuple[Places, np.ndarray]:
-        """Match whole prompts, then lock what is cached of each without its last token."""
+    def _find_on_device(
+        self, tree: RadixTree, prompts: Prompts, ragged: Ragged, lock: bool
+    ) -> tuple[Places, np.ndarray]:
+        """Match whole prompts, then cut the places back to what is cached of each without its last token."""
         places: Places = tree.match(ragged, prompts.names, touch=False)
         lengths = np.array(places.lengths.tolist(), np.int64)
         tree.raise_pending()
@@ -199,7 +201,8 @@ class DevicePages(Pages):
         if (lengths > most).any():
             lengths = np.minimum(lengths, most)
             places = Places(upload(torch.from_numpy(lengths.astype(np.int32)), tree.device), places.handles)
-        tree.lock(places)
+        if lock:
+            tree.lock(places)
         return places, lengths
 
     def store_prompts(self, rows: np.ndarray, prompts: Prompts, skips: np.ndarray) -> None:
@@ -243,7 +246,7 @@ class DevicePages(Pages):
         return self._ragged(self._slots_of(pages).view(-1), ends - begins)
 
     def copy_tokens(self, source: int, rows: np.ndarray) -> None:
-        self._tokens[upload_numbers(rows, self._index.device)] = self._tokens[source]
+        self._tokens[upload_numbers(rows, self._index.device)] = self._tokens[source].clone()
 
     def own_tokens(self, row: int, begin: int, end: int) -> np.ndarray:
         found: np.ndarray = self._tokens[row, begin:end].cpu().numpy()

@@ -164,8 +164,8 @@ class HostPages(Pages):
 
     # Tokens
 
-    def lock_cached(self, tree: RadixTree, prompts: Prompts) -> tuple[Places, np.ndarray]:
-        match = tree.match(prompts.keys(), prompts.names, touch=False, lock=True)
+    def find_cached(self, tree: RadixTree, prompts: Prompts, lock: bool) -> tuple[Places, np.ndarray]:
+        match = tree.match(prompts.keys(), prompts.names, touch=False, lock=lock)
         return match, match.lengths.numpy().astype(np.int64)
 
     def store_prompts(self, rows: np.ndarray, prompts: Prompts, skips: np.ndarray) -> None:

@@ -108,10 +108,10 @@ class Pages(ABC):
     # Tokens
 
     @abstractmethod
-    def lock_cached(self, tree: RadixTree, prompts: Prompts) -> tuple[Places, np.ndarray]:
-        """Match prompts without their last tokens, and lock; return the places and their path lengths, int64 [B].
+    def find_cached(self, tree: RadixTree, prompts: Prompts, lock: bool) -> tuple[Places, np.ndarray]:
+        """Match prompts without their last tokens, without a touch; return the places and their lengths, int64 [B].
 
-        Waits for an index on a GPU.
+        lock: also lock them. Waits for an index on a GPU.
         """
 
     @abstractmethod

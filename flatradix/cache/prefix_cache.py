@@ -35,6 +35,7 @@ from flatradix.inputs.policy import Policy
 from flatradix.inputs.sequences import Batch
 from flatradix.kernels import cpu
 from flatradix.layout import running
+from flatradix.layout.handles import ROW_MASK
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.results import Places
 from flatradix.tree import RadixTree
@@ -373,7 +374,7 @@ class PrefixCache:
         rows = np.array(self._free_rows[free:] if free >= 0 else [0], np.int64)
         # The match does not touch: a prompt that is refused again and again would keep its cached part from being
         # evicted. The first commit touches.
-        place, cached = self._pages.lock_cached(self.tree, prompts)
+        place, cached = self._pages.find_cached(self.tree, prompts, lock=True)
         begins, loans = cached, {}
         if sharing is not None:
             loans = _loans_of(sharing, prompts, rows, cached)
@@ -459,19 +460,15 @@ class PrefixCache:
         found = read_prompts(prompts, namespaces, 0, self.tree.device)
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
-        cached, needed, fits = (
-            np.zeros(len(found), np.int64),
-            np.zeros(len(found), np.int64),
-            np.zeros(len(found), np.bool_),
-        )
-        for query in range(len(found)):
-            one = found.some(np.array([query]))
-            place, length = self._pages.lock_cached(self.tree, one)
-            left = self._pages.free_slots + self.tree.evictable_tokens
-            self.tree.unlock(place)
-            cached[query], needed[query] = length[0], self._in_pages(one.counts[0]) - length[0]
-            fits[query] = needed[query] <= left and bool(self._free_rows) and one.counts[0] <= self.max_length
-        return Probe(cached, needed, fits)
+        if len(found) == 0:
+            return Probe(found.counts, found.counts, found.counts > 0)
+        places, cached = self._pages.find_cached(self.tree, found, lock=False)
+        needed = self._in_pages(found.counts) - cached
+        paths, protected = self.tree.index.paths(), np.empty_like(cached)
+        rows = places.handles.cpu().numpy() & ROW_MASK
+        cpu.newly_protected(*paths[:4], rows, cached, protected)
+        fits = (needed <= self._pages.free_slots + paths.evictable - protected) & (found.counts <= self.max_length)
+        return Probe(cached, needed, fits & bool(self._free_rows))
 
     # Waiting prompts
 

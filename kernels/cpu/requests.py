@@ -201,3 +201,18 @@ def grow(data, rows, more, page, stack, free, pages, chosen):
         data[running.LENGTH, row] = length + more[at]
         data[running.MISSING, row] = 0
     return free, count
+
+
+@kernel
+def newly_protected(parents, lengths, ends, locks, rows, cached, tokens):
+    """Fill `tokens`, int64 [B], with how many evictable tokens a lock of each place alone would protect.
+
+    parents, lengths, ends, locks: int32 [R], columns of the tree. rows, cached: int64 [B], where each match ends.
+    """
+    for query in range(len(rows)):
+        row = rows[query]
+        tokens[query] = 0
+        while row > 0 and locks[row] == 0:
+            begin = np.int64(ends[row]) - lengths[row]
+            tokens[query] += max(min(np.int64(ends[row]), cached[query]) - begin, 0)
+            row = np.int64(parents[row])

@@ -110,6 +110,10 @@ ACTS: dict[str, Callable[[Any], Any]] = {
     "commit": lambda s: s.cache.commit([s.short], tokens=[[50]], up_to=3),
     "commit of what is there": lambda s: s.cache.commit([s.same]),
     "commit of several": lambda s: s.cache.commit([s.other, s.same, s.one]),
+    "step": lambda s: s.cache.step([s.one, s.other, s.short], [1, 2, 3]),
+    "step of several tokens": lambda s: s.cache.step([s.same, s.short], [[1, 2], [3]], [1, 3]),
+    "fork": lambda s: s.cache.fork(s.one, 2),
+    "probe": lambda s: s.cache.probe([[*SHARED, 70], [5]]),
     "finish": lambda s: s.cache.finish([s.other]),
     "finish of several": lambda s: s.cache.finish([s.same, s.one, s.short], tokens=[[1], [2], [3]], up_to=[14, 14, 3]),
     "abort": lambda s: s.cache.abort([s.same]),
@@ -152,7 +156,7 @@ def go_on(this: Engine, prompts: list[list[int]]) -> None:
 
 # One act of each operation is interrupted at every bytecode of flatradix/cache. For all acts that takes minutes.
 EACH = (
-    "begin", "extend", "commit of what is there", "finish", "abort", "counts", "reset", "shared: begin",
+    "begin", "step", "fork", "extend", "commit of what is there", "finish", "abort", "counts", "reset", "shared: begin",
     "shared: commit of a borrower", "shared: finish of the lender", "shared: abort of the lender",
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -15,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from flatradix import PrefixCache, Request
+from flatradix.cache.requests import Requests
 from tests.support.prefix_engine import Engine, common
 
 SEEDS = st.integers(0, 2**32 - 1).map(Random)
@@ -134,6 +136,50 @@ class Machine(RuleBasedStateMachine):
             assert request.length == length + n * (request not in short)
         grown = [request for request in requests if request not in short]
         self.cache.commit(grown, 0, tokens=[[random.randint(0, 2) for _ in range(n)] for _ in grown])
+
+    @precondition(lambda self: self.running)
+    @rule(random=SEEDS, n=st.integers(0, 2))
+    def step(self, random: Random, n: int) -> None:
+        """Decode requests of which all is computed, as a batch."""
+        chosen = [request for request in self.some(random) if request.length == request.num_tokens <= 38]
+        for request in chosen:
+            self.engine.compute(request, request.length)
+        batch = Requests(self.cache, *np.array([(one.row, one.serial) for one in chosen], np.int64).reshape(-1, 2).T)
+        lengths, slots = batch.lengths, [one.slots.tolist() for one in chosen]
+        short, changed = self.cache.step(batch, [random.randint(0, 2) for _ in chosen], n)
+        for request, length, before in zip(chosen, lengths.tolist(), slots, strict=True):
+            assert (request.num_tokens, request.length) == (length + 1, length + n * (request not in short))
+            assert request in changed or request.slots.tolist()[:length] == before
+
+    @precondition(lambda self: self.running)
+    @rule(random=SEEDS, n=st.integers(1, 2))
+    def fork(self, random: Random, n: int) -> None:
+        request = random.choice(self.running)
+        self.engine.compute(request, min(request.num_tokens, request.length))
+        page = self.cache.page_size
+        forks, copies = self.cache.fork(request, n)
+        for source, target in copies.tolist():
+            old, new = (slice(page * number, page * (number + 1)) for number in (source, target))
+            self.engine.kv[new] = self.engine.kv[old]
+        for fork in forks.only_running():
+            assert fork.slots.tolist()[: fork.committed] == request.slots.tolist()[: fork.committed]
+            self.engine.computed[fork] = min(fork.num_tokens, fork.length)
+
+    @rule(random=SEEDS, count=st.integers(0, 4))
+    def probe(self, random: Random, count: int) -> None:
+        prompts = [self.prompt(random) for _ in range(count)]
+        names = random.choices([None, None, "a"], k=count)
+        digest = self.cache.tree.digest()
+        found = self.cache.probe(prompts, names)
+        assert self.cache.tree.digest() == digest
+        keys = [prompt[:-1] for prompt in prompts]
+        if count:
+            assert found.cached_lengths.tolist() == self.cache.tree.match(keys, names, touch=False).lengths.tolist()
+            (request,) = self.cache.begin(prompts[:1], names[:1])
+            assert (request.state == "running") == found.fits[0]
+            if request.state == "running":
+                assert request.cached_length == found.cached_lengths[0]
+                self.cache.abort([request])
 
     @precondition(lambda self: self.engine.together)
     @rule(random=SEEDS)
