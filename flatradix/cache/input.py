@@ -104,7 +104,7 @@ def numbers_of(owner: Owner, operation: str, requests: Sequence[Request]) -> tup
     if isinstance(requests, Requests):
         if requests.owner is not owner and len(requests):
             _refuse_requests(owner, operation, requests)
-        return requests.rows, requests.serials
+        return np.ascontiguousarray(requests.rows), np.ascontiguousarray(requests.serials)
     for query, request in enumerate(requests):
         if request.owner is not owner:
             raise QueryError(f"{operation}: request {query} is of another PrefixCache", query)

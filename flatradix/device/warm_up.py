@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from flatradix.device.stages import STAGED_BYTES
-from flatradix.host.warm_up import use_queue
+from flatradix.host.warm_up import use_cache, use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
 from flatradix.layout import numbers
@@ -77,6 +77,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
     yield _write_slots
     yield lambda tree: tree.reset()
     yield use_queue
+    yield _use_cache
 
 
 def _root(tree: RadixTree, count: int) -> SimpleNamespace:
@@ -131,6 +132,11 @@ def _lock(tree: RadixTree, count: int) -> None:
 
 def _unlock(tree: RadixTree, count: int) -> None:
     tree.unlock(_root(tree, count))
+
+
+def _use_cache(tree: RadixTree) -> None:
+    if not tree.bigram:
+        use_cache(tree.device, tree.page_size)
 
 
 def _write_slots(tree: RadixTree) -> None:

@@ -38,6 +38,7 @@ def warm_up_host(slot_device: str | torch.device | None) -> None:
     RadixTree.load(file, device="cpu").reset()
     _take_back()
     use_queue(RadixTree(16, page_size=2, device="cpu"))
+    use_cache("cpu", 2)
     _use_slots_apart(RadixTree(16, page_size=2, device="cpu", slot_device=slot_device or "cpu"))
 
 
@@ -70,6 +71,26 @@ def use_queue(tree: RadixTree) -> None:
         queue.add([-1])
     except QueryError:  # the kernel that finds the bad token
         queue.close()
+
+
+def use_cache(device: str | torch.device, page: int) -> None:
+    """Run every operation of a PrefixCache."""
+    from flatradix.cache.prefix_cache import PrefixCache
+
+    cache = PrefixCache(16 * page, page, max_requests=8, max_length=8 * page, kv_device=device, device=device)
+    prompts = [list(range(2 * page + 1))] * 2
+    requests = cache.begin(prompts, share=True)
+    cache.commit(requests)
+    cache.abort(cache.begin(prompts))  # with something cached
+    cache.probe(prompts)
+    others = cache.begin([[*range(page), *[9] * page, 8]] * 2)  # both compute the same
+    cache.commit(others)
+    cache.step(others, [1, 2], page)
+    cache.abort(cache.fork(others[0], 1)[0])
+    cache.finish(others, touch=True)
+    cache.finish(requests)
+    cache.begin([[7] * (8 * page), [6] * (8 * page)])  # evicts
+    cache.counts()
 
 
 def _take_back() -> None:
