@@ -20,6 +20,7 @@ COUNTERS = {
     "cached_tokens": "Tokens of those prompts that were cached",
     "evicted_tokens": "Tokens that were evicted",
     "duplicate_tokens": "Tokens computed that another request had committed meanwhile",
+    "shared_tokens": "Tokens of prompts that share the slots of another prompt that began with them",
 }
 SLOTS = ("free", "evictable", "protected", "held")
 
@@ -67,9 +68,10 @@ def export(registry: CollectorRegistry = REGISTRY, **caches: PrefixCache) -> Cac
 
     Call `update` of the returned collector from time to time, from the thread that uses the caches.
 
-    Metrics: flatradix_{requests,refused,prompt_tokens,cached_tokens,evicted_tokens,duplicate_tokens}_total,
-    flatradix_running_requests, flatradix_slots{where="free" | "evictable" | "protected" | "held"}. To export other
-    caches, first pass the collector to `registry.unregister`. Raises ValueError if the registry has these metrics.
+    Metrics: flatradix_{requests,refused,prompt_tokens,cached_tokens,evicted_tokens,duplicate_tokens,
+    shared_tokens}_total, flatradix_running_requests, flatradix_slots{where="free" | "evictable" | "protected" |
+    "held"}. To export other caches, first pass the collector to `registry.unregister`. Raises ValueError if the
+    registry has these metrics.
     """
     collector = CacheCollector(caches)
     registry.register(collector)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from flatradix.cache.counts import Counts
 from flatradix.cache.request import Request
+from flatradix.cache.share import Loans
 from flatradix.inspect.check import check, equal
 from flatradix.inspect.content import Content
 from flatradix.layout.handles import ROW_MASK
@@ -43,3 +44,24 @@ def check_slot_table(
         equal(table[request.row, : request.committed].tolist(), cached, f"row {request.row} of the table")
     rows = sorted([*free_rows, *(request.row for request in running)])
     equal(rows, list(range(len(table))), "rows that are free or in use")
+
+
+def check_loans(loans: Loans, table: torch.Tensor, running: Mapping[int, Request], page: int) -> None:
+    """Raise AssertionError unless each loan is between running requests that have equal tokens and equal slots.
+
+    And unless each request computes what it owns, except what it has committed.
+    """
+    for row, (lender, borrowed) in loans.items():
+        what = f"the loan of row {row}"
+        equal(row in running and lender in running, True, f"{what}: both requests run")
+        one, other = running[row], running[lender]
+        equal(one.namespace, other.namespace, f"{what}: namespaces")
+        equal(borrowed % page, 0, f"{what}: tokens behind the last page")
+        equal(one.committed, other.committed, f"{what}: committed tokens")
+        lent = loans[lender].borrowed if lender in loans else 0
+        equal(max(one.committed, lent) < borrowed <= min(one.length, other.length), True, f"{what}: its length fits")
+        equal(one.tokens[:borrowed].tolist(), other.tokens[:borrowed].tolist(), f"{what}: tokens")
+        equal(table[row, :borrowed].tolist(), table[lender, :borrowed].tolist(), f"{what}: slots")
+    for row, request in running.items():
+        lent = loans[row].borrowed if row in loans else 0
+        equal(request.cached_length <= max(request.committed, lent), True, f"row {row}: its own tokens are computed")

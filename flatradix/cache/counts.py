@@ -15,6 +15,7 @@ class Counts(NamedTuple):
     cached_tokens: int  # prompt tokens that were found in the cache
     evicted_tokens: int
     duplicate_tokens: int  # computed though cached: another request committed first, or the last page for its logits
+    shared_tokens: int  # prompt tokens that were not cached, with slots of another prompt of the same `begin`
     slots: int
     free: int
     evictable: int

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.cache.request import RUNNING, Request
+from flatradix.cache.request import RUNNING, Owner, Request
 from flatradix.errors import QueryError
 from flatradix.inputs import namespaces as names_of
 from flatradix.inputs.arguments import per_query
@@ -28,7 +28,7 @@ def _token_ids(sequence: Any, query: int) -> np.ndarray:
 
 
 def read_prompts(
-    owner: object, table: torch.Tensor, max_length: int, prompts: Any, namespaces: Any, priority: Any
+    owner: Owner, table: torch.Tensor, max_length: int, prompts: Any, namespaces: Any, priority: Any
 ) -> list[Request]:
     """Return a new request for each prompt. The requests have not begun yet."""
     if not isinstance(prompts, list | tuple) or (len(prompts) and not is_batch(prompts)):

@@ -6,18 +6,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from flatradix.cache import recover
+from flatradix.cache import recover, share
 from flatradix.cache.allocator import SlotAllocator
 from flatradix.cache.counts import Counts
 from flatradix.cache.input import check_running, computed_ends, read_growth, read_prompts, read_tokens
 from flatradix.cache.places import DevicePlaces, HostPlaces, some_of
+from flatradix.cache.records import Grant, Pending
 from flatradix.cache.recover import UnderWay
 from flatradix.cache.request import REFUSED, RUNNING, Request
+from flatradix.cache.share import Loan, Loans, Sharing
 from flatradix.index import public_call, refuse_reentry
 from flatradix.inputs import devices
 from flatradix.inputs.policy import Policy
@@ -32,15 +34,6 @@ if TYPE_CHECKING:
 # Up to this many slots a request, one indexed write serves all requests; beyond, each has a write. A guess, not tuned.
 _FEW_SLOTS = 64
 _MOST_PENDING = 64
-
-
-class _Pending(NamedTuple):
-    """A commit for which the host does not know yet how many of its tokens were cached before."""
-
-    result: InsertResult
-    begins: list[int]
-    slots: list[torch.Tensor]  # the slots that each request brought for its tokens from `begins` on
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -129,8 +122,9 @@ class PrefixCache:
     def _begin_afresh(self) -> None:
         self._running: dict[int, Request] = {}
         self._free_rows = list(range(len(self.table) - 1, -1, -1))
-        self._pending: deque[_Pending] = deque()
-        self._begun = self._refused = self._prompt = self._cached = self._evicted = self._duplicate = 0
+        self._pending: deque[Pending] = deque()
+        self._loans: Loans = {}
+        self._begun = self._refused = self._prompt = self._cached = self._evicted = self._duplicate = self._shared = 0
 
     def _in_pages(self, tokens: int) -> int:
         """Round a number of tokens up to whole pages."""
@@ -145,6 +139,11 @@ class PrefixCache:
         """The running requests. For an engine that was interrupted before it received the requests of a `begin`."""
         return list(self._running.values())
 
+    def loan_of(self, request: Request) -> tuple[Request | None, int]:
+        """Return what `Request.lender` and `Request.borrowed` say."""
+        loan = self._loans.get(request.row)
+        return (None, 0) if loan is None else (self._running.get(loan.lender), loan.borrowed)
+
     # Interrupted calls
 
     def _recover(self) -> None:
@@ -156,7 +155,7 @@ class PrefixCache:
             self._open = None
             return
         running = recover.requests_left(cut, self._running)
-        places, committed = recover.find_committed(self.tree, self.table, running, self.page_size)
+        places, committed = recover.find_committed(self.tree, self.table, running, self.page_size, self._loans)
         recover.forget_tokens(cut, {id(request): end for request, end in zip(running, committed, strict=True)})
         recover.lock_exactly(self.tree, places)
         rows = [request.row for request in running]
@@ -166,6 +165,9 @@ class PrefixCache:
         for request, end in zip(running, committed, strict=True):
             request.committed = end
         self._running = {request.row: request for request in running}
+        self._settle_loans()
+        ending = share.end_others(self._loans, self._running)
+        self._inherit(ending)
         self._pending = deque()
         self._free_rows = [row for row in range(len(self.table) - 1, -1, -1) if row not in self._running]
         held = [self._held_slots(request) for request in running]
@@ -176,11 +178,17 @@ class PrefixCache:
     # Begin
 
     @_repaired
-    def begin(self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0) -> list[Request]:
+    def begin(
+        self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0, share: bool = False
+    ) -> list[Request]:
         """Start requests: find the cached part of each prompt, lock it, and allocate slots for the rest.
 
         prompts: a list of token sequences (lists, `array`, numpy, tensors), none of them empty.
         namespaces, priority: one for all, or a list with one for each prompt.
+        share: let new tokens that several of these prompts share have the same slots, those of the first of these
+            prompts. Only for engines that compute all of these prompts in one forward pass, each as a whole, and that
+            in each layer write all KV before they read any: see docs/engine.md. Without `share`, each request has slots
+            of its own for all that is not cached.
 
         At least the last token of each prompt is left to compute, because its logits are needed.
 
@@ -189,38 +197,55 @@ class PrefixCache:
         request holds nothing: `refusal` says why, `missing` how many slots were lacking. Pass its prompt again when
         other requests have ended. Requests are served in order; a smaller request after a refused request can start.
 
-        Evicts as needed. O(prompt tokens). With an index on a GPU it waits for the device. Raises QueryError and
-        ValueError with nothing changed. If a policy function raises or a device has no memory left, the new requests
-        hold nothing.
+        With `share`, what a prompt shares with an earlier one of the call, in whole pages and without the last token of
+        either, is part of its `cached_length`. After an `abort` or `finish` of one of these requests, read the
+        `cached_length` of the others again: it falls where another request has to compute what the ended one lent.
+
+        Evicts as needed. O(prompt tokens); with `share`, O(log B) comparisons of prompts in addition for each of B.
+        With an index on a GPU it waits for the device. Raises QueryError and ValueError with nothing changed. If a
+        policy function raises or a device has no memory left, the new requests hold nothing.
         """
         requests = read_prompts(self, self.table, self.max_length, prompts, namespaces, priority)
         self._open = UnderWay(recover.BEGIN, requests)
         self._give_back_duplicates()
         self.tree.raise_pending()
         # One by one if they do not fit together: the cached part of a refused request must stay evictable for others.
-        if requests and not self._start(requests) and len(requests) > 1:
+        sharing = Sharing(self.page_size) if share else None
+        if requests and not self._start(requests, sharing) and len(requests) > 1:
             for request in requests:
-                self._start([request])
+                self._start([request], sharing)
         self._refused += sum(request.state == REFUSED for request in requests)
         return requests
 
-    def _start(self, requests: list[Request]) -> bool:
+    def _start(self, requests: list[Request], sharing: Sharing | None) -> bool:
         """Start requests if all of them fit, and return whether they do. Otherwise they hold nothing.
 
-        A single request that does not fit is told why.
+        A single request that does not fit is told why. sharing: the prompts of this call that have started.
         """
+        free = len(self._free_rows) - len(requests)
+        if free < 0 and len(requests) > 1:
+            return False
+        rows = self._free_rows[free:] if free >= 0 else [-1]
         names = [request.namespace for request in requests]
         keys: Any = [request.tokens[:-1] for request in requests]
         # A single key is cheaper than a batch of one. The match does not touch: a prompt that is refused again and
         # again would keep its cached part from being evicted. The first commit touches.
         match = self.tree.match(keys if len(keys) > 1 else keys[0], names, touch=False, lock=True)
         cached = [match.length] if len(keys) == 1 else match.lengths.tolist()
-        needed = [self._in_pages(request.num_tokens) - length for request, length in zip(requests, cached, strict=True)]
+        begins, loans = cached, {}
+        if sharing is not None:
+            found = map(sharing.start, rows, keys, names, cached)
+            loans = {row: loan for row, loan in zip(rows, found, strict=True) if loan is not None}
+            begins = [loans[row].borrowed if row in loans else length for row, length in zip(rows, cached, strict=True)]
+        needed = [self._in_pages(request.num_tokens) - begin for request, begin in zip(requests, begins, strict=True)]
         left = self._allocator.free_slots + self.tree.evictable_tokens
-        if sum(needed) <= left and len(requests) <= len(self._free_rows):
-            self._admit(requests, match, cached, needed)
+        if sum(needed) <= left and free >= 0:
+            self._admit(requests, match, Grant(rows, cached, begins, needed, loans))
             return True
         self.tree.unlock(match)
+        if sharing is not None:
+            for row, name in zip(rows, names, strict=True):
+                sharing.take_back(row, name)
         if len(requests) == 1:
             self._refuse(requests[0], needed[0], left)
         return False
@@ -232,29 +257,44 @@ class PrefixCache:
         else:
             request.refusal = f"all {len(self.table)} requests that max_requests allows are running"
 
-    def _admit(self, requests: list[Request], match: Places, cached: list[int], needed: list[int]) -> None:
+    def _admit(self, requests: list[Request], match: Places, grant: Grant) -> None:
         """Give rows and slots to requests that fit."""
-        rows = self._free_rows[len(self._free_rows) - len(requests) :]
+        rows, cached, begins, needed, loans = grant
         slots = self._take(sum(needed))
         if any(cached):
             self.tree.write_slots(match, self.table, rows)
-        self._write(rows, cached, needed, slots)
+        self._write(rows, begins, needed, slots)
+        if loans:
+            self._lend(loans, dict(zip(rows, cached, strict=True)))
         self._places.set(rows, match)
         del self._free_rows[len(self._free_rows) - len(requests) :]
-        for request, row, length in zip(requests, rows, cached, strict=True):
+        for request, row, length, begin in zip(requests, rows, cached, begins, strict=True):
             request.row, request.state, request.length = row, RUNNING, request.num_tokens
-            request.cached_length = request.committed = length
+            request.cached_length, request.committed = begin, length
             self._running[row] = request
         self._begun += len(requests)
         self._prompt += sum(request.num_tokens for request in requests)
         self._cached += sum(cached)
+        self._shared += sum(begins) - sum(cached)
+
+    def _lend(self, loans: dict[int, Loan], cached: dict[int, int]) -> None:
+        """Copy the slots that new requests borrow to their rows. cached: what each row has already."""
+        for (lender, begin, end), rows in share.copies(loans, cached).items():
+            index = upload_numbers(np.array(rows), self.kv_device)
+            self.table[index, begin:end] = self.table[lender, begin:end]
+        self._loans = {**self._loans, **loans}
 
     def _held_places(self, requests: Sequence[Request]) -> Places:
         return self._places.get([request.row for request in requests])
 
     def _held_slots(self, request: Request) -> torch.Tensor:
-        """Return the slots that only this request holds, in whole pages: a view of its row."""
-        return self.table[request.row, request.committed : self._in_pages(request.length)]
+        """Return the slots that this request owns, in whole pages: a view of its row."""
+        return self.table[request.row, self._owned_from(request) : self._in_pages(request.length)]
+
+    def _owned_from(self, request: Request) -> int:
+        """Return how many tokens of a request have slots that the tree or another request owns."""
+        loan = self._loans.get(request.row)
+        return request.committed if loan is None else loan.borrowed
 
     def _grow(self, requests: Sequence[Request], lengths: list[int]) -> None:
         """Give running requests slots up to new lengths. Enough slots must be free or evictable."""
@@ -354,10 +394,11 @@ class PrefixCache:
         tokens: a list with the tokens that each request has generated since, if any. They are known from now on.
 
         Only whole pages go to the tree. If another request has committed the same tokens meanwhile, its slots replace
-        the slots of this request, which become free: read `slots` again. The commit continues from the place that the
-        request holds: O(new tokens + nodes on the path). With an index on a GPU it does not wait for the device, except
-        when more than 64 commits are pending since the last call that waited. Raises QueryError and ValueError with
-        nothing changed.
+        the slots of this request, which become free: read `slots` again. What running requests share with these through
+        `begin(share=True)` is committed for them, too: their `committed` and `slots` may change. The commit continues
+        from the place that the request holds: O(new tokens + nodes on the path). With an index on a GPU it does not
+        wait for the device, except when more than 64 commits are pending since the last call that waited. Raises
+        QueryError and ValueError with nothing changed.
         """
         check_running(self, "commit", requests)
         added = read_tokens("commit", requests, tokens)
@@ -368,13 +409,7 @@ class PrefixCache:
     def _commit(self, requests: Sequence[Request], added: list[np.ndarray], ends: list[int]) -> None:
         for request, tokens in zip(requests, added, strict=True):
             request.append(tokens)
-        whole = [end // self.page_size * self.page_size for end in ends]
-        # The first commit of a request counts its hits, even if it adds nothing.
-        growing = [
-            (request, max(end, request.committed))
-            for request, end in zip(requests, whole, strict=True)
-            if end > request.committed or (request.committed and not request.counted)
-        ]
+        growing = self._growing(requests, [end // self.page_size * self.page_size for end in ends])
         if not growing:
             return
         chosen = [request for request, _ in growing]
@@ -382,20 +417,44 @@ class PrefixCache:
         brought = [self.table[request.row, request.committed : end] for request, end in growing]
         if self._waits:  # the rows change before the host knows which of these slots are duplicates
             brought = [slots.clone() for slots in brought]
+        lent = [min(self._owned_from(request), end) - request.committed for request, end in growing]
         before = self._places.get(rows)
         result = self._insert(growing, brought, before)
         self.tree.lock(result)
         self._places.set(rows, result)
         for request, end in growing:
             request.committed = request.counted = end
+        if self._loans:
+            self._settle_loans()
         self.tree.unlock(before)
+        own = [slots[count:] for slots, count in zip(brought, lent, strict=True)]
+        owned = [begin + count for begin, count in zip(begins, lent, strict=True)]
         if self._waits:
             self.tree.write_slots(result, self.table, rows)
-            self._pending.append(_Pending(result, begins, brought))
+            self._pending.append(Pending(result, owned, own))
             if len(self._pending) > _MOST_PENDING:
                 self._give_back_duplicates()
         else:
-            self._use_tree_slots(result, rows, begins, brought)
+            self._use_tree_slots(result, rows, begins, Pending(result, owned, own))
+
+    def _growing(self, requests: Sequence[Request], ends: list[int]) -> list[tuple[Request, int]]:
+        """Return the requests that a commit up to `ends` concerns, and their ends. Lenders are before borrowers."""
+        pairs: Any = zip(requests, ends, strict=True)
+        if self._loans:
+            given = {request.row: end for request, end in pairs}
+            found = share.together(self._loans, given)
+            pairs = [(self._running[row], end) for row, end in found.items()]
+            pairs = [(request, end) for request, end in pairs if request.row in given or end > request.committed]
+        # The first commit of a request counts its hits, even if it adds nothing.
+        return [
+            (request, max(end, request.committed))
+            for request, end in pairs
+            if end > request.committed or (request.committed and not request.counted)
+        ]
+
+    def _settle_loans(self) -> None:
+        """End the loans of requests that have committed what they borrow."""
+        self._loans = share.unsettled(self._loans, {row: request.committed for row, request in self._running.items()})
 
     def _insert(self, growing: list[tuple[Request, int]], slots: list[torch.Tensor], before: Places) -> InsertResult:
         if len(growing) == 1:  # a single key is cheaper than a batch of one
@@ -411,14 +470,12 @@ class PrefixCache:
             [request.counted for request, _ in growing],
         )
 
-    def _use_tree_slots(
-        self, result: InsertResult, rows: list[int], begins: list[int], brought: list[torch.Tensor]
-    ) -> None:
+    def _use_tree_slots(self, result: InsertResult, rows: list[int], begins: list[int], own: Pending) -> None:
         """Where a token was cached before, write the tree's slot to the request's row and free the request's own."""
         prefixes = [result.prefix_length] if len(rows) == 1 else result.prefix_lengths.tolist()
         queries = [query for query, begin in enumerate(begins) if prefixes[query] > begin]
         if queries:
-            duplicates = [brought[query][: prefixes[query] - begins[query]].clone() for query in queries]
+            duplicates = [slots.clone() for slots in own.duplicates(prefixes)]
             self.tree.write_slots(some_of(result, queries), self.table, [rows[query] for query in queries])
             self._give(duplicates)
 
@@ -430,11 +487,10 @@ class PrefixCache:
     def _give_back_duplicates(self) -> None:
         """Free the slots that pending commits brought for tokens cached already. Waits for an index on a GPU."""
         while self._pending:
-            result, begins, brought = self._pending[0]
-            prefixes = result.prefix_lengths.tolist()
+            pending = self._pending[0]
+            prefixes = pending.result.prefix_lengths.tolist()
             self._pending.popleft()
-            parts = zip(prefixes, begins, brought, strict=True)
-            self._give([slots[: prefix - begin] for prefix, begin, slots in parts if prefix > begin])
+            self._give(pending.duplicates(prefixes))
 
     # End
 
@@ -457,6 +513,9 @@ class PrefixCache:
     def abort(self, requests: Sequence[Request]) -> None:
         """End requests, and free their uncommitted slots. Committed tokens become evictable.
 
+        Slots that other requests share through `begin(share=True)` pass to one of these. It has to compute them, if the
+        forward pass has not: its `cached_length` falls, so read the `cached_length` of those requests again.
+
         Raises QueryError with nothing changed.
         """
         check_running(self, "abort", requests)
@@ -466,15 +525,29 @@ class PrefixCache:
     def _release(self, requests: Sequence[Request]) -> None:
         if not requests:
             return
-        slots = torch.cat([self._held_slots(request) for request in requests])
-        self.tree.unlock(self._held_places(requests))
         ended = [request.row for request in requests]
+        ending = share.end(self._loans, ended)
+        slots = torch.cat(
+            [
+                self.table[request.row, max(request.committed, begin) : self._in_pages(request.length)]
+                for request, begin in zip(requests, ending.begins, strict=True)
+            ]
+        )
+        self.tree.unlock(self._held_places(requests))
         gone = set(ended)
         self._running = {row: request for row, request in self._running.items() if row not in gone}
         self._free_rows.extend(ended)
+        self._inherit(ending)
         for request in requests:
             request.end()
         self._allocator.give(slots)
+
+    def _inherit(self, ending: share.Ending) -> None:
+        """Let heirs compute what a lender that has ended would have, and replace the loans."""
+        for row in ending.heirs:
+            request, loan = self._running[row], ending.loans.get(row)
+            request.cached_length = min(request.cached_length, loan.borrowed if loan else request.committed)
+        self._loans = ending.loans  # last: before, a repair does all of this again
 
     # The whole cache
 
@@ -498,11 +571,12 @@ class PrefixCache:
             cached_tokens=self._cached,
             evicted_tokens=self._evicted,
             duplicate_tokens=self._duplicate,
+            shared_tokens=self._shared,
             slots=self._allocator.num_pages * self.page_size,
             free=self._allocator.free_slots,
             evictable=self.tree.evictable_tokens,
             protected=self.tree.protected_tokens,
-            held=sum(self._in_pages(request.length) - request.committed for request in running),
+            held=sum(self._in_pages(request.length) - self._owned_from(request) for request in running),
         )
 
     @_repaired
@@ -511,16 +585,17 @@ class PrefixCache:
 
         Raises AssertionError for the first check that fails.
         """
-        from flatradix.cache.check import check_holders, check_slot_table, check_slots  # not wanted by most
+        from flatradix.cache import check  # not wanted by most
 
         self._open = UnderWay(recover.OTHER)
         self._give_back_duplicates()
         self._open = recover.READING  # a failed check must not start a repair
         running = self.running
         places, content = self._held_places(running), self.tree.content()
-        check_slots(self._count(), content, self._allocator.free_list(), [*map(self._held_slots, running)])
-        check_holders(content, running, places)
-        check_slot_table(self.table, running, self.tree.slots(places).to_list(), self._free_rows)
+        check.check_slots(self._count(), content, self._allocator.free_list(), [*map(self._held_slots, running)])
+        check.check_holders(content, running, places)
+        check.check_slot_table(self.table, running, self.tree.slots(places).to_list(), self._free_rows)
+        check.check_loans(self._loans, self.table, self._running, self.page_size)
 
     @_repaired
     def reset(self) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flatradix.cache import share
 from flatradix.cache.request import RUNNING, Request
 from flatradix.layout import numbers
 from flatradix.layout.handles import ROW_MASK, pack_handle
@@ -65,11 +66,12 @@ def requests_left(cut: UnderWay, running: dict[int, Request]) -> list[Request]:
 
 
 def find_committed(
-    tree: RadixTree, table: torch.Tensor, requests: list[Request], page: int
+    tree: RadixTree, table: torch.Tensor, requests: list[Request], page: int, loans: share.Loans
 ) -> tuple[Places, list[int]]:
     """Return a place on the path of each request, and how many of its tokens are in the tree, in whole pages.
 
     At least `request.committed` tokens are in the tree, and those up to the last slot of its own that the tree holds.
+    What a request shares with others by `loans` is in the tree for all of these requests.
     """
     device = tree.device
     if not requests:
@@ -84,6 +86,10 @@ def find_committed(
         own = table[request.row, : len(slots)].cpu().numpy()
         same = np.flatnonzero(slots[request.committed :] == own[request.committed :])
         committed.append(request.committed + (int(same[-1]) + 1 if len(same) else 0))
+    if loans:
+        ends = {request.row: end for request, end in zip(requests, committed, strict=True)}
+        known = share.together(loans, ends)
+        committed = [known[row] for row in ends]
     lengths = torch.tensor(committed, dtype=torch.int32, device="cpu").to(device)
     return Places(lengths, match.handles), committed
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 RUNNING, REFUSED, ENDED = "running", "refused", "ended"
+
+
+class Owner(Protocol):
+    """What a request needs of its PrefixCache."""
+
+    def loan_of(self, request: Request) -> tuple[Request | None, int]: ...
 
 
 class Request:
@@ -17,7 +23,8 @@ class Request:
     refusal: why the request was refused; empty if it was not. missing: slots that were lacking in the last `begin` or
         `extend`; 0 if none.
     row: the request's row of `PrefixCache.table`; -1 unless it is running.
-    cached_length: prompt tokens that were cached. Their KV need not be computed.
+    cached_length: prompt tokens that were cached, or that an earlier prompt of the same `begin` shares. Their KV need
+        not be computed. It falls if the request has to compute what an ended request lent.
     length: tokens that have slots, `slots[:length]`.
     committed: tokens that are in the tree, whole pages. Other requests can reuse them.
     counted: tokens for which an insert of this request has counted a hit.
@@ -28,7 +35,7 @@ class Request:
         "owner", "priority", "refusal", "row", "state",
     )  # fmt: skip
 
-    def __init__(self, owner: object, table: torch.Tensor, tokens: np.ndarray, namespace: Any, priority: int) -> None:
+    def __init__(self, owner: Owner, table: torch.Tensor, tokens: np.ndarray, namespace: Any, priority: int) -> None:
         """owner: the cache. table: `PrefixCache.table`."""
         self.owner = owner
         self._table = table
@@ -50,12 +57,27 @@ class Request:
     def slots(self) -> torch.Tensor:
         """The KV slot of each token so far: int32 [length] on the device of the KV cache, a view of the table.
 
-        The first `cached_length` slots hold KV already. A `commit` may replace slots by those of another request that
-        computed the same tokens, so read `slots` again after a commit. Raises ValueError unless the request is running.
+        The first `cached_length` slots hold KV already, or a lender computes it. A `commit` may replace slots by those
+        of another request that computed the same tokens. So read `slots` again after a commit of this request, or of
+        one that shares slots with it. Raises ValueError unless the request is running.
         """
         if self.row < 0:
             raise ValueError(f"a request that {self.why_not_running()} has no slots")
         return self._table[self.row, : self.length]
+
+    @property
+    def borrowed(self) -> int:
+        """How many tokens, in whole pages, have slots that the tree or the lender owns; 0 without a lender."""
+        return self.owner.loan_of(self)[1]
+
+    @property
+    def lender(self) -> Request | None:
+        """The running request that owns the slots before `borrowed`, after a `begin` with `share`; None if none does.
+
+        The lender may borrow a shorter prefix in turn. It computes what it lends. When these tokens are committed, by
+        whichever of the requests that share them, or when one of the two requests ends, the relation ends.
+        """
+        return self.owner.loan_of(self)[0]
 
     def why_not_running(self) -> str:
         return f"was refused ({self.refusal})" if self.state == REFUSED else "has ended"

@@ -18,7 +18,9 @@ class Cache(Protocol):
 
     tree: RadixTree
 
-    def begin(self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0) -> list[Request]: ...
+    def begin(
+        self, prompts: Sequence[Any], namespaces: Any = None, priority: Any = 0, share: bool = False
+    ) -> list[Request]: ...
 
     def free_space(self) -> tuple[int, int]: ...
 
@@ -40,11 +42,14 @@ class RequestQueue(WaitingQueue):
         token_budget: int | None = None,
         max_requests: int | None = None,
         skip: bool = False,
+        share: bool = False,
     ) -> tuple[list[Request], torch.Tensor]:
         """Begin the prompts that a plan admits: they leave the queue. Returns their requests and their ids, int64 [K].
 
         order, token_budget, max_requests, skip: as for `plan`. Free slots, rows and whole pages are those of the cache.
-        Of several that share what is not cached, each computes its own; `order(..., defer_shared=True)` avoids that.
+        share: as for `PrefixCache.begin`: what these prompts share and is not cached has the slots of the first of
+            them, and the plan counts it once. Without `share`, each of them computes its own; in an engine that cannot
+            share within a forward pass, `order(..., defer_shared=True)` avoids that.
 
         Raises as `plan` and as `PrefixCache.begin`. Then every prompt still waits.
         """
@@ -52,11 +57,12 @@ class RequestQueue(WaitingQueue):
         free_slots, free_rows = cache.free_space()
         most = free_rows if max_requests is None else min(max_requests, free_rows)
         plan = self.plan(
-            order, token_budget=token_budget, max_requests=most, free_tokens=free_slots, skip=skip, whole_pages=True
-        )
+            order, token_budget=token_budget, max_requests=most, free_tokens=free_slots, skip=skip, whole_pages=True,
+            share=share,
+        )  # fmt: skip
         ids = plan.ids.tolist()
         prompts, names, priorities = self._prompts_of(plan.ids)
-        requests = cache.begin(prompts, names, priorities)
+        requests = cache.begin(prompts, names, priorities, share)
         begun = [request.state == RUNNING for request in requests]
         self.remove([id for id, runs in zip(ids, begun, strict=True) if runs])
         requests = [request for request in requests if request.state == RUNNING]

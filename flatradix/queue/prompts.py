@@ -232,6 +232,12 @@ class Prompts:
         cpu.entries_in_order(self.address, entries)
         return entries
 
+    def paths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the parent and the end of each row of the prompt tree, int32 [P], and a mark for each: bool [P]."""
+        forest = self._forest
+        rows = int(forest.numbers[numbers.ROWS])
+        return forest.parent.numpy()[:rows], forest.end.numpy()[:rows], np.zeros(rows, np.bool_)
+
     def tokens_on_host(self) -> torch.Tensor:
         """Return the pool of tokens, int32: a view."""
         return self._forest.tokens

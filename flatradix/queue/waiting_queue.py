@@ -289,6 +289,7 @@ class WaitingQueue:
         reserve: int = 0,
         skip: bool = False,
         whole_pages: bool = False,
+        share: bool = False,
     ) -> Plan:
         """Return whom to admit together, without a change: exactly what matching, locking and counting would find.
 
@@ -299,6 +300,8 @@ class WaitingQueue:
         reserve: slots that each request needs besides its prompt, as for its first output.
         skip: go on behind a request that does not fit; otherwise it ends the plan.
         whole_pages: count the slots of each request in whole pages, as an allocator of pages does.
+        share: count the new tokens that requests of the plan share, in whole pages, once, with the first of these
+            requests, as `PrefixCache.begin(share=True)` allocates slots.
 
         A request fits if the slots for its tokens that are not cached are free or evictable, where its cached part, and
         those of the requests before it, are not evictable any more. What several protect counts once.
@@ -316,7 +319,7 @@ class WaitingQueue:
             numbers = _read_ids(order)
             entries = self._find(numbers, "plan")
             _refuse_twice(numbers, "plan")
-        ids, rows, cached = self._prompts.columns(entries, "id", "row", "length")
+        ids, rows, cached, leaves = self._prompts.columns(entries, "id", "row", "length", "leaf")
         tokens = self._prompts.arrays.tokens[entries].astype(np.int64)
         paths = self.tree.index.paths()
         free = self.tree.max_tokens - paths.evictable - paths.protected
@@ -328,7 +331,7 @@ class WaitingQueue:
         chosen = np.empty(len(entries), np.int64)
         count, total = cpu.plan(
             *paths[:4], rows, cached, tokens, free + paths.evictable, budget, most, reserve, skip,
-            np.zeros(len(paths.parents), np.int32), chosen,
+            np.zeros(len(paths.parents), np.int32), chosen, bool(share), leaves, *self._prompts.paths(),
         )  # fmt: skip
         chosen = chosen[:count]
         return Plan(torch.from_numpy(ids[chosen]), torch.from_numpy(cached[chosen]), int(total))

@@ -29,7 +29,7 @@ class Scene:
         this.run([90, 91, 92, 93, 94], "a")
         prompts = [[*SHARED, 30, 31, 32, 33], [*SHARED, 30, 31, 32, 34], [*SHARED, 30, 31, 32, 33], [40, 41, 42]]
         requests = this.begin(prompts, [None, None, None, b"b"])
-        self.one, self.other, self.same, self.short = requests
+        self.one, self.other, self.same, self.short = self.requests = requests
         for request in requests:
             this.compute(request, request.num_tokens)
         self.cache.commit([self.one])
@@ -40,7 +40,67 @@ class Scene:
         return self.cache.begin(list(prompts), namespaces)
 
 
-ACTS: dict[str, Callable[[Scene], Any]] = {
+class SharedScene(Scene):
+    """An engine with a family of five requests: `same` and `other` borrow from `one`, `deep` from `short` from `one`.
+
+    Another request, which shares no slots with them, has committed a part of what they share.
+    """
+
+    def __init__(self, where: dict[str, str]) -> None:
+        self.engine = this = engine(where, 76, max_requests=9, max_length=80)
+        self.cache = this.cache
+        this.run([*SHARED, 20, 21, 22])
+        (rival,) = this.begin([[*SHARED, *range(30, 37)]])
+        stem = [*SHARED, 30, 31]
+        prompts = [
+            [*stem, *range(32, 38)],
+            [*stem, 32, 33, 34, 35, 60],
+            [*stem, *range(32, 38)],
+            [*stem, *range(50, 57)],
+            [*stem, *range(50, 54), 70, 71],
+        ]
+        family = this.begin(prompts, share=True)
+        assert [request.borrowed for request in family] == [0, 16, 16, 12, 16]
+        self.one, self.other, self.same, self.short, self.deep = family
+        assert [request.lender for request in family] == [None, self.one, self.one, self.one, self.short]
+        this.forward(family)
+        this.compute(rival, 17)
+        self.cache.commit([rival], 12)
+        self.requests = [*family, rival]
+        self.known = [*prompts, SHARED]
+        self.cache.counts()
+
+    def begin_shared(self, length: int, longest: int = 5) -> list[Request]:
+        """Begin prompts that have `length` new tokens in common. longest: the tokens of the second behind these."""
+        stem = [*SHARED, *[80] * length]
+        return self.cache.begin([[*stem, 1], [*stem, *[2] * longest], [*stem, 3]], share=True)
+
+
+SHARED_ACTS: dict[str, Callable[[Any], Any]] = {
+    "shared: begin": lambda s: s.begin_shared(4),
+    "shared: begin that evicts": lambda s: s.begin_shared(6),
+    "shared: begin of which some are refused": lambda s: s.begin_shared(4, longest=40),
+    "shared: extend": lambda s: s.cache.extend([s.one, s.other], [3, 4]),
+    "shared: commit of the lender": lambda s: s.cache.commit([s.one], 16),
+    "shared: commit of a borrower": lambda s: s.cache.commit([s.deep]),
+    "shared: commit of a part": lambda s: s.cache.commit([s.same, s.other], [14, 15]),
+    "shared: commit of all": lambda s: s.cache.commit([*reversed(s.requests)]),
+    "shared: commit with tokens": lambda s: s.cache.commit([s.other], tokens=[[1, 2]]),
+    "shared: finish of the lender": lambda s: s.cache.finish([s.one], 12),
+    "shared: finish of all": lambda s: s.cache.finish(s.requests),
+    "shared: abort of the lender": lambda s: s.cache.abort([s.one]),
+    "shared: abort of the lender and its heir": lambda s: s.cache.abort([s.one, s.other]),
+    "shared: abort of a borrower that lends": lambda s: s.cache.abort([s.short]),
+    "shared: counts": lambda s: s.cache.counts(),
+    "shared: reset": lambda s: s.cache.reset(),
+}
+
+
+def scene_of(name: str, where: dict[str, str]) -> Scene:
+    return (SharedScene if name in SHARED_ACTS else Scene)(where)
+
+
+ACTS: dict[str, Callable[[Any], Any]] = {
     "begin": lambda s: s.begin([*SHARED, 70]),
     "begin that evicts": lambda s: s.begin([60] * 11),
     "begin of several": lambda s: s.begin([*SHARED, 70], [71, 72], [90, 91, 92, 93, 94], namespaces=[None, "c", "a"]),
@@ -57,6 +117,7 @@ ACTS: dict[str, Callable[[Scene], Any]] = {
     "counts": lambda s: s.cache.counts(),
     "check": lambda s: s.cache.check(),
     "reset": lambda s: s.cache.reset(),
+    **SHARED_ACTS,
 }
 
 
@@ -66,8 +127,7 @@ def judge(scene: Scene, random: Random) -> None:
     for _ in range(random.choice((0, 0, 1, 2))):
         interrupt_at(random.randrange(2000), cache.counts)  # the recovery may be interrupted again
     cache.check()
-    mine = [scene.one, scene.other, scene.same, scene.short]
-    for request in mine:
+    for request in scene.requests:
         assert (request in cache.running) == (request.state == "running")
         if request.state == "running":
             this.compare(request)
@@ -85,25 +145,29 @@ def judge(scene: Scene, random: Random) -> None:
 def go_on(this: Engine, prompts: list[list[int]]) -> None:
     for prompt in prompts:
         this.run([*prompt, 99])
-    assert this.begin([list(range(200, 248))])[0].state == "running"  # takes all slots, so none was lost
+    slots = this.cache.counts().slots
+    assert this.begin([list(range(200, 200 + slots))])[0].state == "running"  # takes all slots, so none was lost
     this.cache.abort(this.cache.running)
 
 
 # One act of each operation is interrupted at every bytecode of flatradix/cache. For all acts that takes minutes.
-EACH = ("begin", "extend", "commit of what is there", "finish", "abort", "counts", "reset")
+EACH = (
+    "begin", "extend", "commit of what is there", "finish", "abort", "counts", "reset", "shared: begin",
+    "shared: commit of a borrower", "shared: finish of the lender", "shared: abort of the lender",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ACTS)
 def test_at_every_bytecode(name: str, where: dict[str, str]) -> None:
     if name not in EACH:
         skip_if_slow(where["device"])
-    apart = Scene(where).cache.tree.slot_device is not None
+    apart = scene_of(name, where).cache.tree.slot_device is not None
     every = 1 if name in EACH and not apart else 17 if apart else 7
     for folder, step in (("cache", every), ("", 61))[: 1 if interpreted(where["device"]) else 2]:
-        total = bytecodes(partial(ACTS[name], Scene(where)), folder)
+        total = bytecodes(partial(ACTS[name], scene_of(name, where)), folder)
         step = max(step, step_for(where["device"], total))
         for at in range(Random(name).randrange(step), total, step):
-            scene = Scene(where)
+            scene = scene_of(name, where)
             cut = interrupt_at(at, partial(ACTS[name], scene), folder).where
             assert cut or where["device"] == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
             judge(scene, Random(at))
@@ -113,7 +177,7 @@ def test_at_every_bytecode(name: str, where: dict[str, str]) -> None:
 def test_at_every_allocation(name: str, where: dict[str, str]) -> None:
     skip_if_slow(where["device"])
     for at in range(1000):
-        scene = Scene(where)
+        scene = scene_of(name, where)
         failed = fails_at(at, partial(ACTS[name], scene))
         judge(scene, Random(at))
         if not failed:
@@ -125,10 +189,11 @@ def test_two_interrupted_calls_in_a_row(number: int, where: dict[str, str]) -> N
     """The second call first repairs what the first left, and may be interrupted in that too."""
     skip_if_slow(where["device"])
     random = Random(number)
-    lengths = {name: bytecodes(partial(act, Scene(where))) for name, act in ACTS.items()}
+    acts = SHARED_ACTS if number % 2 else {name: act for name, act in ACTS.items() if name not in SHARED_ACTS}
+    lengths = {name: bytecodes(partial(act, scene_of(name, where))) for name, act in acts.items()}
     for _ in range(10 if where["device"] == "cuda" else 40):
-        scene = Scene(where)
-        for name in random.choices(list(ACTS), k=2):
+        scene = scene_of(next(iter(acts)), where)
+        for name in random.choices(list(acts), k=2):
             with suppress(ValueError):  # the first call may have ended the requests of the second
                 interrupt_at(random.randrange(lengths[name]), partial(ACTS[name], scene))
         judge(scene, random)

@@ -14,8 +14,8 @@ def _prompt(random_: random.Random) -> list[int]:
     return [random_.randrange(3) for _ in range(random_.randrange(1, 40))]
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "lpm", "aged"])
-def test_what_is_planned_begins(where: dict[str, str], policy: str) -> None:
+@pytest.mark.parametrize(("policy", "share"), [("fcfs", False), ("lpm", True), ("aged", True)])
+def test_what_is_planned_begins(where: dict[str, str], policy: str, share: bool) -> None:
     """Every planned prompt runs, the cache stays sound, and the queue loses exactly the prompts that began."""
     random_ = random.Random(5)
     cache = flatradix.PrefixCache(240, page_size=4, max_requests=5, max_length=64, **where)
@@ -25,12 +25,15 @@ def test_what_is_planned_begins(where: dict[str, str], policy: str) -> None:
         names = [random_.choice([None, "a"]) for _ in range(3)]
         queue.add([_prompt(random_) for _ in range(3)], namespace=names)
         before = set(queue.ids().tolist())
-        plan = queue.plan(policy, max_requests=3, free_tokens=cache.free_space()[0], whole_pages=True)
-        most = min(3, cache.free_space()[1])
-        requests, ids = queue.begin(policy, max_requests=3)
-        assert ids.tolist() == plan.ids.tolist()[:most]
+        free, rows = cache.free_space()
+        most = min(3, rows)
+        plan = queue.plan(policy, max_requests=most, free_tokens=free, whole_pages=True, share=share)
+        requests, ids = queue.begin(policy, max_requests=3, share=share)
+        assert ids.tolist() == plan.ids.tolist()
         assert [request.state for request in requests] == ["running"] * len(requests)
-        assert [request.cached_length for request in requests] == plan.cached_lengths.tolist()[:most]
+        assert [request.committed for request in requests] == plan.cached_lengths.tolist()
+        slots = sum(-(-request.num_tokens // 4) * 4 - request.cached_length for request in requests)
+        assert slots == plan.new_tokens
         assert set(queue.ids().tolist()) == before - set(ids.tolist())
         running += requests
         while running and random_.random() < 0.7:
@@ -52,6 +55,33 @@ def test_a_kept_prefix_is_there_when_its_prompt_begins(where: dict[str, str]) ->
     (request,), _ids = queue.begin()
     assert request.cached_length == 16
     assert len(queue) == 0
+
+
+def test_what_prompts_share_is_planned_and_allocated_once(where: dict[str, str]) -> None:
+    cache = flatradix.PrefixCache(24, page_size=4, max_length=64, **where)
+    queue = cache.queue()
+    stem = list(range(12))
+    queue.add([[*stem, 20], [*stem, 30], [*stem, 40]])
+    assert len(queue.plan(free_tokens=24, whole_pages=True).ids) == 1
+    requests, ids = queue.begin(share=True)
+    assert ids.tolist() == [0, 1, 2]
+    assert [request.cached_length for request in requests] == [0, 12, 12]
+    assert [request.lender for request in requests] == [None, requests[0], requests[0]]
+    assert (len(queue), cache.free_space()[0]) == (0, 0)
+    cache.check()
+
+
+def test_prompts_that_do_not_begin_though_planned_go_on_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer slots are free than the plan was told: of its prompts, those that start leave the queue."""
+    cache = flatradix.PrefixCache(20, page_size=4, max_length=64)
+    queue = cache.queue()
+    stem = list(range(12))
+    queue.add([[*stem, 20], [*stem, *range(30, 40)], [*stem, 40]])
+    monkeypatch.setattr(cache, "free_space", lambda: (1000, 10))
+    requests, ids = queue.begin(share=True)
+    assert (ids.tolist(), queue.ids().tolist()) == ([0, 2], [1])
+    assert [request.borrowed for request in requests] == [0, 12]
+    cache.check()
 
 
 def test_a_budget_and_a_limit_end_the_plan() -> None:

@@ -64,7 +64,7 @@ ACTS: dict[str, Callable[[Scene], object]] = {
     "shared": lambda scene: scene.queue.shared_lengths(),
     "order": lambda scene: scene.queue.order("k-lpm", now=1.0),
     "lpm": lambda scene: scene.queue.order("lpm"),
-    "plan": lambda scene: scene.queue.plan("aged"),
+    "plan": lambda scene: scene.queue.plan("aged", share=True),
     "evict": lambda scene: scene.tree.evict(4),
     "insert": lambda scene: scene.insert([5, 5, 5], "new"),
 }

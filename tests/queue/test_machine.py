@@ -216,6 +216,7 @@ class QueueMachine(Machine):
             "free_tokens": random.choice((None, None, 0, random.randint(0, 30) * page)),
             "skip": random.random() < 0.5,
             "reserve": random.choice((0, 0, 1, 5 * page)),
+            "share": random.random() < 0.5,
         }
         order = self.draw_order(random)
         note(f"plan {order[0]}, {options}")
@@ -378,7 +379,7 @@ class QueueMachine(Machine):
         self.steps += 1
         if not self.steps_away:
             policy = TIMELESS[self.steps % len(TIMELESS)]
-            self.compare_plans((policy, policy), {"skip": self.steps % 2 == 0})
+            self.compare_plans((policy, policy), {"skip": self.steps % 2 == 0, "share": self.steps % 3 == 0})
 
     @invariant()
     def wants_agree(self) -> None:

@@ -608,6 +608,27 @@ def test_limits_of_a_plan(device: str) -> None:
     assert plan(queue, order=torch.tensor([], dtype=torch.int64)) == ([], [], 0)
 
 
+def test_a_plan_counts_what_its_requests_share_once(device: str) -> None:
+    queue = WaitingQueue(tree_with(device, [1, 1], page_size=2))
+    queue.add([[1, 1, 2, 2, 3], [1, 1, 2, 2, 3, 3, 4], [1, 1, 2, 2, 3, 3, 5], [1, 1, 2, 9]])
+    assert plan(queue) == ([0, 1, 2, 3], [2, 2, 2, 2], 3 + 5 + 5 + 2)
+    assert plan(queue, share=True) == ([0, 1, 2, 3], [2, 2, 2, 2], 3 + 3 + 1 + 2)
+    assert plan(queue, share=True, order=[2, 1, 0]) == ([2, 1, 0], [2, 2, 2], 5 + 1 + 1)
+    assert plan(queue, share=True, reserve=1) == ([0, 1, 2, 3], [2, 2, 2, 2], 4 + 4 + 2 + 3)
+    queue.remove(0)
+    assert plan(queue, share=True) == ([1, 2, 3], [2, 2, 2], 5 + 1 + 2)
+    queue.shared_lengths()  # merges edges of the prompt tree
+    assert plan(queue, share=True) == ([1, 2, 3], [2, 2, 2], 5 + 1 + 2)
+
+
+def test_a_prompt_that_is_not_admitted_shares_nothing(device: str) -> None:
+    queue = WaitingQueue(tree_with(device, [1, 1], page_size=2))
+    queue.add([[7] * 9, [7] * 5, [7] * 7, [7] * 5], namespace=["a", "a", "a", "b"])
+    assert plan(queue, share=True, skip=True, token_budget=8) == ([1, 2], [0, 0], 5 + 3)
+    assert plan(queue, share=True, token_budget=12) == ([0, 1, 2], [0, 0, 0], 9 + 1 + 1)
+    assert plan(queue, share=True) == ([0, 1, 2, 3], [0] * 4, 9 + 1 + 1 + 5)
+
+
 def plan(queue: WaitingQueue, order: Any = "fcfs", **options: Any) -> tuple[list[int], list[int], int]:
     before = queue.tree.digest()
     found = queue.plan(order, **options)

@@ -22,27 +22,58 @@ def fingerprints(tokens: Sequence[int], namespace: Any) -> list[int]:
     return found
 
 
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at the start."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 class Engine:
-    """An engine's KV memory, and how many tokens of each request have their KV there."""
+    """An engine's KV memory, and how many tokens of each request have their KV there.
+
+    Requests that began together with `share` are computed in one forward pass, before anything else of them is.
+    """
 
     def __init__(self, cache: PrefixCache) -> None:
         self.cache = cache
         self.kv = np.zeros(cache.counts().slots, dtype=np.int64)
         self.computed: dict[Request, int] = {}
+        self.together: dict[Request, list[Request]] = {}  # those that wait for their forward pass
 
-    def begin(self, prompts: list[list[int]], namespaces: Any = None, priority: Any = 0) -> list[Request]:
-        requests = self.cache.begin(prompts, namespaces, priority)
-        for request in requests:
-            if request.state == "running":
-                self.computed[request] = request.cached_length
-                self.compare(request)
+    def begin(
+        self, prompts: list[list[int]], namespaces: Any = None, priority: Any = 0, share: bool = False
+    ) -> list[Request]:
+        requests = self.cache.begin(prompts, namespaces, priority, share=share)
+        running = [request for request in requests if request.state == "running"]
+        for request in running:
+            self.kv[request.slots.cpu().numpy()[request.committed :]] = 0  # whatever KV was there, it is of no use
+            self.computed[request] = request.committed
+            self.compare(request)
+            if share:
+                self.together[request] = running
         return requests
+
+    def forward(self, requests: list[Request]) -> None:
+        """Compute in one pass what `cached_length` leaves to compute: all KV is written before any is read."""
+        running = [request for request in requests if request.state == "running"]
+        for request in running:
+            self.together.pop(request, None)
+            self.write(request, request.cached_length, request.length)
+            self.computed[request] = min(request.num_tokens, request.length)
+        for request in running:
+            self.compare(request)
+
+    def write(self, request: Request, begin: int, end: int) -> None:
+        kv = fingerprints(request.tokens, request.namespace)[begin:end]
+        self.kv[request.slots.cpu().numpy()[begin : begin + len(kv)]] = kv
 
     def compute(self, request: Request, up_to: int) -> None:
         """Compute the KV of a request's tokens before `up_to`, which must be known and have slots."""
+        if request in self.together:
+            self.forward(self.together[request])
         begin = self.computed[request]
-        self.kv[request.slots.cpu().numpy()[begin:up_to]] = fingerprints(request.tokens, request.namespace)[begin:up_to]
-        self.computed[request] = max(begin, up_to)
+        if up_to > begin:
+            self.write(request, begin, up_to)
+            self.computed[request] = up_to
 
     def compare(self, request: Request) -> None:
         """Assert that the slots of a request hold the KV of its own tokens."""

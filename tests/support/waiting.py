@@ -98,10 +98,15 @@ class WaitingOracle:
         return self.place_of(prompt).length
 
     def shared(self, prompt: Prompt) -> int:
-        older = [one for one in self.prompts if one.id < prompt.id and one.namespace == prompt.namespace]
-        units = self.tree.units_of(self.key_of(prompt))
-        longest = max([self.tree.common(units, self.tree.units_of(self.key_of(one))) for one in older], default=0)
+        longest = max([self.common(prompt, one) for one in self.prompts if one.id < prompt.id], default=0)
         return max(0, longest - self.cached(prompt))
+
+    def common(self, prompt: Prompt, other: Prompt) -> int:
+        """Return how much two prompts share, in whole pages."""
+        if prompt.namespace != other.namespace:
+            return 0
+        units, others = (self.tree.units_of(self.key_of(one)) for one in (prompt, other))
+        return self.tree.common(units, others)
 
     def cached_lengths(self) -> list[int]:
         return [self.cached(prompt) for prompt in self.prompts]
@@ -209,6 +214,7 @@ class WaitingOracle:
         free_tokens: int | None = None,
         skip: bool = False,
         reserve: int = 0,
+        share: bool = False,
     ) -> Plan:
         """Admit the prompts one after the other on a copy of the tree, and count."""
         tree = deepcopy(self.tree)
@@ -219,7 +225,8 @@ class WaitingOracle:
         for id in self.order_of(order) if isinstance(order, str) else order:
             prompt = self.prompt_of(id)
             (place,) = tree.match([self.key_of(prompt)], [prompt.namespace], lock=True)
-            needed = len(prompt.tokens) - place.length + reserve
+            known = max([place.length, *(self.common(prompt, self.prompt_of(one)) for one in admitted if share)])
+            needed = len(prompt.tokens) - known + reserve
             over = token_budget is not None and total + needed > token_budget
             many = max_requests is not None and len(admitted) >= max_requests
             if over or many or free + tree.evictable_tokens < total + needed:
