@@ -406,10 +406,10 @@ class DeviceIndex(Index):
         """A number that is different after each call that enqueued work; None if the host cannot tell."""
         return self._calls.last
 
-    def follow(self, prompts: PromptAddresses) -> None:
-        """Match the prompts of a waiting queue from their places, which are replaced. Enqueues one launch."""
+    def follow(self, prompts: PromptAddresses, entries: int) -> None:
+        """Match the first `entries` prompts of a waiting queue from their places, which are replaced. One launch."""
         call = self._calls.next()
-        gpu.follow(self._arrays, prompts, call)
+        gpu.follow(self._arrays, prompts, entries, call)
         self._calls.enqueued(call, False)
 
     def wait(self) -> None:

@@ -42,7 +42,7 @@ class PlaceAddresses(NamedTuple):
 
 
 class PromptAddresses(NamedTuple):
-    """Addresses of the waiting prompts of a queue on a device, for `entries` entries: what `follow` takes.
+    """Addresses of the waiting prompts of a queue on a device, for `capacity` entries: what `follow` takes.
 
     pool: int32 tokens. begins, units, names: int64, int32 and int64 [B]: where each prompt begins in the pool, the
     units in its whole pages, the code of its namespace. handles, lengths: int64 and int32 [2, B]: the place at which
@@ -58,7 +58,7 @@ class PromptAddresses(NamedTuple):
     lengths: int
     rows: int
     told: int
-    entries: int
+    capacity: int
 
 
 class Wants(NamedTuple):

@@ -133,9 +133,9 @@ class DeviceWatch(Watch):
             self._read_codes()
             self._read_at = None
         arrays = self.prompts.arrays
-        if arrays.counts[waiting.TODO] or len(arrays.id) != self._addresses.entries:
+        if arrays.counts[waiting.TODO] or len(arrays.id) != self._addresses.capacity:
             self._upload()
-        self._index.follow(self._addresses)
+        self._index.follow(self._addresses, int(arrays.counts[waiting.ENTRIES]))
 
     def look(self) -> None:
         self._index.settle()
@@ -146,7 +146,8 @@ class DeviceWatch(Watch):
         self._follow()
         call = self._index.last_call
         self._index.wait()
-        arrays.length[:], arrays.row[:] = self._entries.told.numpy()
+        used = int(arrays.counts[waiting.ENTRIES])
+        arrays.length[:used], arrays.row[:used] = self._entries.told[:, :used].numpy()
         self._read_at = call
 
     def wanted(self) -> Wants:

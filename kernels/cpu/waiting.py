@@ -30,6 +30,7 @@ def take_entry(q):
 def free_entry(q, entry):
     q.counts[waiting.LIVE] -= 1
     q.id[entry] = GONE_ID
+    q.priority[entry] = 0
     q.free[q.counts[waiting.FREE]] = entry
     q.counts[waiting.FREE] += 1
 
@@ -205,14 +206,20 @@ def entries_in_order(table, entries):
 
 @helper
 def _longest_and_equal(q, count):
-    """Return (a bound of the cached lengths, whether the priorities of the `count` waiting prompts are equal)."""
+    """Return (a bound of the cached lengths, whether the priorities of the `count` waiting prompts are equal).
+
+    Goes through all entries, without a branch, several at a time: those that have left have priority 0.
+    """
     longest = np.int32(0)
-    for entry in range(1, q.counts[waiting.ENTRIES]):  # without a branch, so eight entries at a time
-        longest = max(longest, q.length[entry])
-    first = q.priority[q.by_age[0]]
     differing = np.int64(0)
-    for at in range(count):
-        differing |= q.priority[q.by_age[at]] ^ first
+    first = q.priority[q.by_age[0]]
+    for entry in range(1, q.counts[waiting.ENTRIES]):
+        longest = max(longest, q.length[entry])
+        differing |= q.priority[entry] ^ first
+    if differing != 0 and first != 0:
+        differing = np.int64(0)
+        for at in range(count):
+            differing |= q.priority[q.by_age[at]] ^ first
     return np.int64(longest), differing == 0
 
 

@@ -14,7 +14,7 @@ def _prompt(random_: random.Random) -> list[int]:
     return [random_.randrange(3) for _ in range(random_.randrange(1, 40))]
 
 
-@pytest.mark.parametrize(("policy", "share"), [("fcfs", False), ("lpm", True), ("aged", False), ("k-lpm", True)])
+@pytest.mark.parametrize(("policy", "share"), [("fcfs", False), ("lpm", True), ("aged", True)])
 def test_what_is_planned_begins(where: dict[str, str], policy: str, share: bool) -> None:
     """Every planned prompt runs, the cache stays sound, and the queue loses exactly the prompts that began."""
     random_ = random.Random(5)
