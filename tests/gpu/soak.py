@@ -107,9 +107,14 @@ class Round:
         policy = shallow if c.policy == "shallow" else c.policy
         self.host, self.tree = (
             RadixTree(
-                pages * c.page_size, c.page_size, where, policy, bigram=c.bigram, slot_dtype=c.slot_dtype,
+                pages * c.page_size,
+                c.page_size,
+                where,
+                policy,
+                bigram=c.bigram,
+                slot_dtype=c.slot_dtype,
                 evict_by=c.evict_by,
-            )  # fmt: skip
+            )
             for where in ("cpu", device)
         )
         self.device = device
