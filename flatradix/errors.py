@@ -15,7 +15,10 @@ class QueryError(ValueError):
 
 
 class StaleHandleError(QueryError):
-    """A handle names a node that has been evicted, or a node of another tree. `query` is the index of its query."""
+    """A place has been evicted, with its whole node or with its last pages, or its handle is of another tree.
+
+    `query` is the index of its query.
+    """
 
 
 class CapacityError(RuntimeError):

@@ -204,7 +204,7 @@ class EvictResult(NamedTuple):
 
     slots: [K] of the tree's slot_dtype on the slot device, node by node in the order of eviction, and inside a node in
         the order of its tokens. The slots of an earlier, interrupted eviction come first.
-    num_tokens: K. num_nodes: nodes that this eviction freed, without those of an interrupted one.
+    num_tokens: K. num_nodes: whole nodes that this eviction freed, without those of an interrupted one.
     """
 
     slots: torch.Tensor

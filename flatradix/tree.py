@@ -46,6 +46,8 @@ class RadixTree:
         An insert still takes one slot a token and ignores the last slot.
     slot_dtype: the dtype of stored and returned slots. torch.int32 holds slots up to 2**31 - 1 in 4 bytes each,
         torch.int64 holds any slot in 8 bytes.
+    evict_by: "node" or "page": what an eviction frees of its last node. By node it is the whole node, as in SGLang. By
+        page it is only as many pages from the end of the node as are still needed, which keeps more in a tight pool.
     check_slots: whether an insert checks slots that lie on a slot device. The check waits for that device. With False,
         an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
         are always checked.
@@ -79,13 +81,15 @@ class RadixTree:
         bigram: bool = False,
         slot_dtype: torch.dtype = torch.int32,
         check_slots: bool = True,
+        evict_by: str = "node",
     ) -> None:
-        options = read_options(max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots)
+        options = read_options(max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by)
         self._index = backend.open_index(options, device)
         self.max_tokens = options.max_tokens
         self.page_size = options.page_size
         self.policy = options.policy
         self.bigram = options.bigram
+        self.evict_by = options.evict_by
         self.slot_dtype = options.slot_dtype
         self.slot_device = options.slot_device
         self.device = self._index.device
@@ -215,8 +219,11 @@ class RadixTree:
         policy, only when nothing else is left.
 
         places: as for `lock`. Edges are split at places, and handles renewed, in the same way. A want ends with
-        `unwant`, or when its node is evicted; the nodes above then lose it too. It is not saved, and does not count in
-        the digest. O(nodes on the paths). Raises QueryError, StaleHandleError. Then nothing is wanted.
+        `unwant`, or when its place is evicted; the nodes above then lose it too. With `evict_by="page"` a place is also
+        evicted where its node loses its last pages: what is left of the node is then not wanted any more. A want is not
+        saved, and does not count in the digest.
+
+        O(nodes on the paths). Raises QueryError, StaleHandleError. Then nothing is wanted.
         """
         self._index.want(places)
 
@@ -254,6 +261,10 @@ class RadixTree:
     def evict(self, num_tokens: int) -> EvictResult:
         """Free whole nodes, in the order of the policy, until `num_tokens` tokens are freed or the rest is locked.
 
+        With `evict_by="page"` the last of these nodes loses only as many pages from its end as are still needed, if it
+        has more. It stays a node with its tick, priority and hit count, and its handle stays good. Places beyond its
+        new end are stale.
+
         Nodes that are wanted go last: first those that a `WaitingQueue` with `keep=True` wants, then those of `want`.
 
         Only nodes without children and locks are freed; a parent can follow once its last child is freed. No more nodes
@@ -263,7 +274,7 @@ class RadixTree:
         rows, and two sorts of all rows with policies other than lru; the call waits for the device.
 
         Raises ValueError for a negative number. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
-        the returned slots, which can exceed `num_tokens` by the longest node. Then nothing has changed.
+        the returned slots, which can exceed `num_tokens` by the longest node, or by a page. Then nothing has changed.
         """
         return self._index.evict(num_tokens)
 
@@ -348,7 +359,7 @@ class RadixTree:
             return self
         copy = RadixTree(
             self.max_tokens, self.page_size, target, self.policy, self.slot_device, bigram=self.bigram,
-            slot_dtype=self.slot_dtype, check_slots=self._index.options.check_slots,
+            slot_dtype=self.slot_dtype, check_slots=self._index.options.check_slots, evict_by=self.evict_by,
         )  # fmt: skip
         copy._index.restore(saved_of(self._compacted()))
         return copy

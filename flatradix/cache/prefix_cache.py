@@ -73,6 +73,7 @@ class PrefixCache:
     kv_device: the device of the KV cache, and so of the free list and the table.
     device: the device of the index. "cpu", the default, serves a KV cache on a GPU without waiting for the GPU.
     policy: what is evicted first, as for RadixTree.
+    evict_by: "page" or "node", as for RadixTree. By page, no more pages are evicted than are needed.
 
     table: int32 [max_requests, max_length in whole pages] on kv_device. Each running request has its slots in its own
         row, as paged attention takes them.
@@ -98,6 +99,7 @@ class PrefixCache:
         kv_device: str | torch.device = "cpu",
         device: str | torch.device = "cpu",
         policy: str | Policy = "lru",
+        evict_by: str = "page",
     ) -> None:
         for name, value in (("page_size", page_size), ("max_requests", max_requests), ("max_length", max_length)):
             if value < 1:
@@ -109,7 +111,8 @@ class PrefixCache:
         kv = torch.empty(0, device=kv_device).device  # with its index
         index = devices.preferred(device)
         slots = num_slots // page_size * page_size
-        self.tree = RadixTree(slots, page_size, index, policy, _slot_device(index, kv), check_slots=False)
+        where = _slot_device(index, kv)
+        self.tree = RadixTree(slots, page_size, index, policy, where, check_slots=False, evict_by=evict_by)
         # Whether results of the tree are known only after a wait for its device.
         self._waits = index.type != "cpu"
         with torch.inference_mode(False):  # else the tensors would be inference tensors forever

@@ -67,6 +67,7 @@ class DeviceIndex(Index):
                 f"max_tokens {options.max_tokens} is too large for a tree on a GPU: at most 8.5e8 tokens"
             )
         state = allocate_device(options.max_tokens, options.page_size, options.bigram, generation, device)
+        state.numbers[numbers.BY_PAGE] = self._by_page = options.evict_by == "page"
         self._pool = torch.zeros(2 * units, dtype=options.slot_dtype, device=device)
         self._calls = Calls(options, device)
         self.mailbox = self._calls.mailbox
@@ -544,7 +545,7 @@ class DeviceIndex(Index):
         known = 0 if before is None else len(before)
         keeper = None if self._keeper is None else self._keeper()
         wants = None if keeper is None else keeper.wanted()
-        tokens, nodes = self._select(max(wanted - known, 0), wants)
+        tokens, nodes, kept = self._select(max(wanted - known, 0), wants)
         # Allocate all memory before the tree changes: a later failure would lose slots.
         slots = torch.empty(known + tokens, dtype=self.options.slot_dtype, device=self.device)
         where = self.options.slot_device
@@ -556,21 +557,25 @@ class DeviceIndex(Index):
         if nodes:
             if self._pinned:
                 gpu.end_wants(self._arrays, nodes)
-            gpu.free(self._arrays, nodes, tokens, slots.data_ptr() + known * slots.itemsize, call)
+            gpu.free(self._arrays, nodes, tokens, slots.data_ptr() + known * slots.itemsize, call, kept)
             self._calls.enqueued(call)
             if len(self._names.known) > 1:
                 self._forget_namespaces(self.mailbox.wait(mail.RELEASED, call))
-        result = EvictResult(slots if returned is None else returned.copy_(slots), known + tokens, nodes)
+        freed = slots if returned is None else returned.copy_(slots)
+        result = EvictResult(freed, known + tokens, nodes - (kept > 0))
         self.last_result = result
         self._unreturned = None
         self._changes += 1
         self._open = None
         return result
 
-    def _select(self, wanted: int, wants: Wants | None) -> tuple[int, int]:
-        """Find the nodes to evict. Return their tokens and their number. wants: what waiting prompts want."""
+    def _select(self, wanted: int, wants: Wants | None) -> tuple[int, int, int]:
+        """Find the nodes to evict. Return the tokens to free, the number of nodes, and what the last node keeps.
+
+        wants: what waiting prompts want.
+        """
         if wanted == 0:
-            return 0, 0
+            return 0, 0, 0
         by_tick = self._by_tick
         if not by_tick:
             gpu.effective_keys(self._arrays, self._scores(), self._pinned)
@@ -583,7 +588,9 @@ class DeviceIndex(Index):
         if nodes & mail.UNORDERED:
             nodes &= ~mail.UNORDERED
             gpu.order_victims(self._arrays, nodes, by_tick)
-        return tokens, nodes
+        page = self.options.page_size
+        kept = max(tokens - -(-wanted // page) * page, 0) if self._by_page else 0
+        return tokens - kept, nodes, kept
 
     def _forget_namespaces(self, count: int) -> None:
         if count:

@@ -58,6 +58,7 @@ class HostIndex(Index):
         state = allocate_host(options.max_tokens, options.page_size, options.bigram, generation)
         state.numbers[numbers.POLICY] = options.order.code
         state.numbers[numbers.PROTECTED_THRESHOLD] = options.order.protected_threshold
+        state.numbers[numbers.BY_PAGE] = self._by_page = options.evict_by == "page"
         self._state = state
         self._table = cpu.address_table(state)
         self._addresses = address_of(self._table)
@@ -533,12 +534,12 @@ class HostIndex(Index):
         kept = 0 if keeper is None else keeper.wanted_table()
         pool, room = self._slots, self._allocate_eviction(before, wanted)
         self._eviction = room
-        tokens, nodes = cpu.evict.call(
+        tokens, nodes, ranges = cpu.evict.call(
             self._addresses, call, wanted, scores, kept, pool.pool, pool.wide, room.starts, room.lengths, room.target
         )
         if self._numbers[_RELEASED]:
             self._forget_namespaces()
-        result = EvictResult(room.slots(tokens, nodes), known + tokens, nodes)
+        result = EvictResult(room.slots(tokens, ranges), known + tokens, nodes)
         self.last_result = result
         self._unreturned = None
         self._open = 0
@@ -548,15 +549,16 @@ class HostIndex(Index):
     def _allocate_eviction(self, before: torch.Tensor | None, wanted: int) -> EvictionMemory:
         """Allocate memory for `before` and for the slots of an eviction.
 
-        The eviction frees fewer tokens than `wanted` plus the longest edge.
+        The eviction frees fewer tokens than `wanted` plus the longest edge, and by pages than `wanted` plus a page.
         """
-        most, most_nodes = self._numbers[_EVICTABLE], self._numbers[_NODES]
+        most, most_ranges, page = self._numbers[_EVICTABLE], self._numbers[_NODES], self.options.page_size
+        beyond = page if self._by_page else self._numbers[_LONGEST]
         if wanted == 0:
-            most = most_nodes = 0
-        elif wanted + self._numbers[_LONGEST] < most:
-            most = wanted + self._numbers[_LONGEST]
-            most_nodes = min(most_nodes, -(-wanted // self.options.page_size))
-        return self._slots.allocate_eviction(before, most, most_nodes)
+            most = most_ranges = 0
+        elif wanted + beyond < most:
+            most = wanted + beyond
+            most_ranges = min(most_ranges, -(-wanted // page))
+        return self._slots.allocate_eviction(before, most, most_ranges)
 
     def _scores(self, score: Score) -> np.ndarray:
         rows = self._numbers[_ROWS]

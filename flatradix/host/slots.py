@@ -37,8 +37,8 @@ class EvictionMemory(ABC):
     target: int = 0
 
     @abstractmethod
-    def slots(self, tokens: int, nodes: int) -> torch.Tensor:
-        """Return the slots of `before`, then those of the `nodes` nodes that the kernel freed, [before + tokens]."""
+    def slots(self, tokens: int, ranges: int) -> torch.Tensor:
+        """Return the slots of `before`, then those of the pool ranges that the kernel freed, [before + tokens]."""
 
 
 class SlotPool(ABC):
@@ -87,8 +87,8 @@ class SlotPool(ABC):
         """Write the slots of checked places to rows of an engine's table; return 0, or the reason."""
 
     @abstractmethod
-    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_nodes: int) -> EvictionMemory:
-        """Allocate memory for `before`, which is copied there, and then for `most` slots of `most_nodes` nodes."""
+    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_ranges: int) -> EvictionMemory:
+        """Allocate memory for `before`, which is copied there, and then for `most` slots of `most_ranges` ranges."""
 
     @abstractmethod
     def compact(self, call: int, nodes: int) -> None:
@@ -109,7 +109,7 @@ class HostEvictionMemory(EvictionMemory):
             out[: self._before] = before.numpy()
             self.target = address + before.nbytes
 
-    def slots(self, tokens: int, nodes: int) -> torch.Tensor:
+    def slots(self, tokens: int, ranges: int) -> torch.Tensor:
         return torch.from_numpy(self._out[: self._before + tokens])
 
 
@@ -156,7 +156,7 @@ class HostSlots(SlotPool):
     def write_rows(self, handles: np.ndarray, lengths: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> int:
         return 0
 
-    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_nodes: int) -> EvictionMemory:
+    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_ranges: int) -> EvictionMemory:
         out, address = self._outputs.take(most if before is None else most + len(before))
         return HostEvictionMemory(out, address, before)
 

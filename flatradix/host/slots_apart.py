@@ -48,19 +48,19 @@ class ApartBatch(NamedTuple):
 
 
 class ApartEvictionMemory(EvictionMemory):
-    def __init__(self, pool: SlotsApart, before: torch.Tensor | None, most: int, most_nodes: int) -> None:
-        self.starts, self.lengths = np.empty((2, most_nodes), np.int32)
+    def __init__(self, pool: SlotsApart, before: torch.Tensor | None, most: int, most_ranges: int) -> None:
+        self.starts, self.lengths = np.empty((2, most_ranges), np.int32)
         self._slots = pool
         self._before = 0 if before is None else len(before)
         self._out = torch.empty(self._before + most, dtype=pool.values.dtype, device=pool.device)
-        self._ranges = pool.range_list(most_nodes) if most_nodes > 1 else None
+        self._ranges = pool.range_list(most_ranges) if most_ranges > 1 else None
         if before is not None:
             self._out[: self._before] = before
 
-    def slots(self, tokens: int, nodes: int) -> torch.Tensor:
+    def slots(self, tokens: int, ranges: int) -> torch.Tensor:
         out = self._out[: self._before + tokens]
         self._slots.gather_into(
-            out[self._before :], Ranges(self.starts[:nodes], self.lengths[:nodes], tokens), self._ranges
+            out[self._before :], Ranges(self.starts[:ranges], self.lengths[:ranges], tokens), self._ranges
         )
         return out
 
@@ -275,9 +275,9 @@ class SlotsApart(SlotPool):
 
     # EvictionMemory and compaction
 
-    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_nodes: int) -> EvictionMemory:
+    def allocate_eviction(self, before: torch.Tensor | None, most: int, most_ranges: int) -> EvictionMemory:
         self._refuse_capture()
-        return ApartEvictionMemory(self, before, most, most_nodes)
+        return ApartEvictionMemory(self, before, most, most_ranges)
 
     def compact(self, call: int, nodes: int) -> None:
         sources, targets, lengths = np.empty((3, nodes), np.int32)

@@ -12,6 +12,8 @@ from flatradix.inputs.policy import Order, Policy, order_of
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.state import pool_units, row_capacity
 
+EVICT_BY = ("node", "page")
+
 
 class Options(NamedTuple):
     """The arguments of `RadixTree`, explained in its docstring. order: how `policy` orders nodes."""
@@ -23,6 +25,7 @@ class Options(NamedTuple):
     bigram: bool
     slot_dtype: torch.dtype
     check_slots: bool
+    evict_by: str
     order: Order
 
 
@@ -34,6 +37,7 @@ def read_options(
     bigram: bool,
     slot_dtype: torch.dtype,
     check_slots: bool,
+    evict_by: str,
 ) -> Options:
     """Check the arguments of a tree.
 
@@ -42,6 +46,8 @@ def read_options(
     _check_sizes(max_tokens, page_size)
     if slot_dtype not in (torch.int32, torch.int64):
         raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
+    if evict_by not in EVICT_BY:
+        raise ValueError(f'evict_by must be "node" or "page", not {evict_by!r}')
     return Options(
         int(max_tokens),
         int(page_size),
@@ -50,6 +56,7 @@ def read_options(
         bool(bigram),
         slot_dtype,
         bool(check_slots),
+        evict_by,
         order_of(policy),
     )
 

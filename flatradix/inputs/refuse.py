@@ -8,7 +8,8 @@ from flatradix.errors import CapacityError, QueryError, StaleHandleError
 from flatradix.layout import reasons
 
 _MESSAGES = {
-    reasons.STALE: "its handle names a node that was evicted, or a node of another tree; match the key again",
+    reasons.STALE: "its handle names a node that was evicted, or a part of one that was, or a node of another tree; "
+    "match the key again",
     reasons.NOT_THERE: "length {value} is no page boundary on the path of its handle; pass both as they came",
     reasons.NOT_LOCKED: "no lock ends at its length {value}: unlock once for each lock, with the object that was "
     "locked",

@@ -31,6 +31,7 @@ def write(path: File, content: Content) -> None:
             "policy": _written_policy(options.policy),
             "bigram": options.bigram,
             "slot_dtype": str(options.slot_dtype),
+            "evict_by": options.evict_by,
         },
         "names": [(code, *_written_name(name)) for code, name in content.names],
     }

@@ -44,17 +44,20 @@ CALL_BEFORE = 25  # the call that changed the tree before LAST_CALL
 LAST_OPERATION = 26
 LAST_HANDLE = 27
 LAST_LENGTH = 28  # of an eviction: its tokens
-LAST_PREFIX = 29  # of an eviction: its nodes
+LAST_PREFIX = 29  # of an eviction: the pool ranges of its slots
 LONGEST = 30
 EVENTS = 31  # how many events were ever written to `TreeState.events`
 
-SIZE = 32
+BY_PAGE = 32  # set when a tree is made: 1 if an eviction frees only the last pages of its last node
+
+SIZE = 33
 
 # Kinds of events, which waiting queues read. An event is two words: (kind << 32 | row), and what is said here.
 LEAF = 1  # a new leaf below `row`, a row or ~namespace: the tag of its first page
 CUT = 2  # an edge was cut at a path length: (row of the upper part << 32 | that length); `row` is the lower part
 FREED = 3  # a node went: (its parent, a row or ~namespace << 32 | path length at which its edge began)
 ALL_FREED = 4  # a reset
+SHORTENED = 5  # the last pages of a node without children went: the path length at which `row` ends now
 EVENT_RING = 1 << 15  # events that are kept
 
 # Values of LAST_OPERATION.

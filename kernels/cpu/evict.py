@@ -1,7 +1,7 @@
 """Evict: free childless, unlocked nodes until enough tokens are free.
 
 First nodes that nobody wants, in the order of the policy. Then what a waiting queue wants, from the last prompt in its
-order on. Last what soft pins want, in the order of the policy.
+order on. Last what soft pins want, in the order of the policy. By pages, the last victim loses only its last pages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from flatradix.kernels.cpu.calls import note_change
 from flatradix.kernels.cpu.jit import fixed_types, helper, open_state, open_waiting
 from flatradix.kernels.cpu.queue import clear, drop, first_at, offer, push, run_at, score_of
-from flatradix.kernels.cpu.rows import free_row
+from flatradix.kernels.cpu.rows import free_row, shorten_row
 from flatradix.kernels.cpu.units import copy_slots
 from flatradix.kernels.cpu.waiting import mark_dirty
 from flatradix.kernels.cpu.wants import end_wants
@@ -89,23 +89,49 @@ def _take_first(s, at, scores, spare):
 
 
 @helper
-def _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots):
-    """Copy the slots of the `nodes` rows freed last to `slots`. If `pool` is 0, fill their pool ranges instead."""
+def _cut(s, row, missing):
+    """By pages, free the last pages of the last victim, if `missing` tokens need less than all of it.
+
+    Return the tokens of these pages, or 0. What is left of the victim is a candidate again.
+    """
+    page = s.numbers[numbers.PAGE]
+    if s.numbers[numbers.BY_PAGE] == 0 or missing > s.length[row] - page:
+        return np.int64(0)
+    units = (missing + page - 1) // page * page
+    shorten_row(s, row, units)
+    offer(s, row)
+    return units
+
+
+@helper
+def _gather_victims(s, tokens, nodes, shortened, pool, pool_wide, starts, lengths, slots):
+    """Copy the slots of the `nodes` rows freed last to `slots`, and then those behind the end of the row `shortened`.
+
+    tokens: how many slots that are in all. If `pool` is 0, fill their pool ranges instead. Returns how many ranges.
+    """
     step = 8 if pool_wide else 4
     first = s.numbers[numbers.FREE_ROWS] - nodes
-    for at in range(nodes):
-        row = s.free_rows[first + at]
+    ranges = nodes + (shortened > 0)
+    for at in range(ranges):
+        row = s.free_rows[first + at] if at < nodes else shortened
         start, count = np.int64(s.start[row]), np.int64(s.length[row])
+        if at == nodes:
+            start, count = start + count, tokens
         if pool == 0:
             starts[at], lengths[at] = start, count
         else:
             copy_slots(pool + step * start, slots, pool_wide, count)
             slots += step * count
+        tokens -= count
+    return ranges
 
 
 @helper
 def _evict_in_order(s, scores, spare, missing):
-    """Free the queue's rows until `missing` tokens are free; return (tokens, nodes). spare: not what is wanted."""
+    """Free the queue's rows until `missing` tokens are free; return (tokens, nodes, row that was shortened, or 0).
+
+    spare: not what is wanted.
+    """
     tokens = np.int64(0)
     nodes = np.int64(0)
     while tokens < missing:
@@ -116,12 +142,15 @@ def _evict_in_order(s, scores, spare, missing):
         if row > 0:
             if s.wanted[row] > 0:
                 end_wants(s, row)
+            tail = _cut(s, row, missing - tokens)
+            if tail > 0:
+                return tokens + tail, nodes, row
             above = _free(s, row)
             if above > 0 and s.queued[above] == 0 and not (spare and s.wanted[above] > 0):
                 push(s, above, _score(s, scores, above))
             tokens += s.length[row]
             nodes += 1
-    return tokens, nodes
+    return tokens, nodes, np.int64(0)
 
 
 @helper
@@ -148,18 +177,23 @@ def _evict_of_waiting(s, q, missing):
             row = _give_up(s, q, entry)
             free = s.children[row] == 0 and s.lock_ref[row] == 0
             while free and row > 0 and s.wanted[row] == 0 and tokens < missing:
+                tail = _cut(s, row, missing - tokens)
+                if tail > 0:
+                    return tokens + tail, nodes, row
                 tokens += s.length[row]
                 nodes += 1
                 row = _free(s, row)
             if free and row > 0 and s.wanted[row] == 0:
                 offer(s, row)
         entry = np.int64(q.before[entry])
-    return tokens, nodes
+    return tokens, nodes, np.int64(0)
 
 
 @fixed_types("(int64, int64, int64, int64[::1], int64, int64, boolean, int32[::1], int32[::1], int64)")
 def evict(addresses, call, missing, scores, keeper, pool, pool_wide, starts, lengths, slots):
-    """Free nodes until `missing` tokens are free or no candidate is left; return (tokens, nodes).
+    """Free nodes until `missing` tokens are free or no candidate is left; return (tokens, nodes, pool ranges).
+
+    By pages, the last node may lose only its last pages; it does not count as a node then.
 
     keeper: address of the table of the waiting queue that keeps what it wants, and has just looked; 0 if there is none.
     scores: int64 [rows], or [0] if the policy needs no scores or nothing is wanted. The freed slots are copied, in
@@ -171,17 +205,17 @@ def evict(addresses, call, missing, scores, keeper, pool, pool_wide, starts, len
     by_scores = missing > 0 and s.numbers[numbers.POLICY] == numbers.SCORES
     if by_scores:
         _fill_queue(s, scores, False)
-    tokens, nodes = _evict_in_order(s, scores, True, missing)
+    tokens, nodes, shortened = _evict_in_order(s, scores, True, missing)
     if tokens < missing and keeper != 0:
-        more_tokens, more_nodes = _evict_of_waiting(s, open_waiting(keeper), missing - tokens)
+        more_tokens, more_nodes, shortened = _evict_of_waiting(s, open_waiting(keeper), missing - tokens)
         tokens, nodes = tokens + more_tokens, nodes + more_nodes
     if tokens < missing and tokens < s.numbers[numbers.EVICTABLE]:
         _fill_queue(s, scores, True)
-        more_tokens, more_nodes = _evict_in_order(s, scores, False, missing - tokens)
+        more_tokens, more_nodes, shortened = _evict_in_order(s, scores, False, missing - tokens)
         tokens, nodes = tokens + more_tokens, nodes + more_nodes
     s.numbers[numbers.EVICTABLE] -= tokens
     if by_scores:
         _empty_queue(s)
-    _gather_victims(s, nodes, pool, pool_wide, starts, lengths, slots)
-    note_change(s, call, numbers.EVICTED, 0, tokens, nodes)
-    return tokens, nodes
+    ranges = _gather_victims(s, tokens, nodes, shortened, pool, pool_wide, starts, lengths, slots)
+    note_change(s, call, numbers.EVICTED, 0, tokens, ranges)
+    return tokens, nodes, ranges

@@ -103,6 +103,18 @@ def _note_freed(s, q, pool, row, parent, at):
 
 
 @helper
+def _note_shortened(s, q, pool, row, end):
+    """Move the prompts whose match ends at the new end of a node or beyond to this end, where it can go on now."""
+    entry = q.at_row[row]
+    while entry != NONE:
+        after = q.next_at_row[entry]
+        if q.length[entry] >= end:
+            _set_place(s, q, pool, entry, row, end, True)
+            mark_dirty(q, entry)
+        entry = after
+
+
+@helper
 def _start_afresh(q):
     """Move all prompts to the root."""
     for at in range(q.counts[waiting.AGED]):
@@ -131,6 +143,8 @@ def _read_events(s, q, pool):
             _note_cut(s, q, pool, row, high, low)
         elif kind == numbers.FREED:
             _note_freed(s, q, pool, row, high, low)
+        elif kind == numbers.SHORTENED:
+            _note_shortened(s, q, pool, row, low)
         else:
             _start_afresh(q)
     q.counts[waiting.READ] = count

@@ -33,7 +33,8 @@ def resolve(s, handle, length):
     """Return the row on whose edge the place (handle, length) lies: end - edge length < `length` <= end.
 
     For length 0 that is the root, row 0. If there is no such place, return STALE or NOT_THERE. The lower part of a
-    split edge keeps its row, so splits can only move the place to rows above the handle's.
+    split edge keeps its row, so splits can only move the place to rows above the handle's. Only an eviction by pages
+    moves the end of a row, towards the root: then a place beyond the end is stale, and never comes back.
     """
     row = handle & ROW_MASK
     if handle < 0 or row >= s.numbers[numbers.ROWS]:
@@ -43,7 +44,8 @@ def resolve(s, handle, length):
     if s.parent[row] == FREE_ROW:
         return np.int64(reasons.STALE)
     if length < 0 or length > s.end[row] or length % s.numbers[numbers.PAGE] != 0:
-        return np.int64(reasons.NOT_THERE)
+        cut = row > 0 and length > s.end[row] and length % s.numbers[numbers.PAGE] == 0
+        return np.int64(reasons.STALE if cut and s.numbers[numbers.BY_PAGE] != 0 else reasons.NOT_THERE)
     return row_at(s, row, length)
 
 
@@ -77,6 +79,15 @@ def free_row(s, row):
     note_event(s, numbers.FREED, row, (np.int64(s.parent[row]) << 32) | begin)
     mark(s, s.start[row], s.length[row], False)
     release_row(s, row)
+
+
+@helper
+def shorten_row(s, row, units):
+    """Free the last `units` units of a childless node's edge, whole pages but not all. Places there go stale."""
+    s.length[row] -= units
+    s.end[row] -= units
+    note_event(s, numbers.SHORTENED, row, np.int64(s.end[row]))
+    mark(s, np.int64(s.start[row]) + s.length[row], units, False)
 
 
 @helper

@@ -38,8 +38,10 @@ def unwant_row(s, row):
 
 @helper
 def end_wants(s, row):
-    """End all wants of a childless node that is about to be freed: the nodes above lose them too."""
+    """End all wants of a childless node that is about to lose its end: the nodes above lose them too."""
     count = s.wanted[row]
+    s.wanted[row] = 0
+    s.own_wants[row] = 0
     row = np.int64(s.parent[row])
     while row > 0:
         s.wanted[row] -= count

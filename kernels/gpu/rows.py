@@ -24,7 +24,8 @@ def handle_of(s, row):
 def resolve(s, handle, length, active, PAGE: tl.constexpr):
     """Return (row, reason) of places, lanes of int64. The reason is 0, or says why there is no such place.
 
-    The place lies on the edge of the row: end - edge length < `length` <= end. For length 0 the row is the root.
+    The place lies on the edge of the row: end - edge length < `length` <= end. For length 0 the row is the root. Where
+    evictions are by pages, a place beyond the end of a row is stale.
     """
     row = handle & handles.ROW_MASK
     active = active & (handle >= 0) & (row < tl.load(s.numbers + numbers.ROWS))
@@ -35,7 +36,9 @@ def resolve(s, handle, length, active, PAGE: tl.constexpr):
     now = (tl.load(s.numbers + numbers.GENERATION) + generation) & handles.GENERATION_MASK
     fresh = active & ((handle >> handles.ROW_BITS) == now) & (parent != FREE)
     there = fresh & (length >= 0) & (length <= end) & (length % PAGE == 0)
-    reason = tl.where(fresh, tl.where(there, 0, reasons.NOT_THERE), reasons.STALE).to(tl.int64)
+    beyond = fresh & (row > 0) & (length > end) & (length % PAGE == 0)
+    cut = tl.load(s.numbers + numbers.BY_PAGE + tl.zeros_like(row), mask=beyond, other=0) != 0
+    reason = tl.where(there, 0, tl.where(fresh & ~cut, reasons.NOT_THERE, reasons.STALE)).to(tl.int64)
     row = tl.where(there, row, 0)
     above = there & (row > 0) & (end - edge >= length)
     while tl.max(above.to(tl.int32)) > 0:

@@ -147,7 +147,10 @@ _end_wants = Kernel(end_wants_kernel, ["i64"])
 
 
 def end_wants(arrays: Arrays, count: int) -> None:
-    """End the wants of the `count` victims of `select`, before `free`: the nodes above lose them too."""
+    """End the wants of the `count` victims of `select`, before `free`: the nodes above lose them too.
+
+    That of a victim that is only shortened ends too, as its place goes.
+    """
     _end_wants(arrays, -(-count // LANES.value), (count,))
 
 

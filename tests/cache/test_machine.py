@@ -28,9 +28,15 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.where = where
 
-    @initialize(page=st.sampled_from([1, 4]), pages=st.integers(6, 30), policy=st.sampled_from(POLICIES))
-    def start(self, page: int, pages: int, policy: str) -> None:
-        self.engine = Engine(PrefixCache(page * pages, page, 7, 40, policy=policy, **self.where))
+    @initialize(
+        page=st.sampled_from([1, 4]),
+        pages=st.integers(6, 30),
+        policy=st.sampled_from(POLICIES),
+        evict_by=st.sampled_from(["node", "page", "page"]),
+    )
+    def start(self, page: int, pages: int, policy: str, evict_by: str) -> None:
+        options = {"policy": policy, "evict_by": evict_by}
+        self.engine = Engine(PrefixCache(page * pages, page, 7, 40, **options, **self.where))
         self.cache = self.engine.cache
         self.known: list[list[int]] = [[]]
 

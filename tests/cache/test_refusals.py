@@ -48,7 +48,7 @@ def test_a_refused_prompt_keeps_nothing_young(where: dict[str, str]) -> None:
         this.run(list(range(first, first + 8)))
     (refused,) = this.begin([[*range(8), *range(50, 90)]])
     assert refused.state == "refused"
-    assert this.begin([list(range(200, 220))])[0].state == "running"
+    assert this.begin([list(range(200, 224))])[0].state == "running"
     assert this.cache.tree.match([range(8), range(100, 108)], touch=False).lengths.tolist() == [0, 8]
 
 
@@ -77,13 +77,15 @@ def test_decoding_without_room(where: dict[str, str]) -> None:
     this.cache.check()
 
 
-def test_what_is_cached_goes_before_a_request_is_refused(where: dict[str, str]) -> None:
-    this = engine(where, 32)
+@pytest.mark.parametrize(("evict_by", "evicted"), [("node", 16), ("page", 12)])
+def test_what_is_cached_goes_before_a_request_is_refused(evict_by: str, evicted: int, where: dict[str, str]) -> None:
+    """12 slots are missing. Nodes have 8."""
+    this = engine(where, 32, evict_by=evict_by)
     for first in (0, 50, 100):
         this.run(list(range(first, first + 9)))
     (request,) = this.begin([list(range(200, 220))])
     assert request.state == "running"
-    assert this.cache.counts().evicted_tokens == 16  # 12 slots are missing, and nodes of 8 are freed whole
+    assert this.cache.counts().evicted_tokens == evicted
     assert this.cache.extend([request], 12) == []
     assert this.cache.counts().free == 0
     this.cache.check()

@@ -37,6 +37,7 @@ class Configuration(NamedTuple):
     pages: int  # that the tree can hold
     words: int  # different tokens
     longest: int  # the most pages of a key after its stem
+    evict_by: str = "node"
 
 
 def shallow(nodes: Any) -> torch.Tensor:
@@ -46,14 +47,14 @@ def shallow(nodes: Any) -> torch.Tensor:
 
 CONFIGURATIONS = (
     Configuration(1, False, "lru", torch.int32, 20_000, 3, 12),
-    Configuration(2, False, "lru", torch.int32, 3_000, 2, 8),
+    Configuration(2, False, "lru", torch.int32, 3_000, 2, 8, "page"),
     Configuration(16, False, "lfu", torch.int64, 2_000, 3, 5),
-    Configuration(1, True, "lru", torch.int64, 8_000, 3, 10),
+    Configuration(1, True, "lru", torch.int64, 8_000, 3, 10, "page"),
     Configuration(1, False, "priority", torch.int32, 1_500, 40, 6),
     Configuration(2, True, "slru", torch.int32, 4_000, 2, 8),
     Configuration(1, False, "lru", torch.int32, 300_000, 4, 600),
     Configuration(1, False, "mru", torch.int32, 2_000, 2, 12),
-    Configuration(16, True, "fifo", torch.int32, 1_000, 2, 4),
+    Configuration(16, True, "fifo", torch.int32, 1_000, 2, 4, "page"),
     Configuration(1, False, "shallow", torch.int32, 4_000, 3, 12),
     Configuration(16, False, "lru", torch.int32, 300, 4, 3),
     Configuration(3, False, "filo", torch.int32, 5_000, 2, 6),
@@ -105,7 +106,15 @@ class Round:
         pages = min(c.pages, 60) if self.small else c.pages
         policy = shallow if c.policy == "shallow" else c.policy
         self.host, self.tree = (
-            RadixTree(pages * c.page_size, c.page_size, where, policy, bigram=c.bigram, slot_dtype=c.slot_dtype)
+            RadixTree(
+                pages * c.page_size,
+                c.page_size,
+                where,
+                policy,
+                bigram=c.bigram,
+                slot_dtype=c.slot_dtype,
+                evict_by=c.evict_by,
+            )
             for where in ("cpu", device)
         )
         self.device = device

@@ -65,6 +65,7 @@ DRAWS: dict[str, Callable[[Random], Any]] = {
     "what": lambda random: random.choice(("reset", "evict", "evict -1", "unlock", "save", "load")),
 }
 DRAWS_OF_START = DRAWS | {
+    "evict_by": lambda random: random.choice(("node", "page")),
     "pages": lambda random: random.choice((6, 15, 31, 63, 64)),
     "policy": lambda random: random.choice(POLICIES),
 }

@@ -170,6 +170,29 @@ def test_evictions_of_all_sizes(cuda: str, policy: str) -> None:
     pair.compare()
 
 
+@pytest.mark.parametrize("policy", ["lru", "fifo"])
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
+def test_evictions_by_pages(cuda: str, policy: str, slot_dtype: torch.dtype) -> None:
+    """Long and short nodes; the victims that lose only their last pages come first again, and are used again."""
+    count, page = (12, 2) if interpreted(cuda) else (20_000, 16)
+    pair = Pair(cuda, 6 * count * page, page, policy=policy, slot_dtype=slot_dtype, evict_by="page")
+    rng = random.Random(10)
+    keys = [[key % 7] * page + [key] * page * rng.randint(1, 4) for key in range(count)]
+    pair.insert(keys, numbered(keys))
+    for part in (1, 1, page + 1, count, 3 * page, count * page // 2):
+        pair.evict(part)
+        pair.compare()
+        wants = pair.match(rng.sample(keys, 3), touch=False)
+        pair.on_each("want", wants)
+        pair.match(rng.sample(keys, count // 4))
+        pair.insert(keys[:3], numbered(keys[:3]))
+    pair.evict(pair.host.total_tokens - page)
+    pair.compare()
+    assert pair.host.total_tokens == page
+    pair.evict(1)
+    pair.compare()
+
+
 def test_evictions_from_one_long_path(cuda: str) -> None:
     """All nodes have equal ticks, so only their depth decides the order."""
     count = 20 if interpreted(cuda) else 20_000

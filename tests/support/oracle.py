@@ -73,6 +73,11 @@ class Place(NamedTuple):
     node: Node | None
     length: int
 
+    @property
+    def is_there(self) -> bool:
+        """Whether no eviction has taken the place, with its node or with the last pages of its node."""
+        return self.node is None or (self.node.alive and self.length <= self.node.end)
+
 
 ROOT = Place(None, 0)
 
@@ -145,12 +150,14 @@ class Oracle:
         policy: Any = "lru",
         bigram: bool = False,
         largest_slot: int = LARGEST,
+        evict_by: str = "node",
     ) -> None:
         self.max_tokens = max_tokens
         self.page_size = page_size
         self.score = score_of(policy)
         self.bigram = bigram
         self.largest_slot = largest_slot
+        self.evict_by = evict_by
         self.clock = 0
         self.tops: dict[Namespace, dict[Page, Node]] = {}
         self.keeper: Keeper | None = None
@@ -198,13 +205,19 @@ class Oracle:
     def resolve(self, place: Place, query: int = 0) -> Node | None:
         """Return the node whose edge holds the place now, None for the root. query: the query's number, for errors."""
         node, length = place
-        if node is not None and not node.alive:
-            raise StaleHandleError("the node has been evicted", query)
+        if self.is_stale(place):
+            raise StaleHandleError("the place has been evicted", query)
         if not 0 <= length <= (0 if node is None else node.end) or length % self.page_size:
             raise QueryError(f"no place at length {length}", query)
         while node is not None and length <= node.end - node.length:
             node = node.parent
         return node
+
+    def is_stale(self, place: Place) -> bool:
+        """Return whether an eviction has taken a place, with its node or with the last pages of its node."""
+        node, length = place
+        cut = self.evict_by == "page" and length % self.page_size == 0
+        return node is not None and (not node.alive or (cut and length > node.end))
 
     def key_of(self, query: int, tokens: Sequence[int], namespace: Namespace, start: Place) -> Key:
         node = self.resolve(start, query)
@@ -450,7 +463,7 @@ class Oracle:
         """Take back a want of each place. A want of a stale place has ended already."""
         nodes: list[Node] = []
         for query, place in enumerate(places):
-            node = self.resolve(place, query) if place.node is not None and place.node.alive else None
+            node = None if self.is_stale(place) else self.resolve(place, query)
             if node is not None:
                 nodes.append(node)
                 if place.length != node.end or nodes.count(node) > node.own_wants:
@@ -464,7 +477,7 @@ class Oracle:
             above.wants += count
 
     def alive(self, places: Sequence[Place]) -> list[bool]:
-        return [place.node is None or place.node.alive for place in places]
+        return [place.is_there for place in places]
 
     def rematch(self, queries: Sequence[Sequence[int]], namespaces: Sequence[Namespace]) -> list[Place]:
         """Match whole keys again. The places of their earlier match only save time, so nobody passes them here."""
@@ -478,32 +491,43 @@ class Oracle:
         scores = {node: self.score(node) for node in self.nodes()}
         pinned = {node for node in self.nodes() if node.wants > 0}
         prompts = [list(node.upwards()) for node in self.keeper.nodes_to_give_up()] if self.keeper else []
+        self.tail: list[int] = []
         victims: list[Node] = []
         self.evict_by_policy(num_tokens, victims, scores, pinned | every(prompts))
         for number, path in enumerate(prompts):
             self.evict_path(num_tokens, victims, path, pinned | every(prompts[number + 1 :]))
         self.evict_by_policy(num_tokens, victims, scores, set())
-        for victim in victims:
-            self.add_wants(victim, -victim.own_wants)
-        slots = [slot for victim in victims for slot in victim.slots]
+        slots = [slot for victim in victims for slot in victim.slots] + self.tail
         return Evicted(slots, len(slots), len(victims))
 
     def evict_by_policy(self, num_tokens: int, victims: list[Node], scores: dict[Node, Any], kept: set[Node]) -> None:
         """Free leaves that are not kept, those with the lowest score first."""
-        while tokens_of(victims) < num_tokens:
+        while self.missing(num_tokens, victims) > 0:
             leaves = [node for node in self.nodes() if node.can_go and node not in kept]
             if not leaves:
                 break
             victim = min(leaves, key=lambda node: (scores[node], node.tick, -node.end))
-            self.remove(victim)
-            victims.append(victim)
+            self.evict_node(num_tokens, victims, victim)
 
     def evict_path(self, num_tokens: int, victims: list[Node], path: list[Node], kept: set[Node]) -> None:
         """Free the nodes of a path that are not kept, the deepest first."""
         for node in path:
-            if tokens_of(victims) < num_tokens and node.can_go and node not in kept:
-                self.remove(node)
-                victims.append(node)
+            if self.missing(num_tokens, victims) > 0 and node.can_go and node not in kept:
+                self.evict_node(num_tokens, victims, node)
+
+    def missing(self, num_tokens: int, victims: list[Node]) -> int:
+        return num_tokens - tokens_of(victims) - len(self.tail)
+
+    def evict_node(self, num_tokens: int, victims: list[Node], node: Node) -> None:
+        """Free a node, or by pages only as many of its last pages as are missing. Its soft pins end in both cases."""
+        self.add_wants(node, -node.own_wants)
+        left = node.length - -(-self.missing(num_tokens, victims) // self.page_size) * self.page_size
+        if self.evict_by == "page" and left > 0:
+            self.tail = node.slots[left:]
+            node.units, node.slots = node.units[:left], node.slots[:left]
+        else:
+            self.remove(node)
+            victims.append(node)
 
     def remove(self, node: Node) -> None:
         del self.branches_of(node.namespace, node.parent)[self.first_page(node.units)]

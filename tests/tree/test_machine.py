@@ -90,6 +90,7 @@ START: dict[str, Any] = {
     "odd": st.booleans(),
     "wide_slots": st.booleans(),
     "slot_device": SLOT_DEVICES,
+    "evict_by": st.sampled_from(["node", "page"]),
 }
 
 
@@ -127,6 +128,7 @@ class Machine(RuleBasedStateMachine):
         odd: bool,
         wide_slots: bool,
         slot_device: str | None,
+        evict_by: str,
     ) -> None:
         max_tokens = pages * self.page_size + (self.page_size - 1 if odd else 0)
         slot_dtype = torch.int64 if wide_slots else torch.int32
@@ -134,7 +136,7 @@ class Machine(RuleBasedStateMachine):
         self.slot_device = slot_device
         self.next_slot = 2**40 if wide_slots else 0
         self.largest_slot = torch.iinfo(slot_dtype).max
-        self.oracle = Oracle(max_tokens, self.page_size, policy, self.bigram, self.largest_slot)
+        self.oracle = Oracle(max_tokens, self.page_size, policy, self.bigram, self.largest_slot, evict_by)
         self.sides = []
         for name in (self.device, "cpu")[: 1 + (self.device != "cpu")]:
             tree = RadixTree(
@@ -145,6 +147,7 @@ class Machine(RuleBasedStateMachine):
                 slot_device,
                 bigram=self.bigram,
                 slot_dtype=slot_dtype,
+                evict_by=evict_by,
             )
             self.sides.append(Side(len(self.sides), tree))
         roots = [side.tree.match([[]], touch=False).handle for side in self.sides]
@@ -238,9 +241,9 @@ class Machine(RuleBasedStateMachine):
         return queries
 
     def choose_held(self, random: Random, count: int, among: Sequence[Held] = ()) -> list[Held]:
-        """Draw places, mostly of nodes that still exist."""
+        """Draw places, mostly of those that still exist."""
         known = among or self.held
-        alive = [one for one in known if one.place.node is None or one.place.node.alive]
+        alive = [one for one in known if one.place.is_there]
         if alive and random.random() < 0.85:
             known = alive
         return [self.shorten(random, one) for one in random.choices(known, k=count)]
@@ -248,7 +251,7 @@ class Machine(RuleBasedStateMachine):
     def shorten(self, random: Random, one: Held) -> Held:
         """Return the place, or sometimes a shorter one on its path: at the end of a node above, or anywhere."""
         node = one.place.node
-        if node is None or not node.alive or random.random() < 0.75:
+        if node is None or not one.place.is_there or random.random() < 0.75:
             return one
         ends = [above.end for above in node.upwards() if above.end <= one.length]
         lengths = [*ends, random.randint(0, one.length // self.page_size) * self.page_size]
@@ -260,7 +263,7 @@ class Machine(RuleBasedStateMachine):
         if not self.bigram or random.random() < 0.1:
             return
         for query, (_, length, place) in zip(queries, starts, strict=True):
-            if place.node and length and query:
+            if place.node and place.is_there and length and query:
                 query[0] = place.node.path()[length - 1][1]
 
     def arguments(self, random: Random, queries: list[list[int]]) -> tuple[list[Any], list[Place], dict[str, Any]]:
@@ -562,7 +565,7 @@ class Machine(RuleBasedStateMachine):
         """Copy the tree to the CPU and back. Nothing changes, and handles stay valid. Return the last copy."""
         host = self.tree.to("cpu")
         back = host.to(self.device)
-        alive = [one for one in self.held if one.place.node is None or one.place.node.alive]
+        alive = [one for one in self.held if one.place.is_there]
         slots = self.oracle.slots([one.place for one in alive])
         for tree in (host, back):
             tree.check()
@@ -604,7 +607,7 @@ class Machine(RuleBasedStateMachine):
     def held_places_agree(self) -> None:
         good = []
         for one in self.held:
-            if one.place.node is None or one.place.node.alive:
+            if one.place.is_there:
                 good.append(one)
             else:
                 with pytest.raises(StaleHandleError):

@@ -6,6 +6,7 @@ on SGLang's current stream, a look-up might wait for a whole forward pass.
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ import torch
 
 from flatradix.errors import QueryError
 from flatradix.inputs import devices
+from flatradix.inputs.options import EVICT_BY
 from flatradix.inputs.policy import Policy, slru
 from flatradix.layout.numbers import MAX_TOKEN
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_match
 from flatradix.tree import RadixTree
+
+EVICT_BY_VARIABLE = "FLATRADIX_EVICT_BY"
 
 
 class SchedulerTree:
@@ -170,7 +174,8 @@ def make_tree(params: Any, device: str | None = None) -> SchedulerTree:
     """Return an empty tree for SGLang's CacheInitParams.
 
     device: where the index lives, "cpu" or "cuda". None takes the variable FLATRADIX_DEVICE, or "cpu" if it is not set.
-    The slots lie on the allocator's device in both cases. Raises ValueError, DeviceUnavailableError.
+    The slots lie on the allocator's device in both cases. The variable FLATRADIX_EVICT_BY says whether evictions free
+    whole nodes or pages. Raises ValueError, DeviceUnavailableError.
     """
     allocator = params.token_to_kv_pool_allocator
     pool = torch.device(allocator.device)
@@ -188,6 +193,7 @@ def make_tree(params: Any, device: str | None = None) -> SchedulerTree:
         bigram=params.is_eagle,
         slot_dtype=torch.int64,  # as SGLang's allocator takes them
         check_slots=False,  # they come from SGLang's own table, and a check would wait for the GPU
+        evict_by=_evict_by(),
     )
     return StreamedTree(tree) if on_gpu else SchedulerTree(tree)
 
@@ -196,6 +202,14 @@ def _policy(params: Any) -> Policy:
     name: str = params.eviction_policy.lower()
     threshold = (params.eviction_policy_config or {}).get("protected_threshold")
     return name if threshold is None or name != "slru" else slru(int(threshold))
+
+
+def _evict_by() -> str:
+    """Return FLATRADIX_EVICT_BY: by default "node", as SGLang evicts. Raises ValueError."""
+    asked = os.environ.get(EVICT_BY_VARIABLE, "").strip() or "node"
+    if asked not in EVICT_BY:
+        raise ValueError(f"{EVICT_BY_VARIABLE}={asked}: set it to one of {', '.join(EVICT_BY)}, or leave it out")
+    return asked
 
 
 def _index_device(device: str | None) -> torch.device:
