@@ -104,11 +104,11 @@ def _note_freed(s, q, pool, row, parent, at):
 
 @helper
 def _note_shortened(s, q, pool, row, end):
-    """Move the prompts whose match ends beyond the new end of a node to this end."""
+    """Move the prompts whose match ends at the new end of a node or beyond to this end, where it can go on now."""
     entry = q.at_row[row]
     while entry != NONE:
         after = q.next_at_row[entry]
-        if q.length[entry] > end:
+        if q.length[entry] >= end:
             _set_place(s, q, pool, entry, row, end, True)
             mark_dirty(q, entry)
         entry = after

@@ -114,7 +114,7 @@ class Round:
                 bigram=c.bigram,
                 slot_dtype=c.slot_dtype,
                 evict_by=c.evict_by,
-            )  # fmt: skip
+            )
             for where in ("cpu", device)
         )
         self.device = device

@@ -140,6 +140,19 @@ def test_a_queue_sees_that_a_match_was_cut(device: str) -> None:
     tree.check()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_match_that_left_an_edge_where_it_ends_now_can_go_on(keep: bool, device: str) -> None:
+    tree = tree_with(device, KEY)
+    queue = WaitingQueue(tree, keep=keep)
+    queue.add([[*KEY[:4], 7, 7], [*KEY[:4], 7, 7, 8, 8], KEY[:4]])
+    assert queue.cached_lengths().tolist() == [4, 4, 4]
+    assert tree.evict(4).slots.tolist() == [4, 5, 6, 7]
+    assert queue.cached_lengths().tolist() == [4, 4, 4]
+    tree.insert([*KEY[:4], 7, 7], range(20, 26))
+    assert queue.cached_lengths().tolist() == [6, 6, 4]
+    tree.check()
+
+
 @pytest.mark.parametrize("policy", ["lfu", "mru", lambda nodes: nodes.end])
 def test_other_policies(policy: Any, device: str) -> None:
     tree = tree_with(device, KEY, [5, 5, 6, 6], policy=policy)
