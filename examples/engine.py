@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import torch
-from flatradix.cache.request import Request
 
 from examples.paged_kv import PagedForward, PagedKV
 from flatradix.cache.prefix_cache import PrefixCache
+from flatradix.cache.requests import Request
 
 
 @dataclass
