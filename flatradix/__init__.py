@@ -1,9 +1,8 @@
 """flatradix: the index of an LLM server's KV prefix cache. A radix tree in flat tensors; each call takes a batch."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from flatradix.cache.prefix_cache import PrefixCache
-from flatradix.cache.requests import Request, Requests
 from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, StaleHandleError
 from flatradix.inputs.policy import Nodes, slru
 from flatradix.inputs.ragged import Ragged
@@ -13,6 +12,8 @@ from flatradix.version import VERSION as __version__
 from flatradix.warm_up import warm_up
 
 if TYPE_CHECKING:
+    from flatradix.cache.prefix_cache import PrefixCache
+    from flatradix.cache.requests import Request, Requests
     from flatradix.queue.orders import Columns
     from flatradix.queue.waiting_queue import Plan, WaitingQueue
 
@@ -39,10 +40,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the waiting queue when it is asked for: it imports a compiler."""
-    if name in ("Columns", "Plan", "WaitingQueue"):
-        from flatradix.queue import orders, waiting_queue
+_LATE = {
+    "Columns": "queue.orders",
+    "Plan": "queue.waiting_queue",
+    "PrefixCache": "cache.prefix_cache",
+    "Request": "cache.requests",
+    "Requests": "cache.requests",
+    "WaitingQueue": "queue.waiting_queue",
+}
 
-        return orders.Columns if name == "Columns" else getattr(waiting_queue, name)
+
+def __getattr__(name: str) -> Any:
+    """Import a cache or a waiting queue when it is asked for: they import a compiler."""
+    if name in _LATE:
+        return getattr(importlib.import_module(f"flatradix.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

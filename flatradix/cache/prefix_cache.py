@@ -10,52 +10,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from flatradix.cache import home, recover, share
-from flatradix.cache.columns import Columns
+from flatradix.cache import home, recover
+from flatradix.cache.begin import begin_prompts
+from flatradix.cache.commit import commit_tokens, extend_requests, read_added, read_step, store_added
 from flatradix.cache.counts import Counts
-from flatradix.cache.input import (
-    Prompts,
-    computed_ends,
-    numbers_of,
-    read_growth,
-    read_prompts,
-    read_tokens,
-    refuse_long,
-    refuse_token,
-    rows_of,
-)
+from flatradix.cache.fork import fork_request
+from flatradix.cache.input import computed_ends, read_growth, read_prompts, rows_of
 from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
-from flatradix.cache.share import Loan, Loans, Sharing
-from flatradix.errors import QueryError
+from flatradix.cache.state import State
 from flatradix.index import public_call, refuse_reentry
 from flatradix.inputs import devices
-from flatradix.inputs.arguments import per_query
 from flatradix.inputs.policy import Policy
-from flatradix.inputs.sequences import Batch
 from flatradix.kernels import cpu
-from flatradix.layout import running
 from flatradix.layout.handles import ROW_MASK
 from flatradix.layout.numbers import MAX_UNITS
-from flatradix.results import Places
 from flatradix.tree import RadixTree
 
 if TYPE_CHECKING:
     from flatradix.cache.waiting import RequestQueue
-
-
-class _Grant(NamedTuple):
-    """What prompts get that begin, int64 [B]: rows, slots for `lengths` tokens, and pages from `begins` to `ends`.
-
-    Of the tokens before `begins`, `cached` are cached; the others are borrowed as `loans` say.
-    """
-
-    rows: np.ndarray
-    cached: np.ndarray
-    begins: np.ndarray
-    lengths: np.ndarray
-    ends: np.ndarray
-    loans: dict[int, Loan]
 
 
 class Step(NamedTuple):
@@ -76,14 +49,6 @@ class Probe(NamedTuple):
     fits: np.ndarray
 
 
-class _Lack(NamedTuple):
-    """Why prompts do not fit: slots that are needed, and slots that can be had."""
-
-    needed: int
-    left: int
-
-
-_ALL: Any = slice(None)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -129,8 +94,6 @@ class PrefixCache:
     policy: what is evicted first, as for RadixTree.
     evict_by: "page" or "node", as for RadixTree. By page, no more pages are evicted than are needed.
 
-    columns: the state of the running requests; not to be changed.
-
     All work on a GPU goes to torch's current stream. If a forward pass runs on another stream, wait for it before a
     `commit`, `finish` or `abort` of a request that it reads.
 
@@ -161,37 +124,24 @@ class PrefixCache:
             raise ValueError(f"num_slots must be from one page ({page_size}) to {MAX_UNITS}, not {num_slots}")
         self.page_size = page_size
         self.max_length = max_length
-        self.max_requests = max_requests
         kv = torch.empty(0, device=kv_device).device  # with its index
         slots = num_slots // page_size * page_size
         index = devices.preferred(device)
         self.tree = RadixTree(slots, page_size, index, policy, check_slots=False, evict_by=evict_by)
         with torch.inference_mode(False):  # else the tensors would be inference tensors forever
-            self._pages = home.make_pages(self.tree, slots, max_requests, self._in_pages(max_length), kv)
+            longest = -(-max_length // page_size) * page_size
+            pages = home.make_pages(self.tree, slots, max_requests, longest, kv)
+        self._state = State(self.tree, pages, max_requests, max_length)
         self._open: UnderWay | None = None  # the call that has begun and not ended
-        self._serial = 1  # of the next request
-        self._begin_afresh()
-
-    def _begin_afresh(self) -> None:
-        self.columns = Columns(self.max_requests)
-        self._views: dict[int, Request] = {}  # of running requests, by row
-        self._free_rows = list(range(self.max_requests - 1, -1, -1))
-        self._loans: Loans = {}
-        self._begun = self._refused = self._prompt = self._cached = self._evicted = self._shared = 0
-        self._duplicates_before = self._pages.duplicates
-
-    def _in_pages(self, tokens: Any) -> Any:
-        """Round numbers of tokens up to whole pages."""
-        return -(-tokens // self.page_size) * self.page_size
 
     @property
     def kv_device(self) -> torch.device:
-        return self._pages.kv_device
+        return self._state.pages.kv_device
 
     @property
     def page_table(self) -> torch.Tensor:
         """int32 [max_requests, max_length in pages] on kv_device: the KV pages of each running request, in its row."""
-        return self._pages.page_table
+        return self._state.pages.page_table
 
     @property
     def table(self) -> torch.Tensor:
@@ -199,60 +149,13 @@ class PrefixCache:
 
         Made when it is first asked for, and kept up from then on: an engine that wants pages alone pays nothing for it.
         """
-        return self._pages.slot_table()
+        return self._state.pages.slot_table()
 
     @property
     def running(self) -> Requests:
         """The running requests, the oldest first."""
-        rows = np.flatnonzero(self.columns.serial)
-        rows = rows[np.argsort(self.columns.serial[rows])]
-        return self._batch(rows)
-
-    def _batch(self, rows: np.ndarray) -> Requests:
-        return Requests(self, rows, self.columns.serial[rows])
-
-    # For views
-
-    def view(self, row: int, serial: int) -> Request:
-        """Return the view of a request: always the same object while it runs."""
-        view = self._views.get(row)
-        if view is not None and view.serial == serial:
-            return view
-        if self.columns.serial[row] != serial:
-            return Request(self, -1, serial, None, 0)
-        view = Request(self, row, serial, self.columns.names[row], int(self.columns.priority[row]))
-        self._views[row] = view
-        return view
-
-    def _end_views(self) -> None:
-        """Let the views of requests that have ended keep their numbers, before their rows are used again."""
-        serial = self.columns.serial
-        for row in [row for row, view in self._views.items() if serial[row] != view.serial]:
-            self._views[row].end()
-            del self._views[row]
-
-    def tokens_of(self, row: int) -> np.ndarray:
-        """Return the known tokens of a row, int32: those that were cached from the tree, the others from the row."""
-        rows, columns = np.array([row]), self.columns
-        kept, known = columns.kept[rows], columns.num_tokens[rows]
-        cached = self.tree.tokens(self._pages.places(rows, columns.committed[rows]))
-        return np.concatenate(
-            [cached.values[: int(kept[0])].cpu().numpy(), self._pages.own_tokens(row, int(kept[0]), int(known[0]))]
-        )
-
-    def pages_of(self, row: int, length: int) -> torch.Tensor:
-        return self._pages.page_table[row, : -(-length // self.page_size)]
-
-    def slots_of(self, row: int, length: int) -> torch.Tensor:
-        return self._pages.slots_of_row(row)[:length]
-
-    def loan_of(self, request: Request) -> tuple[Request | None, int]:
-        """Return what `Request.lender` and `Request.borrowed` say."""
-        loan = self._loans.get(request.row)
-        if loan is None:
-            return None, 0
-        serial = int(self.columns.serial[loan.lender])
-        return self.view(loan.lender, serial) if serial else None, loan.borrowed
+        rows = self._state.rows
+        return self._state.batch(rows[np.argsort(self._state.columns.serial[rows])])
 
     # Interrupted calls
 
@@ -261,26 +164,8 @@ class PrefixCache:
         refuse_reentry(self)
         cut = self._open
         assert cut is not None
-        if cut is recover.READING:
-            self._open = None
-            return
-        columns, pages = self.columns, self._pages
-        rows = recover.end_begun(cut, columns)
-        self._end_views()
-        places, committed = recover.find_committed(self.tree, pages, columns, rows, self._loans)
-        ends = np.zeros_like(columns.committed)
-        ends[rows] = committed
-        recover.forget_tokens(cut, columns, ends)
-        recover.lock_exactly(self.tree, places)
-        pages.set_places(rows, places)
-        pages.write_cached(places, rows)
-        columns.committed[rows] = committed
-        columns.length[rows] = np.maximum(columns.length[rows], committed)
-        self._settle_loans()
-        self._inherit(share.end_others(self._loans, set(rows.tolist())))
-        self._free_rows = [row for row in range(self.max_requests - 1, -1, -1) if columns.serial[row] == 0]
-        pages.set_free(recover.free_pages(self.tree, pages, columns, rows))
-        pages.copy_rows(rows, columns.length[rows])
+        if cut is not recover.READING:
+            recover.repair(self._state, cut)
         self._open = None
 
     # Begin
@@ -324,129 +209,22 @@ class PrefixCache:
         found = read_prompts(prompts, namespaces, priority, self.tree.device)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}")
-        self._open = UnderWay(recover.BEGIN, serial=self._serial)
-        self._give_back_duplicates()
+        self._open = UnderWay(recover.BEGIN, serial=self._state.serial)
+        self._state.pages.give_back_duplicates()
         self.tree.raise_pending()
-        sharing = Sharing(self.page_size) if share else None
-        rows = np.full(len(found), -1)
-        refused = self._refuse_long(found)
-        fitting = np.array([query for query in range(len(found)) if query not in refused]) if refused else _ALL
-        # One by one if they do not fit together: the cached part of a refused request must stay evictable for others.
-        groups = [fitting] if len(found) > len(refused) else []
-        while groups:
-            group = groups.pop(0)
-            some = found if group is _ALL else found.some(group)
-            given = self._start(some, chunk, sharing)
-            if not isinstance(given, _Lack):
-                rows[group] = given
-            elif len(some) > 1:
-                groups = [np.array([query]) for query in np.arange(len(found))[group]]
-            else:
-                refused[int(np.arange(len(found))[group][0])] = self._refuse(some, given)
-        self._refused += len(refused)
-        return Requests(self, rows, np.where(rows >= 0, self.columns.serial[rows], 0), refused)
-
-    def _refuse_long(self, prompts: Prompts) -> dict[int, Request]:
-        """Return a refused request for each prompt that is too long."""
-        long = np.flatnonzero(prompts.counts > self.max_length).tolist()
-        return {query: self._refuse(prompts.some(np.array([query])), _Lack(0, 0)) for query in long}
-
-    def _refuse(self, prompt: Prompts, lack: _Lack) -> Request:
-        """Return the request of a single prompt that is refused."""
-        count = int(prompt.counts[0])
-        missing = max(lack.needed - lack.left, 0)
-        if count > self.max_length:
-            text = f"{count} tokens are more than max_length {self.max_length}: cut the prompt"
-        elif missing:
-            text = f"{lack.needed} slots are needed and {lack.left} can be had: {missing} too few"
-        else:
-            text = f"all {self.max_requests} requests that max_requests allows are running"
-        return Request.refused(self, count, (prompt.name(0), int(prompt.priorities[0])), text, missing)
-
-    def _start(self, prompts: Prompts, chunk: int | None, sharing: Sharing | None) -> np.ndarray | _Lack:
-        """Start prompts if all of them fit, and return their rows, int64 [B]. Otherwise they hold nothing.
-
-        sharing: the prompts of this call that have started.
-        """
-        free = len(self._free_rows) - len(prompts)
-        if free < 0 and len(prompts) > 1:
-            return _Lack(0, 0)
-        rows = np.array(self._free_rows[free:] if free >= 0 else [0], np.int64)
-        # The match does not touch: a prompt that is refused again and again would keep its cached part from being
-        # evicted. The first commit touches.
-        place, cached = self._pages.find_cached(self.tree, prompts, lock=True)
-        begins, loans = cached, {}
-        if sharing is not None:
-            loans = _loans_of(sharing, prompts, rows, cached)
-            begins = cached.copy()
-            for query, row in enumerate(rows.tolist()):
-                begins[query] = loans[row].borrowed if row in loans else begins[query]
-        lengths = prompts.counts if chunk is None else np.minimum(prompts.counts, begins + chunk)
-        grant = _Grant(rows, cached, begins, lengths, self._in_pages(lengths), loans)
-        needed = int((grant.ends - begins).sum())
-        left = self._pages.free_slots
-        if needed > left:
-            left += self.tree.evictable_tokens
-        if needed <= left and free >= 0:
-            try:
-                self._admit(prompts, place, grant)
-            except QueryError:
-                self.tree.unlock(place)
-                raise
-            return rows
-        self.tree.unlock(place)
-        if sharing is not None:
-            for query, row in enumerate(rows.tolist()):
-                sharing.take_back(row, prompts.name(query))
-        return _Lack(needed, left)
-
-    def _admit(self, prompts: Prompts, place: Places, grant: _Grant) -> None:
-        """Give rows, tokens and pages to prompts that fit. Raises QueryError for a bad token; then nothing is given."""
-        pages, columns = self._pages, self.columns
-        rows, cached, begins, lengths, ends, loans = grant
-        pages.store_prompts(rows, prompts, cached)
-        self._make_space(int((ends - begins).sum()))
-        pages.write_cached(place, rows)
-        pages.take(rows, begins, ends)
-        for (lender, begin, end), borrowers in share.copies(
-            loans, dict(zip(rows.tolist(), cached.tolist(), strict=True))
-        ).items():
-            pages.copy(lender, np.array(borrowers), begin, end)
-        pages.set_places(rows, place)
-        columns.num_tokens[rows], columns.length[rows], columns.kept[rows] = prompts.counts, lengths, cached
-        columns.cached[rows], columns.committed[rows] = begins, cached
-        columns.counted[rows] = columns.missing[rows] = 0
-        columns.priority[rows] = prompts.priorities
-        columns.set_names(rows, prompts.names)
-        del self._free_rows[len(self._free_rows) - len(rows) :]
-        self._serial += len(rows)
-        columns.serial[rows] = np.arange(self._serial - len(rows), self._serial)
-        if loans:
-            self._loans = {**self._loans, **loans}
-        self._begun += len(rows)
-        self._prompt += int(prompts.counts.sum())
-        self._cached += int(cached.sum())
-        self._shared += int((begins - cached).sum())
-
-    def _make_space(self, slots: int) -> None:
-        """Evict until so many slots are free. Enough must be free or evictable."""
-        short = slots - self._pages.free_slots
-        if short > 0:
-            evicted = self.tree.evict(short)
-            self._pages.give_evicted(evicted)
-            self._evicted += evicted.num_tokens
+        return begin_prompts(self._state, found, chunk, share)
 
     # Look without taking
 
     @property
     def free_slots(self) -> int:
         """Slots that are free without an eviction. O(1). Duplicates of pending commits are not counted yet."""
-        return self._pages.free_slots
+        return self._state.pages.free_slots
 
     @property
     def available_slots(self) -> int:
         """Slots that are free, or held by tokens that can be evicted. O(1). Waits for an index on a GPU."""
-        return self._pages.free_slots + self.tree.evictable_tokens
+        return self._state.pages.free_slots + self.tree.evictable_tokens
 
     @_repaired
     def probe(self, prompts: Any, namespaces: Any = None) -> Probe:
@@ -459,16 +237,18 @@ class PrefixCache:
         """
         found = read_prompts(prompts, namespaces, 0, self.tree.device)
         self._open = UnderWay(recover.OTHER)
-        self._give_back_duplicates()
+        self._state.pages.give_back_duplicates()
         if len(found) == 0:
             return Probe(found.counts, found.counts, found.counts > 0)
-        places, cached = self._pages.find_cached(self.tree, found, lock=False)
-        needed = self._in_pages(found.counts) - cached
+        places, cached = self._state.pages.find_cached(self.tree, found, lock=False)
+        needed = self._state.in_pages(found.counts) - cached
         paths, protected = self.tree.index.paths(), np.empty_like(cached)
         rows = places.handles.cpu().numpy() & ROW_MASK
         cpu.newly_protected(*paths[:4], rows, cached, protected)
-        fits = (needed <= self._pages.free_slots + paths.evictable - protected) & (found.counts <= self.max_length)
-        return Probe(cached, needed, fits & bool(self._free_rows))
+        fits = (needed <= self._state.pages.free_slots + paths.evictable - protected) & (
+            found.counts <= self.max_length
+        )
+        return Probe(cached, needed, fits & bool(self._state.free_rows))
 
     # Waiting prompts
 
@@ -489,8 +269,8 @@ class PrefixCache:
         Waits for an index on a GPU if commits are pending.
         """
         self._open = UnderWay(recover.OTHER)
-        self._give_back_duplicates()
-        return self._pages.free_slots, len(self._free_rows)
+        self._state.pages.give_back_duplicates()
+        return self._state.pages.free_slots, len(self._state.free_rows)
 
     # Extend
 
@@ -505,34 +285,10 @@ class PrefixCache:
         Evicts as needed. O(requests). It waits for the device only if the index is on a GPU and too few slots are free.
         Raises QueryError (a request that is not running, or would be longer than max_length) with nothing changed.
         """
-        rows = rows_of(self, "extend", requests)
-        more = read_growth(self.columns, rows, n, self.max_length)
-        self._open = recover.begun(recover.EXTEND, self.columns, rows)
-        return self._extend(rows, more)
-
-    def _extend(self, rows: np.ndarray, more: np.ndarray) -> list[Request]:
-        if self._pages.grow(self.columns, rows, more):
-            return []
-        lengths = self.columns.length[rows]
-        begins, ends = self._in_pages(lengths), self._in_pages(lengths + more)
-        needed = ends - begins
-        left = self._pages.free_slots
-        if needed.sum() > left:
-            self._give_back_duplicates()
-            left = self._pages.free_slots + self.tree.evictable_tokens
-        missing = np.zeros(len(rows), np.int64)
-        if needed.sum() > left:
-            for query, slots in enumerate(needed.tolist()):
-                missing[query] = max(slots - left, 0)
-                left -= slots if slots <= left else 0
-        fits = missing == 0
-        grow = fits & (needed > 0)
-        if grow.any():
-            self._make_space(int(needed[grow].sum()))
-            self._pages.take(rows[grow], begins[grow], ends[grow])
-        self.columns.missing[rows] = missing
-        self.columns.length[rows] = lengths + np.where(fits, more, 0)
-        return [] if fits.all() else list(self._batch(rows[~fits]))
+        rows = rows_of(self._state, "extend", requests)
+        more = read_growth(self._state.columns, rows, n, self.max_length)
+        self._open = recover.begun(recover.EXTEND, self._state.columns, rows)
+        return extend_requests(self._state, rows, more)
 
     # Commit
 
@@ -555,81 +311,12 @@ class PrefixCache:
         a GPU it does not wait for the device, except when more than 64 commits are pending since the last call that
         waited. Raises QueryError and ValueError with nothing changed.
         """
-        rows = rows_of(self, "commit", requests)
-        added, known = self._read_added("commit", rows, tokens)
-        ends = computed_ends("commit", self.columns, rows, known, up_to, self.page_size)
-        self._store_added(rows, added)
-        self._open = recover.begun(recover.COMMIT, self.columns, rows)
-        return self._commit(rows, known, ends)
-
-    def _read_added(self, operation: str, rows: np.ndarray, tokens: Any) -> tuple[Batch, np.ndarray]:
-        """Return the new tokens of each request, and how many it will have in all, int64 [B]."""
-        added = read_tokens(operation, rows, tokens)
-        known: np.ndarray = self.columns.num_tokens[rows] + added.counts
-        refuse_long(operation, known, self._in_pages(self.max_length))
-        return added, known
-
-    def _store_added(self, rows: np.ndarray, added: Batch) -> None:
-        """Write new tokens behind those that are known, where nobody reads yet. Raises QueryError for a bad token."""
-        if added.owner is not None:
-            begins = self.columns.num_tokens[rows]
-            query, position = self._pages.store_tokens(rows, begins, added, np.zeros_like(rows))
-            if query >= 0:
-                refuse_token(added, query, position)
-
-    def _commit(self, rows: np.ndarray, known: np.ndarray, ends: np.ndarray) -> Requests:
-        """Let requests know `known` tokens, and insert the whole pages of the first `ends` that are not in the tree."""
-        columns = self.columns
-        if self._loans:
-            rows, known, ends = self._with_families(rows, known, ends)
-        chosen = np.empty((3, len(rows)), np.int64)
-        count = cpu.begin_commit(columns.data, rows, known, ends, self.page_size, chosen)
-        if count == 0:
-            return self._batch(rows[:0])
-        rows, begins, ends = chosen[:, :count]
-        changed = self._insert(rows, begins, ends)
-        return self._batch(rows if changed is None else rows[changed])
-
-    def _with_families(
-        self, rows: np.ndarray, known: np.ndarray, ends: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Add the requests that share what is committed. Every lender stands before its borrowers."""
-        given = dict(zip(rows.tolist(), zip(known.tolist(), ends.tolist(), strict=True), strict=True))
-        columns, page = self.columns, self.page_size
-        whole = share.together(self._loans, {row: end // page * page for row, (_, end) in given.items()})
-        found = {row: end for row, end in whole.items() if row in given or end > columns.committed[row]}
-        all_rows = np.array(list(found), np.int64)
-        knows = [given[row][0] if row in given else int(columns.num_tokens[row]) for row in found]
-        all_ends = [max(end, given[row][1] if row in given else 0) for row, end in found.items()]
-        return all_rows, np.array(knows, np.int64), np.array(all_ends, np.int64)
-
-    def _insert(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
-        """Insert tokens of some rows; return which rows have other pages now, bool [B], or None if nobody knows yet."""
-        pages, columns, owned = self._pages, self.columns, self._owned_from(rows)
-        found = pages.insert(self.tree, columns, rows, begins, ends)
-        columns.committed[rows] = ends
-        columns.counted[rows] = ends
-        if self._loans:
-            self._settle_loans()
-        pages.unlock(self.tree, found.before)
-        return pages.replace(found, rows, begins, owned)
-
-    def _owned_from(self, rows: np.ndarray) -> np.ndarray:
-        """Return the tokens before which each request's slots are not its own: cached or borrowed, int64 [B]."""
-        owned: np.ndarray = self.columns.committed[rows]
-        for query, row in enumerate(rows.tolist()) if self._loans else ():
-            if row in self._loans:
-                owned[query] = max(owned[query], self._loans[row].borrowed)
-        return owned
-
-    def _settle_loans(self) -> None:
-        """End the loans of requests that have committed what they borrow."""
-        rows = np.flatnonzero(self.columns.serial).tolist()
-        self._loans = share.unsettled(self._loans, {row: int(self.columns.committed[row]) for row in rows})
-
-    def _give_back_duplicates(self) -> None:
-        """Free the slots that pending commits brought for tokens cached already. Waits for an index on a GPU."""
-        self._pages.give_back_duplicates()
+        rows = rows_of(self._state, "commit", requests)
+        added, known = read_added(self._state, "commit", rows, tokens)
+        ends = computed_ends("commit", self._state.columns, rows, known, up_to, self.page_size)
+        store_added(self._state, rows, added)
+        self._open = recover.begun(recover.COMMIT, self._state.columns, rows)
+        return commit_tokens(self._state, rows, known, ends)
 
     # Decode
 
@@ -645,26 +332,13 @@ class PrefixCache:
         Returns the requests that got no slots, and those whose slots were replaced. O(requests + new whole pages).
         Raises QueryError and ValueError with nothing changed.
         """
-        rows, added, more = self._read_step(requests, tokens, n)
-        known = self.columns.num_tokens[rows] + added.counts
-        ends = np.minimum(known, self.columns.length[rows])
-        self._store_added(rows, added)
-        self._open = recover.begun(recover.STEP, self.columns, rows)
-        changed = self._commit(rows, known, ends)
-        return Step(self._extend(rows, more), changed)
-
-    def _read_step(self, requests: Sequence[Request], tokens: Any, n: Any) -> tuple[np.ndarray, Batch, np.ndarray]:
-        """Return rows, new tokens and how many slots more, int64 [B], checked."""
-        rows, serials = numbers_of(self, "step", requests)
-        added = read_tokens("step", rows, tokens)
-        more = per_query(n, len(rows), "n")
-        most = self._in_pages(self.max_length)
-        reason, _ = cpu.check_requests(self.columns.data, rows, serials, added.counts, most, more, self.max_length)
-        if reason:  # find it again, and say it
-            rows_of(self, "step", requests)
-            refuse_long("step", self.columns.num_tokens[rows] + added.counts, most)
-            read_growth(self.columns, rows, n, self.max_length)
-        return rows, added, more
+        rows, added, more = read_step(self._state, requests, tokens, n)
+        known = self._state.columns.num_tokens[rows] + added.counts
+        ends = np.minimum(known, self._state.columns.length[rows])
+        store_added(self._state, rows, added)
+        self._open = recover.begun(recover.STEP, self._state.columns, rows)
+        changed = commit_tokens(self._state, rows, known, ends)
+        return Step(extend_requests(self._state, rows, more), changed)
 
     # Fork
 
@@ -678,49 +352,13 @@ class PrefixCache:
         Returns the requests, and the pages to copy in each layer before the next forward pass: int64 [K, 2], from and
         to, on the device of the KV cache. If they do not fit, all of them are refused.
         """
-        rows = rows_of(self, "fork", [request])
+        rows = rows_of(self._state, "fork", [request])
         if n < 1:
             raise ValueError(f"fork: n must be at least 1, not {n}")
-        self._open = UnderWay(recover.BEGIN, rows, serial=self._serial)
-        known = self.columns.num_tokens[rows]
-        self._commit(rows, known, np.minimum(known, self.columns.length[rows]))
-        return self._fork(int(rows[0]), n)
-
-    def _fork(self, row: int, n: int) -> tuple[Requests, torch.Tensor]:
-        columns, pages = self.columns, self._pages
-        self._give_back_duplicates()
-        begin, length = int(columns.committed[row]), int(columns.length[row])
-        needed = n * (self._in_pages(length) - begin)
-        left = self.available_slots
-        none = np.full(n, -1)
-        if needed > left or n > len(self._free_rows):
-            names = columns.names[row], int(columns.priority[row])
-            text = f"{needed} slots are needed and {left} can be had" if needed > left else "max_requests are running"
-            self._refused += n
-            refused = {at: Request.refused(self, length, names, text, max(needed - left, 0)) for at in range(n)}
-            return Requests(self, none, np.zeros(n, np.int64), refused), torch.empty(
-                0, 2, dtype=torch.int64, device=self.kv_device
-            )
-        rows = np.array(self._free_rows[-n:], np.int64)
-        place = pages.places(np.full(n, row), np.full(n, begin))
-        self.tree.lock(place)
-        self._make_space(needed)
-        begins, ends = np.full(n, begin), np.full(n, self._in_pages(length))
-        pages.copy(row, rows, 0, begin)
-        pages.take(rows, begins, ends)
-        pages.copy_tokens(row, rows)
-        pages.set_places(rows, place)
-        columns.data[running.SERIAL + 1 :, rows] = columns.data[running.SERIAL + 1 :, row, None]
-        columns.names[rows] = columns.names[row]
-        columns.cached[rows] = begin
-        del self._free_rows[-n:]
-        self._serial += n
-        columns.serial[rows] = np.arange(self._serial - n, self._serial)
-        self._begun += n
-        table, parts = pages.page_table, slice(begin // self.page_size, self._in_pages(length) // self.page_size)
-        new = torch.stack([table[int(one), parts] for one in rows])
-        old = table[row, parts].expand_as(new)
-        return self._batch(rows), torch.stack([old.reshape(-1), new.reshape(-1)], 1).to(torch.int64)
+        self._open = UnderWay(recover.BEGIN, rows, serial=self._state.serial)
+        known = self._state.columns.num_tokens[rows]
+        commit_tokens(self._state, rows, known, np.minimum(known, self._state.columns.length[rows]))
+        return fork_request(self._state, int(rows[0]), n)
 
     # End
 
@@ -734,13 +372,13 @@ class PrefixCache:
 
         Slots after the last whole page become free. Raises QueryError and ValueError with nothing changed.
         """
-        rows = rows_of(self, "finish", requests)
-        added, known = self._read_added("finish", rows, tokens)
-        ends = computed_ends("finish", self.columns, rows, known, up_to, self.page_size)
-        self._store_added(rows, added)
-        self._open = recover.begun(recover.END, self.columns, rows)
-        self._commit(rows, known, ends)
-        self._release(rows, touch)
+        rows = rows_of(self._state, "finish", requests)
+        added, known = read_added(self._state, "finish", rows, tokens)
+        ends = computed_ends("finish", self._state.columns, rows, known, up_to, self.page_size)
+        store_added(self._state, rows, added)
+        self._open = recover.begun(recover.END, self._state.columns, rows)
+        commit_tokens(self._state, rows, known, ends)
+        self._state.release(rows, touch)
 
     @_repaired
     def abort(self, requests: Sequence[Request], touch: bool = False) -> None:
@@ -751,38 +389,9 @@ class PrefixCache:
 
         Raises QueryError with nothing changed.
         """
-        rows = rows_of(self, "abort", requests)
-        self._open = recover.begun(recover.END, self.columns, rows)
-        self._release(rows, touch)
-
-    def _release(self, rows: np.ndarray, touch: bool) -> None:
-        if len(rows) == 0:
-            return
-        columns, pages = self.columns, self._pages
-        ending = share.end(self._loans, rows.tolist()) if self._loans else None
-        begins = columns.committed[rows]
-        if ending is not None:
-            begins = np.maximum(begins, ending.begins)
-        ends = np.maximum(self._in_pages(columns.length[rows]), begins)
-        if touch:
-            place = pages.places(rows, columns.committed[rows])
-            self.tree.match(pages.tokens(rows, begins, begins), columns.names_of(rows), start=place)
-        pages.unlock(self.tree, pages.held(rows, columns.committed[rows]))
-        columns.serial[rows] = 0
-        self._end_views()
-        self._free_rows.extend(rows.tolist())
-        if ending is not None:
-            self._inherit(ending)
-        pages.give(rows, begins, ends)
-
-    def _inherit(self, ending: share.Ending) -> None:
-        """Let heirs compute what a lender that has ended would have, and replace the loans."""
-        columns = self.columns
-        for row in ending.heirs:
-            loan = ending.loans.get(row)
-            left = loan.borrowed if loan else int(columns.committed[row])
-            columns.cached[row] = min(int(columns.cached[row]), left)
-        self._loans = ending.loans  # last: before, a repair does all of this again
+        rows = rows_of(self._state, "abort", requests)
+        self._open = recover.begun(recover.END, self._state.columns, rows)
+        self._state.release(rows, touch)
 
     # The whole cache
 
@@ -793,26 +402,8 @@ class PrefixCache:
         With an index on a GPU it waits for the device.
         """
         self._open = UnderWay(recover.OTHER)
-        self._give_back_duplicates()
-        return self._count()
-
-    def _count(self) -> Counts:
-        rows = np.flatnonzero(self.columns.serial)
-        return Counts(
-            requests=self._begun,
-            refused=self._refused,
-            running=len(rows),
-            prompt_tokens=self._prompt,
-            cached_tokens=self._cached,
-            evicted_tokens=self._evicted,
-            duplicate_tokens=self._pages.duplicates - self._duplicates_before,
-            shared_tokens=self._shared,
-            slots=self._pages.num_pages * self.page_size,
-            free=self._pages.free_slots,
-            evictable=self.tree.evictable_tokens,
-            protected=self.tree.protected_tokens,
-            held=int((self._in_pages(self.columns.length[rows]) - self._owned_from(rows)).sum()),
-        )
+        self._state.pages.give_back_duplicates()
+        return self._state.count()
 
     @_repaired
     def check(self) -> None:
@@ -823,41 +414,31 @@ class PrefixCache:
         from flatradix.cache import check  # not wanted by most
 
         self._open = UnderWay(recover.OTHER)
-        self._give_back_duplicates()
+        self._state.pages.give_back_duplicates()
         self._open = recover.READING  # a failed check must not start a repair
-        columns, pages, page = self.columns, self._pages, self.page_size
+        columns, pages, page = self._state.columns, self._state.pages, self.page_size
         rows = np.flatnonzero(columns.serial)
         places, content = pages.places(rows, columns.committed[rows]), self.tree.content()
-        begins, ends = self._owned_from(rows) // page, self._in_pages(columns.length[rows]) // page
+        begins, ends = self._state.owned_from(rows) // page, self._state.in_pages(columns.length[rows]) // page
         held = [own[begin:end] for own, begin, end in zip(pages.on_host(rows), begins, ends, strict=True)]
-        check.check_slots(self._count(), content, pages, held)
+        check.check_slots(self._state.count(), content, pages, held)
         check.check_holders(content, columns.committed[rows], places)
-        check.check_tables(pages, columns, rows, self.tree.slots(places).to_list(), self._free_rows)
-        check.check_loans(self._loans, pages, columns, {row: self.tokens_of(row) for row in rows.tolist()})
+        check.check_tables(pages, columns, rows, self.tree.slots(places).to_list(), self._state.free_rows)
+        check.check_loans(self._state.loans, pages, columns, {row: self._state.tokens_of(row) for row in rows.tolist()})
 
     @_repaired
     def reset(self) -> None:
         """Abort all requests, and drop everything that is cached. All counters restart at 0."""
         self._open = UnderWay(recover.RESET)
         self.tree.reset()
-        self.columns.serial[:] = 0
-        self._end_views()
-        self._pages.reset()
-        self._begin_afresh()
+        self._state.columns.serial[:] = 0
+        self._state.end_views()
+        self._state.pages.reset()
+        self._state.begin_afresh()
 
     def __repr__(self) -> str:
         return (
-            f"PrefixCache({self._pages.free_slots} of {self._pages.num_pages * self.page_size} slots free, "
-            f"{int((self.columns.serial > 0).sum())} requests running, page_size={self.page_size}, "
+            f"PrefixCache({self._state.pages.free_slots} of {self._state.pages.num_pages * self.page_size} slots free, "
+            f"{int((self._state.columns.serial > 0).sum())} requests running, page_size={self.page_size}, "
             f"index on {self.tree.device}, KV on {self.kv_device})"
         )
-
-
-def _loans_of(sharing: Sharing, prompts: Prompts, rows: np.ndarray, cached: np.ndarray) -> dict[int, Loan]:
-    """Return what prompts borrow from those before them, by row."""
-    found = {}
-    for query, (row, length) in enumerate(zip(rows.tolist(), cached.tolist(), strict=True)):
-        loan = sharing.start(row, prompts.array(query)[:-1], prompts.name(query), length)
-        if loan is not None:
-            found[row] = loan
-    return found

@@ -14,6 +14,7 @@ import torch
 from flatradix.cache import share
 from flatradix.cache.columns import Columns
 from flatradix.cache.pages import Pages
+from flatradix.cache.state import State
 from flatradix.layout import numbers
 from flatradix.layout.handles import ROW_MASK, pack_handle
 from flatradix.results import Places
@@ -120,3 +121,24 @@ def free_pages(tree: RadixTree, pages: Pages, columns: Columns, rows: np.ndarray
     for own, begin, end in zip(pages.on_host(rows), begins, ends, strict=True):
         used[own[begin:end]] = True
     return np.flatnonzero(~used)[::-1].copy()
+
+
+def repair(state: State, cut: UnderWay) -> None:
+    """Repair a cache after the interrupted call `cut`. O(slots)."""
+    columns, pages = state.columns, state.pages
+    rows = end_begun(cut, columns)
+    state.end_views()
+    places, committed = find_committed(state.tree, pages, columns, rows, state.loans)
+    ends = np.zeros_like(columns.committed)
+    ends[rows] = committed
+    forget_tokens(cut, columns, ends)
+    lock_exactly(state.tree, places)
+    pages.set_places(rows, places)
+    pages.write_cached(places, rows)
+    columns.committed[rows] = committed
+    columns.length[rows] = np.maximum(columns.length[rows], committed)
+    state.settle_loans()
+    state.inherit(share.end_others(state.loans, set(rows.tolist())))
+    state.free_rows = [row for row in range(state.max_requests - 1, -1, -1) if columns.serial[row] == 0]
+    pages.set_free(free_pages(state.tree, pages, columns, rows))
+    pages.copy_rows(rows, columns.length[rows])

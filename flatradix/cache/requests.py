@@ -116,7 +116,7 @@ class Request:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The known tokens, int32 [num_tokens]: a copy. O(num_tokens); waits for an index on a GPU.
+        """The known tokens, int64 [num_tokens]: a copy. O(num_tokens); waits for an index on a GPU.
 
         Raises ValueError unless the request is running.
         """
@@ -201,7 +201,8 @@ class Requests(Sequence[Request]):
             return (
                 self._refused[at] if at in self._refused else self.owner.view(int(self.rows[at]), int(self.serials[at]))
             )
-        positions = np.arange(len(self.rows))[np.asarray(index) if not isinstance(index, slice) else index]
+        chosen = index if isinstance(index, slice) else np.asarray(index, None if len(index) else np.int64)
+        positions = np.arange(len(self.rows))[chosen]
         refused = {new: self._refused[old] for new, old in enumerate(positions.tolist()) if old in self._refused}
         return Requests(self.owner, self.rows[positions], self.serials[positions], refused)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from random import Random
 
-import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -15,8 +14,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from flatradix import PrefixCache, Request
-from flatradix.cache.requests import Requests
+from flatradix import PrefixCache, Request, Requests
 from tests.support.prefix_engine import Engine, common
 
 SEEDS = st.integers(0, 2**32 - 1).map(Random)
@@ -43,7 +41,7 @@ class Machine(RuleBasedStateMachine):
         self.known: list[list[int]] = [[]]
 
     @property
-    def running(self) -> list[Request]:
+    def running(self) -> Requests:
         return self.cache.running
 
     def prompt(self, random: Random) -> list[int]:
@@ -144,7 +142,9 @@ class Machine(RuleBasedStateMachine):
         chosen = [request for request in self.some(random) if request.length == request.num_tokens <= 38]
         for request in chosen:
             self.engine.compute(request, request.length)
-        batch = Requests(self.cache, *np.array([(one.row, one.serial) for one in chosen], np.int64).reshape(-1, 2).T)
+        running = self.running
+        batch = running[[at for at, request in enumerate(running) if request in chosen]]
+        chosen = list(batch)
         lengths, slots = batch.lengths, [one.slots.tolist() for one in chosen]
         short, changed = self.cache.step(batch, [random.randint(0, 2) for _ in chosen], n)
         for request, length, before in zip(chosen, lengths.tolist(), slots, strict=True):

@@ -127,7 +127,7 @@ def test_a_begin_that_fails_on_the_way_leaves_nothing_behind(
     """Not all three prompts fit, so they start one by one. The first has started when the third gets no memory."""
     this = engine(where, 16)
     this.run(list(range(9)))
-    take, taken = this.cache._pages.take, []
+    take, taken = this.cache._state.pages.take, []
 
     def no_memory(rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
         taken.append(int((ends - begins).sum()))
@@ -135,7 +135,7 @@ def test_a_begin_that_fails_on_the_way_leaves_nothing_behind(
             raise torch.OutOfMemoryError
         take(rows, begins, ends)
 
-    monkeypatch.setattr(this.cache._pages, "take", no_memory)
+    monkeypatch.setattr(this.cache._state.pages, "take", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         this.begin([[50, 51], [60] * 40, [70, 71]])
     assert taken == [4, 4]

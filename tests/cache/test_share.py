@@ -327,7 +327,7 @@ def test_check_finds_a_wrong_loan(loan: Loan, message: str) -> None:
 
     def check(loan: Loan) -> None:
         lender = rows[loan.lender] if loan.lender < len(rows) else free
-        check_loans({rows[1]: loan._replace(lender=lender)}, this.cache._pages, this.cache.columns, tokens)
+        check_loans({rows[1]: loan._replace(lender=lender)}, this.cache._state.pages, this.cache._state.columns, tokens)
 
     check(Loan(0, 12))
     with pytest.raises(AssertionError, match=message):
