@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import flatradix
 from examples.engine import Engine, Job
 from examples.models import config_of, random_model
 from examples.paged_kv import require_full_attention
+from tests.support.prefix_engine import RememberingCache
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,10 +198,11 @@ def test_the_loop_of_the_docs(num_slots: int) -> None:
 
     outputs: dict[flatradix.Request, list[int]] = defaultdict(list)
     given = {"namespaces": None, "chunk": 7, "max_tokens": 20, "device": "cpu", "newest": {}, "outputs": outputs}
-    names = {"flatradix": flatradix, "num_slots": num_slots, "prompts": prompts, "model": model, **given}
+    home = SimpleNamespace(PrefixCache=RememberingCache)
+    names: dict[str, Any] = {"flatradix": home, "num_slots": num_slots, "prompts": prompts, "model": model, **given}
     exec(compile(block, "docs/engine.md", "exec"), names)
     for request, output in outputs.items():
-        text = request.tokens[: request.num_tokens - len(output)].tolist()
+        text = list(names["cache"].prompts[request])
         assert text in prompts
         for token in output:
             assert token == next_token(text)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.prefix_engine import RememberingCache
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 
@@ -60,10 +62,8 @@ def test_the_life_of_a_request() -> None:
 @pytest.mark.parametrize("num_slots", [200, 24])
 def test_the_engine_of_the_docs(num_slots: int) -> None:
     """The first block of docs/engine.md, with a model that stores tokens as KV and derives the next token from them."""
-    import flatradix
-
     block = (ROOT / "docs/engine.md").read_text().split("```python\n")[1].split("```")[0]
-    cache = flatradix.PrefixCache(num_slots, page_size=4, max_requests=8, max_length=64)
+    cache = RememberingCache(num_slots, page_size=4, max_requests=8, max_length=64)
     construction, code = block.split("\n\n", 1)
     assert construction.startswith("cache = flatradix.PrefixCache(num_slots, page_size=16")
     memory: dict[int, int] = {}
@@ -88,7 +88,7 @@ def test_the_engine_of_the_docs(num_slots: int) -> None:
     cache.check()
     assert cache.counts().running == 0
     for request, output in outputs.items():
-        told = alone([int(token) for token in request.tokens[: request.num_tokens - len(output)]])
+        told = alone(cache.prompts[request])
         assert output == told[: len(output)]
         assert num_slots < 200 or len(output) == 5
     assert len(outputs) == 3

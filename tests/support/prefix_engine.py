@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flatradix import PrefixCache, Request
+from flatradix import PrefixCache, Request, Requests
 
 
 def fingerprints(tokens: Sequence[int], namespace: Any) -> list[int]:
@@ -91,3 +91,16 @@ class Engine:
 
 def engine(where: dict[str, str], slots: int = 64, **options: Any) -> Engine:
     return Engine(PrefixCache(slots, **{"page_size": 4, "max_requests": 4, "max_length": 64} | options, **where))
+
+
+class RememberingCache(PrefixCache):
+    """A cache that keeps the prompt of each request: the tokens of a request that has ended are not kept."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.prompts: dict[Request, list[int]] = {}
+
+    def begin(self, prompts: Any, *arguments: Any, **options: Any) -> Requests:
+        found = super().begin(prompts, *arguments, **options)
+        self.prompts |= {request: list(prompt) for request, prompt in zip(found, prompts, strict=True)}
+        return found
