@@ -20,8 +20,7 @@ NEXT_ID = 4
 READ = 5  # events of the tree that were read
 TODO = 6  # length of `todo`
 GONE = 7  # length of `gone_start` and `gone_tokens`
-FIRST = 8  # ends of the queue's order, which decides whose nodes are evicted first
-LAST = 9
+TURNS = 8  # length of `turns` and `id_of_turn`
 KEEP = 11  # whether the queue wants what its prompts match
 GONE_TOKENS = 12  # tokens of prompts that left, and may still be in the pool
 LIVE_TOKENS = 13
@@ -55,12 +54,12 @@ class Waiting(NamedTuple):
     wants_generation: np.ndarray  # int64 [W]: of that row
     priority: np.ndarray  # int64 [W]
     arrival: np.ndarray  # float64 [W]
-    before: np.ndarray  # int32 [W]: the queue's order as a list
-    after: np.ndarray  # int32 [W]
     free: np.ndarray  # int32 [W]: a stack
     todo: np.ndarray  # int32 [W]: entries to look at again
     by_age: np.ndarray  # int32 [2 W]: entries from the oldest on; 0 where one has left
     id_by_age: np.ndarray  # int64 [2 W]: their ids, rising, also of those that have left
+    turns: np.ndarray  # int32 [2 W]: entries in the queue's order, which decides whose nodes are evicted first
+    id_of_turn: np.ndarray  # int64 [2 W]: their ids; a turn whose entry has another id now is that of one who left
     gone_start: np.ndarray  # int64 [W]: pool ranges of prompts that left
     gone_tokens: np.ndarray  # int32 [W]
     at_row: np.ndarray  # int32 [R]: the first prompt at each row
@@ -74,18 +73,21 @@ COLUMNS = {
     "id": _i64, "start": _i64, "tokens": _i32, "units": _i32, "space": _i32, "leaf": _i32, "shared": _i32, "row": _i32,
     "length": _i32, "key": _i64, "keyed": _i8, "next_at_row": _i32, "previous_at_row": _i32, "next_with_key": _i32,
     "previous_with_key": _i32, "dirty": _i8, "wants": _i32, "wants_generation": _i64, "priority": _i64,
-    "arrival": _f64, "before": _i32, "after": _i32, "free": _i32, "todo": _i32, "gone_start": _i64,
+    "arrival": _f64, "free": _i32, "todo": _i32, "gone_start": _i64,
     "gone_tokens": _i32,
 }  # fmt: skip
 OTHERS = {
     "by_age": _i32,
     "id_by_age": _i64,
+    "turns": _i32,
+    "id_of_turn": _i64,
     "at_row": _i32,
     "buckets": _i32,
     "codes": _i64,
     "in_space": _i32,
     "counts": _i64,
 }
+LISTS = ("by_age", "id_by_age", "turns", "id_of_turn")  # twice as long as the columns
 DTYPES = {name: {**COLUMNS, **OTHERS}[name] for name in Waiting._fields}
 FEWEST = 64  # entries and spaces at first
 
@@ -95,6 +97,8 @@ def allocate_waiting(rows: int) -> Waiting:
     lengths = {
         "by_age": 2 * FEWEST,
         "id_by_age": 2 * FEWEST,
+        "turns": 2 * FEWEST,
+        "id_of_turn": 2 * FEWEST,
         "at_row": rows,
         "buckets": 2 * FEWEST,
         "codes": FEWEST,
@@ -109,7 +113,7 @@ def allocate_waiting(rows: int) -> Waiting:
 def enlarge_waiting(old: Waiting, entries: int) -> Waiting:
     """Return a copy with space for `entries` entries, a power of two. Its buckets are empty."""
     arrays = old._asdict() | {"counts": old.counts.copy()}
-    for name in (*COLUMNS, "by_age", "id_by_age"):
+    for name in (*COLUMNS, *LISTS):
         grown = np.zeros(entries if name in COLUMNS else 2 * entries, DTYPES[name])
         grown[: len(arrays[name])] = arrays[name]
         arrays[name] = grown

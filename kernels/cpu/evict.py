@@ -13,7 +13,7 @@ from flatradix.kernels.cpu.jit import fixed_types, helper, open_state, open_wait
 from flatradix.kernels.cpu.queue import clear, drop, first_at, offer, push, run_at, score_of
 from flatradix.kernels.cpu.rows import free_row, shorten_row
 from flatradix.kernels.cpu.units import copy_slots
-from flatradix.kernels.cpu.waiting import mark_dirty
+from flatradix.kernels.cpu.waiting import has_left, mark_dirty
 from flatradix.kernels.cpu.wants import end_wants
 from flatradix.layout import numbers, waiting
 from flatradix.layout.state import FREE_ROW
@@ -171,9 +171,11 @@ def _evict_of_waiting(s, q, missing):
     """Give up the waiting prompts from the last on, and free from below what nobody wants then, as _evict_in_order."""
     tokens = np.int64(0)
     nodes = np.int64(0)
-    entry = np.int64(q.counts[waiting.LAST])
-    while entry != NONE and tokens < missing:
-        if q.wants[entry] != NONE:
+    turn = q.counts[waiting.TURNS]
+    while turn > 0 and tokens < missing:
+        turn -= 1
+        entry = np.int64(q.turns[turn])
+        if q.wants[entry] != NONE and not has_left(q, turn):
             row = _give_up(s, q, entry)
             free = s.children[row] == 0 and s.lock_ref[row] == 0
             while free and row > 0 and s.wanted[row] == 0 and tokens < missing:
@@ -185,7 +187,6 @@ def _evict_of_waiting(s, q, missing):
                 row = _free(s, row)
             if free and row > 0 and s.wanted[row] == 0:
                 offer(s, row)
-        entry = np.int64(q.before[entry])
     return tokens, nodes, np.int64(0)
 
 

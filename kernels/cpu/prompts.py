@@ -17,12 +17,11 @@ from flatradix.kernels.cpu.pool import find_free, mark
 from flatradix.kernels.cpu.rows import put_back, release_row, split_edge, take_row
 from flatradix.kernels.cpu.units import copy_checked, first_bad
 from flatradix.kernels.cpu.waiting import (
-    append_to_order,
+    append_turn,
     close_gaps,
     free_entry,
     mark_dirty,
     position_of,
-    remove_from_order,
     take_entry,
 )
 from flatradix.kernels.cpu.walk import walk, whole_pages
@@ -111,7 +110,7 @@ def _link(f, q, start, tokens, left, space, priority, arrival):
     q.counts[waiting.AGED] = at + 1
     q.in_space[space] += 1
     q.counts[waiting.LIVE_TOKENS] += _span(f, tokens)
-    append_to_order(q, entry)
+    append_turn(q, entry)
     mark_dirty(q, entry)
     return number
 
@@ -173,7 +172,6 @@ def _remove(addresses, f, q, at):
     if addresses != 0:
         forget_place(open_state(addresses), q, entry)
     _leave(f, q.leaf[entry])
-    remove_from_order(q, entry)
     q.in_space[q.space[entry]] -= 1
     gone = q.counts[waiting.GONE]
     q.gone_start[gone], q.gone_tokens[gone] = q.start[entry], q.tokens[entry]

@@ -63,28 +63,31 @@ def position_of(q, number):
 
 
 @helper
-def append_to_order(q, entry):
-    last = q.counts[waiting.LAST]
-    q.before[entry] = last
-    q.after[entry] = NONE
-    if last == NONE:
-        q.counts[waiting.FIRST] = entry
-    else:
-        q.after[last] = entry
-    q.counts[waiting.LAST] = entry
+def has_left(q, turn):
+    """Return whether the prompt of a turn waits no more."""
+    return q.id[q.turns[turn]] != q.id_of_turn[turn]
 
 
 @helper
-def remove_from_order(q, entry):
-    before, after = q.before[entry], q.after[entry]
-    if before == NONE:
-        q.counts[waiting.FIRST] = after
-    else:
-        q.after[before] = after
-    if after == NONE:
-        q.counts[waiting.LAST] = before
-    else:
-        q.before[after] = before
+def _close_turns(q):
+    """Remove the turns of prompts that left."""
+    kept = np.int64(0)
+    for turn in range(q.counts[waiting.TURNS]):
+        if not has_left(q, turn):
+            q.turns[kept] = q.turns[turn]
+            q.id_of_turn[kept] = q.id_of_turn[turn]
+            kept += 1
+    q.counts[waiting.TURNS] = kept
+
+
+@helper
+def append_turn(q, entry):
+    """Give a prompt the last turn. Its id must be stored."""
+    if q.counts[waiting.TURNS] == q.counts[waiting.BUCKETS]:  # also the length of `turns`
+        _close_turns(q)
+    turn = q.counts[waiting.TURNS]
+    q.turns[turn], q.id_of_turn[turn] = entry, q.id[entry]
+    q.counts[waiting.TURNS] = turn + 1
 
 
 @helper
@@ -198,10 +201,9 @@ def find_entries(table, ids, entries):
 def entries_in_order(table, entries):
     """Fill `entries`, int32 [N], with the entries of all waiting prompts in the queue's order."""
     q = open_waiting(table)
-    entry = q.counts[waiting.FIRST]
-    for at in range(len(entries)):
-        entries[at] = entry
-        entry = np.int64(q.after[entry])
+    _close_turns(q)
+    for turn in range(len(entries)):
+        entries[turn] = q.turns[turn]
 
 
 @helper
@@ -262,33 +264,22 @@ def order_by_longest(table, page, ids):
     if not equal or longest >> shift >= MOST_LENGTHS:
         return False
     begins = _begins_of(q, count, longest, shift)
-    entries = np.empty(count, np.int32)
     for at in range(count):
         entry = q.by_age[at]
         length = (longest - q.length[entry]) >> shift
-        entries[begins[length]] = entry
-        ids[begins[length]] = q.id_by_age[at]
-        begins[length] += 1
-    _set_order(q, entries)
+        turn = begins[length]
+        q.turns[turn], q.id_of_turn[turn] = entry, q.id_by_age[at]
+        begins[length] = turn + 1
+    q.counts[waiting.TURNS] = count
+    for turn in range(count):
+        ids[turn] = q.id_of_turn[turn]
     return True
-
-
-@helper
-def _set_order(q, entries):
-    before = np.int64(NONE)
-    q.counts[waiting.FIRST] = NONE
-    for at in range(len(entries)):
-        entry = np.int64(entries[at])
-        q.before[entry] = before
-        q.after[before] = entry  # that of entry 0 is not used
-        before = entry
-    q.after[before] = NONE
-    q.counts[waiting.LAST] = before
-    if len(entries) > 0:
-        q.counts[waiting.FIRST] = entries[0]
 
 
 @kernel
 def set_order(table, entries):
     """Make `entries`, int64 [N], all waiting prompts, the queue's order."""
-    _set_order(open_waiting(table), entries)
+    q = open_waiting(table)
+    for turn in range(len(entries)):
+        q.turns[turn], q.id_of_turn[turn] = entries[turn], q.id[entries[turn]]
+    q.counts[waiting.TURNS] = len(entries)

@@ -286,8 +286,8 @@ def test_tables(where: dict[str, str]) -> None:
     late.cache.check()
 
 
-def test_the_tokens_of_a_place(device: str) -> None:
-    cache = PrefixCache(64, 4, device=device)
+def test_the_tokens_of_a_place(where: dict[str, str]) -> None:
+    cache = PrefixCache(64, 4, **where)
     cache.finish(cache.begin([[*range(9)], [*range(4), 20, 21, 22, 23]]))
     found = cache.tree.tokens(cache.tree.match([[*range(8)], [*range(4), 20, 21, 22, 23], [5]], touch=False))
     assert found.to_list() == [[*range(8)], [*range(4), 20, 21, 22, 23], []]
