@@ -13,7 +13,7 @@ from flatradix.cache.input import Prompts, refuse_token
 from flatradix.cache.pages import Inserted, Pages
 from flatradix.device.index import DeviceIndex
 from flatradix.inputs.ragged import Ragged
-from flatradix.inputs.sequences import Batch
+from flatradix.inputs.sequences import Batch, address_of
 from flatradix.inputs.upload import upload, upload_numbers
 from flatradix.kernels import cpu, gpu
 from flatradix.results import EvictResult, InsertResult, Places
@@ -220,7 +220,7 @@ class DevicePages(Pages):
         offsets = np.cumsum(counts) - counts
         staged = np.empty(int(counts.sum()), np.int32)
         query, position = cpu.store_tokens(
-            staged.ctypes.data, 0, rows, offsets, tokens.addresses, tokens.wide, tokens.counts, skips
+            address_of(staged), 0, rows, offsets, tokens.addresses, tokens.wide, tokens.counts, skips
         )
         if query < 0 and len(staged):
             values = upload(torch.from_numpy(staged), self._index.device)

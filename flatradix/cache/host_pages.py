@@ -9,7 +9,7 @@ from flatradix.cache.columns import Columns
 from flatradix.cache.input import Prompts, refuse_token
 from flatradix.cache.pages import Inserted, Pages
 from flatradix.host.index import HostIndex, PageRanges
-from flatradix.inputs.sequences import Batch
+from flatradix.inputs.sequences import Batch, address_of
 from flatradix.inputs.upload import upload
 from flatradix.kernels import cpu
 from flatradix.results import EvictResult, Places
@@ -31,6 +31,7 @@ class HostPages(Pages):
         self._length = length
         self._pages = np.zeros((rows, length // page_size), np.int32)
         self._tokens = np.empty((rows, length), np.int32)
+        self._tokens_at = address_of(self._tokens)
         self._stack = np.empty(num_pages, np.int32)
         self._handles = np.zeros(rows, np.int64)
         self.slot_copy: torch.Tensor | None = None
@@ -181,12 +182,12 @@ class HostPages(Pages):
 
     def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch, skips: np.ndarray) -> tuple[int, int]:
         query, position = cpu.store_tokens(
-            self._tokens.ctypes.data, self._length, rows, begins, tokens.addresses, tokens.wide, tokens.counts, skips
+            self._tokens_at, self._length, rows, begins, tokens.addresses, tokens.wide, tokens.counts, skips
         )
         return int(query), int(position)
 
     def tokens(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Batch:
-        addresses = self._tokens.ctypes.data + 4 * (rows * self._length + begins)
+        addresses = self._tokens_at + 4 * (rows * self._length + begins)
         return Batch(addresses, ends - begins, False, self._tokens)
 
     def slots(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Batch:
@@ -194,7 +195,7 @@ class HostPages(Pages):
         out = np.empty(int(counts.sum()), np.int32)
         page = self.page_size
         cpu.slots_of_pages(self._pages, page, rows, begins // page, ends // page, out)
-        return Batch(out.ctypes.data + 4 * (np.cumsum(counts) - counts), counts, False, out)
+        return Batch(address_of(out) + 4 * (np.cumsum(counts) - counts), counts, False, out)
 
     # Places
 

@@ -154,7 +154,7 @@ def go_on(this: Engine, prompts: list[list[int]]) -> None:
     this.cache.abort(this.cache.running)
 
 
-# One act of each operation is interrupted at every bytecode of flatradix/cache. For all acts that takes minutes.
+# Acts that are interrupted more densely within flatradix/cache. At every bytecode, all acts would take an hour.
 EACH = (
     "begin", "step", "fork", "extend", "commit of what is there", "finish", "abort", "counts", "reset", "shared: begin",
     "shared: commit of a borrower", "shared: finish of the lender", "shared: abort of the lender",
@@ -165,8 +165,7 @@ EACH = (
 def test_at_every_bytecode(name: str, where: dict[str, str]) -> None:
     if name not in EACH:
         skip_if_slow(where["device"])
-    apart = scene_of(name, where).cache.tree.slot_device is not None
-    every = 1 if name in EACH and not apart else 17 if apart else 7
+    every = 7 if name in EACH else 23
     for folder, step in (("cache", every), ("", 61))[: 1 if interpreted(where["device"]) else 2]:
         total = bytecodes(partial(ACTS[name], scene_of(name, where)), folder)
         step = max(step, step_for(where["device"], total))
