@@ -6,6 +6,7 @@ and evicts as much. Then the queue tells all cached lengths, and the order "lpm"
   python3 -m bench.queue                          about two minutes, 4 GB of memory
   python3 -m bench.queue --device cuda            the same beside a tree on a GPU
   python3 -m bench.queue --growth                 also against the number of waiting prompts, and of changes a step
+  python3 -m bench.queue --growth --plot FILE     and draw that
 """
 
 from __future__ import annotations
@@ -101,12 +102,43 @@ def evict_one(device: str, keep: bool) -> float:
     return statistics.median(microseconds(lambda: tree.evict(1)) for _ in range(301))
 
 
+def growth(device: str) -> dict[str, dict[int, float]]:
+    """Return microseconds a step by the number of waiting prompts, and of paths that a step inserts and evicts."""
+    found: dict[str, dict[int, float]] = {"waiting prompts": {}, "paths changed in a step": {}}
+    for waiting in (100, 1000, 10_000, 100_000):
+        taken = found["waiting prompts"][waiting] = Bench(device, waiting, False).step(CHANGED)
+        print(f"{waiting} waiting: a step {taken:,.0f} us", flush=True)
+    bench = Bench(device, WAITING, False)
+    for paths in (1, 8, 32, 128, 512):
+        taken = found["paths changed in a step"][paths] = bench.step(paths)
+        print(f"{paths} changes: a step {taken:,.0f} us", flush=True)
+    return found
+
+
+def plot(found: dict[str, dict[int, float]], file: str, device: str) -> None:
+    """Draw the growth, one panel each."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(found), figsize=(9, 3.4), sharey=True, layout="constrained")
+    beside = (f"{CHANGED} paths changed in a step", f"{WAITING:,} waiting prompts")
+    for panel, (name, points), other in zip(panels, found.items(), beside, strict=True):
+        panel.loglog(list(points), list(points.values()), marker="o")
+        panel.set(xlabel=name, title=other)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"us a step (tree on {device})")
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python3 -m bench.queue", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", help="of the tree: cpu or cuda (default: %(default)s)")
     parser.add_argument("--growth", action="store_true", help="also the growth of a step's cost")
+    parser.add_argument("--plot", metavar="FILE", help="draw the growth to this file, a png or svg")
     options = parser.parse_args()
     device = options.device
     for keep in (False, True):
@@ -122,12 +154,10 @@ def main() -> None:
     print(f"add one prompt of {LENGTH} tokens: {add_one(device):.1f} us", flush=True)
     for keep in (False, True):
         print(f"evict one of 1M nodes, 10,000 waiting, keep={keep}: {evict_one(device, keep):.1f} us", flush=True)
-    if options.growth:
-        for waiting in (100, 1000, 10_000, 100_000):
-            print(f"{waiting} waiting: a step {Bench(device, waiting, False).step(CHANGED):,.0f} us", flush=True)
-        bench = Bench(device, WAITING, False)
-        for paths in (1, 8, 32, 128, 512):
-            print(f"{paths} changes: a step {bench.step(paths):,.0f} us", flush=True)
+    if options.growth or options.plot:
+        found = growth(device)
+        if options.plot:
+            plot(found, options.plot, device)
 
 
 if __name__ == "__main__":
