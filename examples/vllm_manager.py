@@ -1,12 +1,12 @@
 """flatradix as the prefix cache of vLLM 0.33: a scheduler that differs from vLLM's own in its KV cache manager alone.
 
-  vllm serve MODEL --scheduler-cls examples.vllm_manager.RadixScheduler
+  PYTHONPATH=. vllm serve MODEL --no-async-scheduling --scheduler-cls examples.vllm_manager.RadixScheduler
 
 vLLM finds a cached prefix by a chain of hashes, one for each block. Here a RadixTree compares the tokens themselves.
 The tree holds the blocks that are cached, and the manager a list of those that are free. vLLM's workers append to their
 block tables and never replace a block, so a request keeps the blocks that it got: where another request has cached the
-same tokens first, the later request's own blocks stay out of the tree and are free again when this request ends. (A
-`PrefixCache` would replace them.)
+same tokens first, the later request's own blocks stay out of the tree and are free again when this request ends. Until
+then, its lock keeps the other blocks too, where vLLM could reuse one of both. (A `PrefixCache` would replace them.)
 
 As in vLLM, blocks count as cached as soon as their computation is scheduled; cached blocks that nobody uses go in the
 order in which they were last freed, the end of a prefix first; LoRA adapters and cache salts are kept apart.
@@ -69,7 +69,7 @@ class RadixManager(KVCacheManager):
         self.block_size = scheduler_block_size
         self._total = kv_cache_config.num_blocks - 1  # vLLM keeps block 0 to itself
         self.tree = RadixTree(self._total * self.block_size, self.block_size, "cpu", evict_by="page")
-        self._held: dict[str, Held] = {}  # by request id
+        self.held: dict[str, Held] = {}  # by request id
         self._free = list(range(self._total, 0, -1))
 
     # Admission
@@ -96,8 +96,8 @@ class RadixManager(KVCacheManager):
 
         unused: what vLLM passes for KV connectors and encoders.
         """
-        starts = request.request_id not in self._held
-        held = self._begin(request, new_computed_blocks) if starts else self._held[request.request_id]
+        starts = request.request_id not in self.held
+        held = self._begin(request, new_computed_blocks) if starts else self.held[request.request_id]
         end = min(request.num_computed_tokens + num_new_computed_tokens + num_new_tokens, self.max_model_len)
         with_drafts = min(end + num_lookahead_tokens, self.max_model_len)
         needed = max(self._blocks_for(with_drafts) - len(held.blocks), 0)
@@ -108,7 +108,7 @@ class RadixManager(KVCacheManager):
             if starts:
                 self.tree.unlock(held.place)
             return None
-        self._held[request.request_id] = held
+        self.held[request.request_id] = held
         new = self._take(needed)
         held.blocks += new
         self.cache_blocks(request, min(end, request.num_tokens))
@@ -130,7 +130,7 @@ class RadixManager(KVCacheManager):
     # Computed, ended
 
     def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
-        held = self._held[request.request_id]
+        held = self.held[request.request_id]
         begin, end = held.place.length, num_computed_tokens // self.block_size * self.block_size
         if not self.enable_caching or end <= begin or not self._can_share(request):
             return
@@ -143,7 +143,7 @@ class RadixManager(KVCacheManager):
         held.duplicates += blocks[: (found.prefix_length - begin) // self.block_size]
 
     def free(self, request: Any) -> None:
-        held = self._held.pop(request.request_id, None)
+        held = self.held.pop(request.request_id, None)
         if held is None:
             return
         self.tree.match([], held.namespace, start=held.place)  # the whole path is now the most recently used
@@ -151,7 +151,7 @@ class RadixManager(KVCacheManager):
         self._free += held.duplicates + held.blocks[held.place.length // self.block_size :]
 
     def reset_prefix_cache(self) -> bool:
-        if self._held:
+        if self.held:
             return False
         self.tree.reset()
         self._free = list(range(self._total, 0, -1))
@@ -171,10 +171,10 @@ class RadixManager(KVCacheManager):
         return 1 - self.available_blocks / self._total
 
     def get_blocks(self, request_id: str) -> KVCacheBlocks:
-        return KVCacheBlocks(self._groups(self._held[request_id].blocks if request_id in self._held else []))
+        return KVCacheBlocks(self._groups(self.held[request_id].blocks if request_id in self.held else []))
 
     def estimate_cached_tokens(self, request: Any) -> int:
-        return self._held[request.request_id].place.length if request.request_id in self._held else 0
+        return self.held[request.request_id].place.length if request.request_id in self.held else 0
 
     def _can_share(self, request: Any) -> bool:
         return not request.mm_features and request.prompt_embeds is None

@@ -8,7 +8,7 @@ block table must hold the hash for this request: then every block that was share
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -110,10 +110,10 @@ class Engine:
         self.tables: dict[str, list[int]] = {}
         self.requests: dict[str, Any] = {}
         self.cached: dict[str, int] = {}  # tokens of each request that were cached when it first started
-        self.peak = 0
         self.blocks = blocks
 
-    def run(self, works: Sequence[Work]) -> None:
+    def run(self, works: Sequence[Work]) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+        """Run requests; yield after each step how many blocks are left, and where each running request is."""
         step = 0
         while step <= max((work.arrives for work in works), default=0) or self.scheduler.has_unfinished_requests():
             assert step < 5000, "the scheduler does not come to an end"
@@ -124,12 +124,13 @@ class Engine:
                 if work.gives_up == step and str(at) in self.scheduler.requests:
                     status = vllm_manager.load("v1.request").RequestStatus.FINISHED_ABORTED
                     self.scheduler.finish_requests(str(at), status)
-            self.step()
+            self._step()
+            running = [(request.request_id, request.num_computed_tokens) for request in self.scheduler.running]
+            yield round((1 - self.scheduler.kv_cache_manager.usage) * (self.blocks - 1)), running
             step += 1
 
-    def step(self) -> None:
+    def _step(self) -> None:
         output = self.scheduler.schedule()
-        self.peak = max(self.peak, len(self.scheduler.running))
         self._update_tables(output)
         ends = self._compute(output)
         names = list(output.num_scheduled_tokens)
@@ -152,7 +153,7 @@ class Engine:
                 self.tables[name] += blocks[0]
 
     def _compute(self, output: Any) -> dict[str, int]:
-        """Write the KV of all scheduled tokens, then read that of all tokens before. Returns where each request ends."""
+        """Write the KV of all scheduled tokens, then read all that is computed. Returns where each request ends."""
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         old = output.scheduled_cached_reqs
         computed.update(zip(old.req_ids, old.num_computed_tokens, strict=True))
