@@ -1,9 +1,10 @@
 """vLLM's own KV cache manager and scheduler without its engine and without a GPU.
 
-`load` imports their modules. `Manager` drives the real `KVCacheManager`, its block pool and its queue of free blocks, from a folder in which a vLLM
-wheel is unpacked: `pip install --no-deps --target FOLDER vllm==0.33.0`, or `unzip` of the wheel. `find` looks in the
-folder `.peers` at the repository root, then in the folder that the environment variable FLATRADIX_PEERS names. The
-modules of the manager import much that it never runs (models, configurations, layers); stand-ins replace it.
+`load` imports their modules, from a folder in which a vLLM wheel is unpacked: `pip install --no-deps --target FOLDER
+vllm==0.33.0`, or `unzip` of the wheel. `find` looks in the folder `.peers` at the repository root, then in the folder
+that the environment variable FLATRADIX_PEERS names. `Manager` drives the real `KVCacheManager`, its block pool and its
+queue of free blocks. These modules import much that they never run (models, configurations, layers); stand-ins replace
+it.
 """
 
 from __future__ import annotations

@@ -19,16 +19,25 @@ from examples.vllm_manager import RadixManager, RadixScheduler  # noqa: E402 - a
 
 MANY = 500
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=40)  # few tokens: prompts share prefixes of all lengths
-WORKS = st.builds(
-    Work,
-    arrives=st.integers(0, 20),
-    prompt=TOKENS,
-    outputs=st.integers(1, 20),
-    salt=st.sampled_from([None, None, None, "a"]),
-    lora=st.sampled_from([None, None, None, "a"]),
-    gives_up=st.sampled_from([None, None, None, 10, 20]),
+HEADS = [range(1000 * head, 1000 * head + 30) for head in range(6)]
+SYSTEM_PROMPTS = st.builds(
+    lambda head, length, tail: [*HEADS[head][:length], *tail], st.integers(0, 5), st.integers(0, 30), TOKENS
 )
-LISTS = st.lists(WORKS, min_size=2, max_size=16)
+
+
+def works_of(prompts: st.SearchStrategy[list[int]], least: int, most: int) -> st.SearchStrategy[list[Work]]:
+    work = st.builds(
+        Work,
+        arrives=st.integers(0, 2 * most),
+        prompt=prompts,
+        outputs=st.integers(1, 20),
+        salt=st.sampled_from([None, None, None, "a"]),
+        lora=st.sampled_from([None, None, None, "a"]),
+        gives_up=st.sampled_from([None, None, None, 10, 20]),
+    )
+    return st.lists(work, min_size=least, max_size=most)
+
+
 OPTIONS = st.fixed_dictionaries(
     {
         "scheduler_reserve_full_isl": st.booleans(),
@@ -53,7 +62,7 @@ def assert_idle(engine: Engine) -> None:
     assert manager.available_blocks == engine.blocks - 1
 
 
-@given(works=LISTS, options=OPTIONS)
+@given(works=works_of(TOKENS, 4, 16), options=OPTIONS)
 def test_every_request_finds_as_much_where_all_fits(works: list[Work], options: dict[str, Any]) -> None:
     theirs, ours = Engine(scheduler.Scheduler, MANY, **options), Engine(RadixScheduler, MANY, **options)
     for run in (theirs, ours):
@@ -62,17 +71,23 @@ def test_every_request_finds_as_much_where_all_fits(works: list[Work], options: 
     assert_idle(ours)
 
 
-@given(works=LISTS, blocks=st.integers(18, 40), options=OPTIONS)
+@given(works=works_of(SYSTEM_PROMPTS, 16, 30), blocks=st.integers(24, 32), options=OPTIONS)
 def test_every_step_is_the_same_in_a_tight_pool(works: list[Work], blocks: int, options: dict[str, Any]) -> None:
     """The same requests start, run and are preempted, and find as much, until the first block is there twice."""
-    theirs, ours = Engine(scheduler.Scheduler, blocks, **options), Engine(RadixScheduler, blocks, **options)
-    steps = ours.run(works)
-    for found, expected in zip(steps, theirs.run(works), strict=False):
+    theirs, ours = (Engine(kind, blocks, alike=False, **options) for kind in (scheduler.Scheduler, RadixScheduler))
+    for found, expected in zip(ours.run(works), theirs.run(works), strict=True):
         if duplicates(ours):
-            break
+            return
         assert found == expected
         assert ours.cached == theirs.cached
-    list(steps)  # every read of KV is still checked
+    assert_idle(ours)
+
+
+@given(works=works_of(TOKENS, 4, 16), blocks=st.integers(24, 40), options=OPTIONS)
+def test_every_read_finds_its_own_kv(works: list[Work], blocks: int, options: dict[str, Any]) -> None:
+    """Here many blocks are there twice."""
+    ours = Engine(RadixScheduler, blocks, **options)
+    list(ours.run(works))
     assert_idle(ours)
 
 
@@ -107,6 +122,18 @@ def test_a_request_that_skips_the_look_up_still_caches(skips: bool) -> None:
     manager.free(first)
     assert manager.reset_prefix_cache()
     assert manager.get_computed_blocks(second)[1] == 0
+
+
+def test_drafts_have_blocks_and_are_not_cached() -> None:
+    manager = RadixManager(kv_config(20), 64, PAGE, hash_block_size=PAGE)
+    request = make_request("a", Work(0, [1] * 9, 20))
+    manager.allocate_slots(request, 9)
+    request.num_computed_tokens = 9
+    request.append_output_token_ids(2)
+    assert len(manager.allocate_slots(request, 6, num_lookahead_tokens=2).blocks[0]) == 2
+    assert manager.estimate_cached_tokens(request) == 8
+    manager.free(request)
+    assert manager.available_blocks == 19
 
 
 def test_other_models_are_refused() -> None:
