@@ -1,13 +1,15 @@
-"""vLLM's own KV cache manager without its engine and without a GPU.
+"""vLLM's own KV cache manager and scheduler without its engine and without a GPU.
 
-`Manager` drives the real `KVCacheManager`, its block pool and its queue of free blocks, from a folder in which a vLLM
-wheel is unpacked: `pip install --no-deps --target FOLDER vllm==0.33.0`, or `unzip` of the wheel. `find` looks in the
-folder `.peers` at the repository root, then in the folder that the environment variable FLATRADIX_PEERS names. The
-modules of the manager import much that it never runs (models, configurations, layers); stand-ins replace it.
+`load` imports their modules, from a folder in which a vLLM wheel is unpacked: `pip install --no-deps --target FOLDER
+vllm==0.33.0`, or `unzip` of the wheel. `find` looks in the folder `.peers` at the repository root, then in the folder
+that the environment variable FLATRADIX_PEERS names. `Manager` drives the real `KVCacheManager`, its block pool and its
+queue of free blocks. These modules import much that they never run (models, configurations, layers); stand-ins replace
+it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.abc
@@ -29,15 +31,34 @@ from bench.support.sglang_trees import FOLDER, PeerMissing
 _REAL = (
     "vllm.utils.math_utils",
     "vllm.v1.core.block_pool",
+    "vllm.v1.core.encoder_cache_manager",
     "vllm.v1.core.kv_cache_coordinator",
     "vllm.v1.core.kv_cache_manager",
     "vllm.v1.core.kv_cache_metrics",
     "vllm.v1.core.kv_cache_utils",
+    "vllm.v1.core.sched.interface",
+    "vllm.v1.core.sched.output",
+    "vllm.v1.core.sched.request_queue",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.core.sched.utils",
     "vllm.v1.core.single_type_kv_cache_manager",
+    "vllm.v1.engine",
     "vllm.v1.kv_cache_interface",
     "vllm.v1.kv_cache_layout",
     "vllm.v1.kv_cache_spec_registry",
+    "vllm.v1.metrics.stats",
+    "vllm.v1.outputs",
+    "vllm.v1.request",
+    "vllm.v1.structured_output.request",
 )
+# Small functions of other modules that the real modules do run: by module and name, what stands in for each.
+_RUN = {
+    "vllm.utils": {"length_from_prompt_token_ids_or_embeds": lambda tokens, _: len(tokens)},
+    "vllm.v1.utils": {
+        "ConstantList": lambda tokens: tokens,
+        "record_function_or_nullcontext": lambda _: contextlib.nullcontext(),
+    },
+}
 
 
 class _Nothing(type):
@@ -83,12 +104,15 @@ class _Modules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name.split(".")[0] != "vllm":
             return None
         if name in _REAL:
-            path = self._folder.joinpath(*name.split(".")[1:]).with_suffix(".py")
-            return importlib.util.spec_from_file_location(name, path)
+            path = self._folder.joinpath(*name.split(".")[1:])
+            file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            return importlib.util.spec_from_file_location(name, file)
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: Any) -> types.ModuleType:
-        return _StandIn(spec.name)
+        module = _StandIn(spec.name)
+        vars(module).update(_RUN.get(spec.name, {}))
+        return module
 
     def exec_module(self, _: types.ModuleType) -> None:
         return
@@ -103,16 +127,14 @@ def find() -> Path:
     raise PeerMissing("vLLM is not unpacked: pip install --no-deps --target .peers vllm==0.33.0")
 
 
-def _load() -> tuple[Any, Any]:
-    """Return the modules of the manager and of its specifications."""
+def load(name: str) -> Any:
+    """Return a module of vLLM, such as "v1.request". Raises PeerMissing."""
     if "vllm" not in sys.modules:
         sys.meta_path.insert(0, _Modules(find()))
     try:
-        return importlib.import_module("vllm.v1.core.kv_cache_manager"), importlib.import_module(
-            "vllm.v1.kv_cache_interface"
-        )
+        return importlib.import_module(f"vllm.{name}")
     except (ImportError, AttributeError, TypeError) as error:
-        raise PeerMissing(f"vLLM's manager does not import: {error}") from error
+        raise PeerMissing(f"vLLM's {name} does not import: {error}") from error
 
 
 class Manager:
@@ -120,7 +142,7 @@ class Manager:
 
     def __init__(self, slots: int, page: int, most: int) -> None:
         """most: the most tokens of a request. vLLM keeps one block to itself, which is added. Raises PeerMissing."""
-        managers, specs = _load()
+        managers, specs = load("v1.core.kv_cache_manager"), load("v1.kv_cache_interface")
         spec = specs.FullAttentionSpec(block_size=page, num_kv_heads=1, head_size=1, dtype=torch.float16)
         group = specs.KVCacheGroupSpec(["layer"], spec)
         config = specs.KVCacheConfig(slots // page + 1, [], [group])
