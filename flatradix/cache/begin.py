@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flatradix.cache import share
-from flatradix.cache.input import Prompts
+from flatradix.cache.input import Prompts, check_tokens
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.share import Loan, Sharing
 from flatradix.cache.state import State
@@ -43,6 +43,8 @@ def begin_prompts(state: State, prompts: Prompts, chunk: int | None, shares: boo
     sharing = Sharing(state.page_size) if shares else None
     rows = np.full(len(prompts), -1)
     refused = _refuse_long(state, prompts)
+    if refused:
+        check_tokens(prompts)  # those that are refused, too
     fitting = np.array([query for query in range(len(prompts)) if query not in refused]) if refused else _ALL
     # One by one if they do not fit together: the cached part of a refused request must stay evictable for others.
     groups = [fitting] if len(prompts) > len(refused) else []
@@ -53,6 +55,7 @@ def begin_prompts(state: State, prompts: Prompts, chunk: int | None, shares: boo
         if not isinstance(given, _Lack):
             rows[group] = given
         elif len(some) > 1:
+            check_tokens(prompts)  # before the first of them starts
             groups = [np.array([query]) for query in np.arange(len(prompts))[group]]
         else:
             refused[int(np.arange(len(prompts))[group][0])] = _refuse(state, some, given)
@@ -92,7 +95,7 @@ def _start(state: State, prompts: Prompts, chunk: int | None, sharing: Sharing |
     # evicted. The first commit touches.
     place, cached = state.pages.find_cached(state.tree, prompts, lock=True)
     begins, loans = cached, {}
-    if sharing is not None:
+    if sharing is not None and free >= 0:
         loans = _loans_of(sharing, prompts, rows, cached)
         begins = cached.copy()
         for query, row in enumerate(rows.tolist()):
@@ -111,7 +114,7 @@ def _start(state: State, prompts: Prompts, chunk: int | None, sharing: Sharing |
             raise
         return rows
     state.tree.unlock(place)
-    if sharing is not None:
+    if sharing is not None and free >= 0:
         for query, row in enumerate(rows.tolist()):
             sharing.take_back(row, prompts.name(query))
     return _Lack(needed, left)
@@ -137,6 +140,7 @@ def _admit(state: State, prompts: Prompts, place: Places, grant: _Grant) -> None
     state.start(rows)
     if loans:
         state.loans = {**state.loans, **loans}
+    state.totals.begun += len(rows)
     state.totals.prompt_tokens += int(prompts.counts.sum())
     state.totals.cached_tokens += int(cached.sum())
     state.totals.shared_tokens += int((begins - cached).sum())

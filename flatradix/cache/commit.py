@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flatradix.cache import share
-from flatradix.cache.input import numbers_of, read_growth, read_tokens, refuse_long, refuse_token, rows_of
+from flatradix.cache.input import as_batch, numbers_of, read_growth, read_tokens, refuse_long, refuse_token, rows_of
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
 from flatradix.inputs.arguments import per_query
@@ -20,7 +20,7 @@ def read_added(state: State, operation: str, rows: np.ndarray, tokens: Any) -> t
     """Return the new tokens of each request, and how many it will have in all, int64 [B]."""
     added = read_tokens(operation, rows, tokens)
     known: np.ndarray = state.columns.num_tokens[rows] + added.counts
-    refuse_long(operation, known, state.in_pages(state.max_length))
+    refuse_long(operation, known, state.pages.most_tokens)
     return added, known
 
 
@@ -35,15 +35,17 @@ def store_added(state: State, rows: np.ndarray, added: Batch) -> None:
 
 def read_step(state: State, requests: Sequence[Request], tokens: Any, n: Any) -> tuple[np.ndarray, Batch, np.ndarray]:
     """Return rows, new tokens and how many slots more, int64 [B], checked."""
+    requests = as_batch(requests)
     rows, serials = numbers_of(state, "step", requests)
     added = read_tokens("step", rows, tokens)
     more = per_query(n, len(rows), "n")
-    most = state.in_pages(state.max_length)
-    reason, _ = cpu.check_requests(state.columns.data, rows, serials, added.counts, most, more, state.max_length)
+    most = state.pages.most_tokens
+    reason, query = cpu.check_requests(state.columns.data, rows, serials, added.counts, most, more, state.max_length)
     if reason:  # find it again, and say it
         rows_of(state, "step", requests)
         refuse_long("step", state.columns.num_tokens[rows] + added.counts, most)
-        read_growth(state.columns, rows, n, state.max_length)
+        read_growth("step", state.columns, rows, n, state.max_length)
+        raise AssertionError(f"step: request {query} was refused for reason {reason}, which no check finds")
     return rows, added, more
 
 

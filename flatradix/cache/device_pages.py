@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flatradix.cache.columns import Columns
-from flatradix.cache.input import Prompts, refuse_token
+from flatradix.cache.input import Prompts, check_tokens, refuse_token
 from flatradix.cache.pages import Inserted, Pages
 from flatradix.device.index import DeviceIndex
 from flatradix.inputs.ragged import Ragged
@@ -45,11 +45,11 @@ class DevicePages(Pages):
         """length: tokens of a row, whole pages."""
         self.page_size, self.num_pages = page_size, num_pages
         self._index = index
-        self._length = length
+        self.most_tokens = length + page_size  # what was generated last has no slot
         device = index.device
         self._arrays = gpu.no_arrays(device)
         self.page_table = torch.zeros(rows, length // page_size, dtype=torch.int32, device=device)
-        self._tokens = torch.zeros(rows, length, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(rows, self.most_tokens, dtype=torch.int32, device=device)
         self._stack = torch.empty(num_pages, dtype=torch.int32, device=device)
         self._handles = torch.zeros(rows, dtype=torch.int64, device=device)
         self._within = torch.arange(page_size, dtype=torch.int32, device=device)
@@ -194,6 +194,7 @@ class DevicePages(Pages):
         self, tree: RadixTree, prompts: Prompts, ragged: Ragged, lock: bool
     ) -> tuple[Places, np.ndarray]:
         """Match whole prompts, then cut the places back to what is cached of each without its last token."""
+        check_tokens(prompts)  # a copy to int32 would make another token of one that is too large
         places: Places = tree.match(ragged, prompts.names, touch=False)
         lengths = np.array(places.lengths.tolist(), np.int64)
         tree.raise_pending()
@@ -213,7 +214,7 @@ class DevicePages(Pages):
                 refuse_token(prompts.tokens, query, position)
             return
         begins = np.cumsum(prompts.counts) - prompts.counts + skips
-        self._copy(ragged.values, begins, self._tokens, rows * self._length + skips, prompts.counts - skips)
+        self._copy(ragged.values, begins, self._tokens, rows * self.most_tokens + skips, prompts.counts - skips)
 
     def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch, skips: np.ndarray) -> tuple[int, int]:
         counts = tokens.counts - skips
@@ -224,7 +225,7 @@ class DevicePages(Pages):
         )
         if query < 0 and len(staged):
             values = upload(torch.from_numpy(staged), self._index.device)
-            self._copy(values, offsets, self._tokens, rows * self._length + begins, counts)
+            self._copy(values, offsets, self._tokens, rows * self.most_tokens + begins, counts)
         return int(query), int(position)
 
     def _ragged(self, values: torch.Tensor, counts: np.ndarray) -> Ragged:
@@ -235,7 +236,7 @@ class DevicePages(Pages):
     def tokens(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Ragged:
         counts = ends - begins
         out = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
-        self._copy(self._tokens, rows * self._length + begins, out, np.cumsum(counts) - counts, counts)
+        self._copy(self._tokens, rows * self.most_tokens + begins, out, np.cumsum(counts) - counts, counts)
         return self._ragged(out, counts)
 
     def slots(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Ragged:

@@ -31,7 +31,7 @@ def fork_request(state: State, row: int, n: int) -> tuple[Requests, torch.Tensor
     pages.set_places(rows, place)
     columns.data[running.SERIAL + 1 :, rows] = columns.data[running.SERIAL + 1 :, row, None]
     columns.names[rows] = columns.names[row]
-    columns.cached[rows] = begin
+    columns.cached[rows], columns.missing[rows] = begin, 0
     state.start(rows)
     table, parts = pages.page_table, slice(begin // state.page_size, end // state.page_size)
     new = torch.stack([table[one, parts] for one in rows.tolist()])

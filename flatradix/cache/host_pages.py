@@ -28,9 +28,9 @@ class HostPages(Pages):
         """length: tokens of a row, whole pages. apart: whether the tables of the KV cache are copies."""
         self.page_size, self.num_pages = page_size, num_pages
         self._index = index
-        self._length = length
+        self.most_tokens = length + page_size  # what was generated last has no slot
         self._pages = np.zeros((rows, length // page_size), np.int32)
-        self._tokens = np.empty((rows, length), np.int32)
+        self._tokens = np.empty((rows, self.most_tokens), np.int32)
         self._tokens_at = address_of(self._tokens)
         self._stack = np.empty(num_pages, np.int32)
         self._handles = np.zeros(rows, np.int64)
@@ -182,12 +182,12 @@ class HostPages(Pages):
 
     def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch, skips: np.ndarray) -> tuple[int, int]:
         query, position = cpu.store_tokens(
-            self._tokens_at, self._length, rows, begins, tokens.addresses, tokens.wide, tokens.counts, skips
+            self._tokens_at, self.most_tokens, rows, begins, tokens.addresses, tokens.wide, tokens.counts, skips
         )
         return int(query), int(position)
 
     def tokens(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Batch:
-        addresses = self._tokens_at + 4 * (rows * self._length + begins)
+        addresses = self._tokens_at + 4 * (rows * self.most_tokens + begins)
         return Batch(addresses, ends - begins, False, self._tokens)
 
     def slots(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Batch:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.sequences import Batch, is_batch
 from flatradix.kernels import cpu
 from flatradix.layout.numbers import MAX_TOKEN
+
+if TYPE_CHECKING:
+    from flatradix.cache.state import State
 
 NO_LIMIT = 1 << 62
 
@@ -89,14 +93,45 @@ def _read_tokens(prompts: Any, on_device: Ragged | None) -> Batch:
     return Batch(np.zeros_like(counts), counts, on_device.values.dtype == torch.int64, on_device)
 
 
+def check_tokens(prompts: Prompts) -> None:
+    """Raise QueryError for a token out of range. O(tokens). Waits if the prompts are on a device."""
+    if prompts.on_device is not None:
+        low, high = torch.aminmax(prompts.on_device.values) if len(prompts.on_device.values) else (0, 0)
+        if int(low) < 0 or int(high) > MAX_TOKEN:
+            raise QueryError(f"tokens lie outside [0, {MAX_TOKEN}]: the lowest is {low}, the highest {high}", 0)
+        return
+    batch = prompts.tokens
+    query, position = cpu.first_bad_of(batch.addresses, batch.wide, batch.counts)
+    if query >= 0:
+        refuse_token(batch, int(query), int(position))
+
+
+def read_chunk(chunk: Any, share: bool) -> int | None:
+    """Return how many tokens get slots at first, checked."""
+    if chunk is None:
+        return None
+    if share:
+        raise ValueError("begin: prompts that share slots are computed as a whole: give `share` or `chunk`, not both")
+    count = operator.index(chunk)
+    if count < 1:
+        raise ValueError(f"chunk must be at least 1, not {count}")
+    return count
+
+
 def rows_of(owner: Owner, operation: str, requests: Sequence[Request]) -> np.ndarray:
     """Return the rows of running requests, int64 [B]. Raises QueryError unless each runs here and is given once."""
+    requests = as_batch(requests)
     rows, serials = numbers_of(owner, operation, requests)
     nothing = np.zeros(len(rows), np.int64)
     reason, _ = cpu.check_requests(owner.columns.data, rows, serials, nothing, NO_LIMIT, nothing, NO_LIMIT)
     if reason:
         _refuse_requests(owner, operation, requests)
     return rows
+
+
+def as_batch(requests: Any) -> Sequence[Request]:
+    """Return requests as a sequence that can be read more than once."""
+    return requests if isinstance(requests, Requests | list | tuple) else list(requests)
 
 
 def numbers_of(owner: Owner, operation: str, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +159,7 @@ def _refuse_requests(owner: Owner, operation: str, requests: Sequence[Request]) 
         seen.add(request.row)
 
 
-def read_growth(columns: Columns, rows: np.ndarray, n: Any, max_length: int) -> np.ndarray:
+def read_growth(operation: str, columns: Columns, rows: np.ndarray, n: Any, max_length: int) -> np.ndarray:
     """Return how many more tokens each request is to have, int64 [B]. Raises QueryError for a bad number."""
     more = per_query(n, len(rows), "n")
     lengths = columns.length[rows]
@@ -132,7 +167,7 @@ def read_growth(columns: Columns, rows: np.ndarray, n: Any, max_length: int) -> 
     if len(bad):
         query = int(bad[0])
         raise QueryError(
-            f"extend: request {query} has {lengths[query]} tokens, and {more[query]} more are asked for; "
+            f"{operation}: request {query} has {lengths[query]} tokens, and {more[query]} more are asked for; "
             f"give 0 or more, up to max_length {max_length}",
             query,
         )
@@ -141,7 +176,7 @@ def read_growth(columns: Columns, rows: np.ndarray, n: Any, max_length: int) -> 
 
 def read_tokens(operation: str, rows: np.ndarray, tokens: Any) -> Batch:
     """Return the new tokens of each request. A flat sequence has one token for each request."""
-    if tokens is None or len(rows) == 0:
+    if tokens is None or (len(rows) == 0 and len(tokens) == 0):
         nothing = np.zeros(len(rows), np.int64)
         return Batch(nothing, nothing, False, None)
     flat = not is_batch(tokens) and (not isinstance(tokens, torch.Tensor | np.ndarray) or tokens.ndim == 1)
@@ -163,7 +198,7 @@ def refuse_long(operation: str, known: np.ndarray, most: int) -> None:
     long = np.flatnonzero(known > most)
     if len(long):
         query = int(long[0])
-        raise QueryError(f"{operation}: request {query} would have {known[query]} tokens; max_length is {most}", query)
+        raise QueryError(f"{operation}: request {query} would have {known[query]} tokens; {most} can be known", query)
 
 
 def refuse_token(tokens: Batch, query: int, position: int) -> None:
@@ -173,24 +208,23 @@ def refuse_token(tokens: Batch, query: int, position: int) -> None:
     raise QueryError(f"tokens of query {query}: {value} at position {position} is outside [0, {MAX_TOKEN}]", query)
 
 
-def computed_ends(
-    operation: str, columns: Columns, rows: np.ndarray, known: np.ndarray, up_to: Any, page: int
-) -> np.ndarray:
+def computed_ends(operation: str, state: State, rows: np.ndarray, known: np.ndarray, up_to: Any) -> np.ndarray:
     """Return how many tokens of each request are computed, int64 [B]: by default all that are known and have slots.
 
     known: tokens of each that will be known. More than `length` may be computed, up to the end of the last page.
     """
-    lengths = columns.length[rows]
+    lengths = state.columns.length[rows]
     if up_to is None:
         return np.minimum(known, lengths)
     ends = per_query(up_to, len(rows), "up_to")
-    most = np.minimum(known, -(-lengths // page) * page)
+    slots = np.minimum(state.in_pages(lengths), state.max_length)
+    most = np.minimum(known, slots)
     bad = np.flatnonzero((ends < 0) | (ends > most))
     if len(bad):
         query = int(bad[0])
         raise QueryError(
-            f"{operation}: request {query} cannot have {ends[query]} tokens computed: it has "
-            f"{-(-lengths[query] // page) * page} slots, and {known[query]} tokens are known",
+            f"{operation}: request {query} cannot have {ends[query]} tokens computed: it has {slots[query]} slots, "
+            f"and {known[query]} tokens are known",
             query,
         )
     return ends

@@ -31,6 +31,7 @@ class Pages(ABC):
     how many pages are free, so no method waits for a device unless it says so.
 
     num_pages: all pages. free_pages: how many are free. duplicates: tokens of duplicates that were freed so far.
+    most_tokens: how many tokens of a request can be known: a page more than can have slots.
     page_table: int32 [R, W] on the device of the KV cache: the page of each `page_size` tokens of each row.
     slot_copy: the table of slots, if it was ever asked for and is not the page table itself.
     """
@@ -39,6 +40,7 @@ class Pages(ABC):
     num_pages: int
     free_pages: int
     duplicates: int
+    most_tokens: int
     page_table: torch.Tensor
     slot_copy: torch.Tensor | None
 

@@ -15,7 +15,7 @@ from flatradix.cache.begin import begin_prompts
 from flatradix.cache.commit import commit_tokens, extend_requests, read_added, read_step, store_added
 from flatradix.cache.counts import Counts
 from flatradix.cache.fork import fork_request
-from flatradix.cache.input import computed_ends, read_growth, read_prompts, rows_of
+from flatradix.cache.input import check_tokens, computed_ends, read_chunk, read_growth, read_prompts, rows_of
 from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
@@ -99,7 +99,8 @@ class PrefixCache:
 
     After a call that raises, every slot is exactly one of free, cached or held, and every lock belongs to a request.
     This holds even if a signal handler or a lack of memory interrupted the call: the cache is then repaired, at once or
-    in the next call, in O(slots). An interrupted `begin` has begun nothing. Requests of any other interrupted call are
+    in the next call, in O(slots). An interrupted `begin` has begun nothing, or all if it was cut short as it returned:
+    compare `running`. Requests of any other interrupted call are
     all as before the call, or all as after it: `num_tokens`, `committed` and `state` tell which. A call from a signal
     handler within another call raises RuntimeError.
 
@@ -188,7 +189,7 @@ class PrefixCache:
             in each layer write all KV before they read any: see docs/engine.md. Without `share`, each request has slots
             of its own for all that is not cached.
         chunk: allocate slots for at most this many tokens that are not cached, for a first chunk of the prefill;
-            `extend` allocates more. None allocates for the whole prompt.
+            `extend` allocates more. None allocates for the whole prompt. Not together with `share`.
 
         At least the last token of each prompt is left to compute, because its logits are needed.
 
@@ -207,8 +208,7 @@ class PrefixCache:
         policy function raises or a device has no memory left, the new requests hold nothing.
         """
         found = read_prompts(prompts, namespaces, priority, self.tree.device)
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}")
+        chunk = read_chunk(chunk, share)
         self._open = UnderWay(recover.BEGIN, serial=self._state.serial)
         self._state.pages.give_back_duplicates()
         self.tree.raise_pending()
@@ -236,6 +236,7 @@ class PrefixCache:
         O(prompt tokens). Raises QueryError and ValueError.
         """
         found = read_prompts(prompts, namespaces, 0, self.tree.device)
+        check_tokens(found)
         self._open = UnderWay(recover.OTHER)
         self._state.pages.give_back_duplicates()
         if len(found) == 0:
@@ -286,7 +287,7 @@ class PrefixCache:
         Raises QueryError (a request that is not running, or would be longer than max_length) with nothing changed.
         """
         rows = rows_of(self._state, "extend", requests)
-        more = read_growth(self._state.columns, rows, n, self.max_length)
+        more = read_growth("extend", self._state.columns, rows, n, self.max_length)
         self._open = recover.begun(recover.EXTEND, self._state.columns, rows)
         return extend_requests(self._state, rows, more)
 
@@ -313,7 +314,7 @@ class PrefixCache:
         """
         rows = rows_of(self._state, "commit", requests)
         added, known = read_added(self._state, "commit", rows, tokens)
-        ends = computed_ends("commit", self._state.columns, rows, known, up_to, self.page_size)
+        ends = computed_ends("commit", self._state, rows, known, up_to)
         store_added(self._state, rows, added)
         self._open = recover.begun(recover.COMMIT, self._state.columns, rows)
         return commit_tokens(self._state, rows, known, ends)
@@ -324,8 +325,9 @@ class PrefixCache:
     def step(self, requests: Sequence[Request], tokens: Any, n: int | Sequence[int] = 1) -> Step:
         """Do what a decode step needs, in one call: append tokens, commit whole pages, and give slots for `n` more.
 
-        The KV of all slots that a request has must be computed: then `tokens` are what it has generated from them. It
-        means `commit(requests, tokens=tokens)`, then `extend(requests, n)`.
+        `tokens` are what each request has generated since. The KV of all tokens before the last of these must be
+        computed; that of the last is not, even if there is a slot for it. So with drafts, pass those that were accepted
+        and the one behind. A step means `commit(requests, up_to, tokens)` up to that token, then `extend(requests, n)`.
 
         tokens: as for `commit`, usually [B]. n: as for `extend`.
 
@@ -334,7 +336,7 @@ class PrefixCache:
         """
         rows, added, more = read_step(self._state, requests, tokens, n)
         known = self._state.columns.num_tokens[rows] + added.counts
-        ends = np.minimum(known, self._state.columns.length[rows])
+        ends = np.minimum(known - 1, self._state.columns.length[rows])
         store_added(self._state, rows, added)
         self._open = recover.begun(recover.STEP, self._state.columns, rows)
         changed = commit_tokens(self._state, rows, known, ends)
@@ -374,7 +376,7 @@ class PrefixCache:
         """
         rows = rows_of(self._state, "finish", requests)
         added, known = read_added(self._state, "finish", rows, tokens)
-        ends = computed_ends("finish", self._state.columns, rows, known, up_to, self.page_size)
+        ends = computed_ends("finish", self._state, rows, known, up_to)
         store_added(self._state, rows, added)
         self._open = recover.begun(recover.END, self._state.columns, rows)
         commit_tokens(self._state, rows, known, ends)

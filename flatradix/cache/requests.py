@@ -33,6 +33,7 @@ class Request:
     """One request of a PrefixCache, from `begin` to `finish` or `abort`: a view of the cache's columns.
 
     A cache makes the view of a request when it is first looked at. Only the operations of the cache change a request.
+    When a request ends, its view keeps the numbers, but not the tokens; a request that was never looked at keeps none.
     """
 
     __slots__ = ("_ended", "_row", "namespace", "owner", "priority", "refusal", "serial")
@@ -175,7 +176,7 @@ class Requests(Sequence[Request]):
     a refused one. The arrays are not to be changed.
     """
 
-    __slots__ = ("_refused", "owner", "rows", "serials")
+    __slots__ = ("_views", "owner", "rows", "serials")
 
     def __init__(
         self, owner: Owner, rows: np.ndarray, serials: np.ndarray, refused: dict[int, Request] | None = None
@@ -183,7 +184,7 @@ class Requests(Sequence[Request]):
         self.owner = owner
         self.rows = rows
         self.serials = serials
-        self._refused = refused or {}
+        self._views = refused or {}  # by position: the requests that were looked at, and those that were refused
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -198,13 +199,13 @@ class Requests(Sequence[Request]):
         """Return the view of one request, or the batch of some: a slice, positions, or bool [B]."""
         if isinstance(index, int | np.integer):
             at = range(len(self.rows))[index]
-            return (
-                self._refused[at] if at in self._refused else self.owner.view(int(self.rows[at]), int(self.serials[at]))
-            )
+            if at not in self._views:
+                self._views[at] = self.owner.view(int(self.rows[at]), int(self.serials[at]))
+            return self._views[at]
         chosen = index if isinstance(index, slice) else np.asarray(index, None if len(index) else np.int64)
         positions = np.arange(len(self.rows))[chosen]
-        refused = {new: self._refused[old] for new, old in enumerate(positions.tolist()) if old in self._refused}
-        return Requests(self.owner, self.rows[positions], self.serials[positions], refused)
+        views = {new: self._views[old] for new, old in enumerate(positions.tolist()) if old in self._views}
+        return Requests(self.owner, self.rows[positions], self.serials[positions], views)
 
     def __iter__(self) -> Iterator[Request]:
         return (self[at] for at in range(len(self.rows)))

@@ -71,7 +71,6 @@ class State:
         del self.free_rows[len(self.free_rows) - len(rows) :]
         self.serial += len(rows)
         self.columns.serial[rows] = np.arange(self.serial - len(rows), self.serial)
-        self.totals.begun += len(rows)
 
     def batch(self, rows: np.ndarray) -> Requests:
         return Requests(self, rows, self.columns.serial[rows])

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flatradix.cache.requests import Requests
+from flatradix.cache.requests import Request, Requests
 from flatradix.queue.orders import OrderFunction
 from flatradix.queue.waiting_queue import WaitingQueue
 from flatradix.tree import RadixTree
@@ -21,6 +21,11 @@ class Cache(Protocol):
     def begin(self, prompts: Any, namespaces: Any = None, priority: Any = 0, share: bool = False) -> Requests: ...
 
     def free_space(self) -> tuple[int, int]: ...
+
+    def abort(self, requests: Sequence[Request]) -> None: ...
+
+    @property
+    def running(self) -> Requests: ...
 
 
 class RequestQueue(WaitingQueue):
@@ -49,7 +54,8 @@ class RequestQueue(WaitingQueue):
             them, and the plan counts it once. Without `share`, each of them computes its own; in an engine that cannot
             share within a forward pass, `order(..., defer_shared=True)` avoids that.
 
-        Raises as `plan` and as `PrefixCache.begin`. Then every prompt still waits.
+        Raises as `plan` and as `PrefixCache.begin`. Then every prompt still waits. If a signal cuts the call short, the
+        prompts of the plan either wait, or run: `cache.running` has their requests.
         """
         cache = self._cache
         free_slots, free_rows = cache.free_space()
@@ -58,11 +64,23 @@ class RequestQueue(WaitingQueue):
             order, token_budget=token_budget, max_requests=most, free_tokens=free_slots, skip=skip, whole_pages=True,
             share=share,
         )  # fmt: skip
-        requests = cache.begin(*self._prompts_of(plan.ids), share)
-        begun = requests.running
-        ids = plan.ids[torch.from_numpy(begun)]
-        self.remove(ids)
+        before = max(cache.running.serials.tolist(), default=0)
+        try:
+            requests = cache.begin(*self._prompts_of(plan.ids), share)
+            begun = requests.running
+            ids = plan.ids[torch.from_numpy(begun)]
+            self.remove(ids)
+        except BaseException:
+            self._take_back(plan.ids, before)
+            raise
         return requests[begun], ids
+
+    def _take_back(self, ids: torch.Tensor, before: int) -> None:
+        """End the requests that began after the one numbered `before`, if their prompts have not left the queue."""
+        running = self._cache.running
+        began = running[running.serials > before]
+        if len(began) and all(int(id) in self for id in ids):  # prompts leave together, or none does
+            self._cache.abort(began)
 
     def _prompts_of(self, ids: torch.Tensor) -> tuple[list[Any], list[Any], list[int]]:
         """Return the tokens, namespaces and priorities of waiting prompts."""

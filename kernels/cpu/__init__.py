@@ -23,6 +23,7 @@ from flatradix.kernels.cpu.prompts import (
 from flatradix.kernels.cpu.requests import (
     begin_commit,
     check_requests,
+    first_bad_of,
     give_pages,
     give_slots,
     grow,
@@ -72,6 +73,7 @@ __all__ = [
     "entries_in_order",
     "evict",
     "find_entries",
+    "first_bad_of",
     "first_bad_token",
     "forget_wants",
     "give_pages",

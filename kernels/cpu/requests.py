@@ -36,6 +36,16 @@ def store_tokens(tokens, width, rows, begins, addresses, wide, counts, skips):
 
 
 @kernel
+def first_bad_of(addresses, wide, counts):
+    """Return (the first query with a token out of range, its position), or (-1, 0). As for `store_tokens`."""
+    for query in range(len(addresses)):
+        position = first_bad(addresses[query], wide, 0, counts[query], MAX_TOKEN)
+        if position >= 0:
+            return np.int64(query), np.int64(position)
+    return np.int64(-1), np.int64(0)
+
+
+@kernel
 def take_pages(stack, free, pages, rows, begins, ends):
     """Take pages from the stack for columns `begins` to `ends` of each row; return how many are still free.
 

@@ -87,6 +87,73 @@ def test_a_bad_token_changes_nothing(where: dict[str, str]) -> None:
         this.cache.check()
 
 
+def test_a_bad_token_is_found_wherever_it_is(where: dict[str, str]) -> None:
+    """Also if the prompts start one by one, or are refused; then none has started, and nothing was evicted."""
+    this = engine(where, 24, page_size=4, max_length=20)
+    this.run([*range(9)])
+    digest, counts = this.cache.tree.digest(), this.cache.counts()
+    for prompts, query in (
+        ([[*range(10, 22)], [50, 51, -5], [*range(30, 40)]], 1),
+        ([[1] * 30, [50, 51, -5]], 1),
+        ([[1] * 30 + [-5]], 0),
+        ([[7], [1] * 21 + [2**31]], 1),
+    ):
+        for call in (this.cache.begin, this.cache.probe):
+            with pytest.raises(QueryError, match=f"tokens of query {query}") as error:
+                call(prompts)
+            assert error.value.query == query
+        assert (this.cache.tree.digest(), this.cache.counts()) == (digest, counts)
+        this.cache.check()
+
+
+def test_a_bad_token_on_a_device(where: dict[str, str]) -> None:
+    cache = engine(where).cache
+    for bad in (-1, 2**31):
+        ragged = Ragged.from_sequences([[1, 2], [3, bad]]).to(cache.tree.device)
+        for call in (cache.begin, cache.probe):
+            with pytest.raises(QueryError, match="outside"):
+                call(ragged)
+        cache.check()
+        assert cache.counts().requests == 0
+
+
+def test_requests_that_are_read_once(where: dict[str, str]) -> None:
+    cache = engine(where).cache
+    requests = cache.begin([[1, 2, 3], [4]])
+    assert cache.extend(filter(None, requests), 2) == []
+    assert cache.step(iter(requests), [5, 6]).short == []
+    assert requests.num_tokens.tolist() == [4, 2]
+    cache.finish(request for request in requests)
+    assert [request.state for request in requests] == ["ended", "ended"]
+    for call in (cache.commit, cache.finish):
+        with pytest.raises(ValueError, match="0 requests, but tokens for 1"):
+            call([], tokens=[[1]])
+    with pytest.raises(ValueError, match="0 requests, but tokens for 2"):
+        cache.step([], [1, 2])
+
+
+def test_a_batch_keeps_its_views(where: dict[str, str]) -> None:
+    cache = engine(where).cache
+    requests = cache.begin([[1, 2, 3, 4]], "x")
+    request = requests[0]
+    cache.finish(requests)
+    assert requests[0] is request is requests[:1][0]
+    assert (request.num_tokens, request.committed, request.namespace) == (4, 4, "x")
+    assert requests == requests
+
+
+def test_tokens_beyond_the_last_slot(where: dict[str, str]) -> None:
+    """A request of max_length tokens has generated one more when it ends."""
+    cache = engine(where, 64, page_size=4, max_length=10).cache
+    requests = cache.begin([[*range(9)]])
+    assert cache.extend(requests, 1) == []
+    with pytest.raises(QueryError, match="cannot have 12 tokens computed: it has 10 slots"):
+        cache.commit(requests, 12, tokens=[[9, 10, 11]])
+    cache.finish(requests, tokens=[[9, 10]])
+    assert requests[0].num_tokens == 0 or requests[0].committed == 8
+    cache.check()
+
+
 # Decode
 
 
@@ -116,6 +183,19 @@ def test_a_step_is_a_commit_and_an_extend(where: dict[str, str], form: object) -
     assert mine.lengths.tolist() == [12, 16, 15]
 
 
+def test_the_last_token_of_a_step_is_not_computed(where: dict[str, str]) -> None:
+    """Not even if there is a slot for it: after a rejected draft, the slot holds the KV of that draft."""
+    cache = engine(where, 16, page_size=1).cache
+    requests = cache.begin([[1, 2]])
+    cache.step(requests, [3], 2)
+    cache.step(requests, [4], 2)
+    assert (requests[0].num_tokens, requests[0].length, requests[0].committed) == (4, 6, 3)
+    assert cache.begin([[1, 2, 3, 4, 5]]).cached_lengths.tolist() == [3]
+    cache.step(requests, [[5, 6]], 1)  # a draft that was accepted, and the token behind it
+    assert requests[0].committed == 5
+    cache.check()
+
+
 def test_a_step_without_room(where: dict[str, str]) -> None:
     cache = engine(where, 12, page_size=4).cache
     requests = cache.begin([[1] * 4, [2] * 4, [3] * 3])
@@ -135,8 +215,8 @@ def test_mistakes_in_a_step_change_nothing(where: dict[str, str]) -> None:
     for tokens, n, message in (
         ([1], 1, "2 requests, but tokens for 1"),
         ([1, -5], 1, "tokens of query 1: -5 at position 0"),
-        ([[1], [2, 3]], 1, "step: request 1 would have 9 tokens"),
-        ([[1], []], [7, 0], "request 0 has 2 tokens, and 7 more"),
+        ([[1], [2] * 7], 1, "step: request 1 would have 14 tokens; 12 can be known"),
+        ([[1], []], [7, 0], "step: request 0 has 2 tokens, and 7 more"),
         ([[1], []], -1, "give 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -175,6 +255,10 @@ def test_more_may_not_be_computed_than_the_last_page_holds(where: dict[str, str]
         cache.commit(requests, up_to=9)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         cache.begin([[1]], chunk=0)
+    with pytest.raises(ValueError, match="give `share` or `chunk`, not both"):
+        cache.begin([[1]], chunk=4, share=True)
+    with pytest.raises(TypeError):
+        cache.begin([[1]], chunk=2.5)
     cache.check()
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import flatradix
+from flatradix.cache.waiting import RequestQueue
+from tests.support.interrupts import bytecodes, interrupt_at
 
 
 def _prompt(random_: random.Random) -> list[int]:
@@ -96,3 +98,21 @@ def test_a_budget_and_a_limit_end_the_plan() -> None:
     cache.abort(more)
     _more, begun = queue.begin(torch.flip(queue.ids(), [0]))
     assert begun.tolist() == ids[2:].tolist()
+
+
+def test_an_interrupted_begin_leaves_each_prompt_waiting_or_running() -> None:
+    def scene() -> tuple[flatradix.PrefixCache, RequestQueue]:
+        cache = flatradix.PrefixCache(64, page_size=4, max_requests=8, max_length=32)
+        queue = cache.queue()
+        queue.add([[1, 2, 3], [4, 5]])
+        return cache, queue
+
+    total = bytecodes(scene()[1].begin, "cache")
+    found = set()
+    for at in range(0, total, 7):
+        cache, queue = scene()
+        interrupt_at(at, queue.begin, "cache")
+        found.add((len(queue), len(cache.running)))
+        cache.check()
+    assert found <= {(2, 0), (0, 2)}
+    assert (2, 0) in found
