@@ -136,7 +136,7 @@ def _unlock(tree: RadixTree, count: int) -> None:
 
 def _use_cache(tree: RadixTree) -> None:
     if not tree.bigram:
-        use_cache(tree.device, tree.page_size)
+        use_cache("cuda" if interpreted() else tree.device, tree.device, tree.page_size)
 
 
 def _write_slots(tree: RadixTree) -> None:

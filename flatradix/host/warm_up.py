@@ -38,7 +38,7 @@ def warm_up_host(slot_device: str | torch.device | None) -> None:
     RadixTree.load(file, device="cpu").reset()
     _take_back()
     use_queue(RadixTree(16, page_size=2, device="cpu"))
-    use_cache("cpu", 2)
+    use_cache("cpu", "cpu", 2)
     _use_slots_apart(RadixTree(16, page_size=2, device="cpu", slot_device=slot_device or "cpu"))
 
 
@@ -73,23 +73,30 @@ def use_queue(tree: RadixTree) -> None:
         queue.close()
 
 
-def use_cache(device: str | torch.device, page: int) -> None:
-    """Run every operation of a PrefixCache."""
+def use_cache(device: str | torch.device, kv_device: str | torch.device, page: int) -> None:
+    """Run every operation of a PrefixCache, with and without namespaces, on one request and on several."""
     from flatradix.cache.prefix_cache import PrefixCache
 
-    cache = PrefixCache(16 * page, page, max_requests=8, max_length=8 * page, kv_device=device, device=device)
-    prompts = [list(range(2 * page + 1))] * 2
-    requests = cache.begin(prompts, share=True)
-    cache.commit(requests)
-    cache.abort(cache.begin(prompts))  # with something cached
+    cache = PrefixCache(32 * page, page, max_requests=8, max_length=8 * page, kv_device=kv_device, device=device)
+    stem = list(range(2 * page))
+    prompts = [[*stem, 1], [*stem, 2], [*stem[:page], *[7] * page, 3]]
+    for names in (None, ["a", "b", "a"]):
+        for count in (1, 3):
+            requests = cache.begin(prompts[:count], names[:count] if names else None)
+            cache.commit(requests[:1], page)  # then the requests have committed different lengths
+            cache.commit(requests)
+            cache.extend(requests)
+            cache.finish(requests)
+    shared = cache.begin([[9] * (2 * page + 1)] * 2, share=True)
     cache.probe(prompts)
-    others = cache.begin([[*range(page), *[9] * page, 8]] * 2)  # both compute the same
-    cache.commit(others)
-    cache.step(others, [1, 2], page)
-    cache.abort(cache.fork(others[0], 1)[0])
-    cache.finish(others, touch=True)
-    cache.finish(requests)
-    cache.begin([[7] * (8 * page), [6] * (8 * page)])  # evicts
+    cache.commit(shared)
+    cache.step(shared, [1, 2], page)
+    cache.abort(cache.fork(shared[0], 1)[0])
+    cache.finish(shared, touch=True)
+    twins = cache.begin([[8] * (2 * page + 1)] * 2)  # both compute the same
+    cache.commit(twins)
+    cache.abort(twins)
+    cache.begin([[6 + at] * (8 * page) for at in range(4)])  # evicts
     cache.counts()
 
 
