@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,6 @@ from flatradix.cache.share import Loan, Sharing
 from flatradix.cache.state import State
 from flatradix.errors import QueryError
 from flatradix.results import Places
-
-_ALL: Any = slice(None)
 
 
 class _Grant(NamedTuple):
@@ -41,37 +39,35 @@ class _Lack(NamedTuple):
 def begin_prompts(state: State, prompts: Prompts, chunk: int | None, shares: bool) -> Requests:
     """Start those of the prompts that fit, in order; return a request for each."""
     sharing = Sharing(state.page_size) if shares else None
-    rows = np.full(len(prompts), -1)
-    refused = _refuse_long(state, prompts)
-    if refused:
-        check_tokens(prompts)  # those that are refused, too
-    fitting = np.array([query for query in range(len(prompts)) if query not in refused]) if refused else _ALL
-    # One by one if they do not fit together: the cached part of a refused request must stay evictable for others.
-    groups = [fitting] if len(prompts) > len(refused) else []
-    while groups:
-        group = groups.pop(0)
-        some = prompts if group is _ALL else prompts.some(group)
-        given = _start(state, some, chunk, sharing)
-        if not isinstance(given, _Lack):
-            rows[group] = given
-        elif len(some) > 1:
+    rows, refused = np.full(len(prompts), -1), {}
+    fits = prompts.counts <= state.max_length
+    if not fits.all() or prompts.on_device is not None:
+        check_tokens(prompts)  # those that are refused, too; a device copies tokens without a check
+    if not fits.all():
+        prompts = prompts.on_host()
+        refused = {query: _refuse(state, prompts, query, _Lack(0, 0)) for query in np.flatnonzero(~fits).tolist()}
+    fitting = np.flatnonzero(fits)
+    given = _start(state, prompts if fits.all() else prompts.some(fitting), chunk, sharing) if len(fitting) else fitting
+    if isinstance(given, _Lack):
+        # One by one: the cached part of a refused request must stay evictable for others.
+        prompts = prompts.on_host()
+        if len(fitting) > 1:
             check_tokens(prompts)  # before the first of them starts
-            groups = [np.array([query]) for query in np.arange(len(prompts))[group]]
-        else:
-            refused[int(np.arange(len(prompts))[group][0])] = _refuse(state, some, given)
+        for query in fitting.tolist():
+            alone = given if len(fitting) == 1 else _start(state, prompts.some(np.array([query])), chunk, sharing)
+            if isinstance(alone, _Lack):
+                refused[query] = _refuse(state, prompts, query, alone)
+            else:
+                rows[query] = alone[0]
+    else:
+        rows[fitting] = given
     state.totals.refused += len(refused)
     return Requests(state, rows, np.where(rows >= 0, state.columns.serial[rows], 0), refused)
 
 
-def _refuse_long(state: State, prompts: Prompts) -> dict[int, Request]:
-    """Return a refused request for each prompt that is too long."""
-    long = np.flatnonzero(prompts.counts > state.max_length).tolist()
-    return {query: _refuse(state, prompts.some(np.array([query])), _Lack(0, 0)) for query in long}
-
-
-def _refuse(state: State, prompt: Prompts, lack: _Lack) -> Request:
-    """Return the request of a single prompt that is refused."""
-    count = int(prompt.counts[0])
+def _refuse(state: State, prompts: Prompts, query: int, lack: _Lack) -> Request:
+    """Return the request of a prompt that is refused."""
+    count = int(prompts.counts[query])
     missing = max(lack.needed - lack.left, 0)
     if count > state.max_length:
         text = f"{count} tokens are more than max_length {state.max_length}: cut the prompt"
@@ -79,7 +75,8 @@ def _refuse(state: State, prompt: Prompts, lack: _Lack) -> Request:
         text = f"{lack.needed} slots are needed and {lack.left} can be had: {missing} too few"
     else:
         text = f"all {state.max_requests} requests that max_requests allows are running"
-    return Request.refused(state, count, (prompt.name(0), int(prompt.priorities[0])), text, missing)
+    names = prompts.name(query), int(prompts.priorities[query])
+    return Request.refused(state, count, names, text, missing)
 
 
 def _start(state: State, prompts: Prompts, chunk: int | None, sharing: Sharing | None) -> np.ndarray | _Lack:

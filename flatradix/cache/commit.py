@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from flatradix.cache import share
-from flatradix.cache.input import as_batch, numbers_of, read_growth, read_tokens, refuse_long, refuse_token, rows_of
+from flatradix.cache.input import (
+    as_batch,
+    numbers_of,
+    read_growth,
+    read_tokens,
+    read_up_to,
+    refuse_long,
+    refuse_token,
+    rows_of,
+)
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
 from flatradix.inputs.arguments import per_query
@@ -22,6 +31,17 @@ def read_added(state: State, operation: str, rows: np.ndarray, tokens: Any) -> t
     known: np.ndarray = state.columns.num_tokens[rows] + added.counts
     refuse_long(operation, known, state.pages.most_tokens)
     return added, known
+
+
+def computed_ends(state: State, operation: str, rows: np.ndarray, known: np.ndarray, up_to: Any) -> np.ndarray:
+    """Return how many tokens of each request are computed, int64 [B]: by default all that are known and have slots.
+
+    up_to: what the caller says, which may go to the end of the last page. known: int64 [B], tokens that will be known.
+    """
+    lengths = state.columns.length[rows]
+    if up_to is None:
+        return np.minimum(known, lengths)
+    return read_up_to(operation, up_to, known, np.minimum(state.in_pages(lengths), state.max_length))
 
 
 def store_added(state: State, rows: np.ndarray, added: Batch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flatradix.cache.columns import Columns
-from flatradix.cache.input import Prompts, check_tokens, refuse_token
+from flatradix.cache.input import Prompts, refuse_token
 from flatradix.cache.pages import Inserted, Pages
 from flatradix.device.index import DeviceIndex
 from flatradix.inputs.ragged import Ragged
@@ -52,10 +52,9 @@ class DevicePages(Pages):
         self._tokens = torch.zeros(rows, self.most_tokens, dtype=torch.int32, device=device)
         self._stack = torch.empty(num_pages, dtype=torch.int32, device=device)
         self._handles = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._within = torch.arange(page_size, dtype=torch.int32, device=device)
-        self.slot_copy: torch.Tensor | None = None
+        self.within = torch.arange(page_size, dtype=torch.int32, device=device)
+        self.slot_copy = None
         self._pending: deque[_Pending] = deque()
-        self.duplicates = 0
         self.reset()
 
     def _copy(
@@ -165,21 +164,7 @@ class DevicePages(Pages):
     def _changed(self, rows: np.ndarray) -> None:
         if self.slot_copy is not None and self.page_size > 1:
             where = upload_numbers(rows, self._index.device)
-            self.slot_copy[where] = self._slots_of(self.page_table[where]).view(len(rows), -1)
-
-    def _slots_of(self, pages: torch.Tensor) -> torch.Tensor:
-        return pages[..., None] * self.page_size + self._within
-
-    def slots_of_row(self, row: int) -> torch.Tensor:
-        return self.page_table[row] if self.page_size == 1 else self._slots_of(self.page_table[row]).view(-1)
-
-    def slot_table(self) -> torch.Tensor:
-        if self.page_size == 1:
-            return self.page_table
-        if self.slot_copy is None:
-            with torch.inference_mode(False):
-                self.slot_copy = self._slots_of(self.page_table).view(len(self.page_table), -1)
-        return self.slot_copy
+            self.slot_copy[where] = self.slots_of(self.page_table[where]).view(len(rows), -1)
 
     # Tokens
 
@@ -194,7 +179,6 @@ class DevicePages(Pages):
         self, tree: RadixTree, prompts: Prompts, ragged: Ragged, lock: bool
     ) -> tuple[Places, np.ndarray]:
         """Match whole prompts, then cut the places back to what is cached of each without its last token."""
-        check_tokens(prompts)  # a copy to int32 would make another token of one that is too large
         places: Places = tree.match(ragged, prompts.names, touch=False)
         lengths = np.array(places.lengths.tolist(), np.int64)
         tree.raise_pending()
@@ -244,7 +228,7 @@ class DevicePages(Pages):
         pages = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
         first = self._columns(rows, begins // self.page_size)
         self._copy(self.page_table, first, pages, np.cumsum(counts) - counts, counts)
-        return self._ragged(self._slots_of(pages).view(-1), ends - begins)
+        return self._ragged(self.slots_of(pages).view(-1), ends - begins)
 
     def copy_tokens(self, source: int, rows: np.ndarray) -> None:
         self._tokens[upload_numbers(rows, self._index.device)] = self._tokens[source].clone()

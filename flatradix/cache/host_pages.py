@@ -34,13 +34,12 @@ class HostPages(Pages):
         self._tokens_at = address_of(self._tokens)
         self._stack = np.empty(num_pages, np.int32)
         self._handles = np.zeros(rows, np.int64)
-        self.slot_copy: torch.Tensor | None = None
-        self.duplicates = 0
+        self.slot_copy = None
         self._apart = apart
         self.page_table = torch.from_numpy(self._pages)
         if apart:
             self.page_table = torch.zeros(self._pages.shape, dtype=torch.int32, device=kv)
-        self._within = torch.arange(page_size, dtype=torch.int32, device=kv)
+        self.within = torch.arange(page_size, dtype=torch.int32, device=kv)
         self.reset()
 
     # Pages
@@ -147,21 +146,7 @@ class HostPages(Pages):
         if self._apart:
             self.page_table.view(-1)[where] = pages
         if self.slot_copy is not None:
-            self.slot_copy.view(-1, self.page_size)[where] = self._slots_of(pages)
-
-    def _slots_of(self, pages: torch.Tensor) -> torch.Tensor:
-        return pages[..., None] * self.page_size + self._within
-
-    def slot_table(self) -> torch.Tensor:
-        if self.page_size == 1:
-            return self.page_table
-        if self.slot_copy is None:
-            with torch.inference_mode(False):
-                self.slot_copy = self._slots_of(self.page_table).view(len(self.page_table), -1)
-        return self.slot_copy
-
-    def slots_of_row(self, row: int) -> torch.Tensor:
-        return self.slot_table()[row] if self.page_size == 1 else self._slots_of(self.page_table[row]).view(-1)
+            self.slot_copy.view(-1, self.page_size)[where] = self.slots_of(pages)
 
     # Tokens
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.sequences import Batch, is_batch
 from flatradix.kernels import cpu
 from flatradix.layout.numbers import MAX_TOKEN
-
-if TYPE_CHECKING:
-    from flatradix.cache.state import State
 
 NO_LIMIT = 1 << 62
 
@@ -48,10 +45,15 @@ class Prompts(NamedTuple):
     def name(self, query: int) -> Namespace:
         return self.names[query] if isinstance(self.names, list) else self.names
 
+    def on_host(self) -> Prompts:
+        """Return the prompts in host memory. Waits if they are on a device."""
+        if self.on_device is None:
+            return self
+        return self._replace(tokens=read_batch(self.on_device.to("cpu"), "tokens"), on_device=None)
+
     def some(self, queries: np.ndarray) -> Prompts:
-        """Return the prompts of some queries, in host memory: waits if they are on a device."""
-        tokens = self.tokens if self.on_device is None else read_batch(self.on_device.to("cpu"), "tokens")
-        addresses, counts, wide, owner = tokens
+        """Return the prompts of some queries. They must be in host memory."""
+        addresses, counts, wide, owner = self.tokens
         names = [self.names[query] for query in queries] if isinstance(self.names, list) else self.names
         return Prompts(Batch(addresses[queries], counts[queries], wide, owner), names, self.priorities[queries], None)
 
@@ -96,11 +98,10 @@ def _read_tokens(prompts: Any, on_device: Ragged | None) -> Batch:
 def check_tokens(prompts: Prompts) -> None:
     """Raise QueryError for a token out of range. O(tokens). Waits if the prompts are on a device."""
     if prompts.on_device is not None:
-        low, high = torch.aminmax(prompts.on_device.values) if len(prompts.on_device.values) else (0, 0)
-        if int(low) < 0 or int(high) > MAX_TOKEN:
-            raise QueryError(f"tokens lie outside [0, {MAX_TOKEN}]: the lowest is {low}, the highest {high}", 0)
-        return
-    batch = prompts.tokens
+        values = prompts.on_device.values
+        if not bool(((values < 0) | (values > MAX_TOKEN)).any()):
+            return
+    batch = prompts.on_host().tokens
     query, position = cpu.first_bad_of(batch.addresses, batch.wide, batch.counts)
     if query >= 0:
         refuse_token(batch, int(query), int(position))
@@ -208,16 +209,12 @@ def refuse_token(tokens: Batch, query: int, position: int) -> None:
     raise QueryError(f"tokens of query {query}: {value} at position {position} is outside [0, {MAX_TOKEN}]", query)
 
 
-def computed_ends(operation: str, state: State, rows: np.ndarray, known: np.ndarray, up_to: Any) -> np.ndarray:
-    """Return how many tokens of each request are computed, int64 [B]: by default all that are known and have slots.
+def read_up_to(operation: str, up_to: Any, known: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Return how many tokens of each request are computed, int64 [B], checked.
 
-    known: tokens of each that will be known. More than `length` may be computed, up to the end of the last page.
+    known, slots: int64 [B], tokens of each that will be known, and slots that it has, with those of its last page.
     """
-    lengths = state.columns.length[rows]
-    if up_to is None:
-        return np.minimum(known, lengths)
-    ends = per_query(up_to, len(rows), "up_to")
-    slots = np.minimum(state.in_pages(lengths), state.max_length)
+    ends = per_query(up_to, len(known), "up_to")
     most = np.minimum(known, slots)
     bad = np.flatnonzero((ends < 0) | (ends > most))
     if len(bad):

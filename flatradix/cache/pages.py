@@ -33,7 +33,8 @@ class Pages(ABC):
     num_pages: all pages. free_pages: how many are free. duplicates: tokens of duplicates that were freed so far.
     most_tokens: how many tokens of a request can be known: a page more than can have slots.
     page_table: int32 [R, W] on the device of the KV cache: the page of each `page_size` tokens of each row.
-    slot_copy: the table of slots, if it was ever asked for and is not the page table itself.
+    slot_copy: the table of slots, if it was ever asked for and is not the page table itself. within: int32 [page_size],
+    the numbers from 0 on, on the same device.
     """
 
     page_size: int
@@ -43,6 +44,7 @@ class Pages(ABC):
     most_tokens: int
     page_table: torch.Tensor
     slot_copy: torch.Tensor | None
+    within: torch.Tensor
 
     @property
     def free_slots(self) -> int:
@@ -168,17 +170,27 @@ class Pages(ABC):
         """Return the pages of some rows, int32 [B, W] in host memory."""
 
     @abstractmethod
-    def slots_of_row(self, row: int) -> torch.Tensor:
-        """Return the slots of a row, int32 [W * page_size] on the device of the KV cache."""
-
-    @abstractmethod
     def copy_rows(self, rows: np.ndarray, lengths: np.ndarray) -> None:
         """Copy the first `lengths` tokens' pages of some rows to the tables of the KV cache again."""
 
-    @abstractmethod
+    def slots_of(self, pages: torch.Tensor) -> torch.Tensor:
+        """Return the slots of pages on the device of the KV cache, int32 [..., page_size]."""
+        return pages[..., None] * self.page_size + self.within
+
+    def slots_of_row(self, row: int) -> torch.Tensor:
+        """Return the slots of a row, int32 [W * page_size] on the device of the KV cache; a view if pages have one."""
+        return self.page_table[row] if self.page_size == 1 else self.slots_of(self.page_table[row]).view(-1)
+
     def slot_table(self) -> torch.Tensor:
         """Return int32 [R, W * page_size]: the slot of each token. Made when it is first asked for, then kept up."""
+        if self.page_size == 1:
+            return self.page_table
+        if self.slot_copy is None:
+            with torch.inference_mode(False):
+                self.slot_copy = self.slots_of(self.page_table).view(len(self.page_table), -1)
+        return self.slot_copy
 
     def reset(self) -> None:
-        """Free all pages. The lowest are allocated first."""
+        """Free all pages, and count duplicates from 0. The lowest pages are allocated first."""
+        self.duplicates = 0
         self.set_free(np.arange(self.num_pages - 1, -1, -1))

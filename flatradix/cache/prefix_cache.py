@@ -12,10 +12,10 @@ import torch
 
 from flatradix.cache import home, recover
 from flatradix.cache.begin import begin_prompts
-from flatradix.cache.commit import commit_tokens, extend_requests, read_added, read_step, store_added
+from flatradix.cache.commit import commit_tokens, computed_ends, extend_requests, read_added, read_step, store_added
 from flatradix.cache.counts import Counts
 from flatradix.cache.fork import fork_request
-from flatradix.cache.input import check_tokens, computed_ends, read_chunk, read_growth, read_prompts, rows_of
+from flatradix.cache.input import check_tokens, read_chunk, read_growth, read_prompts, rows_of
 from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
@@ -100,9 +100,9 @@ class PrefixCache:
     After a call that raises, every slot is exactly one of free, cached or held, and every lock belongs to a request.
     This holds even if a signal handler or a lack of memory interrupted the call: the cache is then repaired, at once or
     in the next call, in O(slots). An interrupted `begin` has begun nothing, or all if it was cut short as it returned:
-    compare `running`. Requests of any other interrupted call are
-    all as before the call, or all as after it: `num_tokens`, `committed` and `state` tell which. A call from a signal
-    handler within another call raises RuntimeError.
+    compare `running`. Requests of any other interrupted call are all as before the call, or all as after it:
+    `num_tokens`, `committed` and `state` tell which. A call from a signal handler within another call raises
+    RuntimeError.
 
     Not thread-safe. Raises ValueError for arguments out of range, DeviceUnavailableError.
     """
@@ -314,7 +314,7 @@ class PrefixCache:
         """
         rows = rows_of(self._state, "commit", requests)
         added, known = read_added(self._state, "commit", rows, tokens)
-        ends = computed_ends("commit", self._state, rows, known, up_to)
+        ends = computed_ends(self._state, "commit", rows, known, up_to)
         store_added(self._state, rows, added)
         self._open = recover.begun(recover.COMMIT, self._state.columns, rows)
         return commit_tokens(self._state, rows, known, ends)
@@ -376,7 +376,7 @@ class PrefixCache:
         """
         rows = rows_of(self._state, "finish", requests)
         added, known = read_added(self._state, "finish", rows, tokens)
-        ends = computed_ends("finish", self._state, rows, known, up_to)
+        ends = computed_ends(self._state, "finish", rows, known, up_to)
         store_added(self._state, rows, added)
         self._open = recover.begun(recover.END, self._state.columns, rows)
         commit_tokens(self._state, rows, known, ends)

@@ -51,7 +51,6 @@ class State:
         self.free_rows = list(range(self.max_requests - 1, -1, -1))
         self.loans: Loans = {}
         self.totals = Totals()
-        self._duplicates_before = self.pages.duplicates
 
     def in_pages(self, tokens: Any) -> Any:
         """Round numbers of tokens up to whole pages."""
@@ -176,7 +175,7 @@ class State:
             prompt_tokens=self.totals.prompt_tokens,
             cached_tokens=self.totals.cached_tokens,
             evicted_tokens=self.totals.evicted_tokens,
-            duplicate_tokens=self.pages.duplicates - self._duplicates_before,
+            duplicate_tokens=self.pages.duplicates,
             shared_tokens=self.totals.shared_tokens,
             slots=self.pages.num_pages * self.page_size,
             free=self.pages.free_slots,

@@ -561,24 +561,24 @@ class HostIndex(Index):
 
     @public_call
     def insert_arrays(
-        self, keys: Batch, slots: Batch, namespace: Any, counts: tuple[np.ndarray, np.ndarray],
+        self, keys: Batch, slots: Batch, namespace: Any, columns: tuple[np.ndarray, np.ndarray],
         starts: tuple[np.ndarray, np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
         """Do what `insert` does, for a caller that has everything as arrays; nothing is checked.
 
-        counts: priorities and inserted lengths, starts: handles and lengths, int64 [B]. Returns prefix lengths and
+        columns: priorities and inserted lengths, starts: handles and lengths, int64 [B]. Returns prefix lengths and
         lengths, int32 [B], and handles, int64 [B].
         """
         if self._open:
             self._recover()
         prefixes, lengths = np.empty((2, len(keys)), np.int32)
         out = prefixes, lengths, np.empty(len(keys), np.int64)
-        self._insert_arrays(keys, SlotBatch(*slots), namespace, counts, starts, out, ())
+        self._insert_arrays(keys, SlotBatch(*slots), namespace, columns, starts, out, ())
         self._open = 0
         return out
 
     def _insert_arrays(
-        self, keys: Batch, source: SlotBatch, namespace: Any, counts: tuple[np.ndarray, np.ndarray],
+        self, keys: Batch, source: SlotBatch, namespace: Any, columns: tuple[np.ndarray, np.ndarray],
         starts: tuple[np.ndarray, np.ndarray], out: tuple[np.ndarray, np.ndarray, np.ndarray], slots: Any,
     ) -> None:  # fmt: skip
         pool = self._slots
@@ -588,7 +588,7 @@ class HostIndex(Index):
         call = self._begin(out[2], out[1], out[0])
         codes, named = self._codes_to_insert(namespace, keys.counts, start_lengths)
         arguments = (
-            keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths, *counts,
+            keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths, *columns,
             source.addresses, source.wide, pool.pool, pool.wide, pool.limit, *out, pool_starts,
         )  # fmt: skip
         reason = cpu.insert(self._addresses, call, *arguments)
