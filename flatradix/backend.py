@@ -13,8 +13,12 @@ from flatradix.inputs.options import Options
 from flatradix.layout.handles import GENERATION_BITS
 
 
-def index_class(device: torch.device) -> type[Index]:
-    """Return the index class for a device. Imports the compiler of its kernels."""
+def index_class(device: torch.device, paged: bool) -> type[Index]:
+    """Return the index class for a device. Imports the compiler of its kernels. paged: for a PrefixCache."""
+    if device.type == "cpu" and paged:
+        from flatradix.host.paged import PagedIndex
+
+        return PagedIndex
     if device.type == "cpu":
         from flatradix.host.index import HostIndex
 
@@ -24,8 +28,8 @@ def index_class(device: torch.device) -> type[Index]:
     return DeviceIndex
 
 
-def open_index(options: Options, device: str | torch.device) -> Index:
-    """Return an empty index on the first candidate device that can hold it.
+def open_index(options: Options, device: str | torch.device, paged: bool = False) -> Index:
+    """Return an empty index on the first candidate device that can hold it. paged: for a PrefixCache.
 
     Raises DeviceUnavailableError or ValueError for a device that cannot be used, and the error of the last candidate.
     """
@@ -35,7 +39,7 @@ def open_index(options: Options, device: str | torch.device) -> Index:
     for candidate, fallback in zip(candidates, [*candidates[1:], None], strict=True):
         try:
             with torch.inference_mode(False):  # else the tensors would be inference tensors forever
-                return index_class(candidate)(options, candidate, generation)
+                return index_class(candidate, paged)(options, candidate, generation)
         except (torch.OutOfMemoryError, TooLargeForDeviceError) as error:
             if fallback is None:
                 raise

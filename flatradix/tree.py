@@ -51,6 +51,8 @@ class RadixTree:
     check_slots: whether an insert checks slots that lie on a slot device. The check waits for that device. With False,
         an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
         are always checked.
+    paged: for PrefixCache, whose slots are whole pages, each from a multiple of `page_size` on. An index on the CPU
+        then keeps one int32 for each page instead of its slots. A copy of the tree by `to`, `save` or `load` does not.
 
     On a GPU, match, lock, unlock, split, insert and write_slots enqueue their kernels on torch's current stream and
     return. Their results are tensors on the device. Some errors in a query are found only by the kernels. A call with
@@ -82,9 +84,10 @@ class RadixTree:
         slot_dtype: torch.dtype = torch.int32,
         check_slots: bool = True,
         evict_by: str = "node",
+        paged: bool = False,
     ) -> None:
         options = read_options(max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by)
-        self._index = backend.open_index(options, device)
+        self._index = backend.open_index(options, device, paged)
         self.max_tokens = options.max_tokens
         self.page_size = options.page_size
         self.policy = options.policy
@@ -362,7 +365,8 @@ class RadixTree:
         O(cached tokens). Raises DeviceUnavailableError.
         """
         target = devices.preferred(device)
-        if isinstance(self._index, backend.index_class(target)) and (target == self.device or devices.interpreted()):
+        same_kind = isinstance(self._index, backend.index_class(target, paged=False))
+        if same_kind and (target == self.device or devices.interpreted()):
             return self
         copy = RadixTree(
             self.max_tokens, self.page_size, target, self.policy, self.slot_device, bigram=self.bigram,

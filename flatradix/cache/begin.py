@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flatradix.cache import share
 from flatradix.cache.input import Prompts, check_tokens
+from flatradix.cache.pages import Grant
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.share import Loan, Sharing
 from flatradix.cache.state import State
 from flatradix.errors import QueryError
-from flatradix.results import Places
-
-
-class _Grant(NamedTuple):
-    """What prompts get that begin, int64 [B]: rows, slots for `lengths` tokens, and pages from `begins` to `ends`.
-
-    Of the tokens before `begins`, `cached` are cached; the others are borrowed as `loans` say.
-    """
-
-    rows: np.ndarray
-    cached: np.ndarray
-    begins: np.ndarray
-    lengths: np.ndarray
-    ends: np.ndarray
-    loans: dict[int, Loan]
+from flatradix.layout import running
 
 
 class _Lack(NamedTuple):
@@ -38,30 +25,37 @@ class _Lack(NamedTuple):
 
 def begin_prompts(state: State, prompts: Prompts, chunk: int | None, shares: bool) -> Requests:
     """Start those of the prompts that fit, in order; return a request for each."""
+    if len(prompts) == 0:
+        return state.batch(prompts.counts)
     sharing = Sharing(state.page_size) if shares else None
-    rows, refused = np.full(len(prompts), -1), {}
-    fits = prompts.counts <= state.max_length
-    if not fits.all() or prompts.on_device is not None:
+    fit = prompts.longest <= state.max_length
+    if not fit or prompts.on_device is not None:
         check_tokens(prompts)  # those that are refused, too; a device copies tokens without a check
-    if not fits.all():
-        prompts = prompts.on_host()
-        refused = {query: _refuse(state, prompts, query, _Lack(0, 0)) for query in np.flatnonzero(~fits).tolist()}
-    fitting = np.flatnonzero(fits)
-    given = _start(state, prompts if fits.all() else prompts.some(fitting), chunk, sharing) if len(fitting) else fitting
-    if isinstance(given, _Lack):
-        # One by one: the cached part of a refused request must stay evictable for others.
-        prompts = prompts.on_host()
-        if len(fitting) > 1:
-            check_tokens(prompts)  # before the first of them starts
-        for query in fitting.tolist():
-            alone = given if len(fitting) == 1 else _start(state, prompts.some(np.array([query])), chunk, sharing)
-            if isinstance(alone, _Lack):
-                refused[query] = _refuse(state, prompts, query, alone)
-            else:
-                rows[query] = alone[0]
-    else:
-        rows[fitting] = given
-    state.totals.refused += len(refused)
+    given = _start(state, prompts, chunk, sharing) if fit else None
+    if isinstance(given, np.ndarray):
+        return state.batch(given)
+    return _begin_one_by_one(state, prompts.on_host(), chunk, sharing, given)
+
+
+def _begin_one_by_one(
+    state: State, prompts: Prompts, chunk: int | None, sharing: Sharing | None, lack: _Lack | None
+) -> Requests:
+    """Start those prompts that fit. The cached part of a refused request must stay evictable for others.
+
+    lack: why the prompts do not fit together; None if one is too long.
+    """
+    rows, refused = np.full(len(prompts), -1), {}
+    if len(prompts) > 1:
+        check_tokens(prompts)  # before the first of them starts
+    for query, count in enumerate(prompts.counts.tolist()):
+        alone: np.ndarray | _Lack = lack or _Lack(0, 0)
+        if count <= state.max_length and len(prompts) > 1:
+            alone = _start(state, prompts.some(np.array([query])), chunk, sharing)
+        if isinstance(alone, _Lack):
+            refused[query] = _refuse(state, prompts, query, alone)
+        else:
+            rows[query] = alone[0]
+    state.refused += len(refused)
     return Requests(state, rows, np.where(rows >= 0, state.columns.serial[rows], 0), refused)
 
 
@@ -84,63 +78,51 @@ def _start(state: State, prompts: Prompts, chunk: int | None, sharing: Sharing |
 
     sharing: the prompts of this call that have started.
     """
-    free = len(state.free_rows) - len(prompts)
+    columns = state.columns
+    free = columns.counts[running.FREE_ROWS] - len(prompts)
     if free < 0 and len(prompts) > 1:
         return _Lack(0, 0)
-    rows = np.array(state.free_rows[free:] if free >= 0 else [0], np.int64)
+    rows = columns.next_rows(len(prompts)) if free >= 0 else np.zeros(1, np.int64)
     # The match does not touch: a prompt that is refused again and again would keep its cached part from being
     # evicted. The first commit touches.
-    place, cached = state.pages.find_cached(state.tree, prompts, lock=True)
-    begins, loans = cached, {}
+    found = state.pages.find(state.tree, prompts, chunk or 0)
+    begins, loans = found.cached, {}
     if sharing is not None and free >= 0:
-        loans = _loans_of(sharing, prompts, rows, cached)
-        begins = cached.copy()
-        for query, row in enumerate(rows.tolist()):
-            begins[query] = loans[row].borrowed if row in loans else begins[query]
-    lengths = prompts.counts if chunk is None else np.minimum(prompts.counts, begins + chunk)
-    grant = _Grant(rows, cached, begins, lengths, state.in_pages(lengths), loans)
-    needed = int((grant.ends - begins).sum())
-    left = state.pages.free_slots
-    if needed > left:
+        loans = _loans_of(sharing, prompts, rows, begins)
+        begins = np.array([loans[row].borrowed if row in loans else -1 for row in rows.tolist()], np.int64)
+        begins = np.maximum(begins, found.cached)
+        found = state.pages.plan(found, prompts, begins, 0)
+    needed, left = found.needed * state.page_size, state.pages.free_slots
+    short = needed > left
+    if short:
         left += state.tree.evictable_tokens
     if needed <= left and free >= 0:
         try:
-            _admit(state, prompts, place, grant)
+            if short:
+                check_tokens(prompts, found.cached)  # before anything is evicted
+                state.make_space(needed)
+            _admit(state, prompts, found.place, Grant(rows, found.cached, begins, found.lengths), loans)
         except QueryError:
-            state.tree.unlock(place)
+            state.pages.unlock(state.tree, found)
             raise
         return rows
-    state.tree.unlock(place)
+    state.pages.unlock(state.tree, found)
     if sharing is not None and free >= 0:
         for query, row in enumerate(rows.tolist()):
             sharing.take_back(row, prompts.name(query))
     return _Lack(needed, left)
 
 
-def _admit(state: State, prompts: Prompts, place: Places, grant: _Grant) -> None:
-    """Give rows, tokens and pages to prompts that fit. Raises QueryError for a bad token; then nothing is given."""
-    pages, columns = state.pages, state.columns
-    rows, cached, begins, lengths, ends, loans = grant
-    pages.store_prompts(rows, prompts, cached)
-    state.make_space(int((ends - begins).sum()))
-    pages.write_cached(place, rows)
-    pages.take(rows, begins, ends)
-    lacks = dict(zip(rows.tolist(), cached.tolist(), strict=True))
-    for (lender, begin, end), borrowers in share.copies(loans, lacks).items():
-        pages.copy(lender, np.array(borrowers), begin, end)
-    pages.set_places(rows, place)
-    columns.num_tokens[rows], columns.length[rows], columns.kept[rows] = prompts.counts, lengths, cached
-    columns.cached[rows], columns.committed[rows] = begins, cached
-    columns.counted[rows] = columns.missing[rows] = 0
-    columns.priority[rows] = prompts.priorities
-    columns.set_names(rows, prompts.names)
-    state.start(rows)
+def _admit(state: State, prompts: Prompts, place: Any, grant: Grant, loans: dict[int, Loan]) -> None:
+    """Let prompts run, for which enough pages are free. Raises QueryError for a bad token with nothing changed."""
+    pages, rows = state.pages, grant.rows
+    state.columns.set_names(rows, prompts.names)
+    pages.admit(prompts, place, grant)
     if loans:
-        state.loans = {**state.loans, **loans}
-    state.totals.begun += len(rows)
-    state.totals.prompt_tokens += int(prompts.counts.sum())
-    state.totals.cached_tokens += int(cached.sum())
-    state.totals.shared_tokens += int((begins - cached).sum())
+        lacks = dict(zip(rows.tolist(), grant.cached.tolist(), strict=True))
+        for (lender, begin, end), borrowers in share.copies(loans, lacks).items():
+            pages.copy(lender, np.array(borrowers), begin, end)
+        state.set_loans({**state.loans, **loans})
 
 
 def _loans_of(sharing: Sharing, prompts: Prompts, rows: np.ndarray, cached: np.ndarray) -> dict[int, Loan]:

@@ -36,7 +36,7 @@ def check_holders(content: Content, committed: np.ndarray, places: Places) -> No
     equal(holders[live].tolist(), content.column("own_locks")[live].tolist(), "requests that hold each node")
 
 
-def check_tables(pages: Pages, columns: Columns, rows: np.ndarray, cached: list[list[int]], free: list[int]) -> None:
+def check_tables(pages: Pages, columns: Columns, rows: np.ndarray, cached: list[list[int]], free: np.ndarray) -> None:
     """Raise AssertionError unless each row agrees with the tree and with its copies, and is free or in use.
 
     cached: the slots of the tree for each row. free: the free rows.
@@ -54,7 +54,7 @@ def check_tables(pages: Pages, columns: Columns, rows: np.ndarray, cached: list[
         if copy is not None:
             slots = (own[query, :end, None] * page + np.arange(page)).reshape(-1)
             equal(copy[row, : end * page].tolist(), slots.tolist(), f"row {row} of the slot table")
-    equal(sorted([*free, *rows.tolist()]), list(range(len(columns.serial))), "rows that are free or in use")
+    equal(sorted([*free.tolist(), *rows.tolist()]), list(range(len(columns.serial))), "rows that are free or in use")
 
 
 def check_loans(loans: Loans, pages: Pages, columns: Columns, tokens: dict[int, np.ndarray]) -> None:

@@ -10,12 +10,13 @@ import torch
 
 from flatradix.cache.columns import Columns
 from flatradix.cache.input import Prompts, refuse_token
-from flatradix.cache.pages import Inserted, Pages
+from flatradix.cache.pages import Found, Grant, Pages
 from flatradix.device.index import DeviceIndex
 from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.sequences import Batch, address_of
 from flatradix.inputs.upload import upload, upload_numbers
 from flatradix.kernels import cpu, gpu
+from flatradix.layout import running
 from flatradix.results import EvictResult, InsertResult, Places
 from flatradix.tree import RadixTree
 
@@ -41,18 +42,19 @@ class DevicePages(Pages):
     The host knows how many pages are free, but not which.
     """
 
-    def __init__(self, index: DeviceIndex, num_pages: int, page_size: int, rows: int, length: int) -> None:
-        """length: tokens of a row, whole pages."""
-        self.page_size, self.num_pages = page_size, num_pages
+    def __init__(self, index: DeviceIndex, num_pages: int, columns: Columns) -> None:
+        self.columns, counts = columns, columns.counts
+        columns.complete()
+        rows, width, self._most_known = counts[running.ROWS], counts[running.WIDTH], counts[running.MOST_KNOWN]
+        self.page_size, self.num_pages = counts[running.PAGE], num_pages
         self._index = index
-        self.most_tokens = length + page_size  # what was generated last has no slot
         device = index.device
         self._arrays = gpu.no_arrays(device)
-        self.page_table = torch.zeros(rows, length // page_size, dtype=torch.int32, device=device)
-        self._tokens = torch.zeros(rows, self.most_tokens, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(rows, self._most_known, dtype=torch.int32, device=device)
         self._stack = torch.empty(num_pages, dtype=torch.int32, device=device)
         self._handles = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.within = torch.arange(page_size, dtype=torch.int32, device=device)
+        self.within = torch.arange(self.page_size, dtype=torch.int32, device=device)
         self.slot_copy = None
         self._pending: deque[_Pending] = deque()
         self.reset()
@@ -75,71 +77,70 @@ class DevicePages(Pages):
         """Return where columns, in pages, lie in the page table."""
         return rows * self.page_table.shape[1] + begins
 
-    # Pages
+    # Begin
 
-    def take(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        begins, counts = begins // self.page_size, (ends - begins) // self.page_size
-        total = int(counts.sum())
-        left = self.free_pages - total
-        if left < 0:
-            raise RuntimeError(f"slots were lost: {total} pages should be free, but {self.free_pages} are")
-        taken = self._stack[left : self.free_pages].flip(0)
-        self._copy(taken, np.cumsum(counts) - counts, self.page_table, self._columns(rows, begins), counts)
-        self._changed(rows)
-        self.free_pages = left  # last: the steps above may run out of memory
+    def find(self, tree: RadixTree, prompts: Prompts, chunk: int) -> Found:
+        if prompts.on_device is None:
+            keys = [prompts.array(query)[:-1] for query in range(len(prompts))]
+            place: Places = tree.match(keys, prompts.names, touch=False, lock=True)
+            cached = np.array(place.lengths.tolist(), np.int64)
+        else:
+            place, cached = self._find_on_device(tree, prompts, prompts.on_device)
+        return self.plan(Found(place, cached, cached, 0), prompts, cached, chunk)
 
-    def give(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        begins, counts = begins // self.page_size, (ends - begins) // self.page_size
-        self._push(self.page_table, self._columns(rows, begins), counts)
+    def _find_on_device(self, tree: RadixTree, prompts: Prompts, ragged: Ragged) -> tuple[Places, np.ndarray]:
+        """Match whole prompts, cut the places back to what is cached of each without its last token, and lock."""
+        places: Places = tree.match(ragged, prompts.names, touch=False)
+        lengths = np.array(places.lengths.tolist(), np.int64)
+        tree.raise_pending()
+        most = (prompts.counts - 1) // self.page_size * self.page_size
+        if (lengths > most).any():
+            lengths = np.minimum(lengths, most)
+            places = Places(upload(torch.from_numpy(lengths.astype(np.int32)), tree.device), places.handles)
+        tree.lock(places)
+        return places, lengths
 
-    def _push(self, source: torch.Tensor, begins: np.ndarray, counts: np.ndarray) -> None:
-        """Put pages back on the stack."""
-        total = int(counts.sum())
-        if self.free_pages + total > self.num_pages:
-            raise RuntimeError(f"{total} pages came back, but only {self.num_pages - self.free_pages} were out")
-        self._copy(source, begins, self._stack, self.free_pages + np.cumsum(counts) - counts, counts)
-        self.free_pages += total
+    def unlock(self, tree: RadixTree, found: Found) -> None:
+        tree.unlock(found.place)
 
-    def give_evicted(self, evicted: EvictResult) -> None:
-        first = evicted.slots[:: self.page_size]
-        pages = self._stack[self.free_pages : self.free_pages + len(first)]
-        if len(pages) < len(first):
-            raise RuntimeError(f"{len(first)} pages came back, but only {len(pages)} were out")
-        torch.div(first, self.page_size, rounding_mode="floor", out=pages)  # allocates no memory: no slot is lost
-        self.free_pages += len(first)
+    def admit(self, prompts: Prompts, place: Places, grant: Grant) -> None:
+        rows, cached, begins, lengths = grant
+        self._store_prompts(rows, prompts, cached)
+        self.write_cached(place, rows)
+        self.set_places(rows, place)
+        self.take(rows, begins, lengths)
+        cpu.start_requests(self.columns.address, rows, prompts.counts, lengths, cached, begins, prompts.priorities)
 
-    def write_cached(self, places: Places, rows: np.ndarray) -> None:
-        if len(rows):
-            self._index.write_pages(places, self.page_table, rows)
-            self._changed(rows)
+    # Commit
 
-    def insert(
-        self, tree: RadixTree, columns: Columns, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray
-    ) -> Inserted:
+    def commit(self, tree: RadixTree, rows: np.ndarray, known: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        columns = self.columns
+        chosen = np.empty((4, len(rows)), np.int64)
+        count = cpu.begin_commit(columns.address, rows, known, ends, chosen)
+        rows, begins, ends, owned = chosen[:, :count]
+        if count == 0:
+            return rows
         before = self.places(rows, begins)
         result = tree.insert(
-            self.tokens(rows, begins, ends), self.slots(rows, begins, ends), columns.names_of(rows),
+            self.tokens(rows, begins, ends), self._slots(rows, begins, ends), columns.names_of(rows),
             columns.priority[rows], before, columns.counted[rows],
         )  # fmt: skip
         tree.lock(result)
         self.set_places(rows, result)
-        return Inserted(result, before, ends)
+        cpu.end_commit(columns.address, rows, ends)
+        tree.unlock(before)
+        self._replace(result, rows, owned, ends)
+        return rows
 
-    def replace(self, found: Inserted, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray) -> np.ndarray | None:
-        first, counts = owned // self.page_size, np.maximum(found.ends - owned, 0) // self.page_size
+    def _replace(self, result: InsertResult, rows: np.ndarray, owned: np.ndarray, ends: np.ndarray) -> None:
+        """Let rows have the tree's pages. Keep those that they brought from `owned` on until the host can read more."""
+        first, counts = owned // self.page_size, np.maximum(ends - owned, 0) // self.page_size
         brought = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
         self._copy(self.page_table, self._columns(rows, first), brought, np.cumsum(counts) - counts, counts)
-        self.write_cached(found.result, rows)
-        self._pending.append(_Pending(found.result, owned, brought, counts))
+        self.write_cached(result, rows)
+        self._pending.append(_Pending(result, owned, brought, counts))
         if len(self._pending) > _MOST_PENDING:
             self.give_back_duplicates()
-        return None
-
-    def held(self, rows: np.ndarray, lengths: np.ndarray) -> Places:
-        return self.places(rows, lengths)
-
-    def unlock(self, tree: RadixTree, places: Places) -> None:
-        tree.unlock(places)
 
     def give_back_duplicates(self) -> None:
         while self._pending:
@@ -148,7 +149,50 @@ class DevicePages(Pages):
             self._pending.popleft()
             given = np.minimum(np.maximum(prefixes - owned, 0) // self.page_size, counts)
             self._push(brought, np.cumsum(counts) - counts, given)
-            self.duplicates += int(given.sum()) * self.page_size
+            self.columns.counts[running.DUPLICATE_TOKENS] += int(given.sum()) * self.page_size
+
+    # Grow and end
+
+    def take(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
+        begins, ends = -(-begins // self.page_size), -(-ends // self.page_size)
+        counts, free = ends - begins, self.free_pages
+        total = int(counts.sum())
+        self.ensure_free(total * self.page_size)
+        taken = self._stack[free - total : free].flip(0)
+        self._copy(taken, np.cumsum(counts) - counts, self.page_table, self._columns(rows, begins), counts)
+        self._changed(rows)
+        self.columns.counts[running.FREE_PAGES] = free - total  # last: the steps above may run out of memory
+
+    def _push(self, source: torch.Tensor, begins: np.ndarray, counts: np.ndarray) -> None:
+        """Put pages back on the stack."""
+        total, free = int(counts.sum()), self.free_pages
+        if free + total > self.num_pages:
+            raise RuntimeError(f"{total} pages came back, but only {self.num_pages - free} were out")
+        self._copy(source, begins, self._stack, free + np.cumsum(counts) - counts, counts)
+        self.columns.counts[running.FREE_PAGES] = free + total
+
+    def give_evicted(self, evicted: EvictResult) -> None:
+        first, free = evicted.slots[:: self.page_size], self.free_pages
+        pages = self._stack[free : free + len(first)]
+        if len(pages) < len(first):
+            raise RuntimeError(f"{len(first)} pages came back, but only {len(pages)} were out")
+        torch.div(first, self.page_size, rounding_mode="floor", out=pages)  # allocates no memory: no slot is lost
+        self.columns.counts[running.FREE_PAGES] = free + len(first)
+
+    def release(self, tree: RadixTree, rows: np.ndarray, begins: np.ndarray | None) -> None:
+        columns, page = self.columns, self.page_size
+        held, lengths = columns.committed[rows], columns.length[rows]
+        begins = (np.maximum(held, columns.borrowed[rows]) if begins is None else begins) // page
+        tree.unlock(self.places(rows, held))
+        cpu.end_requests(columns.address, rows)
+        self._push(self.page_table, self._columns(rows, begins), np.maximum(-(-lengths // page) - begins, 0))
+
+    # Pages of rows
+
+    def write_cached(self, places: Places, rows: np.ndarray) -> None:
+        if len(rows):
+            self._index.write_pages(places, self.page_table, rows)
+            self._changed(rows)
 
     def copy(self, source: int, rows: np.ndarray, begin: int, end: int) -> None:
         first, count = begin // self.page_size, np.full(len(rows), (end - begin) // self.page_size)
@@ -168,39 +212,21 @@ class DevicePages(Pages):
 
     # Tokens
 
-    def find_cached(self, tree: RadixTree, prompts: Prompts, lock: bool) -> tuple[Places, np.ndarray]:
-        if prompts.on_device is not None:
-            return self._find_on_device(tree, prompts, prompts.on_device, lock)
-        keys = [prompts.array(query)[:-1] for query in range(len(prompts))]
-        match = tree.match(keys, prompts.names, touch=False, lock=lock)
-        return match, np.array(match.lengths.tolist(), np.int64)
-
-    def _find_on_device(
-        self, tree: RadixTree, prompts: Prompts, ragged: Ragged, lock: bool
-    ) -> tuple[Places, np.ndarray]:
-        """Match whole prompts, then cut the places back to what is cached of each without its last token."""
-        places: Places = tree.match(ragged, prompts.names, touch=False)
-        lengths = np.array(places.lengths.tolist(), np.int64)
-        tree.raise_pending()
-        most = (prompts.counts - 1) // self.page_size * self.page_size
-        if (lengths > most).any():
-            lengths = np.minimum(lengths, most)
-            places = Places(upload(torch.from_numpy(lengths.astype(np.int32)), tree.device), places.handles)
-        if lock:
-            tree.lock(places)
-        return places, lengths
-
-    def store_prompts(self, rows: np.ndarray, prompts: Prompts, skips: np.ndarray) -> None:
+    def _store_prompts(self, rows: np.ndarray, prompts: Prompts, skips: np.ndarray) -> None:
         ragged = prompts.on_device
         if ragged is None:
-            query, position = self.store_tokens(rows, skips, prompts.tokens, skips)
+            query, position = self._stage_tokens(rows, skips, prompts.tokens, skips)
             if query >= 0:
                 refuse_token(prompts.tokens, query, position)
             return
         begins = np.cumsum(prompts.counts) - prompts.counts + skips
-        self._copy(ragged.values, begins, self._tokens, rows * self.most_tokens + skips, prompts.counts - skips)
+        self._copy(ragged.values, begins, self._tokens, rows * self._most_known + skips, prompts.counts - skips)
 
-    def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch, skips: np.ndarray) -> tuple[int, int]:
+    def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch) -> tuple[int, int]:
+        return self._stage_tokens(rows, begins, tokens, np.zeros_like(rows))
+
+    def _stage_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch, skips: np.ndarray) -> tuple[int, int]:
+        """Do what `store_tokens` does, without the first `skips` tokens of each query."""
         counts = tokens.counts - skips
         offsets = np.cumsum(counts) - counts
         staged = np.empty(int(counts.sum()), np.int32)
@@ -209,7 +235,7 @@ class DevicePages(Pages):
         )
         if query < 0 and len(staged):
             values = upload(torch.from_numpy(staged), self._index.device)
-            self._copy(values, offsets, self._tokens, rows * self.most_tokens + begins, counts)
+            self._copy(values, offsets, self._tokens, rows * self._most_known + begins, counts)
         return int(query), int(position)
 
     def _ragged(self, values: torch.Tensor, counts: np.ndarray) -> Ragged:
@@ -220,10 +246,11 @@ class DevicePages(Pages):
     def tokens(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Ragged:
         counts = ends - begins
         out = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
-        self._copy(self._tokens, rows * self.most_tokens + begins, out, np.cumsum(counts) - counts, counts)
+        self._copy(self._tokens, rows * self._most_known + begins, out, np.cumsum(counts) - counts, counts)
         return self._ragged(out, counts)
 
-    def slots(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Ragged:
+    def _slots(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Ragged:
+        """Return the slots of each row from `begins` to `ends`, whole pages, as slots for an insert."""
         counts = (ends - begins) // self.page_size
         pages = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
         first = self._columns(rows, begins // self.page_size)
@@ -256,9 +283,9 @@ class DevicePages(Pages):
         stack = self._stack.clone()
         stack[: len(pages)] = upload_numbers(pages, self._index.device)
         self._pending.clear()
-        self.free_pages = 0
+        self.columns.counts[running.FREE_PAGES] = 0
         self._stack = stack
-        self.free_pages = len(pages)
+        self.columns.counts[running.FREE_PAGES] = len(pages)
 
     def on_host(self, rows: np.ndarray) -> np.ndarray:
         found: np.ndarray = self.page_table.cpu().numpy()[rows]

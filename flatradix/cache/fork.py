@@ -17,11 +17,11 @@ def fork_request(state: State, row: int, n: int) -> tuple[Requests, torch.Tensor
     begin, length = int(columns.committed[row]), int(columns.length[row])
     end = state.in_pages(length)
     needed, left = n * (end - begin), state.available_slots
-    if needed > left or n > len(state.free_rows):
+    if needed > left or n > len(columns.free_rows):
         return _refuse(state, row, n, max(needed - left, 0)), torch.empty(
             0, 2, dtype=torch.int64, device=pages.kv_device
         )
-    rows = np.array(state.free_rows[-n:], np.int64)
+    rows = columns.next_rows(n)
     place = pages.places(np.full(n, row), np.full(n, begin))
     state.tree.lock(place)
     state.make_space(needed)
@@ -31,8 +31,9 @@ def fork_request(state: State, row: int, n: int) -> tuple[Requests, torch.Tensor
     pages.set_places(rows, place)
     columns.data[running.SERIAL + 1 :, rows] = columns.data[running.SERIAL + 1 :, row, None]
     columns.names[rows] = columns.names[row]
-    columns.cached[rows], columns.missing[rows] = begin, 0
-    state.start(rows)
+    columns.cached[rows] = begin
+    columns.missing[rows] = columns.borrowed[rows] = 0
+    columns.start(rows)
     table, parts = pages.page_table, slice(begin // state.page_size, end // state.page_size)
     new = torch.stack([table[one, parts] for one in rows.tolist()])
     old = table[row, parts].expand_as(new)
@@ -48,5 +49,5 @@ def _refuse(state: State, row: int, n: int, missing: int) -> Requests:
         else f"all {state.max_requests} requests that max_requests allows are running"
     )
     refused = {at: Request.refused(state, int(columns.num_tokens[row]), names, why, missing) for at in range(n)}
-    state.totals.refused += n
+    state.refused += n
     return Requests(state, np.full(n, -1), np.zeros(n, np.int64), refused)

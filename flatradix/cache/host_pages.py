@@ -7,157 +7,140 @@ import torch
 
 from flatradix.cache.columns import Columns
 from flatradix.cache.input import Prompts, refuse_token
-from flatradix.cache.pages import Inserted, Pages
-from flatradix.host.index import HostIndex, PageRanges
+from flatradix.cache.pages import Found, Grant, Pages
+from flatradix.cache.table_copy import TableCopy, pack
+from flatradix.host.paged import PagedIndex
 from flatradix.inputs.sequences import Batch, address_of
-from flatradix.inputs.upload import upload
 from flatradix.kernels import cpu
+from flatradix.layout import running
 from flatradix.results import EvictResult, Places
 from flatradix.tree import RadixTree
 
+_NO_ROWS = np.empty(0, np.int64)
+
 
 class HostPages(Pages):
-    """Everything is kept in host memory, where kernels work on it without a GPU.
+    """Everything is kept in host memory, where one kernel does the work of a call.
 
     If the KV cache is elsewhere, its tables are copies: each call enqueues one copy of the pages that it changed.
     """
 
-    def __init__(
-        self, index: HostIndex, num_pages: int, page_size: int, rows: int, length: int, kv: torch.device, apart: bool
-    ) -> None:
-        """length: tokens of a row, whole pages. apart: whether the tables of the KV cache are copies."""
-        self.page_size, self.num_pages = page_size, num_pages
+    def __init__(self, index: PagedIndex, num_pages: int, columns: Columns, kv: torch.device, apart: bool) -> None:
+        """apart: whether the tables of the KV cache are copies."""
+        self.columns, counts = columns, columns.counts
+        rows, width, self._most_known = counts[running.ROWS], counts[running.WIDTH], counts[running.MOST_KNOWN]
+        self.page_size, self.num_pages = counts[running.PAGE], num_pages
         self._index = index
-        self.most_tokens = length + page_size  # what was generated last has no slot
-        self._pages = np.zeros((rows, length // page_size), np.int32)
-        self._tokens = np.empty((rows, self.most_tokens), np.int32)
+        self._pages = np.zeros((rows, width), np.int32)
+        self._tokens = np.empty((rows, self._most_known), np.int32)
         self._tokens_at = address_of(self._tokens)
         self._stack = np.empty(num_pages, np.int32)
         self._handles = np.zeros(rows, np.int64)
+        columns.complete(self._pages, self._stack, self._handles, index.page_pool, self._tokens)
         self.slot_copy = None
-        self._apart = apart
         self.page_table = torch.from_numpy(self._pages)
+        self._table_copy: TableCopy | None = None
         if apart:
             self.page_table = torch.zeros(self._pages.shape, dtype=torch.int32, device=kv)
-        self.within = torch.arange(page_size, dtype=torch.int32, device=kv)
+            self._table_copy = TableCopy(self._pages, self.page_table)
+        self.within = torch.arange(self.page_size, dtype=torch.int32, device=kv)
         self.reset()
 
-    # Pages
+    # Begin
+
+    def find(self, tree: RadixTree, prompts: Prompts, chunk: int) -> Found:
+        found = np.empty((3, len(prompts)), np.int64)
+        needed = self._index.find_prompts(self.columns.address, prompts.tokens, prompts.names, chunk, found)
+        cached, lengths, handles = found
+        return Found(handles, cached, lengths, needed)
+
+    def unlock(self, tree: RadixTree, found: Found) -> None:
+        tree.unlock(Places(torch.from_numpy(found.cached.astype(np.int32)), torch.from_numpy(found.place)))
+
+    def admit(self, prompts: Prompts, place: np.ndarray, grant: Grant) -> None:
+        rows, cached, begins, lengths = grant
+        arrays = rows, cached, begins, lengths, place, prompts.priorities
+        query, position = self._index.admit_prompts(self.columns.address, prompts.tokens, arrays)
+        if query >= 0:
+            refuse_token(prompts.tokens, query, position)
+        self._changed(rows, None, lengths)
+
+    # Commit
+
+    def commit(self, tree: RadixTree, rows: np.ndarray, known: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        columns = self.columns
+        names = columns.names_to_commit(rows) if columns.has_names else None
+        replaced = self._index.commit_requests(columns.address, rows, known, ends, names)
+        if replaced.shape[1]:
+            self._changed(*replaced)
+        rows_replaced: np.ndarray = replaced[0]
+        return rows_replaced
+
+    def give_back_duplicates(self) -> None:
+        return
+
+    # Grow and end
+
+    def grow(self, rows: np.ndarray, more: np.ndarray) -> bool:
+        changed = np.empty((3, len(rows)), np.int64)
+        count = cpu.grow.call(self.columns.address, rows, more, changed)
+        if count > 0:
+            self._changed(*changed[:, :count])
+        return bool(count >= 0)
 
     def take(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        begins, ends = begins // self.page_size, ends // self.page_size
-        count = int((ends - begins).sum())
-        if count > self.free_pages:
-            raise RuntimeError(f"slots were lost: {count} pages should be free, but {self.free_pages} are")
+        count = int((-(-ends // self.page_size) - -(-begins // self.page_size)).sum())
+        self.ensure_free(count * self.page_size)
         if count:
-            self.free_pages = cpu.take_pages(self._stack, self.free_pages, self._pages, rows, begins, ends)
+            cpu.take_pages(self.columns.address, rows, begins, ends)
             self._changed(rows, begins, ends)
 
-    def give(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        begins, ends = begins // self.page_size, ends // self.page_size
-        self._ensure_out(int((ends - begins).sum()))
-        self.free_pages = cpu.give_pages(self._stack, self.free_pages, self._pages, rows, begins, ends)
-
     def give_evicted(self, evicted: EvictResult) -> None:
-        slots = evicted.slots.numpy()
-        self._ensure_out(len(slots) // self.page_size)
-        self.free_pages = cpu.give_slots(self._stack, self.free_pages, slots, self.page_size)
+        pages = evicted.slots.numpy()[:: self.page_size] // np.int32(self.page_size)
+        self._ensure_out(len(pages))
+        cpu.give_page_list(self.columns.address, pages)
 
     def _ensure_out(self, count: int) -> None:
         if self.free_pages + count > self.num_pages:
             raise RuntimeError(f"{count} pages came back, but only {self.num_pages - self.free_pages} were out")
 
+    def release(self, tree: RadixTree, rows: np.ndarray, begins: np.ndarray | None) -> None:
+        self._index.release_requests(self.columns.address, rows, _NO_ROWS if begins is None else begins)
+
+    # Copies for the KV cache
+
+    def _changed(self, rows: np.ndarray, begins: np.ndarray | None, ends: np.ndarray) -> None:
+        """Copy the pages of tokens of some rows to the tables of the KV cache. begins: None for the first token."""
+        if self._table_copy is None and self.slot_copy is None:
+            return
+        begins = np.zeros_like(ends) if begins is None else begins
+        if self._table_copy is not None:
+            self._table_copy.send(self.columns.address, rows, begins, ends, self.page_size)
+        if self.slot_copy is not None:
+            where, pages = pack(self.columns.address, self.page_size, rows, begins, ends)
+            found = self.slots_of(torch.from_numpy(pages).to(self.kv_device))
+            self.slot_copy.view(-1, self.page_size)[torch.from_numpy(where).to(self.kv_device)] = found
+
+    def copy_rows(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        self._changed(rows, None, lengths)
+
+    # Places, tokens and pages of rows
+
+    def places(self, rows: np.ndarray, lengths: np.ndarray) -> Places:
+        return Places(torch.from_numpy(lengths.astype(np.int32)), torch.from_numpy(self._handles[rows]))
+
+    def set_places(self, rows: np.ndarray, places: Places) -> None:
+        self._handles[rows] = places.handles.numpy()
+
     def write_cached(self, places: Places, rows: np.ndarray) -> None:
         lengths = places.lengths.numpy()
-        if not lengths.any():
-            return
-        self._index.write_pages(places.handles.numpy(), lengths, self._pages, rows)
-        self._changed(rows, np.zeros_like(rows), lengths.astype(np.int64) // self.page_size)
-
-    def grow(self, columns: Columns, rows: np.ndarray, more: np.ndarray) -> bool:
-        chosen = np.empty((3, len(rows)), np.int64)
-        self.free_pages, count = cpu.grow(
-            columns.data, rows, more, self.page_size, self._stack, self.free_pages, self._pages, chosen
-        )
-        if count > 0:
-            self._changed(*chosen[:, :count])
-        return bool(count >= 0)
-
-    def insert(
-        self, tree: RadixTree, columns: Columns, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray
-    ) -> Inserted:
-        index, before = self._index, self.held(rows, begins)
-        found = index.insert_arrays(
-            self.tokens(rows, begins, ends), self.slots(rows, begins, ends), columns.names_of(rows),
-            (columns.priority[rows], columns.counted[rows]), (before[0], begins),
-        )  # fmt: skip
-        _prefixes, lengths, handles = found
-        index.lock_arrays(handles, lengths)
-        self._handles[rows] = handles
-        return Inserted(found, before, ends)
-
-    def replace(self, found: Inserted, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray) -> np.ndarray | None:
-        prefixes, lengths, handles = found.result
-        other: np.ndarray = prefixes > begins
-        if other.any():
-            page = self.page_size
-            ranges = PageRanges(begins // page, owned // page, np.maximum(prefixes, begins) // page)
-            self._ensure_out(int((ranges.ends - np.maximum(ranges.begins, ranges.owned)).clip(0).sum()))
-            before = self.free_pages
-            self.free_pages = self._index.replace_pages(
-                handles, lengths, self._pages, rows, ranges, self._stack, before
-            )
-            self.duplicates += (self.free_pages - before) * page
-            self._changed(rows, ranges.begins, ranges.ends)
-        return other
-
-    def held(self, rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._handles[rows], lengths.astype(np.int32)
-
-    def unlock(self, tree: RadixTree, places: tuple[np.ndarray, np.ndarray]) -> None:
-        self._index.unlock_arrays(*places)
-
-    def give_back_duplicates(self) -> None:
-        return
+        self._index.write_pages(self.columns.address, places.handles.numpy(), lengths, rows)
+        self._changed(rows, None, lengths.astype(np.int64))
 
     def copy(self, source: int, rows: np.ndarray, begin: int, end: int) -> None:
         first, last = begin // self.page_size, end // self.page_size
         self._pages[rows, first:last] = self._pages[source, first:last]
-        self._changed(rows, np.full(len(rows), first), np.full(len(rows), last))
-
-    def copy_rows(self, rows: np.ndarray, lengths: np.ndarray) -> None:
-        self._changed(rows, np.zeros_like(rows), -(-lengths // self.page_size))
-
-    # Copies for the KV cache
-
-    def _changed(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        """Copy columns of some rows, in pages, to the tables of the KV cache."""
-        if not self._apart and self.slot_copy is None:
-            return
-        counts = ends - begins
-        total = int(counts.sum())
-        if total == 0:
-            return
-        shifts = rows * self._pages.shape[1] + begins - (np.cumsum(counts) - counts)
-        places = np.repeat(shifts, counts) + np.arange(total)
-        packed = np.stack([places.astype(np.int32), self._pages.reshape(-1)[places]])
-        where, pages = upload(torch.from_numpy(packed), self.kv_device)
-        where = where.to(torch.int64)
-        if self._apart:
-            self.page_table.view(-1)[where] = pages
-        if self.slot_copy is not None:
-            self.slot_copy.view(-1, self.page_size)[where] = self.slots_of(pages)
-
-    # Tokens
-
-    def find_cached(self, tree: RadixTree, prompts: Prompts, lock: bool) -> tuple[Places, np.ndarray]:
-        match = tree.match(prompts.keys(), prompts.names, touch=False, lock=lock)
-        return match, match.lengths.numpy().astype(np.int64)
-
-    def store_prompts(self, rows: np.ndarray, prompts: Prompts, skips: np.ndarray) -> None:
-        query, position = self.store_tokens(rows, skips, prompts.tokens, skips)
-        if query >= 0:
-            refuse_token(prompts.tokens, query, position)
+        self._changed(rows, np.full(len(rows), begin), np.full(len(rows), end))
 
     def copy_tokens(self, source: int, rows: np.ndarray) -> None:
         self._tokens[rows] = self._tokens[source]
@@ -165,30 +148,15 @@ class HostPages(Pages):
     def own_tokens(self, row: int, begin: int, end: int) -> np.ndarray:
         return self._tokens[row, begin:end].copy()
 
-    def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch, skips: np.ndarray) -> tuple[int, int]:
+    def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch) -> tuple[int, int]:
         query, position = cpu.store_tokens(
-            self._tokens_at, self.most_tokens, rows, begins, tokens.addresses, tokens.wide, tokens.counts, skips
+            self._tokens_at, self._most_known, rows, begins, tokens.addresses, tokens.wide, tokens.counts, _NO_ROWS
         )
         return int(query), int(position)
 
     def tokens(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Batch:
-        addresses = self._tokens_at + 4 * (rows * self.most_tokens + begins)
+        addresses = self._tokens_at + 4 * (rows * self._most_known + begins)
         return Batch(addresses, ends - begins, False, self._tokens)
-
-    def slots(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Batch:
-        counts = ends - begins
-        out = np.empty(int(counts.sum()), np.int32)
-        page = self.page_size
-        cpu.slots_of_pages(self._pages, page, rows, begins // page, ends // page, out)
-        return Batch(address_of(out) + 4 * (np.cumsum(counts) - counts), counts, False, out)
-
-    # Places
-
-    def set_places(self, rows: np.ndarray, places: Places) -> None:
-        self._handles[rows] = places.handles.numpy()
-
-    def places(self, rows: np.ndarray, lengths: np.ndarray) -> Places:
-        return Places(torch.from_numpy(lengths.astype(np.int32)), torch.from_numpy(self._handles[rows]))
 
     # The whole
 
@@ -196,9 +164,9 @@ class HostPages(Pages):
         return self._stack[: self.free_pages].astype(np.int64)
 
     def set_free(self, pages: np.ndarray) -> None:
-        self.free_pages = 0
+        self.columns.counts[running.FREE_PAGES] = 0
         self._stack[: len(pages)] = pages
-        self.free_pages = len(pages)
+        self.columns.counts[running.FREE_PAGES] = len(pages)
 
     def on_host(self, rows: np.ndarray) -> np.ndarray:
         found: np.ndarray = self._pages[rows]

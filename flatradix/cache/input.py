@@ -19,21 +19,25 @@ from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.sequences import Batch, is_batch
 from flatradix.kernels import cpu
+from flatradix.layout import running
 from flatradix.layout.numbers import MAX_TOKEN
 
-NO_LIMIT = 1 << 62
+_NOTHING = np.empty(0, np.int64)
+_NO_TOKENS = Batch(_NOTHING, _NOTHING, False, None)
 
 
 class Prompts(NamedTuple):
     """The prompts of a `begin`: their tokens, a namespace for all or a list with one each, int64 [B] priorities.
 
     on_device: the tokens as a Ragged on the index's device, if the caller passed one: then `tokens` has only counts.
+    longest: tokens of the longest prompt.
     """
 
     tokens: Batch
     names: Namespace | list[Namespace]
     priorities: np.ndarray
     on_device: Ragged | None
+    longest: int
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,17 +59,13 @@ class Prompts(NamedTuple):
         """Return the prompts of some queries. They must be in host memory."""
         addresses, counts, wide, owner = self.tokens
         names = [self.names[query] for query in queries] if isinstance(self.names, list) else self.names
-        return Prompts(Batch(addresses[queries], counts[queries], wide, owner), names, self.priorities[queries], None)
+        tokens = Batch(addresses[queries], counts[queries], wide, owner)
+        return Prompts(tokens, names, self.priorities[queries], None, int(counts[queries].max()))
 
     def array(self, query: int) -> np.ndarray:
         """Return the tokens of a query, int32 or int64: a view."""
         kind = ctypes.c_int64 if self.tokens.wide else ctypes.c_int32
         return np.ctypeslib.as_array((kind * int(self.counts[query])).from_address(int(self.tokens.addresses[query])))
-
-    def keys(self) -> Batch:
-        """Return the prompts without their last tokens, which are always computed."""
-        addresses, counts, wide, owner = self.tokens
-        return Batch(addresses, counts - 1, wide, owner)
 
 
 def read_prompts(prompts: Any, namespaces: Any, priority: Any, device: torch.device) -> Prompts:
@@ -74,13 +74,13 @@ def read_prompts(prompts: Any, namespaces: Any, priority: Any, device: torch.dev
         raise ValueError("begin takes a list of prompts, or a Ragged; wrap a single one: [prompt]")
     ragged = prompts if isinstance(prompts, Ragged) and prompts.device == device and device.type != "cpu" else None
     tokens = _read_tokens(prompts, ragged)
-    empty = np.flatnonzero(tokens.counts == 0)
-    if len(empty):
-        query = int(empty[0])
+    shortest, longest = cpu.extent.call(tokens.counts)
+    if shortest == 0:
+        query = int(tokens.counts.argmin())
         raise QueryError(f"tokens of query {query}: the prompt is empty; there must be a token to compute", query)
     names = names_of.spread(namespaces, len(tokens))
     found = list(names) if isinstance(namespaces, list | tuple) else namespaces
-    return Prompts(tokens, found, per_query(priority, len(tokens), "priority"), ragged)
+    return Prompts(tokens, found, per_query(priority, len(tokens), "priority"), ragged, longest)
 
 
 def _read_tokens(prompts: Any, on_device: Ragged | None) -> Batch:
@@ -95,14 +95,18 @@ def _read_tokens(prompts: Any, on_device: Ragged | None) -> Batch:
     return Batch(np.zeros_like(counts), counts, on_device.values.dtype == torch.int64, on_device)
 
 
-def check_tokens(prompts: Prompts) -> None:
-    """Raise QueryError for a token out of range. O(tokens). Waits if the prompts are on a device."""
+def check_tokens(prompts: Prompts, skips: np.ndarray | None = None) -> None:
+    """Raise QueryError for a token out of range. O(tokens). Waits if the prompts are on a device.
+
+    skips: int64 [B], tokens of each prompt that are known to be good.
+    """
     if prompts.on_device is not None:
         values = prompts.on_device.values
         if not bool(((values < 0) | (values > MAX_TOKEN)).any()):
             return
     batch = prompts.on_host().tokens
-    query, position = cpu.first_bad_of(batch.addresses, batch.wide, batch.counts)
+    skips = np.zeros_like(batch.counts) if skips is None else skips
+    query, position = cpu.first_bad_of(batch.addresses, batch.wide, batch.counts, skips)
     if query >= 0:
         refuse_token(batch, int(query), int(position))
 
@@ -119,27 +123,65 @@ def read_chunk(chunk: Any, share: bool) -> int | None:
     return count
 
 
-def rows_of(owner: Owner, operation: str, requests: Sequence[Request]) -> np.ndarray:
-    """Return the rows of running requests, int64 [B]. Raises QueryError unless each runs here and is given once."""
-    requests = as_batch(requests)
-    rows, serials = numbers_of(owner, operation, requests)
-    nothing = np.zeros(len(rows), np.int64)
-    reason, _ = cpu.check_requests(owner.columns.data, rows, serials, nothing, NO_LIMIT, nothing, NO_LIMIT)
+class Call(NamedTuple):
+    """A call on running requests, checked. All are int64 [B], but `added`.
+
+    added: the new tokens of each request. more: more slots. known, ends: its known and its computed tokens after the
+    call. length, num_tokens, committed: those before the call.
+    """
+
+    rows: np.ndarray
+    added: Batch
+    more: np.ndarray
+    known: np.ndarray
+    ends: np.ndarray
+    length: np.ndarray
+    num_tokens: np.ndarray
+    committed: np.ndarray
+
+
+def read_call(
+    owner: Owner, operation: str, requests: Any, tokens: Any = None, n: Any = None, up_to: Any = None, behind: int = 0
+) -> Call:
+    """Check a call on running requests. Raises QueryError for the first request that is refused, with the reason.
+
+    tokens, n, up_to: as for `PrefixCache.commit` and `extend`. behind: without `up_to`, how many of the last known
+    tokens are not computed yet.
+    """
+    requests = requests if isinstance(requests, Requests | list | tuple) else list(requests)
+    rows, serials = _numbers_of(owner, operation, requests)
+    count, columns = len(rows), owner.columns
+    added = _NO_TOKENS if tokens is None else read_tokens(operation, count, tokens)
+    more = _NOTHING if n is None else per_query(n, count, "n")
+    ends = _NOTHING if up_to is None else per_query(up_to, count, "up_to")
+    found = np.empty((5, count), np.int64)
+    reason, query = cpu.read_requests.call(columns.address, rows, serials, added.counts, more, ends, behind, found)
     if reason:
-        _refuse_requests(owner, operation, requests)
-    return rows
+        row = int(rows[query])
+        asked = [int(values[query]) if len(values) else 0 for values in (added.counts, more, ends)]
+        raise QueryError(f"{operation}: request {query} {_why(columns, requests[query], row, reason, *asked)}", query)
+    return Call(rows, added, more, *found)
 
 
-def as_batch(requests: Any) -> Sequence[Request]:
-    """Return requests as a sequence that can be read more than once."""
-    return requests if isinstance(requests, Requests | list | tuple) else list(requests)
+def _why(columns: Columns, request: Request, row: int, reason: int, added: int, more: int, end: int) -> str:
+    """Return why a call on a request is refused, for the reason of `layout.running`."""
+    if reason == running.NOT_RUNNING:
+        return request.why_not_running()
+    if reason == running.TWICE:
+        return "is there twice"
+    known, length, most = int(columns.num_tokens[row]) + added, int(columns.length[row]), columns.counts
+    if reason == running.TOO_MANY_TOKENS:
+        return f"would have {known} tokens; {most[running.MOST_KNOWN]} can be known"
+    if reason == running.TOO_LONG:
+        text = f"has {length} tokens, and {more} more are asked for; give 0 or more, up to max_length"
+        return f"{text} {most[running.MOST_SLOTS]}"
+    slots = min(-(-length // most[running.PAGE]) * most[running.PAGE], most[running.MOST_SLOTS])
+    return f"cannot have {end} tokens computed: it has {slots} slots, and {known} tokens are known"
 
 
-def numbers_of(owner: Owner, operation: str, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
+def _numbers_of(owner: Owner, operation: str, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
     """Return rows and serials of requests, int64 [B], not checked. Raises QueryError for those of another cache."""
-    if isinstance(requests, Requests):
-        if requests.owner is not owner and len(requests):
-            _refuse_requests(owner, operation, requests)
+    if isinstance(requests, Requests) and (requests.owner is owner or len(requests) == 0):
         return np.ascontiguousarray(requests.rows), np.ascontiguousarray(requests.serials)
     for query, request in enumerate(requests):
         if request.owner is not owner:
@@ -148,38 +190,10 @@ def numbers_of(owner: Owner, operation: str, requests: Sequence[Request]) -> tup
     return rows, np.array([request.serial for request in requests], np.int64)
 
 
-def _refuse_requests(owner: Owner, operation: str, requests: Sequence[Request]) -> None:
-    seen: set[int] = set()
-    for query, request in enumerate(requests):
-        if request.owner is not owner:
-            raise QueryError(f"{operation}: request {query} is of another PrefixCache", query)
-        if request.row < 0:
-            raise QueryError(f"{operation}: request {query} {request.why_not_running()}", query)
-        if request.row in seen:
-            raise QueryError(f"{operation}: request {query} is there twice", query)
-        seen.add(request.row)
-
-
-def read_growth(operation: str, columns: Columns, rows: np.ndarray, n: Any, max_length: int) -> np.ndarray:
-    """Return how many more tokens each request is to have, int64 [B]. Raises QueryError for a bad number."""
-    more = per_query(n, len(rows), "n")
-    lengths = columns.length[rows]
-    bad = np.flatnonzero((more < 0) | (lengths + more > max_length))
-    if len(bad):
-        query = int(bad[0])
-        raise QueryError(
-            f"{operation}: request {query} has {lengths[query]} tokens, and {more[query]} more are asked for; "
-            f"give 0 or more, up to max_length {max_length}",
-            query,
-        )
-    return more
-
-
-def read_tokens(operation: str, rows: np.ndarray, tokens: Any) -> Batch:
-    """Return the new tokens of each request. A flat sequence has one token for each request."""
-    if tokens is None or (len(rows) == 0 and len(tokens) == 0):
-        nothing = np.zeros(len(rows), np.int64)
-        return Batch(nothing, nothing, False, None)
+def read_tokens(operation: str, requests: int, tokens: Any) -> Batch:
+    """Return the new tokens of each of so many requests. A flat sequence has one token for each request."""
+    if requests == 0 and len(tokens) == 0:
+        return _NO_TOKENS
     flat = not is_batch(tokens) and (not isinstance(tokens, torch.Tensor | np.ndarray) or tokens.ndim == 1)
     if isinstance(tokens, torch.Tensor | np.ndarray) and tokens.ndim == 2:
         tokens = list(tokens)
@@ -189,17 +203,9 @@ def read_tokens(operation: str, rows: np.ndarray, tokens: Any) -> Batch:
         count = int(found.counts[0])
         places = found.addresses[0] + step * np.arange(count)
         found = Batch(places, np.ones(count, np.int64), found.wide, found.owner)
-    if len(found) != len(rows):
-        raise ValueError(f"{operation}: {len(rows)} requests, but tokens for {len(found)}")
+    if len(found) != requests:
+        raise ValueError(f"{operation}: {requests} requests, but tokens for {len(found)}")
     return found
-
-
-def refuse_long(operation: str, known: np.ndarray, most: int) -> None:
-    """Raise QueryError for a request that would know more tokens than a row holds."""
-    long = np.flatnonzero(known > most)
-    if len(long):
-        query = int(long[0])
-        raise QueryError(f"{operation}: request {query} would have {known[query]} tokens; {most} can be known", query)
 
 
 def refuse_token(tokens: Batch, query: int, position: int) -> None:
@@ -207,21 +213,3 @@ def refuse_token(tokens: Batch, query: int, position: int) -> None:
     kind = ctypes.c_int64 if tokens.wide else ctypes.c_int32
     value = kind.from_address(int(tokens.addresses[query]) + ctypes.sizeof(kind) * position).value
     raise QueryError(f"tokens of query {query}: {value} at position {position} is outside [0, {MAX_TOKEN}]", query)
-
-
-def read_up_to(operation: str, up_to: Any, known: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Return how many tokens of each request are computed, int64 [B], checked.
-
-    known, slots: int64 [B], tokens of each that will be known, and slots that it has, with those of its last page.
-    """
-    ends = per_query(up_to, len(known), "up_to")
-    most = np.minimum(known, slots)
-    bad = np.flatnonzero((ends < 0) | (ends > most))
-    if len(bad):
-        query = int(bad[0])
-        raise QueryError(
-            f"{operation}: request {query} cannot have {ends[query]} tokens computed: it has {slots[query]} slots, "
-            f"and {known[query]} tokens are known",
-            query,
-        )
-    return ends

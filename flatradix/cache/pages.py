@@ -11,40 +11,58 @@ import torch
 from flatradix.cache.columns import Columns
 from flatradix.cache.input import Prompts
 from flatradix.inputs.sequences import Batch
+from flatradix.kernels import cpu
+from flatradix.layout import running
 from flatradix.results import EvictResult, Places
 from flatradix.tree import RadixTree
 
 
-class Inserted(NamedTuple):
-    """What an insert has found: its numbers, the places that its requests held before, and the ends as given."""
+class Found(NamedTuple):
+    """Prompts that were matched and locked, int64 [B]: `cached` tokens of each, and `lengths` that are to have slots.
 
-    result: Any
-    before: Any
-    ends: np.ndarray
+    place: what they hold, for `admit` and `unlock`. needed: free pages for that.
+    """
+
+    place: Any
+    cached: np.ndarray
+    lengths: np.ndarray
+    needed: int
+
+
+class Grant(NamedTuple):
+    """What prompts get that begin, int64 [B]: rows, and slots for `lengths` tokens.
+
+    Tokens before `cached` are cached, and those before `begins` need no computing: they are cached or borrowed.
+    """
+
+    rows: np.ndarray
+    cached: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
 
 
 class Pages(ABC):
     """Which pages are free, which page each running request has, its tokens, and the place that it holds.
 
     Page i has the slots i * page_size to (i + 1) * page_size - 1. Requests are given by their rows, int64 [B] numpy
-    arrays; begins and ends are int64 [B], in tokens, at page boundaries unless a method says otherwise. The host knows
-    how many pages are free, so no method waits for a device unless it says so.
+    arrays; begins and ends are int64 [B], in tokens. The host knows how many pages are free, so no method waits for a
+    device unless it says so.
 
-    num_pages: all pages. free_pages: how many are free. duplicates: tokens of duplicates that were freed so far.
-    most_tokens: how many tokens of a request can be known: a page more than can have slots.
-    page_table: int32 [R, W] on the device of the KV cache: the page of each `page_size` tokens of each row.
-    slot_copy: the table of slots, if it was ever asked for and is not the page table itself. within: int32 [page_size],
-    the numbers from 0 on, on the same device.
+    num_pages: all pages. page_table: int32 [R, W] on the device of the KV cache: the page of each `page_size` tokens of
+    each row. slot_copy: the table of slots, if it was ever asked for and is not the page table itself. within: int32
+    [page_size], the numbers from 0 on, on the same device.
     """
 
     page_size: int
     num_pages: int
-    free_pages: int
-    duplicates: int
-    most_tokens: int
     page_table: torch.Tensor
     slot_copy: torch.Tensor | None
     within: torch.Tensor
+    columns: Columns
+
+    @property
+    def free_pages(self) -> int:
+        return self.columns.counts[running.FREE_PAGES]
 
     @property
     def free_slots(self) -> int:
@@ -54,25 +72,54 @@ class Pages(ABC):
     def kv_device(self) -> torch.device:
         return self.page_table.device
 
-    # Pages
+    def ensure_free(self, tokens: int) -> None:
+        """Raise RuntimeError unless so many slots are free, which the caller knows from its own count."""
+        if tokens > self.free_slots:
+            raise RuntimeError(f"slots were lost: {tokens} should be free, but {self.free_slots} are")
+
+    # Begin
 
     @abstractmethod
-    def take(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        """Take free pages for the columns of some rows. Raises RuntimeError if too few are free."""
+    def find(self, tree: RadixTree, prompts: Prompts, chunk: int) -> Found:
+        """Match prompts without their last tokens, without a touch, and lock them. Waits for an index on a GPU.
+
+        chunk: how many tokens that are not cached get slots at most, 0 for all. Raises QueryError for a bad token.
+        """
+
+    def plan(self, found: Found, prompts: Prompts, begins: np.ndarray, chunk: int) -> Found:
+        """Return what was found, with the pages that are needed if the first `begins` tokens have slots."""
+        lengths = np.empty_like(begins)
+        needed = cpu.plan_begin.call(self.columns.address, prompts.counts, begins, chunk, lengths)
+        return found._replace(lengths=lengths, needed=needed)
 
     @abstractmethod
-    def give(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        """Free the pages of the columns of some rows."""
+    def unlock(self, tree: RadixTree, found: Found) -> None:
+        """Unlock what `find` locked."""
 
     @abstractmethod
-    def give_evicted(self, evicted: EvictResult) -> None:
-        """Free the pages that an eviction took from the tree."""
+    def admit(self, prompts: Prompts, place: Any, grant: Grant) -> None:
+        """Let prompts run that hold `place`: with their tokens, the cached pages, and free pages for the rest.
+
+        Enough pages must be free. Raises QueryError for a bad token; then nothing has changed.
+        """
+
+    # Commit
 
     @abstractmethod
-    def write_cached(self, places: Places, rows: np.ndarray) -> None:
-        """Write the tree's pages of each place to its row, from the first column on."""
+    def commit(self, tree: RadixTree, rows: np.ndarray, known: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Let requests know `known` tokens, of which `ends` are computed; insert, lock and hold their whole pages.
 
-    def grow(self, columns: Columns, rows: np.ndarray, more: np.ndarray) -> bool:
+        Where another request has committed the same tokens before, its pages replace those of the request. Returns the
+        rows whose pages were replaced; with an index on a GPU, rows whose pages may be.
+        """
+
+    @abstractmethod
+    def give_back_duplicates(self) -> None:
+        """Free the pages of commits before whose results the host has not read. Waits for an index on a GPU."""
+
+    # Grow and end
+
+    def grow(self, rows: np.ndarray, more: np.ndarray) -> bool:
         """Give requests slots for `more` tokens, int64 [B], if enough pages are free and this is quick; return whether.
 
         Sets `length` and `missing`.
@@ -80,47 +127,37 @@ class Pages(ABC):
         return False
 
     @abstractmethod
-    def insert(
-        self, tree: RadixTree, columns: Columns, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray
-    ) -> Inserted:
-        """Insert the tokens from `begins`, where the rows hold a place, to `ends`; lock and hold the new places."""
+    def take(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
+        """Take free pages for tokens of some rows. Raises RuntimeError if too few are free."""
 
     @abstractmethod
-    def replace(self, found: Inserted, rows: np.ndarray, begins: np.ndarray, owned: np.ndarray) -> np.ndarray | None:
-        """After an insert of tokens from `begins` on, let rows have the tree's pages. Frees duplicates.
+    def give_evicted(self, evicted: EvictResult) -> None:
+        """Free the pages that an eviction took from the tree."""
 
-        Of a row, only pages from `owned` on are freed. Returns which rows have other pages now, bool [B], or None if
-        only the device knows: `give_back_duplicates` then frees the pages.
+    @abstractmethod
+    def release(self, tree: RadixTree, rows: np.ndarray, begins: np.ndarray | None) -> None:
+        """End requests: unlock what they hold, and free their rows and their pages from `begins` on.
+
+        begins: None for the pages that are neither cached nor borrowed.
         """
 
-    @abstractmethod
-    def unlock(self, tree: RadixTree, places: Any) -> None:
-        """Unlock places: those of `held`, or those that were held before an insert."""
+    # Places, tokens and pages of rows
 
     @abstractmethod
-    def held(self, rows: np.ndarray, lengths: np.ndarray) -> Any:
-        """Return the places that rows hold, of these path lengths, for `unlock`."""
+    def places(self, rows: np.ndarray, lengths: np.ndarray) -> Places:
+        """Return the places that rows hold, of these path lengths."""
 
     @abstractmethod
-    def give_back_duplicates(self) -> None:
-        """Free the pages of inserts before whose results the host has not read. Waits for an index on a GPU."""
+    def set_places(self, rows: np.ndarray, places: Places) -> None:
+        """Note the places that rows hold."""
+
+    @abstractmethod
+    def write_cached(self, places: Places, rows: np.ndarray) -> None:
+        """Write the tree's pages of each place to its row, from the first column on."""
 
     @abstractmethod
     def copy(self, source: int, rows: np.ndarray, begin: int, end: int) -> None:
-        """Copy the pages of row `source` from token `begin` to `end` to other rows."""
-
-    # Tokens
-
-    @abstractmethod
-    def find_cached(self, tree: RadixTree, prompts: Prompts, lock: bool) -> tuple[Places, np.ndarray]:
-        """Match prompts without their last tokens, without a touch; return the places and their lengths, int64 [B].
-
-        lock: also lock them. Waits for an index on a GPU.
-        """
-
-    @abstractmethod
-    def store_prompts(self, rows: np.ndarray, prompts: Prompts, skips: np.ndarray) -> None:
-        """Store the tokens of new prompts, but the first `skips` of each. Raises QueryError for a bad token."""
+        """Copy the pages of row `source` from token `begin` to `end`, whole pages, to other rows."""
 
     @abstractmethod
     def copy_tokens(self, source: int, rows: np.ndarray) -> None:
@@ -131,8 +168,8 @@ class Pages(ABC):
         """Return the tokens of a row from `begin` to `end`, int32 in host memory: a copy."""
 
     @abstractmethod
-    def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch, skips: np.ndarray) -> tuple[int, int]:
-        """Store tokens of each query, but its first `skips`, in its row from `begins` on, any positions.
+    def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch) -> tuple[int, int]:
+        """Store tokens of each query in its row from `begins` on, any positions.
 
         Returns (the first query with a token out of range, its position), or (-1, 0).
         """
@@ -140,20 +177,6 @@ class Pages(ABC):
     @abstractmethod
     def tokens(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Any:
         """Return the tokens of each row from `begins` to `ends`, any positions, as queries of the tree."""
-
-    @abstractmethod
-    def slots(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Any:
-        """Return the slots of each row from `begins` to `ends`, as slots for an insert."""
-
-    # Places
-
-    @abstractmethod
-    def set_places(self, rows: np.ndarray, places: Places) -> None:
-        """Note the places that rows hold."""
-
-    @abstractmethod
-    def places(self, rows: np.ndarray, lengths: np.ndarray) -> Places:
-        """Return the places that rows hold, of these path lengths."""
 
     # The whole
 
@@ -163,7 +186,7 @@ class Pages(ABC):
 
     @abstractmethod
     def set_free(self, pages: np.ndarray) -> None:
-        """Make exactly these pages free, int64 [K]; the last is allocated first. Forget inserts that are not read."""
+        """Make exactly these pages free, int64 [K]; the last is allocated first. Forget commits that are not read."""
 
     @abstractmethod
     def on_host(self, rows: np.ndarray) -> np.ndarray:
@@ -191,6 +214,5 @@ class Pages(ABC):
         return self.slot_copy
 
     def reset(self) -> None:
-        """Free all pages, and count duplicates from 0. The lowest pages are allocated first."""
-        self.duplicates = 0
+        """Free all pages. The lowest pages are allocated first."""
         self.set_free(np.arange(self.num_pages - 1, -1, -1))

@@ -12,10 +12,11 @@ import torch
 
 from flatradix.cache import home, recover
 from flatradix.cache.begin import begin_prompts
-from flatradix.cache.commit import commit_tokens, computed_ends, extend_requests, read_added, read_step, store_added
+from flatradix.cache.columns import Columns
+from flatradix.cache.commit import commit_tokens, extend_requests, store_added
 from flatradix.cache.counts import Counts
 from flatradix.cache.fork import fork_request
-from flatradix.cache.input import check_tokens, read_chunk, read_growth, read_prompts, rows_of
+from flatradix.cache.input import check_tokens, read_call, read_chunk, read_prompts
 from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
@@ -23,6 +24,7 @@ from flatradix.index import public_call, refuse_reentry
 from flatradix.inputs import devices
 from flatradix.inputs.policy import Policy
 from flatradix.kernels import cpu
+from flatradix.layout import running
 from flatradix.layout.handles import ROW_MASK
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.tree import RadixTree
@@ -128,11 +130,11 @@ class PrefixCache:
         kv = torch.empty(0, device=kv_device).device  # with its index
         slots = num_slots // page_size * page_size
         index = devices.preferred(device)
-        self.tree = RadixTree(slots, page_size, index, policy, check_slots=False, evict_by=evict_by)
+        self.tree = RadixTree(slots, page_size, index, policy, check_slots=False, evict_by=evict_by, paged=True)
+        columns = Columns(max_requests, page_size, max_length)
         with torch.inference_mode(False):  # else the tensors would be inference tensors forever
-            longest = -(-max_length // page_size) * page_size
-            pages = home.make_pages(self.tree, slots, max_requests, longest, kv)
-        self._state = State(self.tree, pages, max_requests, max_length)
+            pages = home.make_pages(self.tree, slots, columns, kv)
+        self._state = State(self.tree, pages, columns)
         self._open: UnderWay | None = None  # the call that has begun and not ended
 
     @property
@@ -155,7 +157,7 @@ class PrefixCache:
     @property
     def running(self) -> Requests:
         """The running requests, the oldest first."""
-        rows = self._state.rows
+        rows = self._state.columns.rows
         return self._state.batch(rows[np.argsort(self._state.columns.serial[rows])])
 
     # Interrupted calls
@@ -209,7 +211,7 @@ class PrefixCache:
         """
         found = read_prompts(prompts, namespaces, priority, self.tree.device)
         chunk = read_chunk(chunk, share)
-        self._open = UnderWay(recover.BEGIN, serial=self._state.serial)
+        self._open = UnderWay(recover.BEGIN, serial=self._state.columns.counts[running.NEXT_SERIAL])
         self._state.pages.give_back_duplicates()
         self.tree.raise_pending()
         return begin_prompts(self._state, found, chunk, share)
@@ -235,13 +237,15 @@ class PrefixCache:
 
         O(prompt tokens). Raises QueryError and ValueError.
         """
-        found = read_prompts(prompts, namespaces, 0, self.tree.device)
+        found = read_prompts(prompts, namespaces, 0, self.tree.device).on_host()
         check_tokens(found)
         self._open = UnderWay(recover.OTHER)
         self._state.pages.give_back_duplicates()
         if len(found) == 0:
             return Probe(found.counts, found.counts, found.counts > 0)
-        places, cached = self._state.pages.find_cached(self.tree, found, lock=False)
+        keys = [found.array(query)[:-1] for query in range(len(found))]
+        places = self.tree.match(keys, found.names, touch=False)
+        cached = np.array(places.lengths.tolist(), np.int64)
         needed = self._state.in_pages(found.counts) - cached
         paths, protected = self.tree.index.paths(), np.empty_like(cached)
         rows = places.handles.cpu().numpy() & ROW_MASK
@@ -249,7 +253,7 @@ class PrefixCache:
         fits = (needed <= self._state.pages.free_slots + paths.evictable - protected) & (
             found.counts <= self.max_length
         )
-        return Probe(cached, needed, fits & bool(self._state.free_rows))
+        return Probe(cached, needed, fits & (len(self._state.columns.free_rows) > 0))
 
     # Waiting prompts
 
@@ -271,7 +275,7 @@ class PrefixCache:
         """
         self._open = UnderWay(recover.OTHER)
         self._state.pages.give_back_duplicates()
-        return self._state.pages.free_slots, len(self._state.free_rows)
+        return self._state.pages.free_slots, len(self._state.columns.free_rows)
 
     # Extend
 
@@ -286,10 +290,9 @@ class PrefixCache:
         Evicts as needed. O(requests). It waits for the device only if the index is on a GPU and too few slots are free.
         Raises QueryError (a request that is not running, or would be longer than max_length) with nothing changed.
         """
-        rows = rows_of(self._state, "extend", requests)
-        more = read_growth("extend", self._state.columns, rows, n, self.max_length)
-        self._open = recover.begun(recover.EXTEND, self._state.columns, rows)
-        return extend_requests(self._state, rows, more)
+        call = read_call(self._state, "extend", requests, n=n)
+        self._open = recover.begun(recover.EXTEND, call)
+        return extend_requests(self._state, call.rows, call.more)
 
     # Commit
 
@@ -312,12 +315,10 @@ class PrefixCache:
         a GPU it does not wait for the device, except when more than 64 commits are pending since the last call that
         waited. Raises QueryError and ValueError with nothing changed.
         """
-        rows = rows_of(self._state, "commit", requests)
-        added, known = read_added(self._state, "commit", rows, tokens)
-        ends = computed_ends(self._state, "commit", rows, known, up_to)
-        store_added(self._state, rows, added)
-        self._open = recover.begun(recover.COMMIT, self._state.columns, rows)
-        return commit_tokens(self._state, rows, known, ends)
+        call = read_call(self._state, "commit", requests, tokens, up_to=up_to)
+        store_added(self._state, call)
+        self._open = recover.begun(recover.COMMIT, call)
+        return commit_tokens(self._state, call.rows, call.known, call.ends)
 
     # Decode
 
@@ -334,13 +335,11 @@ class PrefixCache:
         Returns the requests that got no slots, and those whose slots were replaced. O(requests + new whole pages).
         Raises QueryError and ValueError with nothing changed.
         """
-        rows, added, more = read_step(self._state, requests, tokens, n)
-        known = self._state.columns.num_tokens[rows] + added.counts
-        ends = np.minimum(known - 1, self._state.columns.length[rows])
-        store_added(self._state, rows, added)
-        self._open = recover.begun(recover.STEP, self._state.columns, rows)
-        changed = commit_tokens(self._state, rows, known, ends)
-        return Step(extend_requests(self._state, rows, more), changed)
+        call = read_call(self._state, "step", requests, tokens, n, behind=1)
+        store_added(self._state, call)
+        self._open = recover.begun(recover.STEP, call)
+        changed = commit_tokens(self._state, call.rows, call.known, call.ends)
+        return Step(extend_requests(self._state, call.rows, call.more), changed)
 
     # Fork
 
@@ -354,13 +353,12 @@ class PrefixCache:
         Returns the requests, and the pages to copy in each layer before the next forward pass: int64 [K, 2], from and
         to, on the device of the KV cache. If they do not fit, all of them are refused.
         """
-        rows = rows_of(self._state, "fork", [request])
+        call = read_call(self._state, "fork", [request])
         if n < 1:
             raise ValueError(f"fork: n must be at least 1, not {n}")
-        self._open = UnderWay(recover.BEGIN, rows, serial=self._state.serial)
-        known = self._state.columns.num_tokens[rows]
-        commit_tokens(self._state, rows, known, np.minimum(known, self._state.columns.length[rows]))
-        return fork_request(self._state, int(rows[0]), n)
+        self._open = UnderWay(recover.BEGIN, call.rows, serial=self._state.columns.counts[running.NEXT_SERIAL])
+        commit_tokens(self._state, call.rows, call.known, call.ends)
+        return fork_request(self._state, int(call.rows[0]), n)
 
     # End
 
@@ -374,13 +372,11 @@ class PrefixCache:
 
         Slots after the last whole page become free. Raises QueryError and ValueError with nothing changed.
         """
-        rows = rows_of(self._state, "finish", requests)
-        added, known = read_added(self._state, "finish", rows, tokens)
-        ends = computed_ends(self._state, "finish", rows, known, up_to)
-        store_added(self._state, rows, added)
-        self._open = recover.begun(recover.END, self._state.columns, rows)
-        commit_tokens(self._state, rows, known, ends)
-        self._state.release(rows, touch)
+        call = read_call(self._state, "finish", requests, tokens, up_to=up_to)
+        store_added(self._state, call)
+        self._open = recover.begun(recover.END, call)
+        commit_tokens(self._state, call.rows, call.known, call.ends)
+        self._state.release(call.rows, touch)
 
     @_repaired
     def abort(self, requests: Sequence[Request], touch: bool = False) -> None:
@@ -391,9 +387,9 @@ class PrefixCache:
 
         Raises QueryError with nothing changed.
         """
-        rows = rows_of(self._state, "abort", requests)
-        self._open = recover.begun(recover.END, self._state.columns, rows)
-        self._state.release(rows, touch)
+        call = read_call(self._state, "abort", requests)
+        self._open = recover.begun(recover.END, call)
+        self._state.release(call.rows, touch)
 
     # The whole cache
 
@@ -425,7 +421,7 @@ class PrefixCache:
         held = [own[begin:end] for own, begin, end in zip(pages.on_host(rows), begins, ends, strict=True)]
         check.check_slots(self._state.count(), content, pages, held)
         check.check_holders(content, columns.committed[rows], places)
-        check.check_tables(pages, columns, rows, self.tree.slots(places).to_list(), self._state.free_rows)
+        check.check_tables(pages, columns, rows, self.tree.slots(places).to_list(), columns.free_rows)
         check.check_loans(self._state.loans, pages, columns, {row: self._state.tokens_of(row) for row in rows.tolist()})
 
     @_repaired
@@ -433,10 +429,7 @@ class PrefixCache:
         """Abort all requests, and drop everything that is cached. All counters restart at 0."""
         self._open = UnderWay(recover.RESET)
         self.tree.reset()
-        self._state.columns.serial[:] = 0
-        self._state.end_views()
-        self._state.pages.reset()
-        self._state.begin_afresh()
+        self._state.reset()
 
     def __repr__(self) -> str:
         return (

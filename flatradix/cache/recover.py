@@ -13,6 +13,7 @@ import torch
 
 from flatradix.cache import share
 from flatradix.cache.columns import Columns
+from flatradix.cache.input import Call
 from flatradix.cache.pages import Pages
 from flatradix.cache.state import State
 from flatradix.layout import numbers
@@ -38,9 +39,9 @@ class UnderWay(NamedTuple):
 READING = UnderWay("reading")  # a call that has changed nothing so far
 
 
-def begun(operation: str, columns: Columns, rows: np.ndarray) -> UnderWay:
+def begun(operation: str, call: Call) -> UnderWay:
     """Return the record of a call on running requests."""
-    return UnderWay(operation, rows, columns.length[rows], columns.num_tokens[rows], columns.committed[rows])
+    return UnderWay(operation, call.rows, call.length, call.num_tokens, call.committed)
 
 
 def end_begun(cut: UnderWay, columns: Columns) -> np.ndarray:
@@ -139,6 +140,6 @@ def repair(state: State, cut: UnderWay) -> None:
     columns.length[rows] = np.maximum(columns.length[rows], committed)
     state.settle_loans()
     state.inherit(share.end_others(state.loans, set(rows.tolist())))
-    state.free_rows = [row for row in range(state.max_requests - 1, -1, -1) if columns.serial[row] == 0]
+    columns.find_free_rows()
     pages.set_free(free_pages(state.tree, pages, columns, rows))
     pages.copy_rows(rows, columns.length[rows])

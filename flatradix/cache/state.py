@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,62 +13,44 @@ from flatradix.cache.counts import Counts
 from flatradix.cache.pages import Pages
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.share import Loans
+from flatradix.layout import running
 from flatradix.tree import RadixTree
-
-
-@dataclass
-class Totals:
-    """Counters since the start, as in `Counts`."""
-
-    begun: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    evicted_tokens: int = 0
-    shared_tokens: int = 0
 
 
 class State:
     """The tree, the pages and the running requests of one cache.
 
-    columns: the numbers of the running requests. views: those that were looked at, by row. free_rows: a stack. loans:
-    what requests share that is not committed. serial: the number of the next request.
+    columns: the numbers of the running requests. views: those that were looked at, by row. loans: what requests share
+    that is not committed; `set_loans` replaces them. refused, evicted_tokens: totals, as in `Counts`.
     """
 
-    def __init__(self, tree: RadixTree, pages: Pages, max_requests: int, max_length: int) -> None:
+    def __init__(self, tree: RadixTree, pages: Pages, columns: Columns) -> None:
         self.tree = tree
         self.pages = pages
+        self.columns = columns
         self.page_size = tree.page_size
-        self.max_requests = max_requests
-        self.max_length = max_length
-        self.serial = 1
-        self.begin_afresh()
-
-    def begin_afresh(self) -> None:
-        self.columns = Columns(self.max_requests)
+        self.max_requests = len(columns.serial)
+        self.max_length = columns.counts[running.MOST_SLOTS]
         self.views: dict[int, Request] = {}
-        self.free_rows = list(range(self.max_requests - 1, -1, -1))
         self.loans: Loans = {}
-        self.totals = Totals()
+        self.refused = self.evicted_tokens = 0
+
+    def reset(self) -> None:
+        """End all requests, and free all pages. Counters restart at 0."""
+        self.columns.serial[:] = 0
+        self.end_views()
+        self.loans = {}
+        self.refused = self.evicted_tokens = 0
+        self.columns.reset()
+        self.pages.reset()
 
     def in_pages(self, tokens: Any) -> Any:
         """Round numbers of tokens up to whole pages."""
         return -(-tokens // self.page_size) * self.page_size
 
     @property
-    def rows(self) -> np.ndarray:
-        """The rows of the running requests, int64 [N]."""
-        return np.flatnonzero(self.columns.serial)
-
-    @property
     def available_slots(self) -> int:
         return self.pages.free_slots + self.tree.evictable_tokens
-
-    def start(self, rows: np.ndarray) -> None:
-        """Number new requests, which have the last of the free rows. From then on, they run."""
-        del self.free_rows[len(self.free_rows) - len(rows) :]
-        self.serial += len(rows)
-        self.columns.serial[rows] = np.arange(self.serial - len(rows), self.serial)
 
     def batch(self, rows: np.ndarray) -> Requests:
         return Requests(self, rows, self.columns.serial[rows])
@@ -87,6 +68,8 @@ class State:
 
     def end_views(self) -> None:
         """Let the views of requests that have ended keep their numbers, before their rows are used again."""
+        if not self.views:
+            return
         serial = self.columns.serial
         for row in [row for row, view in self.views.items() if serial[row] != view.serial]:
             self.views[row].end()
@@ -122,40 +105,40 @@ class State:
         if short > 0:
             evicted = self.tree.evict(short)
             self.pages.give_evicted(evicted)
-            self.totals.evicted_tokens += evicted.num_tokens
+            self.evicted_tokens += evicted.num_tokens
 
     def owned_from(self, rows: np.ndarray) -> np.ndarray:
         """Return the tokens before which each request's slots are not its own: cached or borrowed, int64 [B]."""
-        owned: np.ndarray = self.columns.committed[rows]
-        for query, row in enumerate(rows.tolist()) if self.loans else ():
-            if row in self.loans:
-                owned[query] = max(owned[query], self.loans[row].borrowed)
+        owned: np.ndarray = np.maximum(self.columns.committed[rows], self.columns.borrowed[rows])
         return owned
+
+    def set_loans(self, loans: Loans) -> None:
+        """Replace the loans, also where kernels read them."""
+        self.columns.borrowed[:] = 0
+        for row, loan in loans.items():
+            self.columns.borrowed[row] = loan.borrowed
+        self.loans = loans
 
     def settle_loans(self) -> None:
         """End the loans of requests that have committed what they borrow."""
-        rows = np.flatnonzero(self.columns.serial).tolist()
-        self.loans = share.unsettled(self.loans, {row: int(self.columns.committed[row]) for row in rows})
+        rows = self.columns.rows.tolist()
+        self.set_loans(share.unsettled(self.loans, {row: int(self.columns.committed[row]) for row in rows}))
 
     def release(self, rows: np.ndarray, touch: bool) -> None:
         if len(rows) == 0:
             return
         columns, pages = self.columns, self.pages
-        ending = share.end(self.loans, rows.tolist()) if self.loans else None
-        begins = columns.committed[rows]
-        if ending is not None:
-            begins = np.maximum(begins, ending.begins)
-        ends = np.maximum(self.in_pages(columns.length[rows]), begins)
         if touch:
-            place = pages.places(rows, columns.committed[rows])
-            self.tree.match(pages.tokens(rows, begins, begins), columns.names_of(rows), start=place)
-        pages.unlock(self.tree, pages.held(rows, columns.committed[rows]))
-        columns.serial[rows] = 0
+            held = columns.committed[rows]
+            self.tree.match(pages.tokens(rows, held, held), columns.names_of(rows), start=pages.places(rows, held))
+        if not self.loans:
+            pages.release(self.tree, rows, None)
+            self.end_views()
+            return
+        ending = share.end(self.loans, rows.tolist())
+        pages.release(self.tree, rows, np.maximum(columns.committed[rows], ending.begins))
         self.end_views()
-        self.free_rows.extend(rows.tolist())
-        if ending is not None:
-            self.inherit(ending)
-        pages.give(rows, begins, ends)
+        self.inherit(ending)
 
     def inherit(self, ending: share.Ending) -> None:
         """Let heirs compute what a lender that has ended would have, and replace the loans."""
@@ -164,19 +147,19 @@ class State:
             loan = ending.loans.get(row)
             left = loan.borrowed if loan else int(columns.committed[row])
             columns.cached[row] = min(int(columns.cached[row]), left)
-        self.loans = ending.loans  # last: before, a repair does all of this again
+        self.set_loans(ending.loans)  # last: before, a repair does all of this again
 
     def count(self) -> Counts:
-        rows = np.flatnonzero(self.columns.serial)
+        rows, totals = self.columns.rows, self.columns.counts
         return Counts(
-            requests=self.totals.begun,
-            refused=self.totals.refused,
+            requests=totals[running.BEGUN],
+            refused=self.refused,
             running=len(rows),
-            prompt_tokens=self.totals.prompt_tokens,
-            cached_tokens=self.totals.cached_tokens,
-            evicted_tokens=self.totals.evicted_tokens,
-            duplicate_tokens=self.pages.duplicates,
-            shared_tokens=self.totals.shared_tokens,
+            prompt_tokens=totals[running.PROMPT_TOKENS],
+            cached_tokens=totals[running.CACHED_TOKENS],
+            evicted_tokens=self.evicted_tokens,
+            duplicate_tokens=totals[running.DUPLICATE_TOKENS],
+            shared_tokens=totals[running.SHARED_TOKENS],
             slots=self.pages.num_pages * self.page_size,
             free=self.pages.free_slots,
             evictable=self.tree.evictable_tokens,

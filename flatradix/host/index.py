@@ -29,7 +29,7 @@ from flatradix.layout.handles import NO_HANDLE
 from flatradix.layout.state import FREE_ROW, TreeState, allocate_host, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
 
-_NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves nothing to undo
+NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves nothing to undo
 _NO_SCORES = np.empty(0, np.int64)
 _EVICTABLE, _PROTECTED, _NODES = numbers.EVICTABLE, numbers.PROTECTED, numbers.NODES
 _RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers.LONGEST, numbers.LAST_CALL
@@ -42,14 +42,6 @@ class Watched(NamedTuple):
     state: TreeState
     namespaces: Namespaces
     options: Options
-
-
-class PageRanges(NamedTuple):
-    """Columns of rows of a page table, int64 [B]: from `begins` to `ends`; from `owned` on, pages are the row's own."""
-
-    begins: np.ndarray
-    owned: np.ndarray
-    ends: np.ndarray
 
 
 class HostIndex(Index):
@@ -73,18 +65,19 @@ class HostIndex(Index):
         self._arrays: Any = as_numpy(state)
         self._numbers = memoryview(self._arrays.numbers.data)
         self._namespaces = Namespaces(self._arrays.namespace_hash)
-        units = pool_units(options.max_tokens, options.page_size)
-        self._slots: SlotPool
-        if options.slot_device is None:
-            self._slots = HostSlots(units, options.slot_dtype, self._addresses)
-        else:
-            self._slots = SlotsApart(units, options.slot_dtype, options.slot_device, self._addresses)
+        self._slots: SlotPool = self._make_slots(options)
         self._calls = 0  # the last number given to a call
-        self._open = 0  # the number of the call that has begun and not ended, _NOTHING_TO_UNDO, or 0
+        self._open = 0  # the number of the call that has begun and not ended, NOTHING_TO_UNDO, or 0
         self._results = 0, _NO_SCORES, _NO_SCORES, _NO_SCORES
         self._eviction: EvictionMemory | None = None
         self._unreturned: torch.Tensor | None = None
         self._fresh: list[int] = []  # namespace codes that the last insert gave out
+
+    def _make_slots(self, options: Options) -> SlotPool:
+        units = pool_units(options.max_tokens, options.page_size)
+        if options.slot_device is None:
+            return HostSlots(units, options.slot_dtype, self._addresses)
+        return SlotsApart(units, options.slot_dtype, options.slot_device, self._addresses)
 
     # Interrupted calls
 
@@ -191,7 +184,7 @@ class HostIndex(Index):
 
     def _code(self, namespace: Any) -> int:
         """Return the namespace code of a single query. It is valid until another call begins."""
-        self._open = _NOTHING_TO_UNDO
+        self._open = NOTHING_TO_UNDO
         return self._namespaces.find(namespaces.only(namespace))
 
     def _codes(self, namespace: Any, queries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +213,7 @@ class HostIndex(Index):
     def _match_batch(
         self, keys: Batch, namespace: Any, touch: bool, lock: bool, start: Any, split: bool
     ) -> MatchResult:
-        self._open = _NOTHING_TO_UNDO
+        self._open = NOTHING_TO_UNDO
         codes, named = self._codes(namespace, len(keys))
         start_handles, start_lengths = read_starts(start, len(keys))
         lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
@@ -249,7 +242,7 @@ class HostIndex(Index):
             values = self._slots_of(places.handle, places.length)
             return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
         lengths, handles = read_places(places)
-        self._open = _NOTHING_TO_UNDO
+        self._open = NOTHING_TO_UNDO
         found = self._slots.of_places(handles.contiguous().numpy(), lengths.numpy())
         if isinstance(found, int):
             self._refuse("slots", found)
@@ -261,7 +254,7 @@ class HostIndex(Index):
         if self._open:
             self._recover()
         lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
-        self._open = _NOTHING_TO_UNDO
+        self._open = NOTHING_TO_UNDO
         total, _nodes = cpu.count_paths(self._addresses, handles, lengths)
         if total < 0:
             self._refuse("tokens", total)
@@ -279,7 +272,7 @@ class HostIndex(Index):
         return self._slots_of(place.handle, place.length)
 
     def _slots_of(self, handle: int, length: int) -> torch.Tensor:
-        self._open = _NOTHING_TO_UNDO
+        self._open = NOTHING_TO_UNDO
         found = self._slots.of_place(handle, length)
         if isinstance(found, int):
             self._refuse("slots", found)
@@ -293,7 +286,7 @@ class HostIndex(Index):
         lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
         pool = self._slots
         numbered = check_write_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
-        self._open = _NOTHING_TO_UNDO
+        self._open = NOTHING_TO_UNDO
         reason = cpu.write_slots(
             self._addresses, handles, lengths, numbered, pool.pool, pool.wide, table.data_ptr(),
             table.dtype == torch.int64, table.stride(0), *table.shape,
@@ -302,30 +295,6 @@ class HostIndex(Index):
         if reason < 0:
             self._refuse("write_slots", reason)
         self._open = 0
-
-    # Page tables of a cache, whose places are good
-
-    @public_call
-    def write_pages(self, handles: np.ndarray, lengths: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
-        """Write the page of each `page_size` slots of places to rows of a page table. See `kernels.cpu.write_pages`."""
-        if self._open:
-            self._recover()
-        page = self.options.page_size
-        cpu.write_pages(self._addresses, handles, lengths, self._slots.pool, page, pages, rows)
-
-    @public_call
-    def replace_pages(
-        self, handles: np.ndarray, lengths: np.ndarray, pages: np.ndarray, rows: np.ndarray, columns: PageRanges,
-        stack: np.ndarray, free: int,
-    ) -> int:  # fmt: skip
-        """Let rows of a page table have the tree's pages; return how many are free. See `kernels.cpu.replace_pages`."""
-        if self._open:
-            self._recover()
-        page, pool = self.options.page_size, self._slots.pool
-        found: int = cpu.replace_pages(
-            self._addresses, handles, lengths, pool, page, pages, rows, *columns, stack, free
-        )
-        return found
 
     # Lock
 
@@ -376,33 +345,13 @@ class HostIndex(Index):
         self._open = 0
 
     @public_call
-    def lock_arrays(self, handles: np.ndarray, lengths: np.ndarray) -> None:
-        """Lock good places, int64 and int32 [B]. `handles` is updated where an edge was split."""
-        if self._open:
-            self._recover()
-        reason = cpu.lock(self._addresses, self._begin(handles.copy(), lengths, lengths), handles, lengths)
-        if reason < 0:
-            self._refuse("lock", reason)
-        self._open = 0
-
-    @public_call
-    def unlock_arrays(self, handles: np.ndarray, lengths: np.ndarray) -> None:
-        """Unlock good places, int64 and int32 [B]."""
-        if self._open:
-            self._recover()
-        reason = cpu.unlock(self._addresses, self._begin(handles, lengths, lengths), handles, lengths)
-        if reason < 0:
-            self._refuse("unlock", reason)
-        self._open = 0
-
-    @public_call
     def split(self, places: Any) -> None:
         if self._open:
             self._recover()
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
         renewed = handles.contiguous()
-        self._open = _NOTHING_TO_UNDO  # a split is not undone
+        self._open = NOTHING_TO_UNDO  # a split is not undone
         reason = cpu.split(self._addresses, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("split", reason)
@@ -418,7 +367,7 @@ class HostIndex(Index):
             self._recover()
         keys = read_batch(q, "tokens")
         old_handles, old_lengths = read_starts(places, len(keys))
-        self._open = _NOTHING_TO_UNDO
+        self._open = NOTHING_TO_UNDO
         codes, named = self._codes(namespace, len(keys))
         lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
         handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
@@ -559,24 +508,6 @@ class HostIndex(Index):
         self._open = 0
         return result
 
-    @public_call
-    def insert_arrays(
-        self, keys: Batch, slots: Batch, namespace: Any, columns: tuple[np.ndarray, np.ndarray],
-        starts: tuple[np.ndarray, np.ndarray],
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-        """Do what `insert` does, for a caller that has everything as arrays; nothing is checked.
-
-        columns: priorities and inserted lengths, starts: handles and lengths, int64 [B]. Returns prefix lengths and
-        lengths, int32 [B], and handles, int64 [B].
-        """
-        if self._open:
-            self._recover()
-        prefixes, lengths = np.empty((2, len(keys)), np.int32)
-        out = prefixes, lengths, np.empty(len(keys), np.int64)
-        self._insert_arrays(keys, SlotBatch(*slots), namespace, columns, starts, out, ())
-        self._open = 0
-        return out
-
     def _insert_arrays(
         self, keys: Batch, source: SlotBatch, namespace: Any, columns: tuple[np.ndarray, np.ndarray],
         starts: tuple[np.ndarray, np.ndarray], out: tuple[np.ndarray, np.ndarray, np.ndarray], slots: Any,
@@ -715,7 +646,7 @@ class HostIndex(Index):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._state) + self._slots.values.nbytes
+        return sum(tensor.nbytes for tensor in self._state) + self._slots.nbytes
 
     @public_call
     def changes(self) -> int:
@@ -737,7 +668,7 @@ class HostIndex(Index):
     def digest(self) -> str:
         if self._open:
             self._recover()
-        self._open = _NOTHING_TO_UNDO
+        self._open = NOTHING_TO_UNDO
         slots = self._slots.values.cpu()
         lanes = [cpu.digest(self._addresses, slots.data_ptr(), slots.dtype == torch.int64, lane) for lane in (0, 1)]
         self._open = 0

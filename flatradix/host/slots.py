@@ -58,6 +58,10 @@ class SlotPool(ABC):
     def device(self) -> torch.device:
         return self.values.device
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
     @abstractmethod
     def read_one(self, slots: Any, check: bool) -> Buffer:
         """Return the slots of one query."""

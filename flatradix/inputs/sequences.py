@@ -175,8 +175,8 @@ def read_host_key(queries: Any, what: str) -> Buffer | None:
 def read_many(queries: Sequence[Any], what: str) -> Batch:
     """Return a list of sequences as a Batch; its owner is the list of buffers. Raises QueryError."""
     buffers = [read_one(values, what, query) for query, values in enumerate(queries)]
-    wide = any(buffer[2] for buffer in buffers)
-    if wide and not all(buffer[2] for buffer in buffers):
+    widths = {buffer[2] for buffer in buffers}
+    if len(widths) == 2:
         buffers = [b if b[2] else _read_numpy(np.asarray(b[3]).astype(np.int64)) for b in buffers]
-    table = np.array([(b[0], b[1]) for b in buffers], dtype=np.int64).reshape(-1, 2)
-    return Batch(table[:, 0].copy(), table[:, 1].copy(), wide, buffers)
+    addresses = np.array([buffer[0] for buffer in buffers], np.int64)
+    return Batch(addresses, np.array([buffer[1] for buffer in buffers], np.int64), True in widths, buffers)

@@ -21,6 +21,8 @@ from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
 from flatradix import layout
+from flatradix.layout import running
+from flatradix.layout.running import Running
 from flatradix.layout.state import FIELDS, TreeState
 from flatradix.layout.waiting import DTYPES, Waiting
 
@@ -113,6 +115,11 @@ def waiting_table(arrays: Waiting) -> np.ndarray:
     return np.array([array.ctypes.data for array in arrays], dtype=np.int64)
 
 
+def running_table(arrays: Running) -> np.ndarray:
+    """Return int64 [len(Running)]: the address of each array. The arrays must outlive the table."""
+    return np.array([array.ctypes.data for array in arrays], dtype=np.int64)
+
+
 def _opener(opened: Any) -> Any:
     """Return a function from the address of an address table to a tuple of pointers, and of plain addresses."""
 
@@ -141,4 +148,14 @@ open_state: Any = _opener(
 )
 open_waiting: Any = _opener(
     types.NamedTuple([types.CPointer(numba.from_dtype(np.dtype(kind))) for kind in DTYPES.values()], Waiting)
+)
+# `tokens` is a plain address.
+open_running: Any = _opener(
+    types.NamedTuple(
+        [
+            types.int64 if name == "tokens" else types.CPointer(numba.from_dtype(np.dtype(kind)))
+            for name, kind in running.DTYPES.items()
+        ],
+        Running,
+    )
 )

@@ -45,7 +45,7 @@ def lock_place(s, row, length):
 
 
 @helper
-def _unlock_row(s, row):
+def unlock_row(s, row):
     s.own_locks[row] -= 1
     freed = np.int64(0)
     above = row
@@ -62,7 +62,7 @@ def _unlock_row(s, row):
 
 @helper
 def _relock_row(s, row):
-    """Undo `_unlock_row`. If that made an entry in the queue, the entry is dropped when its turn comes."""
+    """Undo `unlock_row`. If that made an entry in the queue, the entry is dropped when its turn comes."""
     lock_place(s, row, np.int64(s.end[row]))
 
 
@@ -96,7 +96,7 @@ def unlock_one(addresses, call, handle, length):
         note_refusal(s, 0, length)
         return row
     if row > 0:
-        _unlock_row(s, row)
+        unlock_row(s, row)
     note_change(s, call, numbers.UNLOCKED, handle, length, 0)
     return np.int64(0)
 
@@ -154,6 +154,6 @@ def unlock(addresses, call, handles, lengths):
             note_refusal(s, query, lengths[query])
             return row
         if row > 0:
-            _unlock_row(s, row)
+            unlock_row(s, row)
     note_change(s, call, numbers.UNLOCKED, 0, 0, 0)
     return np.int64(0)

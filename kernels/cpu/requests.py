@@ -1,19 +1,92 @@
-"""The running requests of a PrefixCache in host memory: their tokens, their pages, and the stack of free pages.
+"""The running requests of a PrefixCache: checks of calls on them, and their numbers.
 
-Requests are given by their rows, int64 [B]. pages: int32 [R, W], the page of each `page` tokens of a request; page i
-has the slots i * page to (i + 1) * page - 1. stack: int32 [P], the free pages; the last is allocated first. Begins and
-ends of pages, int64 [B], are counted in pages.
+`cache` is the address of the table of a `Running`. Requests are given by their rows, int64 [B].
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from flatradix.kernels.cpu.jit import helper, int32_at, kernel, open_state
-from flatradix.kernels.cpu.rows import resolve
+from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_running
 from flatradix.kernels.cpu.units import copy_checked, first_bad
 from flatradix.layout import running
 from flatradix.layout.numbers import MAX_TOKEN
+
+
+@helper
+def get(c, field, row):
+    return c.data[field * c.counts[running.ROWS] + row]
+
+
+@helper
+def put(c, field, row, value):
+    c.data[field * c.counts[running.ROWS] + row] = value
+
+
+@helper
+def page_count(c, tokens):
+    """Return how many pages hold so many tokens."""
+    page = c.counts[running.PAGE]
+    return (tokens + page - 1) // page
+
+
+@helper
+def owned_from(c, row):
+    """Return the tokens before which the slots of a request are not its own: cached or borrowed."""
+    return max(get(c, running.COMMITTED, row), get(c, running.BORROWED, row))
+
+
+@helper
+def _most_computed(c, row, known):
+    """Return how many tokens of a request can be computed: those that are known, up to the end of its last page."""
+    slots = page_count(c, get(c, running.LENGTH, row)) * c.counts[running.PAGE]
+    return min(known, slots, c.counts[running.MOST_SLOTS])
+
+
+@helper
+def _refusal(c, row, serial, known, more, end):
+    if row < 0 or serial == 0 or get(c, running.SERIAL, row) != serial:
+        return running.NOT_RUNNING
+    if get(c, running.MARK, row) != 0:
+        return running.TWICE
+    if known > c.counts[running.MOST_KNOWN]:
+        return running.TOO_MANY_TOKENS
+    if more < 0 or get(c, running.LENGTH, row) + more > c.counts[running.MOST_SLOTS]:
+        return running.TOO_LONG
+    return running.BAD_END if end < 0 else 0
+
+
+@fixed_types("(int64, int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64, int64[:, ::1])")
+def read_requests(cache, rows, serials, added, more, up_to, behind, found):
+    """Check a call on running requests; return (0, -1), or a reason of `layout.running` and the first query refused.
+
+    serials: int64 [B]. added: new tokens of each; more: slots more; up_to: tokens that are computed: int64 [B], or [0]
+    if the call has none. Without `up_to`, all tokens are computed that are known and have slots, but the last `behind`.
+    found: int64 [5, B], gets the known and the computed tokens after the call, and LENGTH, NUM_TOKENS and COMMITTED
+    before the call.
+    """
+    c = open_running(cache)
+    reason, query = 0, -1
+    for at in range(len(rows)):
+        row, known, end = rows[at], np.int64(0), np.int64(0)
+        if row >= 0:
+            known = get(c, running.NUM_TOKENS, row) + (added[at] if len(added) > 0 else 0)
+            if len(up_to) == 0:
+                end = min(known - behind, get(c, running.LENGTH, row))
+            else:
+                end = up_to[at] if up_to[at] <= _most_computed(c, row, known) else np.int64(-1)
+        reason = _refusal(c, row, serials[at], known, more[at] if len(more) > 0 else np.int64(0), end)
+        if reason != 0:
+            query = at
+            break
+        put(c, running.MARK, row, 1)
+        found[0, at], found[1, at] = known, end
+        found[2, at] = get(c, running.LENGTH, row)
+        found[3, at] = get(c, running.NUM_TOKENS, row)
+        found[4, at] = get(c, running.COMMITTED, row)
+    for at in range(len(rows) if query < 0 else query):
+        put(c, running.MARK, rows[at], 0)
+    return reason, query
 
 
 @kernel
@@ -21,196 +94,153 @@ def store_tokens(tokens, width, rows, begins, addresses, wide, counts, skips):
     """Store tokens of each query in its row from `begins` on; return (first query with a bad token or -1, position).
 
     tokens: the address of int32 [R, width]. addresses, counts: int64 [B], of int64 tokens if `wide`, else of int32.
-    skips: int64 [B], tokens of each query that are not stored. A position is counted from the query's first token.
+    skips: int64 [B], or [0] for none: tokens of each query that are not stored. A position is counted from the query's
+    first token.
     """
     step = 8 if wide else 4
     for query in range(len(rows)):
-        left = counts[query] - skips[query]
+        skip = skips[query] if len(skips) > 0 else np.int64(0)
+        left = counts[query] - skip
         if left <= 0:
             continue
-        source = addresses[query] + step * skips[query]
+        source = addresses[query] + step * skip
         target = tokens + 4 * (width * rows[query] + begins[query])
         if copy_checked(source, wide, target, False, left, MAX_TOKEN) < 0:
-            return np.int64(query), np.int64(first_bad(addresses[query], wide, skips[query], counts[query], MAX_TOKEN))
+            return np.int64(query), np.int64(first_bad(addresses[query], wide, skip, counts[query], MAX_TOKEN))
     return np.int64(-1), np.int64(0)
 
 
 @kernel
-def first_bad_of(addresses, wide, counts):
+def first_bad_of(addresses, wide, counts, skips):
     """Return (the first query with a token out of range, its position), or (-1, 0). As for `store_tokens`."""
     for query in range(len(addresses)):
-        position = first_bad(addresses[query], wide, 0, counts[query], MAX_TOKEN)
+        position = first_bad(addresses[query], wide, skips[query], counts[query], MAX_TOKEN)
         if position >= 0:
             return np.int64(query), np.int64(position)
     return np.int64(-1), np.int64(0)
 
 
-@kernel
-def take_pages(stack, free, pages, rows, begins, ends):
-    """Take pages from the stack for columns `begins` to `ends` of each row; return how many are still free.
-
-    There must be enough.
-    """
-    for query in range(len(rows)):
-        row = rows[query]
-        for at in range(begins[query], ends[query]):
-            free -= 1
-            pages[row, at] = stack[free]
-    return free
-
-
-@kernel
-def give_pages(stack, free, pages, rows, begins, ends):
-    """Put the pages in columns `begins` to `ends` of each row back on the stack; return how many are free now."""
-    for query in range(len(rows)):
-        row = rows[query]
-        for at in range(begins[query], ends[query]):
-            stack[free] = pages[row, at]
-            free += 1
-    return free
-
-
-@kernel
-def give_slots(stack, free, slots, page):
-    """Put the pages of slots, int32 [K * page], back on the stack; return how many are free now."""
-    for at in range(0, len(slots), page):
-        stack[free] = slots[at] // page
-        free += 1
-    return free
-
-
-@kernel
-def slots_of_pages(pages, page, rows, begins, ends, slots):
-    """Fill `slots`, int32, with the slots of columns `begins` to `ends` of each row, one row behind the other."""
-    count = np.int64(0)
-    for query in range(len(rows)):
-        row = rows[query]
-        for at in range(begins[query], ends[query]):
-            first = np.int32(pages[row, at]) * np.int32(page)
-            for within in range(page):
-                slots[count + within] = first + np.int32(within)
-            count += page
+@fixed_types("(int64[::1],)")
+def extent(counts):
+    """Return (the least, but at most 1; the greatest) of int64 [B], none of them negative."""
+    least, greatest = np.int64(1), np.int64(0)
+    for query in range(len(counts)):
+        least, greatest = min(least, counts[query]), max(greatest, counts[query])
+    return least, greatest
 
 
 @helper
-def _write_pages(s, row, begin, end, pool, page, pages, number):
-    """Write the pages of a path's units from `begin` to `end`, whole pages, to row `number`. Goes from its end up."""
-    slots = int32_at(pool)
-    while row > 0 and end > begin:
-        first = np.int64(s.end[row] - s.length[row])
-        start = np.int64(s.start[row]) - first
-        low = max(first, begin)
-        for at in range(low // page, end // page):
-            pages[number, at] = slots[start + at * page] // page
-        end = low
-        row = np.int64(s.parent[row])
+def granted_length(count, begin, chunk):
+    """Return how many tokens of a prompt get slots, if the first `begin` have: `chunk` more, or 0 for all."""
+    return min(count, begin + chunk) if chunk > 0 else count
 
 
-@kernel
-def write_pages(addresses, handles, lengths, pool, page, pages, rows):
-    """Write the pages of places, which must be good, to rows. pool: the address of the tree's slots, int32."""
-    s = open_state(addresses)
-    for query in range(len(rows)):
-        length = np.int64(lengths[query])
-        row = resolve(s, handles[query], length)
-        _write_pages(s, row, np.int64(0), length, pool, page, pages, rows[query])
+@fixed_types("(int64, int64[::1], int64[::1], int64, int64[::1])")
+def plan_begin(cache, counts, begins, chunk, lengths):
+    """Return how many free pages prompts need. counts, begins: int64 [B], their tokens, and those that have slots.
 
-
-@kernel
-def replace_pages(addresses, handles, lengths, pool, page, pages, rows, begins, owned, ends, stack, free):
-    """Let rows have the tree's pages for the columns `begins` to `ends`; put the pages that they had back.
-
-    Only pages from column `owned` on are put back. Returns how many are free now.
+    lengths: int64 [B], gets the tokens that will have slots: `chunk` more at most, 0 for all.
     """
-    s = open_state(addresses)
-    for query in range(len(rows)):
-        if ends[query] <= begins[query]:
-            continue
-        number = rows[query]
-        for at in range(max(begins[query], owned[query]), ends[query]):
-            stack[free] = pages[number, at]
-            free += 1
-        row = resolve(s, handles[query], np.int64(lengths[query]))
-        while row > 0 and s.end[row] - s.length[row] >= ends[query] * page:
-            row = np.int64(s.parent[row])
-        _write_pages(s, row, begins[query] * page, ends[query] * page, pool, page, pages, number)
-    return free
+    c = open_running(cache)
+    needed = np.int64(0)
+    for query in range(len(counts)):
+        lengths[query] = granted_length(counts[query], begins[query], chunk)
+        needed += page_count(c, lengths[query]) - begins[query] // c.counts[running.PAGE]
+    return needed
+
+
+@helper
+def start_request(c, row, tokens, length, cached, begin, priority):
+    """Let a request run in the row that is free and is used next."""
+    put(c, running.NUM_TOKENS, row, tokens)
+    put(c, running.LENGTH, row, length)
+    put(c, running.CACHED, row, begin)
+    put(c, running.COMMITTED, row, cached)
+    put(c, running.KEPT, row, cached)
+    put(c, running.COUNTED, row, 0)
+    put(c, running.MISSING, row, 0)
+    put(c, running.PRIORITY, row, priority)
+    put(c, running.BORROWED, row, 0)
+    put(c, running.SERIAL, row, c.counts[running.NEXT_SERIAL])
+    c.counts[running.NEXT_SERIAL] += 1
+    c.counts[running.FREE_ROWS] -= 1
+    c.counts[running.BEGUN] += 1
+    c.counts[running.PROMPT_TOKENS] += tokens
+    c.counts[running.CACHED_TOKENS] += cached
+    c.counts[running.SHARED_TOKENS] += begin - cached
 
 
 @kernel
-def check_requests(data, rows, serials, added, most_tokens, more, most_length):
-    """Return (0, -1) if all requests are running, are given once, and may have `added` more tokens, `more` more slots.
+def start_requests(cache, rows, counts, lengths, cached, begins, priorities):
+    """Let requests run in the rows that are free and are used next, in order. All are int64 [B].
 
-    Else a reason of `layout.running`, and the first query. data: int64 [FIELDS, R]. rows, serials, added, more: int64
-    [B]. most_tokens: of a request that are known. most_length: the most slots of a request.
+    counts: tokens of the prompts. lengths: tokens with slots. cached: tokens in the tree. begins: tokens that need no
+    computing.
     """
-    reason, query = 0, -1
-    for at in range(len(rows)):
-        row = rows[at]
-        if row < 0 or serials[at] == 0 or data[running.SERIAL, row] != serials[at]:
-            reason = running.NOT_RUNNING
-        elif data[running.MARK, row] != 0:
-            reason = running.TWICE
-        elif data[running.NUM_TOKENS, row] + added[at] > most_tokens:
-            reason = running.TOO_MANY_TOKENS
-        elif more[at] < 0 or data[running.LENGTH, row] + more[at] > most_length:
-            reason = running.TOO_LONG
-        if reason != 0:
-            query = at
-            break
-        data[running.MARK, row] = 1
-    for at in range(len(rows) if query < 0 else query):
-        data[running.MARK, rows[at]] = 0
-    return reason, query
+    c = open_running(cache)
+    for query in range(len(rows)):
+        start_request(
+            c, rows[query], counts[query], lengths[query], cached[query], begins[query], priorities[query]
+        )  # fmt: skip
+
+
+@helper
+def has_pages_to_insert(c, row, end):
+    """Return whether a commit up to `end` inserts. The first commit counts hits, even if it adds no page."""
+    committed = get(c, running.COMMITTED, row)
+    return end > committed or (committed > 0 and get(c, running.COUNTED, row) == 0)
+
+
+@helper
+def know(c, row, known, end):
+    put(c, running.NUM_TOKENS, row, known)
+    put(c, running.LENGTH, row, max(get(c, running.LENGTH, row), end))
 
 
 @kernel
-def begin_commit(data, rows, known, ends, page, chosen):
+def begin_commit(cache, rows, known, ends, chosen):
     """Let requests know `known` tokens, of which `ends` are computed; return how many have whole pages to insert.
 
-    known, ends: int64 [B]. chosen: int64 [3, B], gets the rows of these requests, the tokens that they have committed,
-    and the ends of their whole pages. The first commit of a request counts its hits, even if it adds nothing.
+    known, ends: int64 [B]. chosen: int64 [4, B], gets the rows of these requests, the tokens that they have committed,
+    the ends of their whole pages, and the tokens before which their slots are not their own.
     """
+    c = open_running(cache)
+    page = c.counts[running.PAGE]
     count = 0
     for at in range(len(rows)):
         row = rows[at]
-        data[running.NUM_TOKENS, row] = known[at]
-        data[running.LENGTH, row] = max(data[running.LENGTH, row], ends[at])
-        committed = data[running.COMMITTED, row]
+        know(c, row, known[at], ends[at])
         end = ends[at] // page * page
-        if end > committed or (committed > 0 and data[running.COUNTED, row] == 0):
+        if has_pages_to_insert(c, row, end):
+            committed = get(c, running.COMMITTED, row)
             chosen[0, count], chosen[1, count], chosen[2, count] = row, committed, max(end, committed)
+            chosen[3, count] = owned_from(c, row)
             count += 1
     return count
 
 
 @kernel
-def grow(data, rows, more, page, stack, free, pages, chosen):
-    """Give requests slots for `more` tokens, int64 [B], if enough pages are free; return (how many are free, chosen).
+def end_commit(cache, rows, ends):
+    """Note that the whole pages up to `ends`, int64 [B], are in the tree."""
+    c = open_running(cache)
+    for query in range(len(rows)):
+        put(c, running.COMMITTED, rows[query], ends[query])
+        put(c, running.COUNTED, rows[query], ends[query])
 
-    If they are not, nothing changes, and the second number is -1. chosen: int64 [3, B], gets the rows that got pages,
-    and the columns of these pages.
-    """
-    needed = np.int64(0)
-    for at in range(len(rows)):
-        length = data[running.LENGTH, rows[at]]
-        needed += (length + more[at] + page - 1) // page - (length + page - 1) // page
-    if needed > free:
-        return free, -1
-    count = 0
-    for at in range(len(rows)):
-        row = rows[at]
-        length = data[running.LENGTH, row]
-        begin, end = (length + page - 1) // page, (length + more[at] + page - 1) // page
-        for column in range(begin, end):
-            free -= 1
-            pages[row, column] = stack[free]
-        if end > begin:
-            chosen[0, count], chosen[1, count], chosen[2, count] = row, begin, end
-            count += 1
-        data[running.LENGTH, row] = length + more[at]
-        data[running.MISSING, row] = 0
-    return free, count
+
+@helper
+def end_request(c, row):
+    """Free the row of a request. Its numbers stay until the row is used again."""
+    put(c, running.SERIAL, row, 0)
+    c.free_rows[c.counts[running.FREE_ROWS]] = row
+    c.counts[running.FREE_ROWS] += 1
+
+
+@kernel
+def end_requests(cache, rows):
+    c = open_running(cache)
+    for query in range(len(rows)):
+        end_request(c, rows[query])
 
 
 @kernel

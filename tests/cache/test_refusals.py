@@ -127,18 +127,18 @@ def test_a_begin_that_fails_on_the_way_leaves_nothing_behind(
     """Not all three prompts fit, so they start one by one. The first has started when the third gets no memory."""
     this = engine(where, 16)
     this.run(list(range(9)))
-    take, taken = this.cache._state.pages.take, []
+    admit, admitted = this.cache._state.pages.admit, []
 
-    def no_memory(rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        taken.append(int((ends - begins).sum()))
-        if len(taken) == 2:
+    def no_memory(prompts: Any, place: Any, grant: Any) -> None:
+        admitted.append(int((grant.lengths - grant.begins).sum()))
+        if len(admitted) == 2:
             raise torch.OutOfMemoryError
-        take(rows, begins, ends)
+        admit(prompts, place, grant)
 
-    monkeypatch.setattr(this.cache._state.pages, "take", no_memory)
+    monkeypatch.setattr(this.cache._state.pages, "admit", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         this.begin([[50, 51], [60] * 40, [70, 71]])
-    assert taken == [4, 4]
+    assert admitted == [2, 2]
     counts = this.cache.counts()
     assert (counts.running, counts.held, counts.free + counts.evictable) == (0, 0, 16)
     this.cache.check()
