@@ -7,6 +7,7 @@ import io
 import numpy as np
 import torch
 
+from flatradix.cache.columns import Columns
 from flatradix.errors import QueryError
 from flatradix.inputs.sequences import address_of
 from flatradix.kernels import cpu
@@ -98,17 +99,27 @@ def use_cache(device: str | torch.device, kv_device: str | torch.device, page: i
     cache.abort(twins)
     cache.begin([[6 + at] * (8 * page) for at in range(4)])  # evicts
     cache.counts()
+    cache.tree.compact()
 
 
 def _take_back() -> None:
-    """Run the kernels that only an interrupted call, and a queue beside a GPU, need."""
+    """Run the kernels that only an interrupted call, a queue beside a GPU, and a cache on a GPU need."""
     queue = allocate_waiting(0)  # named, so that it outlives the call
     addresses = cpu.waiting_table(queue)
     cpu.clear_todo(address_of(addresses))
     state = allocate_host(2, 1, False, 0)  # named, so that it outlives the call
     table = cpu.address_table(state)
     nothing = np.empty(0, np.int32)
-    cpu.take_back_insert(address_of(table), nothing, nothing, nothing.astype(np.int64))
+    no_rows = nothing.astype(np.int64)
+    cpu.take_back_insert(address_of(table), nothing, nothing, no_rows)
+    columns = Columns(1, 1, 1)
+    columns.complete()
+    cpu.start_requests(columns.address, *[no_rows] * 6)
+    cpu.begin_commit(columns.address, no_rows, no_rows, no_rows, np.empty((4, 0), np.int64))
+    cpu.end_commit(columns.address, no_rows, no_rows)
+    cpu.end_requests(columns.address, no_rows)
+    cpu.pack_changes(columns.address, *[no_rows] * 4, nothing)
+    cpu.write_pages(address_of(table), columns.address, no_rows, nothing, no_rows)
 
 
 def _use_slots_apart(tree: RadixTree) -> None:
