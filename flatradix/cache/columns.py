@@ -91,7 +91,7 @@ class Columns:
 
     def names_of(self, rows: np.ndarray) -> object:
         """Return the namespace of all rows if they have the same, else a list with one for each row."""
-        if len(rows) == 0:
+        if len(rows) == 0 or not self.has_names:
             return None
         names = self.names[rows]
         first = names[0]

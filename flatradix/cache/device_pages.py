@@ -36,6 +36,19 @@ class _Pending(NamedTuple):
     counts: np.ndarray
 
 
+def before_each(counts: np.ndarray) -> np.ndarray:
+    """Return the sum of the counts before each, int64 [B]."""
+    before: np.ndarray = np.cumsum(counts) - counts
+    return before
+
+
+def ranges_of(begins: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the description of ranges that `gpu.copy_ranges` reads, int64 [3, B]."""
+    ends = np.cumsum(counts)
+    before = ends - counts
+    return np.stack([ends, begins - before, targets - before])
+
+
 class DevicePages(Pages):
     """Tables, tokens, places and free pages as tensors on the device; each method enqueues a few launches.
 
@@ -59,23 +72,37 @@ class DevicePages(Pages):
         self._pending: deque[_Pending] = deque()
         self.reset()
 
+    def _send(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Bring int64 arrays to the device in one copy, each [K] or [3, K]; return them, each [K] or [3 * K]."""
+        sizes = [array.size for array in arrays]
+        device = self._index.device
+        packed = torch.empty(sum(sizes), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        np.concatenate([array.reshape(-1) for array in arrays], out=packed.numpy())
+        return list(packed.to(device, non_blocking=True).split(sizes))
+
+    def _copy_ranges(self, source: torch.Tensor, target: torch.Tensor, ranges: torch.Tensor, total: int) -> None:
+        """Copy ranges, as `ranges_of` describes them, on the device, of so many elements in all, in one launch."""
+        if total:
+            addresses = source.data_ptr(), source.dtype == torch.int64, target.data_ptr(), target.dtype == torch.int64
+            gpu.copy_ranges(self._arrays, ranges.data_ptr(), len(ranges) // 3, total, *addresses)
+
     def _copy(
         self, source: torch.Tensor, begins: np.ndarray, target: torch.Tensor, targets: np.ndarray, counts: np.ndarray
     ) -> None:
-        """Copy `counts` elements from each of `begins` in one tensor to each of `targets` in another, in one launch."""
+        """Copy `counts` elements from each of `begins` in one tensor to each of `targets` in another."""
         total = int(counts.sum())
-        if total == 0:
-            return
-        ends = np.cumsum(counts)
-        ranges = upload_numbers(
-            np.stack([ends, begins - (ends - counts), targets - (ends - counts)]), self._index.device
-        )
-        addresses = source.data_ptr(), source.dtype == torch.int64, target.data_ptr(), target.dtype == torch.int64
-        gpu.copy_ranges(self._arrays, ranges.data_ptr(), len(counts), total, *addresses)
+        if total:
+            (ranges,) = self._send(ranges_of(begins, targets, counts))
+            self._copy_ranges(source, target, ranges, total)
 
     def _columns(self, rows: np.ndarray, begins: np.ndarray) -> np.ndarray:
         """Return where columns, in pages, lie in the page table."""
         return rows * self.page_table.shape[1] + begins
+
+    def _table_ranges(self, rows: np.ndarray, begins: np.ndarray, counts: np.ndarray, taken: bool) -> np.ndarray:
+        """Return the ranges of `counts` pages from a list to the page table if `taken`, else from there to a list."""
+        table, places = self._columns(rows, begins), before_each(counts)
+        return ranges_of(places, table, counts) if taken else ranges_of(table, places, counts)
 
     # Begin
 
@@ -83,7 +110,8 @@ class DevicePages(Pages):
         if prompts.on_device is None:
             keys = [prompts.array(query)[:-1] for query in range(len(prompts))]
             place: Places = tree.match(keys, prompts.names, touch=False, lock=True)
-            cached = np.array(place.lengths.tolist(), np.int64)
+            cached = place.lengths.cpu().numpy().astype(np.int64)
+            tree.raise_pending()
         else:
             place, cached = self._find_on_device(tree, prompts, prompts.on_device)
         return self.plan(Found(place, cached, cached, 0), prompts, cached, chunk)
@@ -91,7 +119,7 @@ class DevicePages(Pages):
     def _find_on_device(self, tree: RadixTree, prompts: Prompts, ragged: Ragged) -> tuple[Places, np.ndarray]:
         """Match whole prompts, cut the places back to what is cached of each without its last token, and lock."""
         places: Places = tree.match(ragged, prompts.names, touch=False)
-        lengths = np.array(places.lengths.tolist(), np.int64)
+        lengths = places.lengths.cpu().numpy().astype(np.int64)
         tree.raise_pending()
         most = (prompts.counts - 1) // self.page_size * self.page_size
         if (lengths > most).any():
@@ -105,42 +133,67 @@ class DevicePages(Pages):
 
     def admit(self, prompts: Prompts, place: Places, grant: Grant) -> None:
         rows, cached, begins, lengths = grant
-        self._store_prompts(rows, prompts, cached)
-        self.write_cached(place, rows)
-        self.set_places(rows, place)
-        self.take(rows, begins, lengths)
+        first, counts = self._new_pages(begins, lengths)
+        taken, store = self._table_ranges(rows, first, counts, True), np.empty((3, 0), np.int64)
+        if prompts.on_device is None:
+            self._stage_prompts(rows, prompts.tokens, cached)
+        else:
+            store = ranges_of(
+                before_each(prompts.counts) + cached, rows * self._most_known + cached, prompts.counts - cached
+            )  # fmt: skip
+        where, taken_there, stored = self._send(rows, taken, store)
+        if prompts.on_device is not None:
+            self._copy_ranges(prompts.on_device.values, self._tokens, stored, int(store[0, -1]))
+        self._index.write_pages(place, self.page_table, where)
+        self._handles.index_copy_(0, where, place.handles)
+        self._take(int(counts.sum()), taken_there)
+        self._changed(where)
         cpu.start_requests(self.columns.address, rows, prompts.counts, lengths, cached, begins, prompts.priorities)
 
     # Commit
 
     def commit(self, tree: RadixTree, rows: np.ndarray, known: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        columns = self.columns
+        columns, page = self.columns, self.page_size
         chosen = np.empty((4, len(rows)), np.int64)
         count = cpu.begin_commit(columns.address, rows, known, ends, chosen)
         rows, begins, ends, owned = chosen[:, :count]
         if count == 0:
             return rows
-        before = self.places(rows, begins)
-        result = tree.insert(
-            self.tokens(rows, begins, ends), self._slots(rows, begins, ends), columns.names_of(rows),
-            columns.priority[rows], before, columns.counted[rows],
-        )  # fmt: skip
+        tokens, first, own = ends - begins, owned // page, np.maximum(ends - owned, 0) // page
+        where, held, offsets, of_tokens, of_pages, of_own = self._send(
+            rows,
+            begins,
+            np.append(0, np.cumsum(tokens)),
+            self._row_ranges(rows, begins, tokens),
+            self._table_ranges(rows, begins // page, tokens // page, False),
+            self._table_ranges(rows, first, own, False),
+        )
+        total, brought = int(tokens.sum()), self._empty(int(own.sum()))
+        values, pages = self._empty(total), self._empty(total // page)
+        self._copy_ranges(self._tokens, values, of_tokens, total)
+        self._copy_ranges(self.page_table, pages, of_pages, total // page)
+        self._copy_ranges(self.page_table, brought, of_own, len(brought))
+        keys, slots = Ragged.trusted(values, offsets), Ragged.trusted(self.slots_of(pages).view(-1), offsets)
+        before = Places(held.to(torch.int32), self._handles[where])
+        names, priorities, counted = columns.names_of(rows), columns.priority[rows], columns.counted[rows]
+        result = tree.insert(keys, slots, names, priorities, before, counted)
         tree.lock(result)
-        self.set_places(rows, result)
+        self._handles.index_copy_(0, where, result.handles)
         cpu.end_commit(columns.address, rows, ends)
         tree.unlock(before)
-        self._replace(result, rows, owned, ends)
-        return rows
-
-    def _replace(self, result: InsertResult, rows: np.ndarray, owned: np.ndarray, ends: np.ndarray) -> None:
-        """Let rows have the tree's pages. Keep those that they brought from `owned` on until the host can read more."""
-        first, counts = owned // self.page_size, np.maximum(ends - owned, 0) // self.page_size
-        brought = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
-        self._copy(self.page_table, self._columns(rows, first), brought, np.cumsum(counts) - counts, counts)
-        self.write_cached(result, rows)
-        self._pending.append(_Pending(result, owned, brought, counts))
+        self._index.write_pages(result, self.page_table, where)
+        self._changed(where)
+        self._pending.append(_Pending(result, owned, brought, own))
         if len(self._pending) > _MOST_PENDING:
             self.give_back_duplicates()
+        return rows
+
+    def _empty(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int32, device=self._index.device)
+
+    def _row_ranges(self, rows: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return the ranges of `counts` tokens of each row, from `begins` on, to a list."""
+        return ranges_of(rows * self._most_known + begins, before_each(counts), counts)
 
     def give_back_duplicates(self) -> None:
         while self._pending:
@@ -153,74 +206,86 @@ class DevicePages(Pages):
 
     # Grow and end
 
+    def _new_pages(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first page, and how many, that tokens `begins` to `ends` need behind the page of `begins`."""
+        first = -(-begins // self.page_size)
+        return first, -(-ends // self.page_size) - first
+
     def take(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        begins, ends = -(-begins // self.page_size), -(-ends // self.page_size)
-        counts, free = ends - begins, self.free_pages
-        total = int(counts.sum())
+        first, counts = self._new_pages(begins, ends)
+        where, taken = self._send(rows, self._table_ranges(rows, first, counts, True))
+        self._take(int(counts.sum()), taken)
+        self._changed(where)
+
+    def _take(self, total: int, ranges: torch.Tensor) -> None:
+        """Move free pages to the ranges of the page table."""
+        free = self.free_pages
         self.ensure_free(total * self.page_size)
-        taken = self._stack[free - total : free].flip(0)
-        self._copy(taken, np.cumsum(counts) - counts, self.page_table, self._columns(rows, begins), counts)
-        self._changed(rows)
+        self._copy_ranges(self._stack[free - total : free].flip(0), self.page_table, ranges, total)
         self.columns.counts[running.FREE_PAGES] = free - total  # last: the steps above may run out of memory
 
     def _push(self, source: torch.Tensor, begins: np.ndarray, counts: np.ndarray) -> None:
         """Put pages back on the stack."""
         total, free = int(counts.sum()), self.free_pages
-        if free + total > self.num_pages:
-            raise RuntimeError(f"{total} pages came back, but only {self.num_pages - free} were out")
+        self._ensure_out(total)
         self._copy(source, begins, self._stack, free + np.cumsum(counts) - counts, counts)
         self.columns.counts[running.FREE_PAGES] = free + total
 
     def give_evicted(self, evicted: EvictResult) -> None:
         first, free = evicted.slots[:: self.page_size], self.free_pages
+        self._ensure_out(len(first))
         pages = self._stack[free : free + len(first)]
-        if len(pages) < len(first):
-            raise RuntimeError(f"{len(first)} pages came back, but only {len(pages)} were out")
         torch.div(first, self.page_size, rounding_mode="floor", out=pages)  # allocates no memory: no slot is lost
         self.columns.counts[running.FREE_PAGES] = free + len(first)
 
     def release(self, tree: RadixTree, rows: np.ndarray, begins: np.ndarray | None) -> None:
-        columns, page = self.columns, self.page_size
+        columns, page, free = self.columns, self.page_size, self.free_pages
         held, lengths = columns.committed[rows], columns.length[rows]
         begins = (np.maximum(held, columns.borrowed[rows]) if begins is None else begins) // page
-        tree.unlock(self.places(rows, held))
+        counts = np.maximum(-(-lengths // page) - begins, 0)
+        total = int(counts.sum())
+        self._ensure_out(total)
+        targets = free + before_each(counts)
+        where, paths, given = self._send(rows, held, ranges_of(self._columns(rows, begins), targets, counts))
+        tree.unlock(Places(paths.to(torch.int32), self._handles[where]))
         cpu.end_requests(columns.address, rows)
-        self._push(self.page_table, self._columns(rows, begins), np.maximum(-(-lengths // page) - begins, 0))
+        self._copy_ranges(self.page_table, self._stack, given, total)
+        self.columns.counts[running.FREE_PAGES] = free + total
+
+    def _ensure_out(self, pages: int) -> None:
+        if self.free_pages + pages > self.num_pages:
+            raise RuntimeError(f"{pages} pages came back, but only {self.num_pages - self.free_pages} were out")
 
     # Pages of rows
 
     def write_cached(self, places: Places, rows: np.ndarray) -> None:
         if len(rows):
-            self._index.write_pages(places, self.page_table, rows)
-            self._changed(rows)
+            where = upload_numbers(rows, self._index.device)
+            self._index.write_pages(places, self.page_table, where)
+            self._changed(where)
 
     def copy(self, source: int, rows: np.ndarray, begin: int, end: int) -> None:
         first, count = begin // self.page_size, np.full(len(rows), (end - begin) // self.page_size)
         origin = self._columns(np.full(len(rows), source), np.full(len(rows), first))
         self._copy(self.page_table, origin, self.page_table, self._columns(rows, np.full(len(rows), first)), count)
-        self._changed(rows)
+        self.copy_rows(rows, count)
 
     def copy_rows(self, rows: np.ndarray, lengths: np.ndarray) -> None:
-        self._changed(rows)
+        self._changed(upload_numbers(rows, self._index.device))
 
     # The table of slots
 
-    def _changed(self, rows: np.ndarray) -> None:
+    def _changed(self, where: torch.Tensor) -> None:
+        """Let the table of slots follow the page table in some rows, int64 on the device."""
         if self.slot_copy is not None and self.page_size > 1:
-            where = upload_numbers(rows, self._index.device)
-            self.slot_copy[where] = self.slots_of(self.page_table[where]).view(len(rows), -1)
+            self.slot_copy[where] = self.slots_of(self.page_table[where]).view(len(where), -1)
 
     # Tokens
 
-    def _store_prompts(self, rows: np.ndarray, prompts: Prompts, skips: np.ndarray) -> None:
-        ragged = prompts.on_device
-        if ragged is None:
-            query, position = self._stage_tokens(rows, skips, prompts.tokens, skips)
-            if query >= 0:
-                refuse_token(prompts.tokens, query, position)
-            return
-        begins = np.cumsum(prompts.counts) - prompts.counts + skips
-        self._copy(ragged.values, begins, self._tokens, rows * self._most_known + skips, prompts.counts - skips)
+    def _stage_prompts(self, rows: np.ndarray, tokens: Batch, skips: np.ndarray) -> None:
+        query, position = self._stage_tokens(rows, skips, tokens, skips)
+        if query >= 0:
+            refuse_token(tokens, query, position)
 
     def store_tokens(self, rows: np.ndarray, begins: np.ndarray, tokens: Batch) -> tuple[int, int]:
         return self._stage_tokens(rows, begins, tokens, np.zeros_like(rows))
@@ -238,24 +303,12 @@ class DevicePages(Pages):
             self._copy(values, offsets, self._tokens, rows * self._most_known + begins, counts)
         return int(query), int(position)
 
-    def _ragged(self, values: torch.Tensor, counts: np.ndarray) -> Ragged:
-        offsets = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        return Ragged.trusted(values, upload_numbers(offsets, self._index.device))
-
     def tokens(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Ragged:
         counts = ends - begins
-        out = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
-        self._copy(self._tokens, rows * self._most_known + begins, out, np.cumsum(counts) - counts, counts)
-        return self._ragged(out, counts)
-
-    def _slots(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Ragged:
-        """Return the slots of each row from `begins` to `ends`, whole pages, as slots for an insert."""
-        counts = (ends - begins) // self.page_size
-        pages = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._index.device)
-        first = self._columns(rows, begins // self.page_size)
-        self._copy(self.page_table, first, pages, np.cumsum(counts) - counts, counts)
-        return self._ragged(self.slots_of(pages).view(-1), ends - begins)
+        ranges, offsets = self._send(self._row_ranges(rows, begins, counts), np.append(0, np.cumsum(counts)))
+        out = self._empty(int(counts.sum()))
+        self._copy_ranges(self._tokens, out, ranges, len(out))
+        return Ragged.trusted(out, offsets)
 
     def copy_tokens(self, source: int, rows: np.ndarray) -> None:
         self._tokens[upload_numbers(rows, self._index.device)] = self._tokens[source].clone()

@@ -90,8 +90,7 @@ def _read_tokens(prompts: Any, on_device: Ragged | None) -> Batch:
         return Batch(nothing, nothing, False, None)
     if on_device is None:
         return read_batch(prompts, "tokens")
-    on_device.validate()
-    counts = np.diff(on_device.offsets.cpu().numpy())
+    counts = np.diff(on_device.validate())
     return Batch(np.zeros_like(counts), counts, on_device.values.dtype == torch.int64, on_device)
 
 
@@ -101,8 +100,8 @@ def check_tokens(prompts: Prompts, skips: np.ndarray | None = None) -> None:
     skips: int64 [B], tokens of each prompt that are known to be good.
     """
     if prompts.on_device is not None:
-        values = prompts.on_device.values
-        if not bool(((values < 0) | (values > MAX_TOKEN)).any()):
+        least, greatest = torch.stack(torch.aminmax(prompts.on_device.values)).tolist()
+        if least >= 0 and greatest <= MAX_TOKEN:
             return
     batch = prompts.on_host().tokens
     skips = np.zeros_like(batch.counts) if skips is None else skips

@@ -477,13 +477,16 @@ class DeviceIndex(Index):
         self._write(found, numbered, into, False)
 
     @public_call
-    def write_pages(self, places: Any, table: torch.Tensor, rows: np.ndarray) -> None:
-        """Write the page of each `page_size` slots of places to rows of a page table, int32 [R, W] on the device."""
+    def write_pages(self, places: Any, table: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write the page of each `page_size` slots of places to rows, int64 [B], of a page table, int32 [R, W].
+
+        All are on the device.
+        """
         if self._open:
             self._recover()
         height, width = table.shape
         into = SlotTable(table.data_ptr(), False, width, height, width * self.options.page_size)
-        self._write(self._places(places), upload_numbers(rows, self.device), into, True)
+        self._write(self._places(places), rows, into, True)
 
     def _write(self, places: PlaceAddresses, rows: torch.Tensor, table: SlotTable, pages: bool) -> None:
         if places.batch == 0:

@@ -50,18 +50,23 @@ class Ragged:
         self.offsets = offsets
         return self
 
-    def validate(self) -> None:
-        """Raise ValueError unless the offsets begin at 0, never fall, and end at len(values). Synchronises."""
+    def validate(self) -> np.ndarray:
+        """Raise ValueError unless the offsets begin at 0, never fall, and end at len(values). Synchronises.
+
+        Returns the offsets in host memory, int64 [B + 1].
+        """
         offsets = self.offsets.cpu().numpy()
         if offsets[0] != 0 or offsets[-1] != len(self.values):
             raise ValueError(
                 f"offsets run from {offsets[0]} to {offsets[-1]}, but there are {len(self.values)} values: "
                 "they must begin at 0 and end at len(values)"
             )
-        falling = np.flatnonzero(offsets[1:] < offsets[:-1])
-        if len(falling):
-            query = int(falling[0])
+        falling = offsets[1:] < offsets[:-1]
+        if falling.any():
+            query = int(falling.argmax())
             raise QueryError(f"offsets fall at query {query}: from {offsets[query]} to {offsets[query + 1]}", query)
+        found: np.ndarray = offsets
+        return found
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Any], what: str = "values") -> Ragged:
@@ -113,9 +118,8 @@ declare_batch(Ragged)
 
 
 def _read_ragged(ragged: Ragged, what: str) -> Batch:
-    ragged.validate()
+    offsets = ragged.validate()
     address, _, wide, owner = read_one(ragged.values, what)
-    offsets = ragged.offsets.cpu().numpy()
     return Batch(address + offsets[:-1] * (8 if wide else 4), np.diff(offsets), wide, (owner, offsets))
 
 
