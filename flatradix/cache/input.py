@@ -53,7 +53,8 @@ class Prompts(NamedTuple):
         """Return the prompts in host memory. Waits if they are on a device."""
         if self.on_device is None:
             return self
-        return self._replace(tokens=read_batch(self.on_device.to("cpu"), "tokens"), on_device=None)
+        tokens = read_batch(self.on_device.to("cpu"), "tokens")
+        return Prompts(tokens, self.names, self.priorities, None, self.longest)
 
     def some(self, queries: np.ndarray) -> Prompts:
         """Return the prompts of some queries. They must be in host memory."""

@@ -118,7 +118,8 @@ def _take_back() -> None:
     cpu.begin_commit(columns.address, no_rows, no_rows, no_rows, np.empty((4, 0), np.int64))
     cpu.end_commit(columns.address, no_rows, no_rows)
     cpu.end_requests(columns.address, no_rows)
-    cpu.pack_changes(columns.address, *[no_rows] * 4, nothing)
+    cpu.count_changes.call(columns.address, *[no_rows] * 3)
+    cpu.pack_changes.call(columns.address, *[no_rows] * 3, address_of(no_rows), address_of(nothing))
     cpu.write_pages(address_of(table), columns.address, no_rows, nothing, no_rows)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.insert import insert
-from flatradix.kernels.cpu.jit import fixed_types, helper, int32_at, kernel, open_running, open_state
+from flatradix.kernels.cpu.jit import fixed_types, helper, int32_at, int64_at, kernel, open_running, open_state
 from flatradix.kernels.cpu.lock import lock_place, unlock_row
 from flatradix.kernels.cpu.requests import (
     end_request,
@@ -99,21 +99,33 @@ def write_pages(addresses, cache, handles, lengths, rows):
         _write_path(s, c, resolve(s, handles[query], length), np.int64(0), length, rows[query])
 
 
-@kernel
-def pack_changes(cache, rows, begins, ends, where, pages):
-    """Fill `where`, int64, and `pages`, int32, with the place in the page table, and the content, of some columns.
-
-    begins, ends: in tokens, the columns of each row.
-    """
+@fixed_types("(int64, int64[::1], int64[::1], int64[::1])")
+def count_changes(cache, rows, begins, ends):
+    """Return how many pages `pack_changes` packs."""
     c = open_running(cache)
-    count = 0
+    count = np.int64(0)
     for query in range(len(rows)):
-        first = rows[query] * c.counts[running.WIDTH]
-        for at in range(page_count(c, begins[query]), page_count(c, ends[query])):
-            where[count] = first + at
-            pages[count] = c.pages[first + at]
-            count += 1
+        count += page_count(c, ends[query]) - page_count(c, begins[query])
     return count
+
+
+@fixed_types("(int64, int64[::1], int64[::1], int64[::1], int64, int64)")
+def pack_changes(cache, rows, begins, ends, ranges, pages):
+    """Copy the pages of tokens `begins` to `ends` of each row to the address `pages`, int32, one behind the other.
+
+    ranges: address of int64 [3, B]. Row 0 gets the sum of the counts up to and including each row, row 1 zeros, row 2
+    the position of the pages in the page table, minus the sum of the counts before.
+    """
+    c, where, target = open_running(cache), int64_at(ranges), int32_at(pages)
+    many, count = len(rows), np.int64(0)
+    for query in range(many):
+        first = rows[query] * c.counts[running.WIDTH]
+        begin, end = page_count(c, begins[query]), page_count(c, ends[query])
+        where[many + query], where[2 * many + query] = 0, first + begin - count
+        for at in range(begin, end):
+            target[count] = c.pages[first + at]
+            count += 1
+        where[query] = count
 
 
 # Begin
