@@ -38,7 +38,7 @@ FAULTS = (Exception, pytest.fail.Exception)  # the latter is a BaseException
 PAGES = tuple(LENGTHS)
 CALLS_A_ROUND = 2000
 SECONDS_A_LINE = 10
-SHOWN = ("requests", "refused", "short", "steps of a request", "loans", "evicted pages", "looks", "checks")
+SHOWN = ("prompts", "refused", "forks", "short", "steps of a request", "loans", "evicted pages", "looks", "checks")
 
 
 class Round(NamedTuple):
