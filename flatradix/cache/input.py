@@ -49,7 +49,8 @@ class Prompts(NamedTuple):
         """Return the prompts in host memory. Waits if they are on a device."""
         if self.on_device is None:
             return self
-        return self._replace(tokens=read_batch(self.on_device.to("cpu"), "tokens"), on_device=None)
+        # `_replace` would count prompts where it means to count fields.
+        return Prompts(read_batch(self.on_device.to("cpu"), "tokens"), self.names, self.priorities, None)
 
     def some(self, queries: np.ndarray) -> Prompts:
         """Return the prompts of some queries. They must be in host memory."""
