@@ -51,7 +51,7 @@ class Configuration(NamedTuple):
 class Program:
     """One cache, its model, and calls that `random` draws. counts: calls by name, and what they took.
 
-    An index on a GPU is not looked at after a commit or an end in two of three cases, so that commits stay pending.
+    After a commit or an end, an index on a GPU is looked at in three of ten cases only, so that commits stay pending.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Program:
         if kind == 1:
             return [np.array(one, self.random.choice((np.int32, np.int64))) for one in tokens]
         if kind == 2 and tokens:
-            device = self.device if self.random.random() < 0.5 else "cpu"
+            device = self.cache.tree.device if self.random.random() < 0.5 else torch.device("cpu")
             values = torch.tensor([token for one in tokens for token in one], dtype=torch.int32, device=device)
             return Ragged(values, torch.tensor(np.cumsum([0, *map(len, tokens)]), dtype=torch.int64, device=device))
         return [torch.tensor(one) if at % 2 else tuple(one) for at, one in enumerate(tokens)]
