@@ -5,7 +5,8 @@ prefix_program.py: up to 2000 calls of one cache. After each call, all slots by 
 the pages of each running request are compared with tests/support/prefix_model.py; after every 300th, `check` and all
 tokens and slots too. Round N of seed S draws everything from Random("S/N"). Page sizes take turns: 1, 2, 16, 64.
 At a difference, the program prints how to repeat the round, and exits with 1. With an index on a GPU, seven of
-ten commits and ends are not looked at, so that they stay pending. Without a GPU, TRITON_INTERPRET=1 --device cuda runs a few calls.
+ten commits and ends are not looked at, so that they stay pending. Without a GPU, TRITON_INTERPRET=1 --device cuda runs
+a few calls.
 """
 
 from __future__ import annotations
