@@ -36,7 +36,7 @@ class Configuration(NamedTuple):
     @classmethod
     def draw(cls, random: Random, page: int, apart: bool) -> Configuration:
         longest = LENGTHS[page] + random.randint(0, page)
-        pages = random.choice((longest // page // 2, longest // page * 2, longest // page * 5, 1000))
+        pages = longest // page * random.choice((1, 4, 10, 40)) // 2  # from half a request to twenty
         return cls(
             page,
             pages + random.randint(1, 9),
