@@ -20,8 +20,10 @@ from tests.cache.soak import PAGES, Round, Soak, main, parse, run_round
 
 @pytest.mark.parametrize("number", range(2 * len(PAGES)), ids=lambda number: f"{number}-page{PAGES[number % 4]}")
 def test_a_round(number: int, device: str) -> None:
-    kv = "cpu" if interpreted() else device
-    found = run_round(0, number, 10 if interpreted() else 400, device, kv)
+    slow = device == "cuda" and interpreted()
+    if slow and number >= len(PAGES):
+        pytest.skip("too slow with interpreted kernels")
+    found = run_round(0, number, 6 if slow else 400, device, "cpu" if slow else device)
     assert not found.fault, found.fault
     assert found.counts["programs"] == 1
 
@@ -40,7 +42,7 @@ def evict_too_much(make_space: Callable[..., None]) -> Callable[..., None]:
 def exchange_pages(write: Callable[..., None]) -> Callable[..., None]:
     def broken(self: HostPages, place: Any, rows: np.ndarray) -> None:
         write(self, place, rows)
-        self._pages[rows, :2] = self._pages[rows, 1::-1]
+        self.page_table[rows, :2] = self.page_table[rows, :2].flip(1)
 
     return broken
 
