@@ -5,12 +5,13 @@
   with flatradix_cache():  # for the caches that are made in here
       outputs = model.generate_batch(prompts, continuous_batching_config=config, persistent_manager=True)
 
-`python examples/continuous_batching.py` compares both caches. `persistent_manager=True` keeps a cache for the next call.
+`python examples/continuous_batching.py` compares both caches. With `persistent_manager=True` the cache is there for the
+next call too.
 
 transformers finds a cached prefix by a chain of hashes of 64 bits, one for each block. Here a RadixTree compares the
-tokens themselves. When fewer than 15 % of the blocks are free, transformers evicts every cached block that no request
-uses. Here such a block counts as free, and is evicted, the least recently used first, when a request needs its memory.
-So a tight pool keeps more, and the blocks of a request that has to wait again stay cached until then.
+tokens themselves. When fewer than 15 % of the blocks are free (`safety_margin`), transformers evicts every cached block
+that no request uses. Here such a block counts as free, and is evicted, the least recently used first, when a request
+needs its memory. So a tight pool keeps more, also the blocks of a request that lost its place and has to begin again.
 
 Two classes change: the allocator of layers with full attention, and the pool of free blocks. Scheduler, batches and
 attention remain transformers' own. Models that also have sliding windows share no prefixes, as with transformers'

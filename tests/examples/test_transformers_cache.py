@@ -155,6 +155,19 @@ def test_groups_one_after_the_other(blocks: int) -> None:
         assert_idle(ours)
 
 
+@pytest.mark.parametrize("scheduler", ["fifo", "prefill_first"])
+def test_requests_that_lose_their_blocks(scheduler: str) -> None:
+    """In a pool that holds three requests at most, some have to give their blocks back and begin again."""
+    theirs, ours = (engine(kind, 50, scheduler_type=scheduler) for kind in ("own", "flatradix"))
+    for group in talks(0, turns=4):
+        for run in (theirs, ours):
+            run.outputs.clear()
+            finish(run, group, whole=run is ours)
+        assert ours.outputs == theirs.outputs
+    assert ours.starved > 0
+    assert_idle(ours)
+
+
 def plain(work: Work) -> list[int]:
     """Return what the model generates without paged attention and without other requests."""
     prompt = torch.tensor([work.prompt])

@@ -27,26 +27,26 @@ class Engine:
     """A manager with a cache of `blocks` blocks, of the kind that is made where the engine is made.
 
     cached: by request, the tokens that it found cached, one number for each time it began. computed: all tokens that
-    went through the model. steps: forward passes. resets: requests that lost their blocks and began again.
+    went through the model. steps: forward passes. starved: how often requests had to give their blocks back.
     """
 
     def __init__(self, model: torch.nn.Module, blocks: int, samples: int = 1, **options: Any) -> None:
         self.model, self.blocks = model, blocks
-        generation = GenerationConfig(
-            do_sample=False, eos_token_id=-1, pad_token_id=0, num_return_sequences=samples, max_new_tokens=8
-        )
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=8)
         config = ContinuousBatchingConfig(num_blocks=blocks, **(OPTIONS | options))
         self.manager = model.init_continuous_batching(generation, config)
+        self.manager.num_return_sequences = samples  # a GenerationConfig allows no greedy samples
         self.manager.warmup()
         self.processor = self.manager.batch_processor
         self.cache = self.processor.cache
         self.cached: dict[str, list[int]] = {}
         self.outputs: dict[str, list[int]] = {}
-        self.computed = self.steps = self.resets = 0
-        self._count_matches()
+        self.computed = self.steps = self.starved = 0
+        self._count()
 
-    def _count_matches(self) -> None:
+    def _count(self) -> None:
         search = self.cache.search_prefix_match
+        offload = self.processor.offloading_manager.offload_requests
 
         def counted(name: str, prompt: list[int]) -> int:
             length = search(name, prompt)
@@ -54,7 +54,13 @@ class Engine:
                 self.cached.setdefault(name, []).append(length)
             return length
 
+        def counted_offload() -> bool:
+            took = offload()
+            self.starved += took
+            return took
+
         self.cache.search_prefix_match = counted
+        self.processor.offloading_manager.offload_requests = counted_offload
 
     def run(self, works: list[Work]) -> Any:
         """Run all of `works` to their ends. Yields after each step."""
