@@ -84,7 +84,8 @@ def test_prompts_come_back_from_a_device(count: int) -> None:
     ragged = Ragged.from_sequences([[at, at + 1] for at in range(count)])
     read = read_prompts(ragged, None, 0, torch.device("cpu"))
     names = ["a", *[None] * (count - 1)]
-    found = Prompts(Batch(read.tokens.addresses, read.counts, True, ragged), names, read.priorities, ragged).on_host()
+    tokens = Batch(read.tokens.addresses, read.counts, True, ragged)
+    found = Prompts(tokens, names, read.priorities, ragged, 2).on_host()
     assert (found.on_device, found.names) == (None, names)
     assert [found.array(at).tolist() for at in range(count)] == [[at, at + 1] for at in range(count)]
 

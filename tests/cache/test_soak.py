@@ -14,6 +14,7 @@ import pytest
 from flatradix.cache.host_pages import HostPages
 from flatradix.cache.state import State
 from flatradix.inputs.devices import interpreted
+from flatradix.layout import running
 from tests.cache import soak
 from tests.cache.soak import PAGES, Round, Soak, main, parse, run_round
 
@@ -28,9 +29,10 @@ def test_a_round(number: int, device: str) -> None:
     assert found.counts["programs"] == 1
 
 
-def lose_a_page(give: Callable[..., None]) -> Callable[..., None]:
-    def broken(self: HostPages, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        give(self, rows, begins, np.maximum(begins, ends - self.page_size))
+def lose_a_page(release: Callable[..., None]) -> Callable[..., None]:
+    def broken(self: HostPages, tree: Any, rows: np.ndarray, begins: np.ndarray | None) -> None:
+        release(self, tree, rows, begins)
+        self.columns.counts[running.FREE_PAGES] -= 1
 
     return broken
 
@@ -39,24 +41,24 @@ def evict_too_much(make_space: Callable[..., None]) -> Callable[..., None]:
     return lambda self, slots: make_space(self, slots + self.page_size)
 
 
-def exchange_pages(write: Callable[..., None]) -> Callable[..., None]:
-    def broken(self: HostPages, place: Any, rows: np.ndarray) -> None:
-        write(self, place, rows)
-        self.page_table[rows, :2] = self.page_table[rows, :2].flip(1)
+def exchange_pages(admit: Callable[..., None]) -> Callable[..., None]:
+    def broken(self: HostPages, prompts: Any, place: Any, grant: Any) -> None:
+        admit(self, prompts, place, grant)
+        self.page_table[grant.rows, :2] = self.page_table[grant.rows, :2].flip(1)
 
     return broken
 
 
 def inherit_nothing(_: Callable[..., None]) -> Callable[..., None]:
-    return lambda self, ending: setattr(self, "loans", ending.loans)
+    return lambda self, ending: self.set_loans(ending.loans)
 
 
 @pytest.mark.parametrize(
     ("home", "name", "fault", "message"),
     [
-        (HostPages, "give", lose_a_page, "slots in all"),
+        (HostPages, "release", lose_a_page, "slots in all"),
         (State, "make_space", evict_too_much, "pages were evicted"),
-        (HostPages, "write_cached", exchange_pages, "pages of row"),
+        (HostPages, "admit", exchange_pages, "pages of row"),
         (State, "inherit", inherit_nothing, "cached_lengths of the running requests"),
     ],
 )
