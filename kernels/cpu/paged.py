@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
-from flatradix.kernels.cpu.compact import compact, plan_compaction
-from flatradix.kernels.cpu.insert import insert
+from flatradix.kernels.cpu.compact import plan_moves, slide_all
+from flatradix.kernels.cpu.insert import insert_all
 from flatradix.kernels.cpu.jit import fixed_types, helper, int32_at, int64_at, kernel, open_running, open_state
 from flatradix.kernels.cpu.lock import lock_place, unlock_row
 from flatradix.kernels.cpu.requests import (
@@ -249,7 +249,7 @@ def commit(addresses, cache, call, rows, known, ends, codes, replaced):
         inserted[count] = get(c, running.COUNTED, row)
         count += 1
     if count > 0:
-        reason = insert(
+        reason = insert_all(
             addresses, call, keys[:count], False, counts[:count], spaces[:count], named[:count], places[:count],
             begins[:count], priorities[:count], inserted[:count], keys[:count], False, np.int64(0), False, np.int64(0),
             target[0, :count], target[1, :count], out_handles[:count], starts[:count],
@@ -343,8 +343,8 @@ def compact_pages(addresses, call, pool, moves):
     """Compact the pools of a tree, and the page pool at the address `pool`. moves: int32 [3, nodes], memory."""
     s = open_state(addresses)
     page, pages = s.numbers[numbers.PAGE], int32_at(pool)
-    plan_compaction(addresses, moves[0], moves[1], moves[2])
-    compact(addresses, call, np.int64(0), False)
+    plan_moves(addresses, moves[0], moves[1], moves[2])
+    slide_all(addresses, call, np.int64(0), False)
     for at in range(moves.shape[1]):
         source, target = np.int64(moves[0, at]) // page, np.int64(moves[1, at]) // page
         for place in range(np.int64(moves[2, at]) // page):
