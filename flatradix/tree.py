@@ -14,7 +14,7 @@ import torch
 from flatradix import backend
 from flatradix.index import Index
 from flatradix.inputs import devices
-from flatradix.inputs.options import read_options
+from flatradix.inputs.options import OnEvict, read_options
 from flatradix.inputs.policy import Policy, Score
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, saved_of
@@ -48,6 +48,8 @@ class RadixTree:
         torch.int64 holds any slot in 8 bytes.
     evict_by: "node" or "page": what an eviction frees of its last node. By node it is the whole node, as in SGLang. By
         page it is only as many pages from the end of the node as are still needed, which keeps more in a tight pool.
+    on_evict: a function that is called with (namespace, tokens, slots) for each victim of an eviction, in order, before
+        `evict` returns the slots: see `evict`.
     check_slots: whether an insert checks slots that lie on a slot device. The check waits for that device. With False,
         an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
         are always checked.
@@ -82,8 +84,11 @@ class RadixTree:
         slot_dtype: torch.dtype = torch.int32,
         check_slots: bool = True,
         evict_by: str = "node",
+        on_evict: OnEvict | None = None,
     ) -> None:
-        options = read_options(max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by)
+        options = read_options(
+            max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by, on_evict
+        )
         self._index = backend.open_index(options, device)
         self.max_tokens = options.max_tokens
         self.page_size = options.page_size
@@ -280,6 +285,15 @@ class RadixTree:
         On the CPU: O(log n) a node; with mru or a function, O(n log n) in all. On a GPU: one or a few passes over all
         rows, and two sorts of all rows with policies other than lru; the call waits for the device.
 
+        `on_evict` of the tree is called for each victim, in this order, when the index no longer holds any of them and
+        before the slots are returned: with the namespace; with the key as an int32 array of numpy [N], from the root to
+        the end of what was freed (N + 1 tokens for N units with bigrams); and with the freed slots, the last of the
+        key, a part of the slots that `evict` returns: do not write to them. What it calls on this tree raises
+        RuntimeError. If the function raises an Exception, the other victims are told nevertheless, then `evict` raises
+        the first one. The eviction stands: the next eviction, `evict(0)` too, returns its slots. If anything else
+        interrupts the call, the next eviction also tells the victims that were not told, and the one that was under way
+        again. A reset tells nothing. Costs what the paths of the victims have in tokens; on a GPU, a copy of the nodes.
+
         Raises ValueError for a negative number. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
         the returned slots, which can exceed `num_tokens` by the longest node, or by a page. Then nothing has changed.
         """
@@ -367,6 +381,7 @@ class RadixTree:
         copy = RadixTree(
             self.max_tokens, self.page_size, target, self.policy, self.slot_device, bigram=self.bigram,
             slot_dtype=self.slot_dtype, check_slots=self._index.options.check_slots, evict_by=self.evict_by,
+            on_evict=self._index.options.on_evict,
         )  # fmt: skip
         copy._index.restore(saved_of(self._compacted()))
         return copy
@@ -391,17 +406,18 @@ class RadixTree:
         device: str | torch.device = "auto",
         slot_device: str | torch.device | None = None,
         policy: Score | None = None,
+        on_evict: OnEvict | None = None,
     ) -> RadixTree:
         """Return the tree of a file that `save` wrote. Handles of the saved tree are valid in it.
 
-        policy: the policy function, if the saved tree had one. Files are trusted: load only your own.
-        Raises ValueError for a file that is damaged or that `save` did not write.
+        policy: the policy function, if the saved tree had one. on_evict: as for a new tree. Files are trusted: load
+        only your own. Raises ValueError for a file that is damaged or that `save` did not write.
         """
         from flatradix.inspect import snapshot
 
         settings, saved = snapshot.read(path, policy)
         with snapshot.damaged(path):
-            tree = RadixTree(device=device, slot_device=slot_device, **settings)
+            tree = RadixTree(device=device, slot_device=slot_device, on_evict=on_evict, **settings)
             tree._index.restore(saved)
         return tree
 

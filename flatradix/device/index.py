@@ -13,6 +13,7 @@ import torch
 
 from flatradix.device import interrupted
 from flatradix.device.calls import Calls
+from flatradix.device.freed import about_to_go
 from flatradix.device.input import (
     as_batch,
     of_key,
@@ -47,6 +48,7 @@ from flatradix.layout.queries import Output, PlaceAddresses, PromptAddresses, Sl
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
 from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
+from flatradix.victims import listener_of
 
 _SMALLEST_BATCH = 1024
 _NOTHING_YET = OpenCall(NOTHING, 0, 0)
@@ -87,6 +89,7 @@ class DeviceIndex(Index):
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
         self._pinned = False  # whether `want` was ever called
+        self._listener = listener_of(options.on_evict)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if hasattr(self, "_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
@@ -129,6 +132,11 @@ class DeviceIndex(Index):
         done = interrupted.undo(cut, self._arrays, self._calls)
         if cut.operation in (interrupted.EVICT, interrupted.RESET):
             self._unreturned = cut.slots if done else cut.before
+            if done and self._listener is not None:
+                if cut.operation == interrupted.RESET:
+                    self._listener.forget()
+                elif cut.freed is not None:
+                    self._listener.note(cut.freed)
             counts = done and cut.operation == interrupted.RESET
             self._open = cut = cut._replace(operation=NOTHING, changes=cut.changes + counts)
         if cut is not _NOTHING_YET:
@@ -565,6 +573,8 @@ class DeviceIndex(Index):
         self._open = _NOTHING_YET
         before = self._unreturned
         known = 0 if before is None else len(before)
+        if self._listener is not None:
+            self._listener.begin()
         keeper = None if self._keeper is None else self._keeper()
         wants = None if keeper is None else keeper.wanted()
         tokens, nodes, kept = self._select(max(wanted - known, 0), wants)
@@ -575,7 +585,11 @@ class DeviceIndex(Index):
         if before is not None:
             slots[:known] = before
         call = self._calls.next()
-        self._open = OpenCall(interrupted.EVICT, call, self._changes, slots=slots, before=before)
+        listener, freed = self._listener, None
+        if listener is not None:
+            names = dict(self._names.known.items())
+            freed = about_to_go(self._arrays, self.options, call, (nodes, kept), names.__getitem__, slots[known:])
+        self._open = OpenCall(interrupted.EVICT, call, self._changes, slots=slots, before=before, freed=freed)
         if nodes:
             if self._pinned:
                 gpu.end_wants(self._arrays, nodes)
@@ -583,9 +597,11 @@ class DeviceIndex(Index):
             self._calls.enqueued(call)
             if len(self._names.known) > 1:
                 self._forget_namespaces(self.mailbox.wait(mail.RELEASED, call))
-        freed = slots if returned is None else returned.copy_(slots)
-        result = EvictResult(freed, known + tokens, nodes - (kept > 0))
+        result = EvictResult(slots if returned is None else returned.copy_(slots), known + tokens, nodes - (kept > 0))
         self.last_result = result
+        if listener is not None and freed is not None:
+            listener.note(freed)
+            listener.tell()
         self._unreturned = None
         self._changes += 1
         self._open = None
@@ -700,6 +716,8 @@ class DeviceIndex(Index):
         self._names.nothing_given()
         self._unseen_inserts.clear()
         self._unreturned = None
+        if self._listener is not None:
+            self._listener.forget()
         self._changes += 1
         self._open = None
 

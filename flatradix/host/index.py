@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
+from flatradix.host.freed import freed_last
 from flatradix.host.slots import EvictionMemory, HostSlots, SlotBatch, SlotPool
 from flatradix.host.slots_apart import SlotsApart
 from flatradix.index import Index, public_call, refuse_reentry
@@ -28,6 +29,7 @@ from flatradix.layout import numbers, reasons
 from flatradix.layout.handles import NO_HANDLE
 from flatradix.layout.state import FREE_ROW, TreeState, allocate_host, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
+from flatradix.victims import listener_of
 
 _NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves nothing to undo
 _NO_SCORES = np.empty(0, np.int64)
@@ -85,6 +87,7 @@ class HostIndex(Index):
         self._eviction: EvictionMemory | None = None
         self._unreturned: torch.Tensor | None = None
         self._fresh: list[int] = []  # namespace codes that the last insert gave out
+        self._listener = listener_of(options.on_evict)
 
     # Interrupted calls
 
@@ -114,11 +117,12 @@ class HostIndex(Index):
     def _take_back(self, operation: int) -> None:
         if operation == numbers.RESET:
             self._unreturned = None
+            self._forget_victims()
         elif operation == numbers.EVICTED:
             assert self._eviction is not None
-            self._unreturned = self._eviction.slots(
-                self._numbers[numbers.LAST_LENGTH], self._numbers[numbers.LAST_PREFIX]
-            )
+            tokens, ranges = self._numbers[numbers.LAST_LENGTH], self._numbers[numbers.LAST_PREFIX]
+            self._unreturned = freed = self._eviction.slots(tokens, ranges)
+            self._note_victims(freed)
             self._numbers[_LAST_CALL] = self._numbers[numbers.CALL_BEFORE]
         elif operation == numbers.COMPACTED:
             self._slots.finish_compaction()
@@ -638,6 +642,8 @@ class HostIndex(Index):
         before = self._unreturned
         known = 0 if before is None else len(before)
         wanted = wanted - known if wanted > known else 0
+        if self._listener is not None:
+            self._listener.begin()
         score = self.options.order.score
         scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
         keeper = None if self._keeper is None else self._keeper()
@@ -647,10 +653,14 @@ class HostIndex(Index):
         tokens, nodes, ranges = cpu.evict.call(
             self._addresses, call, wanted, scores, kept, pool.pool, pool.wide, room.starts, room.lengths, room.target
         )
+        slots = room.slots(tokens, ranges)
+        self._note_victims(slots)
         if self._numbers[_RELEASED]:
             self._forget_namespaces()
-        result = EvictResult(room.slots(tokens, ranges), known + tokens, nodes)
+        result = EvictResult(slots, known + tokens, nodes)
         self.last_result = result
+        if self._listener is not None:
+            self._listener.tell()
         self._unreturned = None
         self._open = 0
         self._eviction = None  # last: until then, it may have to be returned by the next eviction
@@ -669,6 +679,15 @@ class HostIndex(Index):
             most = wanted + beyond
             most_ranges = min(most_ranges, -(-wanted // page))
         return self._slots.allocate_eviction(before, most, most_ranges)
+
+    def _note_victims(self, slots: torch.Tensor) -> None:
+        """Note the victims of the last eviction for the callback. slots: what it returns, in order."""
+        if self._listener is not None:
+            self._listener.note(freed_last(self._arrays, self._numbers, self._namespaces, slots))
+
+    def _forget_victims(self) -> None:
+        if self._listener is not None:
+            self._listener.forget()
 
     def _scores(self, score: Score) -> np.ndarray:
         rows = self._numbers[_ROWS]
@@ -751,6 +770,7 @@ class HostIndex(Index):
         cpu.reset(self._addresses, call)
         self._namespaces.clear()
         self._unreturned = None
+        self._forget_victims()
         self._open = 0
 
     @public_call

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from flatradix.errors import DeviceUnavailableError
+from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.policy import Order, Policy, order_of
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.state import pool_units, row_capacity
 
 EVICT_BY = ("node", "page")
+OnEvict = Callable[[Namespace, np.ndarray, torch.Tensor], object]
 
 
 class Options(NamedTuple):
@@ -26,6 +29,7 @@ class Options(NamedTuple):
     slot_dtype: torch.dtype
     check_slots: bool
     evict_by: str
+    on_evict: OnEvict | None
     order: Order
 
 
@@ -38,6 +42,7 @@ def read_options(
     slot_dtype: torch.dtype,
     check_slots: bool,
     evict_by: str,
+    on_evict: OnEvict | None,
 ) -> Options:
     """Check the arguments of a tree.
 
@@ -48,6 +53,8 @@ def read_options(
         raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
     if evict_by not in EVICT_BY:
         raise ValueError(f'evict_by must be "node" or "page", not {evict_by!r}')
+    if not (on_evict is None or callable(on_evict)):
+        raise ValueError(f"on_evict must be a function or None, not {on_evict!r}")
     return Options(
         int(max_tokens),
         int(page_size),
@@ -57,6 +64,7 @@ def read_options(
         slot_dtype,
         bool(check_slots),
         evict_by,
+        on_evict,
         order_of(policy),
     )
 

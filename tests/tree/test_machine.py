@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from flatradix import CapacityError, RadixTree, StaleHandleError, slru
+from flatradix.inputs.options import OnEvict
 from flatradix.inspect.nodes import nodes_of
 from tests.support.devices import settled
 from tests.support.forms import FORMS, FORMS_THERE, as_ragged, poison, poison_results
 from tests.support.inside import index_of
 from tests.support.notes import note
-from tests.support.oracle import LARGEST, ROOT, Oracle, Place, dump, dump_tree
+from tests.support.oracle import LARGEST, ROOT, Oracle, Place, Told, dump, dump_tree
 
 NAMES = (None, None, None, "a", b"a", "")
 HELD_MOST = 10
@@ -56,12 +57,18 @@ class Held(NamedTuple):
     place: Place
 
 
-class Side:
-    """One of the trees that get the same calls."""
+def recorder(told: list[Told]) -> OnEvict:
+    """Return an `on_evict` that writes down what it is called with."""
+    return lambda namespace, tokens, slots: told.append(Told(namespace, tokens.tolist(), slots.tolist()))
 
-    def __init__(self, number: int, tree: RadixTree) -> None:
+
+class Side:
+    """One of the trees that get the same calls. told: what its `on_evict` was called with."""
+
+    def __init__(self, number: int, tree: RadixTree, told: list[Told]) -> None:
         self.number = number
         self.tree = tree
+        self.told = told
 
     def places(self, held: Sequence[Held]) -> Any:
         """Return a batch of places for this tree, in new memory."""
@@ -139,6 +146,7 @@ class Machine(RuleBasedStateMachine):
         self.oracle = Oracle(max_tokens, self.page_size, policy, self.bigram, self.largest_slot, evict_by)
         self.sides = []
         for name in (self.device, "cpu")[: 1 + (self.device != "cpu")]:
+            told: list[Told] = []
             tree = RadixTree(
                 max_tokens,
                 self.page_size,
@@ -148,8 +156,9 @@ class Machine(RuleBasedStateMachine):
                 bigram=self.bigram,
                 slot_dtype=slot_dtype,
                 evict_by=evict_by,
+                on_evict=recorder(told),
             )
-            self.sides.append(Side(len(self.sides), tree))
+            self.sides.append(Side(len(self.sides), tree, told))
         roots = [side.tree.match([[]], touch=False).handle for side in self.sides]
         self.root = Held(tuple(roots), 0, ROOT)
         self.held.append(self.root)
@@ -392,8 +401,10 @@ class Machine(RuleBasedStateMachine):
         self.insert(random, queries, slots, exact=False)
 
     def evict(self, num_tokens: int) -> None:
+        self.on_each(lambda side: side.told.clear())
         found = self.expect(lambda: self.oracle.evict(num_tokens), lambda side: side.tree.evict(num_tokens))
         if found is not None:
+            assert all(side.told == self.oracle.told for side in self.sides)
             expected, results = found
             for result in results:
                 assert result.slots.tolist() == expected.slots
@@ -550,7 +561,8 @@ class Machine(RuleBasedStateMachine):
         self.tree.save(file)  # type: ignore[arg-type]
         file.seek(0)
         policy = self.policy if callable(self.policy) else None
-        loaded = RadixTree.load(file, self.device, slot_device, policy)  # type: ignore[arg-type]
+        on_evict = recorder(self.sides[0].told)
+        loaded = RadixTree.load(file, self.device, slot_device, policy, on_evict)  # type: ignore[arg-type]
         assert loaded.digest() == self.tree.digest() == digest
         assert dump_tree(loaded) == dump_tree(self.tree)
         loaded.check()
