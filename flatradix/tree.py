@@ -30,9 +30,10 @@ class RadixTree:
     Every operation takes a batch and means the same as single calls in batch order. A batch of one stays cheap: on the
     CPU, a call with a short key takes 1 us from Python to Python. Not thread-safe: one thread at a time.
 
-    max_tokens: the number of tokens that can be cached. The tree commits two pools for 1.25 times as many tokens at
-        once: 10 bytes for each of max_tokens (15 with bigrams), twice that on a GPU. Nodes take up to 160 bytes for
-        each page, committed only as nodes use them. On a GPU they take 250 bytes for each page, committed at once.
+    max_tokens: the number of tokens that can be cached; None lets the tree grow, see below. The tree commits two pools
+        for 1.25 times as many tokens at once: 10 bytes for each of max_tokens (15 with bigrams), twice that on a GPU.
+        Nodes take up to 160 bytes for each page, committed only as nodes use them. On a GPU they take 250 bytes for
+        each page, committed at once.
     page_size: tokens in a page. Keys are cut down to whole pages, and all lengths are multiples of `page_size`.
     device: where the index lives: "cpu", "cuda", "cuda:1" or "auto". The variable FLATRADIX_DEVICE overrides "auto".
     policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo" or "priority", as SGLang defines them;
@@ -61,6 +62,14 @@ class RadixTree:
     `prefix_length` of a result. A CUDA graph can hold match, lock and unlock, after a batch of the same size has run
     outside the graph.
 
+    A tree without `max_tokens` begins with space for 4096 tokens. An insert that needs more moves the tree to arrays at
+    least twice as large: O(cached tokens), so O(1) for each token that was ever inserted. Meanwhile the old and the new
+    arrays take memory. Handles, locks and waiting queues stay, and every call has the results that it has in a tree
+    that was large enough from the beginning. The tree never shrinks. CapacityError comes only at the largest size that
+    there can be: 1.7e9 tokens, 8.5e8 on a GPU, and 2.6e8 pages. On a GPU, the host counts all tokens of inserts as new
+    until it waits for the device, which it does before the tree grows. So the tree may grow before it must. Once a CUDA
+    graph holds calls of the tree, it cannot grow: an insert that may not fit raises RuntimeError.
+
     A call that raises has changed nothing, even if a signal handler or a lack of memory interrupted it: the next call
     undoes what the interrupted call did. Times of use, hit counts, priorities and splits of edges are not undone. The
     slots that an interrupted eviction freed are returned by the next eviction. An interrupted reset is not undone. A
@@ -74,7 +83,7 @@ class RadixTree:
 
     def __init__(
         self,
-        max_tokens: int,
+        max_tokens: int | None = None,
         page_size: int = 1,
         device: str | torch.device = "auto",
         policy: Policy = "lru",
@@ -90,7 +99,7 @@ class RadixTree:
             max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by, on_evict
         )
         self._index = backend.open_index(options, device)
-        self.max_tokens = options.max_tokens
+        self.max_tokens = None if options.grows else options.max_tokens
         self.page_size = options.page_size
         self.policy = options.policy
         self.bigram = options.bigram
@@ -429,7 +438,8 @@ class RadixTree:
         self._index.raise_pending()
 
     def __repr__(self) -> str:
+        most = "" if self.max_tokens is None else f" of {self.max_tokens}"
         return (
-            f"RadixTree({self.total_tokens} of {self.max_tokens} tokens in {self.num_nodes} nodes, "
+            f"RadixTree({self.total_tokens}{most} tokens in {self.num_nodes} nodes, "
             f"{self.protected_tokens} locked, page_size={self.page_size}, {self.device})"
         )

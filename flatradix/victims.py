@@ -95,6 +95,11 @@ class Victims:
         begin = self._ends[number - 1] if number else 0
         return self._names[row], np.concatenate(parts[::-1]), self._slots[begin : self._ends[number]]
 
+    def drop(self) -> None:
+        """Free the copies of keys, when all victims are told."""
+        self._tokens = {}
+        self._slots = self._slots[:0]
+
 
 class Listener:
     """Tells a callback the victims of evictions, each once, in order."""
@@ -127,6 +132,7 @@ class Listener:
                 except Exception as error:
                     failed = failed or error
                 victims.told += 1
+            victims.drop()
         if failed is not None:
             raise failed
 

@@ -14,6 +14,7 @@ import torch
 from flatradix.device import interrupted
 from flatradix.device.calls import Calls
 from flatradix.device.freed import about_to_go
+from flatradix.device.growth import Larger, larger_than
 from flatradix.device.input import (
     as_batch,
     of_key,
@@ -40,9 +41,10 @@ from flatradix.inputs.policy import Nodes, built_in_scores, scores_of
 from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.sequences import Buffer, read_host_key, read_one
 from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
-from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill
+from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
+from flatradix.layout.growth import is_too_large, most_tokens, next_capacity
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.queries import Output, PlaceAddresses, PromptAddresses, SlotTable, Values, Wants
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
@@ -64,7 +66,7 @@ class DeviceIndex(Index):
         self.options = options
         self.device = device = torch.device("cpu") if interpreted() else device
         units = pool_units(options.max_tokens, options.page_size)
-        if 2 * units > MAX_UNITS:
+        if is_too_large(options.max_tokens, options.page_size, halves=2):
             raise TooLargeForDeviceError(
                 f"max_tokens {options.max_tokens} is too large for a tree on a GPU: at most 8.5e8 tokens"
             )
@@ -90,6 +92,8 @@ class DeviceIndex(Index):
         self._changes = 0
         self._pinned = False  # whether `want` was ever called
         self._listener = listener_of(options.on_evict)
+        self._most_stored = 0  # tokens that can be cached at most, as far as the host knows
+        self._larger: Larger | None = None  # a growth under way
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if hasattr(self, "_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
@@ -123,6 +127,7 @@ class DeviceIndex(Index):
         refuse_reentry(self)
         cut = self._open
         assert cut is not None
+        self._move_in()
         if self._calls.is_capturing():
             if cut is not _NOTHING_YET:
                 raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
@@ -169,6 +174,45 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         self._finish_all()
+
+    # Growth
+
+    def _make_room(self, more: int) -> None:
+        """Before an insert of `more` tokens into a tree without `max_tokens`: grow if they may not fit.
+
+        Waits for the device only if as many tokens were inserted, since it last did, as were free then.
+        """
+        capacity = self.options.max_tokens
+        if self._most_stored + more > capacity:
+            self._wait()
+            self._most_stored = self.mailbox.counter(mail.EVICTABLE) + self.mailbox.counter(mail.PROTECTED)
+            # An eighth is free after each wait, so that waits are few; but a tree in a CUDA graph grows no more.
+            self._grow(self._most_stored + (more if self._calls.captured else max(more, capacity // 8)))
+        self._most_stored += more
+
+    def _grow(self, needed: int) -> None:
+        """Move to arrays for `needed` tokens, or to the largest arrays. All calls so far must be done."""
+        options = self.options
+        most = most_tokens(options.page_size, halves=2)
+        capacity = next_capacity(options.max_tokens, min(needed, most), most)
+        if capacity > options.max_tokens:
+            if self._calls.captured:
+                raise RuntimeError(
+                    "a tree without max_tokens cannot grow any more once a CUDA graph holds its calls: give max_tokens"
+                )
+            self._larger = larger_than(self._arrays, self._pool, options, capacity)
+            self._move_in()
+            self._calls.tell(self._tell)
+
+    def _move_in(self) -> None:
+        """Use the arrays of a growth. May be called again."""
+        larger = self._larger
+        if larger is not None:
+            self.options, self._state, self._pool, self._arrays = larger
+            self._calls.options = larger.options
+            self._names.allow(len(larger.state.namespace_children))
+            self._retired.clear()
+            self._larger = None
 
     # Match
 
@@ -532,6 +576,8 @@ class DeviceIndex(Index):
             )
         self._ensure_scratch(keys.batch)
         self._open = _NOTHING_YET
+        if self.options.grows:
+            self._make_room(keys.total)
         names = self._names.give(namespace, keys, self._wait)
         may_compact = self._may_compact(keys.total)
         call = self._calls.next()
@@ -715,6 +761,7 @@ class DeviceIndex(Index):
         self._names.known.clear()
         self._names.nothing_given()
         self._unseen_inserts.clear()
+        self._most_stored = 0
         self._unreturned = None
         if self._listener is not None:
             self._listener.forget()
@@ -732,6 +779,12 @@ class DeviceIndex(Index):
         return Content(self.options, as_numpy(self._state), pool, first, self._names.known.items(), *sizes)
 
     def restore(self, saved: Saved) -> None:
+        if self.options.grows:
+            needed = tokens_for(saved, self.options.page_size)
+            if is_too_large(needed, self.options.page_size, halves=2):
+                raise TooLargeForDeviceError(f"the tree needs space for {needed} tokens: too many for a GPU")
+            self._grow(needed)
+            self._most_stored = len(saved["tokens"])
         fill(self._state, self._pool, saved)
         found = self._state.numbers
         found[numbers.POOL_CURSOR] = found[numbers.EVICTABLE] + found[numbers.PROTECTED]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flatradix.host.freed import freed_last
+from flatradix.host.growth import Larger, has_moved, larger_than, move
 from flatradix.host.slots import EvictionMemory, HostSlots, SlotBatch, SlotPool
 from flatradix.host.slots_apart import SlotsApart
 from flatradix.index import Index, public_call, refuse_reentry
@@ -22,12 +23,13 @@ from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_slot, refuse_unequal
 from flatradix.inputs.sequences import Batch, address_of, is_batch, read_host_key, read_one
 from flatradix.inputs.upload import upload_numbers
-from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill
+from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
 from flatradix.kernels import cpu
 from flatradix.kernels.cpu import insert_one, lock_one, match_one, unlock_one
 from flatradix.layout import numbers, reasons
+from flatradix.layout.growth import most_tokens, next_capacity
 from flatradix.layout.handles import NO_HANDLE
-from flatradix.layout.state import FREE_ROW, TreeState, allocate_host, pool_units
+from flatradix.layout.state import FREE_ROW, allocate_host, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
 from flatradix.victims import listener_of
 
@@ -38,10 +40,13 @@ _RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers
 
 
 class Watched(NamedTuple):
-    """What a waiting queue reads of an index. addresses: of the address table of `state`."""
+    """What a waiting queue reads of an index. addresses: of its address table. numbers: `TreeState.numbers`.
+
+    Both stay when the tree grows; then ROW_CAPACITY is another number.
+    """
 
     addresses: int
-    state: TreeState
+    numbers: memoryview
     namespaces: Namespaces
     options: Options
 
@@ -88,6 +93,7 @@ class HostIndex(Index):
         self._unreturned: torch.Tensor | None = None
         self._fresh: list[int] = []  # namespace codes that the last insert gave out
         self._listener = listener_of(options.on_evict)
+        self._larger: Larger | None = None  # the arrays of a growth under way
 
     # Interrupted calls
 
@@ -108,6 +114,7 @@ class HostIndex(Index):
         Only the state of the tree decides, so this can start again if it is interrupted itself.
         """
         refuse_reentry(self)
+        self._move_in()
         if self._numbers[_LAST_CALL] == self._open:
             self._take_back(self._numbers[numbers.LAST_OPERATION])
         self._namespaces.repair(self._arrays.namespace_children)
@@ -155,9 +162,44 @@ class HostIndex(Index):
         self._open = 0
         query, value = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
         if reason == reasons.NO_CAPACITY:
-            max_tokens = self.options.max_tokens
+            max_tokens = most_tokens(self.options.page_size) if self.options.grows else self.options.max_tokens
             refuse_capacity(value, max_tokens - self.total_tokens, self.evictable_tokens, max_tokens)
         refuse(operation, reason, query, value)
+
+    # Growth
+
+    def _fits_larger(self, reason: int) -> bool:
+        """Grow if a tree without `max_tokens` refused an insert for `reason`. Return whether it fits now."""
+        if reason != reasons.NO_CAPACITY or not self.options.grows:
+            return False
+        known = self._numbers
+        return self._grow(known[_EVICTABLE] + known[_PROTECTED] + known[numbers.ERROR_VALUE])
+
+    def _grow(self, needed: int) -> bool:
+        """Move to arrays for `needed` tokens, at least twice as large if any; return False if they would be too large.
+
+        The step from the old arrays to the new ones is one kernel.
+        """
+        options, most = self.options, most_tokens(self.options.page_size)
+        if needed > most:
+            return False
+        capacity = next_capacity(options.max_tokens, needed, most)
+        if capacity > options.max_tokens:
+            larger = larger_than(self._state, self._slots, options, capacity)
+            self._larger = larger
+            move(self._addresses, larger)
+            self._move_in()
+        return True
+
+    def _move_in(self) -> None:
+        """Use the arrays of a growth, if the tree is there by now. May be called again."""
+        larger = self._larger
+        if larger is not None and has_moved(self._table, larger):
+            self.options, self._state = larger.options, larger.state
+            self._arrays = as_numpy(larger.state)
+            self._namespaces.move_to(self._arrays.namespace_hash)
+            self._slots.move_to(larger.slots)
+        self._larger = None
 
     # Match
 
@@ -483,7 +525,7 @@ class HostIndex(Index):
     @property
     def watched(self) -> Watched:
         """What a waiting queue needs to watch this index."""
-        return Watched(self._addresses, self._state, self._namespaces, self.options)
+        return Watched(self._addresses, self._numbers, self._namespaces, self.options)
 
     # Insert
 
@@ -527,12 +569,16 @@ class HostIndex(Index):
         code = 0 if name is None else self._code_to_insert(name, count, start)
         arguments = (
             address, wide, count, code, name is not None, handle, start, priority, inserted,
-            source[0], source[2], pool.pool, pool.wide, pool.limit,
+            source[0], source[2],
         )  # fmt: skip
-        prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments)
+        into = pool.pool, pool.wide, pool.limit
+        prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments, *into)
+        if prefix < 0 and self._fits_larger(prefix):
+            into = pool.pool, pool.wide, pool.limit
+            prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments, *into)
         if prefix == reasons.NO_POOL_SPACE:
             pool.compact(call, self._numbers[_NODES])
-            prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments)
+            prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments, *into)
         if prefix < 0:
             self._refuse_insert(prefix, [slots])
         if pool.pool == 0:
@@ -593,12 +639,16 @@ class HostIndex(Index):
         codes, named = self._codes_to_insert(namespace, keys.counts, start_lengths)
         arguments = (
             keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths, *columns,
-            source.addresses, source.wide, pool.pool, pool.wide, pool.limit, *out, pool_starts,
+            source.addresses, source.wide,
         )  # fmt: skip
-        reason = cpu.insert(self._addresses, call, *arguments)
+        into = pool.pool, pool.wide, pool.limit
+        reason = cpu.insert(self._addresses, call, *arguments, *into, *out, pool_starts)
+        if reason < 0 and self._fits_larger(reason):
+            into = pool.pool, pool.wide, pool.limit
+            reason = cpu.insert(self._addresses, call, *arguments, *into, *out, pool_starts)
         if reason == reasons.NO_POOL_SPACE:
             pool.compact(call, self._numbers[_NODES])
-            reason = cpu.insert(self._addresses, call, *arguments)
+            reason = cpu.insert(self._addresses, call, *arguments, *into, *out, pool_starts)
         if reason < 0:
             self._refuse_insert(reason, slots if is_batch(slots) else [slots])
         if pool.pool == 0:
@@ -787,6 +837,8 @@ class HostIndex(Index):
         return Content(self.options, self._arrays, pool.numpy(force=True), 0, self._namespaces.items(), *sizes)
 
     def restore(self, saved: Saved) -> None:
+        if self.options.grows:
+            self._grow(tokens_for(saved, self.options.page_size))
         fill(self._state, self._slots.values, saved)
         self._namespaces.restore(saved["names"])
         cpu.rebuild(self._addresses)

@@ -2,6 +2,7 @@
 
 from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.digest import digest
+from flatradix.kernels.cpu.enlarge import enlarge
 from flatradix.kernels.cpu.evict import evict
 from flatradix.kernels.cpu.insert import insert, insert_one, take_back_insert
 from flatradix.kernels.cpu.jit import address_table, waiting_table
@@ -67,6 +68,7 @@ __all__ = [
     "count_paths",
     "depth_first",
     "digest",
+    "enlarge",
     "enter_keys",
     "enter_rows",
     "entries_by_age",

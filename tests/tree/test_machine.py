@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from flatradix import CapacityError, RadixTree, StaleHandleError, slru
 from flatradix.inputs.options import OnEvict
 from flatradix.inspect.nodes import nodes_of
+from flatradix.layout import growth
 from tests.support.devices import settled
 from tests.support.forms import FORMS, FORMS_THERE, as_ragged, poison, poison_results
 from tests.support.inside import index_of
@@ -93,7 +94,7 @@ SLOT_DEVICES = st.sampled_from([None, "cpu"])
 START: dict[str, Any] = {
     "policy": st.sampled_from(POLICIES),
     "random": SEEDS,
-    "pages": st.sampled_from([6, 15, 31, 63, 64]),
+    "pages": st.sampled_from([6, 15, 31, 63, 64, None]),
     "odd": st.booleans(),
     "wide_slots": st.booleans(),
     "slot_device": SLOT_DEVICES,
@@ -125,25 +126,31 @@ class Machine(RuleBasedStateMachine):
         self.locks: list[Held] = []
         self.seen: dict[str, Any] = {}
         self.digests: dict[Any, str] = {}
+        self.patches = pytest.MonkeyPatch()
 
     @initialize(**START)
     def start(
         self,
         policy: Any,
         random: Random,
-        pages: int,
+        pages: int | None,
         odd: bool,
         wide_slots: bool,
         slot_device: str | None,
         evict_by: str,
     ) -> None:
-        max_tokens = pages * self.page_size + (self.page_size - 1 if odd else 0)
+        max_tokens = None
+        if pages is None:  # the tree grows from 4 pages on
+            self.patches.setattr(growth, "FIRST_TOKENS", 4 * self.page_size)
+        else:
+            max_tokens = pages * self.page_size + (self.page_size - 1 if odd else 0)
         slot_dtype = torch.int64 if wide_slots else torch.int32
         self.policy = policy
         self.slot_device = slot_device
         self.next_slot = 2**40 if wide_slots else 0
         self.largest_slot = torch.iinfo(slot_dtype).max
-        self.oracle = Oracle(max_tokens, self.page_size, policy, self.bigram, self.largest_slot, evict_by)
+        most = 10**6 if max_tokens is None else max_tokens
+        self.oracle = Oracle(most, self.page_size, policy, self.bigram, self.largest_slot, evict_by)
         self.sides = []
         for name in (self.device, "cpu")[: 1 + (self.device != "cpu")]:
             told: list[Told] = []
@@ -163,6 +170,9 @@ class Machine(RuleBasedStateMachine):
         self.root = Held(tuple(roots), 0, ROOT)
         self.held.append(self.root)
         self.insert_batch(random)
+
+    def teardown(self) -> None:
+        self.patches.undo()
 
     # Shared by the rules
 

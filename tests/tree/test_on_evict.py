@@ -222,6 +222,20 @@ def test_a_prefix_cache_tells_what_it_evicts(where: dict[str, str]) -> None:
     cache.check()
 
 
+def test_a_callback_cannot_call_its_prefix_cache(where: dict[str, str]) -> None:
+    def call_again() -> None:
+        for call in (cache.counts, cache.reset, lambda: cache.begin([[1]]), lambda: cache.tree.total_tokens):
+            with pytest.raises(RuntimeError, match="called from within another call"):
+                call()
+
+    recorder = Recorder(call_again)
+    cache = PrefixCache(8, 2, on_evict=recorder, **where)
+    cache.finish(cache.begin([[1, 2, 3, 4]]))
+    assert cache.begin([[5, 6, 7, 8, 9, 9]])[0].state == "running"
+    assert len(recorder.told) == 1
+    cache.check()
+
+
 def test_a_callback_that_raises_leaves_a_prefix_cache_whole(where: dict[str, str]) -> None:
     def fail() -> None:
         raise OSError("no space")
