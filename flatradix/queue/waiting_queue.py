@@ -296,7 +296,7 @@ class WaitingQueue:
         order: a policy of `order`, or ids in the order in which they are considered.
         token_budget: the most tokens to compute in all. max_requests: the most requests.
         free_tokens: slots that are free beside the tree's evictable tokens; None is what the tree may still hold.
-            A negative number reserves evictable tokens.
+            A negative number reserves evictable tokens. A tree without `max_tokens` may hold all: give a number.
         reserve: slots that each request needs besides its prompt, as for its first output.
         skip: go on behind a request that does not fit; otherwise it ends the plan.
         whole_pages: count the slots of each request in whole pages, as an allocator of pages does.
