@@ -7,6 +7,7 @@ loses nothing: the next eviction tells the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.options import OnEvict
 
-Reader = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Reader = Callable[[list[int], list[int]], list[np.ndarray]]
 
 
 class Edge(NamedTuple):
@@ -31,9 +32,9 @@ class Freed(NamedTuple):
 
     call: the number of the eviction. rows: of the victims, in order. tail: tokens that the last of them lost, if it
     keeps others, else 0. edge_of: returns the edge of a victim or of a node above. read_tokens, read_seconds: return
-    the first or second tokens of pool units, given starts and lengths of ranges; the second only with bigrams. name_of:
-    returns the name of a namespace code. slots: all freed slots, in order.
-    slot_device: where to return them; None is where they are.
+    copies of the first or second tokens of pool ranges, given their starts and lengths; the second only with bigrams.
+    name_of: returns the name of a namespace code. slots: all freed slots, in order. slot_device: where to return them;
+    None is where they are.
     """
 
     call: int
@@ -63,22 +64,22 @@ class Victims:
     def __init__(self, freed: Freed) -> None:
         """Copy what the victims were. O(tokens on their paths, each edge once)."""
         edges = _with_all_above(freed.rows, freed.edge_of)
-        _parents, starts, lengths = np.array(list(edges.values()), np.int64).reshape(-1, 3).T
-        tokens = np.split(freed.read_tokens(starts, lengths), np.cumsum(lengths)[:-1])
+        starts, lengths = ([edge[at] for edge in edges.values()] for at in (1, 2))
+        tokens = freed.read_tokens(starts, lengths)
         self.call = freed.call
         self.told = 0
         self._rows = freed.rows
         self._edges = edges
         self._tokens = dict(zip(edges, tokens, strict=True))
-        self._last: np.ndarray | None = None  # with bigrams, the last token of each victim's key
+        self._last: list[np.ndarray] | None = None  # with bigrams, the last token of each victim's key
         if freed.read_seconds is not None:
-            ends = np.array([edges[row].start + edges[row].length - 1 for row in freed.rows])
-            self._last = freed.read_seconds(ends, np.ones_like(ends))
+            ends = [edges[row].start + edges[row].length - 1 for row in freed.rows]
+            self._last = freed.read_seconds(ends, [1] * len(ends))
         self._names = {edge.parent: freed.name_of(~edge.parent) for edge in edges.values() if edge.parent < 0}
         counts = [edges[row].length for row in freed.rows]
         if freed.tail:
             counts[-1] = freed.tail
-        self._ends = np.cumsum(counts).tolist()
+        self._ends = list(accumulate(counts))
         self._slots = freed.slots if freed.slot_device is None else freed.slots.to(freed.slot_device)
 
     @property
@@ -88,12 +89,13 @@ class Victims:
     def at(self, number: int) -> tuple[Namespace, np.ndarray, torch.Tensor]:
         """Return the namespace, the key and the slots of one victim."""
         row = self._rows[number]
-        parts = [] if self._last is None else [self._last[number : number + 1]]
+        parts = [] if self._last is None else [self._last[number]]
         while row > 0:
             parts.append(self._tokens[row])
             row = self._edges[row].parent
         begin = self._ends[number - 1] if number else 0
-        return self._names[row], np.concatenate(parts[::-1]), self._slots[begin : self._ends[number]]
+        key = np.concatenate(parts[::-1])  # a copy, which the callback may keep or change
+        return self._names[row], key, self._slots[begin : self._ends[number]]
 
     def drop(self) -> None:
         """Free the copies of keys, when all victims are told."""

@@ -16,11 +16,10 @@ from flatradix.victims import Edge, Freed, Reader
 
 
 def _reader(pool: torch.Tensor) -> Reader:
-    def read(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        shifts = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
-        units = upload_numbers(shifts + np.arange(len(shifts)), pool.device)
-        found: np.ndarray = pool[units].cpu().numpy()
-        return found
+    def read(starts: list[int], lengths: list[int]) -> list[np.ndarray]:
+        ends = np.cumsum(lengths)
+        units = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+        return np.split(pool[upload_numbers(units, pool.device)].cpu().numpy(), ends[:-1])
 
     return read
 

@@ -15,9 +15,8 @@ from flatradix.victims import Edge, Freed, Reader
 
 
 def _reader(pool: np.ndarray) -> Reader:
-    def read(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        ranges = zip(starts.tolist(), lengths.tolist(), strict=True)
-        return np.concatenate([pool[start : start + length] for start, length in ranges])
+    def read(starts: list[int], lengths: list[int]) -> list[np.ndarray]:
+        return [pool[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
 
     return read
 
