@@ -2,6 +2,7 @@
 
 from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.digest import digest
+from flatradix.kernels.cpu.enlarge import enlarge
 from flatradix.kernels.cpu.evict import evict
 from flatradix.kernels.cpu.insert import insert, insert_one, take_back_insert
 from flatradix.kernels.cpu.jit import address_table, running_table, waiting_table
@@ -84,6 +85,7 @@ __all__ = [
     "digest",
     "end_commit",
     "end_requests",
+    "enlarge",
     "enter_keys",
     "enter_rows",
     "entries_by_age",
