@@ -34,7 +34,7 @@ class Calls:
         if device.type != "cuda":
             return False
         if torch._C._cuda_getDevice() == device.index:
-            return torch.cuda.is_current_stream_capturing()
+            return torch._C._cuda_isCurrentStreamCapturing()
         with torch.cuda.device(device):
             return torch.cuda.is_current_stream_capturing()
 

@@ -26,7 +26,7 @@ from flatradix.device.interrupted import NOTHING, OpenCall
 from flatradix.device.mailbox import abandon, is_later
 from flatradix.device.names import Names
 from flatradix.device.results import Awaited, Singles
-from flatradix.device.stages import STAGED_BYTES, Stages
+from flatradix.device.stages import Stages
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.index import Index, public_call, refuse_reentry
 from flatradix.inputs import namespaces
@@ -42,6 +42,7 @@ from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
 from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
+from flatradix.layout.desk import STAGED_BYTES
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.queries import Output, PlaceAddresses, PromptAddresses, SlotTable, Values, Wants
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
@@ -217,15 +218,15 @@ class DeviceIndex(Index):
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
         if self._calls.is_capturing():
             raise RuntimeError(HOST_IN_GRAPH)
-        staged = self._stages.put(address, count * 8 if wide else count * 4)
         call = self._calls.next()
         awaited = self._singles.take(self, call)
         out = awaited.output()
         if lock:
             places = PlaceAddresses(out.handles, out.lengths, 1)
             self._open = OpenCall(interrupted.LOCK, call, self._changes, places, owner=awaited)
-        gpu.match_one(self._arrays, (staged, count, wide), name, out, self._stages.staging, call, touch, lock)
-        self._stages.commit(call)
+        stages = self._stages
+        while not gpu.match_one(self._arrays, stages.desk, (address, count, wide), name, out, call, touch, lock):
+            stages.wait()
         self._calls.enqueued_outside(call, lock)
         return late_match(awaited)
 

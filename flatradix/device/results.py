@@ -46,13 +46,10 @@ class Awaited:
     def _await(self) -> tuple[int, int, int]:
         """Wait for the kernel. Return (length, handle, prefix length). Raises the error of a refused call."""
         if self._answer is None:
-            answers = self._home.mailbox.answers(self._call)
-            if answers is None:
+            answer = self._home.mailbox.answer(self._call)
+            if answer is None:
                 lengths = self._chunk.lengths[:, self._at].tolist()
                 answer = (lengths[0], self._read_handle(), lengths[1])
-            else:
-                length, low, high, prefix = answers
-                answer = (length, low | high << 32, prefix)
             if answer[0] in (-1, 0xFFFFFFFF):
                 self._home.raise_pending()
                 raise ValueError("this call was refused, as was told before; it has no result")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.device.stages import STAGED_BYTES
 from flatradix.host.warm_up import use_cache, use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
 from flatradix.layout import numbers
+from flatradix.layout.desk import STAGED_BYTES
 from flatradix.layout.handles import pack_handle
 from flatradix.tree import RadixTree
 

@@ -69,6 +69,17 @@ class Wants(NamedTuple):
     waiting: int
 
 
+class Desk(NamedTuple):
+    """Where single keys wait for their kernels.
+
+    address: of int64 [desk.SIZE] (`layout.desk`) in host memory. staging: of STAGED_BYTES on the device, to which a
+    kernel copies its key.
+    """
+
+    address: int
+    staging: int
+
+
 class Output(NamedTuple):
     """Addresses for the results: int64 [B] handles, int32 [B] lengths and, for inserts, int32 [B] prefix lengths."""
 

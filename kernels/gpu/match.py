@@ -10,10 +10,11 @@ import functools
 import triton
 import triton.language as tl
 
+from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import take_back_locks
 from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
 from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, move_protected, publish, publish_done, refuse
-from flatradix.kernels.gpu.launch import Arrays, Kernel
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
 from flatradix.kernels.gpu.lock import row_or_above
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
@@ -30,7 +31,7 @@ from flatradix.kernels.gpu.walk import (
     whole_pages,
 )
 from flatradix.layout import mail, numbers, reasons, scratch
-from flatradix.layout.queries import Output, PerQuery, PlaceAddresses, Values
+from flatradix.layout.queries import Desk, Output, PerQuery, PlaceAddresses, Values
 
 LANES = tl.constexpr(128)
 # A single key in host memory is read in pieces of this many tokens, with all loads of a piece in flight at once.
@@ -230,20 +231,39 @@ def match(
 
 
 @functools.cache
-def _single_constants(page: int, bigram: bool, touch: bool, lock: bool) -> tuple[int | bool, ...]:
-    return *page_constants(page, bigram, 512), touch, lock, True, True, False, False
+def _single(page: int, bigram: bool, touch: bool, lock: bool, wide: bool) -> Variant:
+    """Return the variant of `match_kernel` for one key in pinned memory."""
+    constants = *page_constants(page, bigram, 512), touch, lock, True, True, False, False
+    return _match.variant(constants, (wide, wide))
 
 
 def match_one(
-    arrays: Arrays, key: tuple[int, int, bool], name: int, out: Output, stage: int, call: int, touch: bool, lock: bool
-) -> None:
-    """Match one key in pinned memory from the root. name, out: as for `match`.
+    arrays: Arrays, desk: Desk, key: tuple[int, int, bool], name: int, out: Output, call: int, touch: bool, lock: bool
+) -> bool:  # fmt: skip
+    """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
-    key: (address, number of tokens, whether they are int64). stage: address of device memory to which the kernel copies
-    the key first.
+    key: (address, number of tokens, whether they are int64), at most STAGED_BYTES.
+    name, out: as for `match`.
     """
     address, count, wide = key
+    size = count * 8 if wide else count * 4
+    variant = _single(arrays.page, arrays.bigram, touch, lock, wide)
+    direct = arrays.direct.get(variant)
+    if direct is not None and is_current(arrays.device):
+        code = native.start_match.call(
+            direct.record, current_stream(arrays.device), desk.address, address, count, size, name, arrays.rows, call,
+            out.lengths, out.handles,
+        )  # fmt: skip
+        if code > 0:
+            raise_driver(code)
+        return code == 0
+    staged = native.stage_key.call(desk.address, address, size)
+    if staged == 0:
+        return False
     _match(
-        arrays, 1, (address, 0, 0, 0, 0, out.lengths, out.handles, stage, count, name, 1, arrays.rows, call),
-        _single_constants(arrays.page, arrays.bigram, touch, lock), (wide, wide),
+        arrays, 1,
+        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call),
+        variant.constants, variant.wide,
     )  # fmt: skip
+    native.commit_key.call(desk.address, call)
+    return True
