@@ -22,7 +22,7 @@ class Calls:
     def __init__(self, options: Options, device: torch.device) -> None:
         self.mailbox = Mailbox(device)
         self._options = options
-        self._device = device
+        self._number = int(device.index) if device.type == "cuda" else -1  # of the CUDA device
         self._last = 0
         self.captured = False
 
@@ -30,12 +30,11 @@ class Calls:
 
     def is_capturing(self) -> bool:
         """Return whether a CUDA graph is being captured on the tree's device."""
-        device = self._device
-        if device.type != "cuda":
+        if self._number < 0:
             return False
-        if torch._C._cuda_getDevice() == device.index:
+        if torch._C._cuda_getDevice() == self._number:
             return torch._C._cuda_isCurrentStreamCapturing()
-        with torch.cuda.device(device):
+        with torch.cuda.device(self._number):
             return torch.cuda.is_current_stream_capturing()
 
     @property

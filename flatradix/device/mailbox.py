@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flatradix.kernels import native
@@ -56,6 +57,7 @@ class Mailbox:
         self.last = 0
         self.last_change = 0  # the last call that may have changed a size: it writes all sizes
         self._told = 0
+        self._next_length = 0
 
     def _word(self, place: int, call: int, exact: bool = False) -> int:
         """Wait until `call`, or a later call unless `exact`, has written a word. Return the word.
@@ -113,6 +115,32 @@ class Mailbox:
             for place in range(_answer_of(call), _answer_of(call) + mail.ANSWER_WORDS):
                 self._check_device(place, call, False)
         return found[1:] if found[0] > 0 else None
+
+    def reserve_lengths(self, batch: int) -> int:
+        """Return where a call may tell the lengths of a batch, or -1 if the batch is too large."""
+        if batch > mail.MOST_TOLD:
+            return -1
+        place = self._next_length if self._next_length + batch <= mail.TOLD_RING else 0
+        self._next_length = place + batch
+        return place
+
+    def refusals_so_far(self) -> int:
+        """Return how many calls were refused, as far as is known now. Does not wait."""
+        return self._view[mail.ERRORS] & _LOW
+
+    def lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None:
+        """Wait for the lengths that a call tells at a place: int32 [B].
+
+        Return None if `refusals`, the number known before the call, has grown, or a later call has overwritten a part.
+        """
+        if self._word(mail.ERRORS, call) & _LOW != refusals:
+            return None
+        found = np.empty(batch, np.int32)
+        words, first = self._address + 8 * (mail.FIRST_TOLD + place), mail.FIRST_TOLD + place
+        while not (state := native.await_lengths.call(words, call, batch, found.ctypes.data, _TURNS)):
+            for query in range(batch):
+                self._check_device(first + query, call, False)
+        return found if state > 0 else None
 
     def refusals(self) -> int:
         """Wait for all calls so far. Return how many refusals were not reported yet."""

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from flatradix.device.mailbox import Mailbox
+from flatradix.inputs.sequences import Buffer
+from flatradix.kernels import native
 from flatradix.layout import desk
-from flatradix.layout.queries import Desk
+from flatradix.layout.queries import Desk, Values
 
 
 class Stages:
@@ -26,6 +28,21 @@ class Stages:
         self._words[desk.STAGING] = self._staged.data_ptr()
         self.desk = Desk(self._words.ctypes.data, self._staged.data_ptr())
         self._mailbox = mailbox
+
+    def put(self, key: Buffer) -> Values:
+        """Return one key in host memory, of at most STAGED_BYTES, in the next buffer. `commit` must follow its launch.
+
+        Waits until no kernel reads that buffer.
+        """
+        address, count, wide, owner = key
+        size = count * 8 if wide else count * 4
+        while not (staged := native.stage_key.call(self.desk.address, address, size)):
+            self.wait()
+        return Values(staged, wide, 0, count, 1, None, owner, self.desk.staging)
+
+    def commit(self, call: int) -> None:
+        """Reserve the buffer of the last `put` until the kernel of `call` has answered."""
+        native.commit_key.call(self.desk.address, call)
 
     def wait(self) -> None:
         """Wait until no kernel reads the buffer that is next in turn."""

@@ -20,6 +20,7 @@ from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
     begin_at,
+    bring,
     first_outside,
     key_range,
     name_of,
@@ -34,19 +35,6 @@ from flatradix.layout import mail, numbers, reasons, scratch
 from flatradix.layout.queries import Desk, Output, PerQuery, PlaceAddresses, Values
 
 LANES = tl.constexpr(128)
-# A single key in host memory is read in pieces of this many tokens, with all loads of a piece in flight at once.
-PIECE = tl.constexpr(2048)
-
-
-@triton.jit
-def _stage(source, target, count):
-    """Copy a key from pinned memory to the device. A walk in pinned memory would wait for PCIe at each step."""
-    at = tl.zeros([], tl.int64)
-    while at < count:
-        j = at + tl.arange(0, PIECE)
-        tl.store(target + j, tl.load(source + j, mask=j < count), mask=j < count)
-        at += PIECE
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -98,12 +86,12 @@ def _finish(
 @triton.jit(
     do_not_specialize=[
         "values", "offsets", "names", "start_handles", "start_lengths", "lengths", "handles", "stage", "total", "name",
-        "batch", "rows", "call",
+        "batch", "rows", "call", "told",
     ]
 )  # fmt: skip
 def match_kernel(
     s, w, values, offsets, names, start_handles, start_lengths, lengths, handles, stage,
-    total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64,
+    total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64, told: tl.int32,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, TOUCH: tl.constexpr,
     LOCK: tl.constexpr, SINGLE: tl.constexpr, STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +103,7 @@ def match_kernel(
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
     key = values + place
     if STAGED:
-        _stage(values, stage, count)
+        bring(values, stage, count)
         key = stage
     code, named = name_of(names, name, query, NAMES)
     row, start, reason = begin_at(s, start_handles, start_lengths, query, key, count, code, named, PAGE, BIGRAM, START)
@@ -170,6 +158,8 @@ def match_kernel(
             handle = tl.load(handles)
         answer(w, call, tl.where(bad, -1, length), handle, length * 0)
     else:
+        word = ((call & mail.CALL_MASK) << 32) | length.to(tl.int64)
+        tl.store(w.mail + mail.FIRST_TOLD + told + query, word, mask=told >= 0)
         last, any_bad = arrive(w, tl.num_programs(0), bad)
         if last:
             _finish(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
@@ -177,7 +167,7 @@ def match_kernel(
 
 _match = Kernel(
     match_kernel,
-    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i64"],
+    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i64", "i32"],
 )
 
 
@@ -211,14 +201,14 @@ def match(
     """Match a batch in one launch.
 
     names: code * 2 + (1 if the caller gave a name). Fills the handles and lengths of `out`, with -1 if the call is
-    refused.
+    refused. Tells the lengths in the mail from `out.told` on, if that is not negative and the call is not refused.
     """
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
     _match(
         arrays, keys.batch,
         (
             keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
-            keys.total, names.number, keys.batch, arrays.rows, call,
+            keys.total, names.number, keys.batch, arrays.rows, call, out.told,
         ),
         (
             *page_constants(arrays.page, arrays.bigram, block), touch, lock, keys.offsets == 0, False,
@@ -262,7 +252,7 @@ def match_one(
         return False
     _match(
         arrays, 1,
-        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call),
+        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call, -1),
         variant.constants, variant.wide,
     )  # fmt: skip
     native.commit_key.call(desk.address, call)

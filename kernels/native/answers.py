@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatradix.kernels.cpu.jit import fixed_types, helper
+from flatradix.kernels.cpu.jit import fixed_types, helper, int32_at
 from flatradix.kernels.native.memory import load_acquire
 from flatradix.layout import mail
 
@@ -60,3 +60,23 @@ def await_answer(words, call, turns):
             low, high = load_acquire(place + 8) & _LOW, load_acquire(place + 16) & _LOW
             return 1, load_acquire(place) & _LOW, low | high << 32, load_acquire(place + 24) & _LOW
     return 0, 0, 0, 0
+
+
+@fixed_types("(int64, int64, int64, int64, int64)", nogil=True)
+def await_lengths(words, call, count, lengths, turns):
+    """Wait for the lengths that `call` tells in `count` words, and copy them to int32 [count] at `lengths`.
+
+    Return 1, or 0 if a word has not come after `turns`, or -1 if a later call has overwritten one.
+    """
+    out = int32_at(lengths)
+    for query in range(count):
+        word = load_acquire(words + 8 * query)
+        while word >> 32 != call:
+            if word >> 32 != 0 and _is_later(word >> 32, call):
+                return -1
+            if turns == 0:
+                return 0
+            turns -= 1
+            word = load_acquire(words + 8 * query)
+        out[query] = word & _LOW
+    return 1

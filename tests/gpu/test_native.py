@@ -21,7 +21,7 @@ from flatradix.layout.scratch import allocate_scratch
 from flatradix.layout.state import allocate_device
 from tests.support.devices import interpreted
 from tests.support.fake_driver import STREAM, FakeDriver, interpret_launches
-from tests.support.pairs import Pair, shared_prefixes, use
+from tests.support.pairs import Pair, ragged, shared_prefixes, use
 
 CPU = torch.device("cpu")
 
@@ -198,3 +198,75 @@ def test_other_threads_run_while_one_waits(box: Mailbox) -> None:
     thread.start()
     assert native.await_answer.call(box.words.data_ptr(), 3, 1 << 40) == (1, 1, 2 | 3 << 32, 4)
     thread.join()
+
+
+# The lengths of a batch in host memory
+
+
+KEYS = [[1, 2, 3], [1, 2, 7], [], [4]]
+
+
+def lengths_of(tree: RadixTree, keys: list[list[int]]) -> list[int]:
+    found = tree.match(ragged(keys, tree))
+    told = found.host_lengths
+    assert (told.dtype, told.device) == (torch.int32, CPU)
+    assert told.tolist() == found.lengths.tolist()
+    return told.tolist()
+
+
+@pytest.mark.gpu
+def test_lengths_on_the_host(cuda: str) -> None:
+    tree = RadixTree(64, device=cuda)
+    assert lengths_of(tree, KEYS) == [0, 0, 0, 0]
+    inserted = tree.insert([[1, 2, 3, 4]], [[1, 2, 3, 4]])
+    assert inserted.host_lengths.tolist() == [4]
+    assert lengths_of(tree, KEYS) == [3, 2, 0, 0]
+    assert lengths_of(tree, []) == []
+    assert tree.match([1, 2]).host_lengths.tolist() == [2]
+    assert tree.match([1, 2]).host_lengths.dtype == torch.int32
+    assert tree.rematch(KEYS, tree.match(KEYS)).host_lengths.tolist() == [3, 2, 0, 0]
+
+
+@pytest.mark.gpu
+def test_lengths_of_a_refused_call_on_the_host(cuda: str) -> None:
+    tree = RadixTree(64, device=cuda)
+    tree.insert([1, 2, 3, 4], [1, 2, 3, 4])
+    refused = [tree.match(ragged([[1], [-1]], tree)) for _ in range(2)]
+    good = tree.match(ragged([[1, 2]], tree))
+    assert [one.host_lengths.tolist() for one in (good, *refused)] == [[2], [-1, -1], [-1, -1]]
+    with pytest.raises(ValueError, match="match: query 1"):
+        tree.raise_pending()
+    assert [one.host_lengths.tolist() for one in (good, *refused)] == [[2], [-1, -1], [-1, -1]]
+    assert lengths_of(tree, KEYS) == [3, 2, 0, 0]
+    with pytest.raises(ValueError, match="match: query 0"):
+        _ = tree.match([-1]).host_lengths
+
+
+@pytest.mark.gpu
+def test_lengths_that_were_overwritten_come_from_the_device(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mail, "TOLD_RING", 8)
+    monkeypatch.setattr(mail, "MOST_TOLD", 5)
+    tree = RadixTree(64, device=cuda)
+    tree.insert([1, 2, 3, 4], [1, 2, 3, 4])
+    batches = [KEYS[:count] for count in (3, 1, 4, 2, 4, 1)] + [KEYS + KEYS]
+    found = [tree.match(ragged(keys, tree)) for keys in batches]
+    assert [one.host_lengths.tolist() for one in found] == [([3, 2, 0, 0] * 2)[: len(keys)] for keys in batches]
+
+
+@pytest.mark.gpu
+def test_large_batches_have_memory_of_their_own(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatradix.device import results
+
+    monkeypatch.setattr(results, "_CHUNK", 8)
+    monkeypatch.setattr(results, "_MOST", 4)
+    pair = Pair(cuda, 64)
+    pair.insert(KEYS[:2], [[1, 2, 3], [1, 2, 4]])
+    found = [pair.match((KEYS * 2)[:count]) for count in (3, 4, 1, 8, 5, 2)]
+    for host, tree in found:
+        pair.on_each("lock", (host, tree))
+        assert tree.handles.tolist() != [0] * len(host)
+    for host, tree in found:
+        assert tree.lengths.tolist() == host.lengths.tolist()
+        pair.on_each("unlock", (host, tree))
+    pair.compare()
+    assert pair.tree.protected_tokens == 0

@@ -1,4 +1,4 @@
-"""A CUDA driver of Python functions: it records each launch, and runs the kernel in Triton's interpreter if asked to."""
+"""A CUDA driver of Python functions: it records each launch, and can run the kernel in Triton's interpreter."""
 
 from __future__ import annotations
 
