@@ -49,6 +49,7 @@ from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
 
 _SMALLEST_BATCH = 1024
+_LIKELY_TOKENS = 1 << 16  # an eviction allocates for what it was asked for, up to this, before it knows what goes
 _NOTHING_YET = OpenCall(NOTHING, 0, 0)
 
 
@@ -575,9 +576,14 @@ class DeviceIndex(Index):
         known = 0 if before is None else len(before)
         keeper = None if self._keeper is None else self._keeper()
         wants = None if keeper is None else keeper.wanted()
-        tokens, nodes, kept = self._select(max(wanted - known, 0), wants)
-        # Allocate all memory before the tree changes: a later failure would lose slots.
-        slots = torch.empty(known + tokens, dtype=self.options.slot_dtype, device=self.device)
+        missing = max(wanted - known, 0)
+        call, by_tick = self._select(missing, wants)
+        # Allocate all memory before the tree changes: a later failure would lose slots. The device selects meanwhile.
+        page = self.options.page_size
+        slots = self._empty_slots(known + min(-(-missing // page) * page, _LIKELY_TOKENS))
+        tokens, nodes, kept = self._selected(call, by_tick, missing)
+        if len(slots) != known + tokens:
+            slots = self._empty_slots(known + tokens)
         where = self.options.slot_device
         returned = None if where is None else torch.empty_like(slots, device=where)
         if before is not None:
@@ -599,14 +605,17 @@ class DeviceIndex(Index):
         self._open = None
         return result
 
-    def _select(self, wanted: int, wants: Wants | None) -> tuple[int, int, int]:
-        """Find the nodes to evict. Return the tokens to free, the number of nodes, and what the last node keeps.
+    def _empty_slots(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=self.options.slot_dtype, device=self.device)
+
+    def _select(self, wanted: int, wants: Wants | None) -> tuple[int, bool]:
+        """Have the device find the nodes to evict. Return the number of the call, and whether ticks are the keys.
 
         wants: what waiting prompts want.
         """
-        if wanted == 0:
-            return 0, 0, 0
         by_tick = self._by_tick
+        if wanted == 0:
+            return 0, by_tick
         if not by_tick:
             gpu.effective_keys(self._arrays, self._scores(), self._pinned)
         if wants is not None or self._pinned:
@@ -614,6 +623,12 @@ class DeviceIndex(Index):
             by_tick = False
         call = self._calls.next()
         gpu.select(self._arrays, min(wanted, MAX_UNITS), by_tick, call)
+        return call, by_tick
+
+    def _selected(self, call: int, by_tick: bool, wanted: int) -> tuple[int, int, int]:
+        """Return what `_select` has found: the tokens to free, the number of nodes, and what the last node keeps."""
+        if wanted == 0:
+            return 0, 0, 0
         tokens, nodes = (self.mailbox.wait(place, call) for place in (mail.TOKENS, mail.VICTIMS))
         if nodes & mail.UNORDERED:
             nodes &= ~mail.UNORDERED

@@ -48,7 +48,6 @@ class DirectLaunch:
     def __init__(self, compiled: Any, fixed: Sequence[int], changing: int, threads: int, cooperative: bool) -> None:
         """fixed: the first parameters, which never change. changing: how many parameters follow."""
         driver = _driver()
-        function = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
         # Triton adds two pointers to scratch memory as the last parameters. Our kernels use none: they stay null.
         count = len(fixed) + changing + 2
         begin = 8 * len(native.Record._fields)
@@ -58,8 +57,8 @@ class DirectLaunch:
         self.record = address = self._memory.ctypes.data
         cells = begin + 8 * len(fixed)
         self._memory[: begin // 8] = native.Record(
-            _address_of(function), cooperative, compiled.function, threads, compiled.metadata.shared,
-            address + places, address + cells,
+            _address_of(driver.cuLaunchKernel), _address_of(driver.cuLaunchCooperativeKernel), cooperative,
+            compiled.function, threads, compiled.metadata.shared, address + places, address + cells,
         )  # fmt: skip
         self._memory[begin // 8 : begin // 8 + len(fixed)] = fixed
         self._memory[places // 8 :] = address + begin + 8 * np.arange(count)

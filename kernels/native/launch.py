@@ -13,11 +13,14 @@ from flatradix.layout.desk import STAGING
 class Record(NamedTuple):
     """A kernel that is ready to be launched, int64: what the functions below read by its address.
 
-    driver: address of the driver's function. function: the kernel. shared: bytes. parameters: address of the address of
-    each parameter. cells: address of the first parameter that changes from launch to launch, int64 each.
+    launch, launch_cooperative: addresses of the driver's functions. cooperative: whether programs wait for one another;
+    one program alone is launched as any other, which is faster. function: the kernel. shared: bytes. parameters:
+    address of the address of each parameter. cells: address of the first parameter that changes from launch to launch,
+    int64 each.
     """
 
-    driver: int
+    launch: int
+    launch_cooperative: int
     cooperative: int
     function: int
     threads: int
@@ -26,15 +29,19 @@ class Record(NamedTuple):
     cells: int
 
 
-_DRIVER, _COOPERATIVE, _FUNCTION, _THREADS, _SHARED, _PARAMETERS, _CELLS = range(len(Record._fields))
+_LAUNCH, _LAUNCH_COOPERATIVE, _COOPERATIVE, _FUNCTION, _THREADS, _SHARED, _PARAMETERS, _CELLS = range(
+    len(Record._fields)
+)
 
 
 @helper
 def _start(record, programs, stream):
     r = int64_at(record)
-    if r[_COOPERATIVE]:
-        return call_cooperative(r[_DRIVER], r[_FUNCTION], programs, r[_THREADS], r[_SHARED], stream, r[_PARAMETERS])
-    return call_launch(r[_DRIVER], r[_FUNCTION], programs, r[_THREADS], r[_SHARED], stream, r[_PARAMETERS])
+    if r[_COOPERATIVE] and programs > 1:
+        return call_cooperative(
+            r[_LAUNCH_COOPERATIVE], r[_FUNCTION], programs, r[_THREADS], r[_SHARED], stream, r[_PARAMETERS]
+        )
+    return call_launch(r[_LAUNCH], r[_FUNCTION], programs, r[_THREADS], r[_SHARED], stream, r[_PARAMETERS])
 
 
 @fixed_types("(int64, int64, int64)", nogil=True)
