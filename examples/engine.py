@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 
 from examples.paged_kv import PagedForward, PagedKV
 from flatradix.cache.prefix_cache import PrefixCache
-from flatradix.cache.requests import Request
+from flatradix.cache.requests import Request, Requests
 
 
 @dataclass
@@ -32,6 +33,36 @@ class Job:
     @property
     def done(self) -> bool:
         return len(self.output) == self.new_tokens
+
+
+class CallTimes:
+    """Host seconds that calls of the cache took. calls: of each call, by name. steps: in all calls of a decode step.
+
+    With a KV cache on a GPU, a call enqueues copies, and their time on the GPU is not counted.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.calls: dict[str, list[float]] = {"begin": [], "commit": [], "step": [], "extend": [], "finish": []}
+        self.steps: list[float] = []
+        self._step = 0.0
+
+    def of(self, name: str, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Call and return what the call returns."""
+        if name == "step":
+            self._step = 0.0
+        started = time.perf_counter()
+        found = call(*arguments, **keywords)
+        taken = time.perf_counter() - started
+        self.calls[name].append(taken)
+        self._step += taken
+        return found
+
+    def end_step(self) -> None:
+        """End a decode step, which has begun with a call named "step"."""
+        self.steps.append(self._step)
 
 
 class Engine:
@@ -67,6 +98,7 @@ class Engine:
         self._running: list[Job] = []
         self._unshared = count()
         self.preempted = 0
+        self.times = CallTimes()
 
     def generate(
         self,
@@ -107,7 +139,8 @@ class Engine:
         job = self._waiting[0]
         started = time.perf_counter()
         namespace = job.namespace if self.reuse else f"unshared {next(self._unshared)}"
-        (job.request,) = self.cache.begin([job.prompt + job.output], namespace)
+        requests = self.times.of("begin", self.cache.begin, [job.prompt + job.output], namespace)
+        (job.request,) = requests
         if job.request.state == "refused":
             if not self._running:  # no running job will free slots
                 raise RuntimeError(f"a prompt of {job.request.num_tokens} tokens does not fit: {job.request.refusal}")
@@ -115,63 +148,62 @@ class Engine:
             return False
         self._waiting.popleft()
         self._running.append(job)
-        self._take([job], self._prefill(job.request))
+        self._take([job], self._prefill(requests))
         if len(job.output) == 1:
             job.cached = job.request.cached_length
             job.first_token = time.perf_counter() - started
         self._finish_done()
         return True
 
-    def _prefill(self, request: Request) -> torch.Tensor:
-        """Compute the tokens that are not cached, in chunks. Return the logits of the last token."""
+    def _prefill(self, requests: Requests) -> torch.Tensor:
+        """Compute the tokens of one request that are not cached, in chunks. Return the logits of the last token."""
+        (request,) = requests
         for begin in range(request.cached_length, request.num_tokens, self.chunk):
             end = min(begin + self.chunk, request.num_tokens)
-            logits = self._forward([request], [request.tokens[begin:end].tolist()], [begin])
-            self.cache.commit([request], up_to=end)
+            logits = self._forward(requests, [request.tokens[begin:end].tolist()], [begin])
+            self.times.of("commit", self.cache.commit, requests, up_to=end)
         return logits
 
     def _decode(self) -> None:
         """Generate one more token for each running job."""
-        self._make_room([job.request for job in self._running])
-        requests = [job.request for job in self._running]
+        self._make_room()
+        requests = self.cache.running  # the oldest first, as in self._running
         # This forward pass computes the KV of the newest token.
-        begins = [request.length - 1 for request in requests]
-        logits = self._forward(requests, [job.output[-1:] for job in self._running], begins)
-        self._take(self._running, logits)
+        begins = (requests.lengths - 1).tolist()
+        self._take(self._running, self._forward(requests, [job.output[-1:] for job in self._running], begins))
         self._finish_done()
+        self.times.end_step()
 
-    def _make_room(self, requests: list[Request]) -> None:
-        """Give each request one more slot. While some get none, preempt the youngest of these."""
-        while requests := self.cache.extend(requests):
+    def _make_room(self) -> None:
+        """Tell the newest tokens, and get a slot for each. While some get none, preempt the youngest of these."""
+        newest = [job.output[-1] for job in self._running]
+        short = self.times.of("step", self.cache.step, self.cache.running, newest).short
+        while short:
             if len(self._running) == 1:
-                raise RuntimeError(
-                    f"{requests[0].length + 1} tokens of a prompt and its output do not fit in the KV pool"
-                )
-            self._preempt(requests.pop())
+                raise RuntimeError(f"{short[0].length + 1} tokens of a prompt and its output do not fit in the KV pool")
+            self._preempt(short.pop())
+            short = self.times.of("extend", self.cache.extend, short)
 
     def _preempt(self, request: Request) -> None:
         """End a request and put its job back to the front of the queue.
 
-        The request was not extended, so the KV of all its slots is computed. That KV stays cached until it is evicted,
-        so that a new begin is cheap.
+        The request got no slot for its newest token, so the KV of all its slots is computed. That KV stays cached until
+        it is evicted, so that a new begin is cheap.
         """
         (job,) = [job for job in self._running if job.request is request]
         self._running.remove(job)
-        self.cache.finish([request], tokens=[self._unknown(job)])
+        self.times.of("finish", self.cache.finish, [request])
         self._waiting.appendleft(job)
         self._may_fit = False
         self.preempted += 1
 
     def _finish_done(self) -> None:
+        """End the requests of jobs that are done. The cache does not know their last tokens, which have no KV."""
         done = [job for job in self._running if job.done]
-        self.cache.finish([job.request for job in done], tokens=[self._unknown(job) for job in done])
-        self._running = [job for job in self._running if not job.done]
-        self._may_fit = self._may_fit or bool(done)
-
-    @staticmethod
-    def _unknown(job: Job) -> list[int]:
-        """Return the output that the cache does not know yet. The last token has no KV, and is not committed."""
-        return job.output[job.request.num_tokens - len(job.prompt) :]
+        if done:
+            self.times.of("finish", self.cache.finish, [job.request for job in done])
+            self._running = [job for job in self._running if not job.done]
+            self._may_fit = True
 
     @staticmethod
     def _take(jobs: list[Job], logits: torch.Tensor) -> None:
@@ -181,12 +213,16 @@ class Engine:
             job.output.append(token)
 
     @torch.inference_mode()
-    def _forward(self, requests: list[Request], tokens: list[list[int]], begins: list[int]) -> torch.Tensor:
+    def _forward(self, requests: Requests, tokens: list[list[int]], begins: list[int]) -> torch.Tensor:
         """Run the model on equally many new tokens of each request. Return the last logits of each, float32 [B, V]."""
-        rows = torch.tensor([request.row for request in requests], device=self.device)
+        rows = torch.as_tensor(requests.rows, device=self.device)
         new = len(tokens[0])
         view = PagedForward(
-            self.kv, self.cache.table[rows], torch.tensor(begins, device=self.device), new, max(begins) + new
+            self.kv,
+            (self.cache.page_table[rows], self.cache.page_size),
+            torch.tensor(begins, device=self.device),
+            new,
+            max(begins) + new,
         )
         answer = self.model(
             input_ids=torch.tensor(tokens, device=self.device),

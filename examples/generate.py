@@ -3,8 +3,9 @@
 Several conversations begin with the same system prompt and go on for some turns. The prompt of each turn is the whole
 conversation so far. It is answered twice: with the KV that earlier requests left in the cache, and without any reuse.
 The report compares outputs, logits, and the median time to first token. That time runs from the begin of a request, so
-waiting for other requests does not count. Prompts are random tokens, and without --model the weights are random too:
-nothing is downloaded. Needs transformers: pip install -c constraints.txt transformers
+waiting for other requests does not count. The last lines say how much host time the calls of the cache took.
+Prompts are random tokens, and without --model the weights are random too: nothing is downloaded.
+Needs transformers: pip install -c constraints.txt transformers
 
   python examples/generate.py                             a small model on the CPU, in less than a minute
   python examples/generate.py --device cuda               0.5B parameters on a GPU, long prompts
@@ -27,7 +28,7 @@ sys.path[0] = str(ROOT)  # flatradix need not be installed
 if TYPE_CHECKING:
     import torch
 
-    from examples.engine import Engine, Job
+    from examples.engine import CallTimes, Engine, Job
 
 # By device. A GPU gets longer prompts, as a short prefill there costs little more than its launches.
 DEFAULTS = {
@@ -37,6 +38,7 @@ DEFAULTS = {
 # The largest difference of logits that rounding explains.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 DTYPE = "float32 (the default), or bfloat16, where rounding may exchange two tokens that are nearly as likely"
+TIMES = "{:<12} {:>8} {:>12} {:>12}"
 LINE = "{:>4} {:>8} {:>8} {:>8} {:>12} {:>12} {:>7} {:>14} {:>13}"
 
 
@@ -113,6 +115,7 @@ def engines_for(chosen: argparse.Namespace, model: torch.nn.Module) -> tuple[Eng
     for engine in (with_reuse, without):  # the first calls compile kernels, and allocate
         engine.generate(longest, min(chosen.new, 2))
         engine.cache.reset()
+        engine.times.clear()
     return with_reuse, without
 
 
@@ -210,6 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         show_progress("")
         return 130
     report_counts(with_reuse)
+    report_times(with_reuse.times)
     allowed = TOLERANCE[chosen.dtype]
     if worst > allowed:
         print(f"WRONG: logits differ by {worst:.1e}; rounding explains {allowed:.0e} at most in {chosen.dtype}")
@@ -245,6 +249,14 @@ def report_counts(engine: Engine) -> None:
         f"\nwith reuse, {counts.hit_rate:.0%} of all prompt tokens were cached; {counts.evicted_tokens} were evicted, "
         f"{engine.preempted} requests preempted, {counts.refused} begins refused"
     )
+
+
+def report_times(times: CallTimes) -> None:
+    """Print the host time of the cache's calls: begin and commit of prefills, and what decode steps need."""
+    print("\nhost time in calls of the cache, with reuse\n" + TIMES.format("", "calls", "median us", "total us"))
+    for name, seconds in (*times.calls.items(), ("decode step", times.steps)):
+        if seconds:
+            print(TIMES.format(name, len(seconds), f"{median(seconds) * 1e6:.1f}", f"{sum(seconds) * 1e6:.0f}"))
 
 
 if __name__ == "__main__":

@@ -41,11 +41,9 @@ class FlatradixCache(BasePrefixCache):
     """evict_by: as for RadixTree. mini-sglang's own tree evicts by node."""
 
     def __init__(self, device: torch.device, evict_by: str = "node") -> None:
-        context = get_global_ctx()
-        tokens = context.kv_cache.k_cache(0).shape[:2].numel()  # pages x tokens in a page
-        self.tree = RadixTree(
-            tokens, context.page_size, "cpu", slot_device=device, check_slots=False, evict_by=evict_by
-        )
+        # mini-sglang's factory passes nothing but the device. The tree grows to what mini-sglang's slots need.
+        page_size = get_global_ctx().page_size
+        self.tree = RadixTree(None, page_size, "cpu", slot_device=device, check_slots=False, evict_by=evict_by)
 
     def match_prefix(self, input_ids: torch.Tensor) -> MatchResult:
         found = self.tree.match(input_ids, split=True)

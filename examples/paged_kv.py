@@ -42,17 +42,22 @@ def require_full_attention(config: PretrainedConfig) -> None:
 class PagedForward(DynamicCache):
     """The KV of a batch of requests during one forward pass: writes new KV to its slots, and gathers all KV.
 
-    table: int32 [B, at least `longest`]: the slots of each request. begins: int64 [B]: its tokens computed so far.
-    count: new tokens of each request, equally many. longest: tokens of the longest request, new ones included.
+    table: int32 [B, pages of `longest` tokens or more], the pages of each request; and the slots in a page.
+    begins: int64 [B], the tokens of each that are computed so far. count: new tokens of each request, equally many.
+    longest: tokens of the longest request, new ones included.
 
     An engine with a paged-attention kernel passes the table to that kernel, and gathers nothing.
     """
 
-    def __init__(self, kv: PagedKV, table: torch.Tensor, begins: torch.Tensor, count: int, longest: int) -> None:
+    def __init__(
+        self, kv: PagedKV, table: tuple[torch.Tensor, int], begins: torch.Tensor, count: int, longest: int
+    ) -> None:
         super().__init__()
         self.kv = kv
         self.positions = begins[:, None] + torch.arange(count, device=begins.device)
-        self.read = table[:, :longest].long()
+        pages, size = table
+        slots = pages[:, : -(-longest // size), None].long() * size + torch.arange(size, device=pages.device)
+        self.read = slots.flatten(1)[:, :longest]
         self.write = self.read.gather(1, self.positions)
 
     def update(

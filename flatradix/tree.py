@@ -14,7 +14,7 @@ import torch
 from flatradix import backend
 from flatradix.index import Index
 from flatradix.inputs import devices
-from flatradix.inputs.options import read_options
+from flatradix.inputs.options import OnEvict, read_options
 from flatradix.inputs.policy import Policy, Score
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, saved_of
@@ -30,9 +30,10 @@ class RadixTree:
     Every operation takes a batch and means the same as single calls in batch order. A batch of one stays cheap: on the
     CPU, a call with a short key takes 1 us from Python to Python. Not thread-safe: one thread at a time.
 
-    max_tokens: the number of tokens that can be cached. The tree commits two pools for 1.25 times as many tokens at
-        once: 10 bytes for each of max_tokens (15 with bigrams), twice that on a GPU. Nodes take up to 160 bytes for
-        each page, committed only as nodes use them. On a GPU they take 250 bytes for each page, committed at once.
+    max_tokens: the number of tokens that can be cached; None lets the tree grow, see below. The tree commits two pools
+        for 1.25 times as many tokens at once: 10 bytes for each of max_tokens (15 with bigrams), twice that on a GPU.
+        Nodes take up to 160 bytes for each page, committed only as nodes use them. On a GPU they take 250 bytes for
+        each page, committed at once.
     page_size: tokens in a page. Keys are cut down to whole pages, and all lengths are multiples of `page_size`.
     device: where the index lives: "cpu", "cuda", "cuda:1" or "auto". The variable FLATRADIX_DEVICE overrides "auto".
     policy: what `evict` frees first: "lru", "lfu", "slru", "fifo", "mru", "filo" or "priority", as SGLang defines them;
@@ -48,6 +49,8 @@ class RadixTree:
         torch.int64 holds any slot in 8 bytes.
     evict_by: "node" or "page": what an eviction frees of its last node. By node it is the whole node, as in SGLang. By
         page it is only as many pages from the end of the node as are still needed, which keeps more in a tight pool.
+    on_evict: a function that is called with (namespace, tokens, slots) for each victim of an eviction, in order, before
+        `evict` returns the slots: see `evict`.
     check_slots: whether an insert checks slots that lie on a slot device. The check waits for that device. With False,
         an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
         are always checked.
@@ -60,6 +63,14 @@ class RadixTree:
     the error: `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and `length`, `handle` and
     `prefix_length` of a result. A CUDA graph can hold match, lock and unlock, after a batch of the same size has run
     outside the graph.
+
+    A tree without `max_tokens` begins with space for 4096 tokens. An insert that needs more moves the tree to arrays at
+    least twice as large: O(cached tokens), so O(1) for each token that was ever inserted. Meanwhile the old and the new
+    arrays take memory. Handles, locks and waiting queues stay, and every call has the results that it has in a tree
+    that was large enough from the beginning. The tree never shrinks. CapacityError comes only at the largest size that
+    there can be: 1.7e9 tokens, 8.5e8 on a GPU, and 2.6e8 pages. On a GPU, the host counts all tokens of inserts as new
+    until it waits for the device, which it does before the tree grows. So the tree may grow before it must. Once a CUDA
+    graph holds calls of the tree, it cannot grow: an insert that may not fit raises RuntimeError.
 
     A call that raises has changed nothing, even if a signal handler or a lack of memory interrupted it: the next call
     undoes what the interrupted call did. Times of use, hit counts, priorities and splits of edges are not undone. The
@@ -74,7 +85,7 @@ class RadixTree:
 
     def __init__(
         self,
-        max_tokens: int,
+        max_tokens: int | None = None,
         page_size: int = 1,
         device: str | torch.device = "auto",
         policy: Policy = "lru",
@@ -85,10 +96,15 @@ class RadixTree:
         check_slots: bool = True,
         evict_by: str = "node",
         paged: bool = False,
+        on_evict: OnEvict | None = None,
     ) -> None:
-        options = read_options(max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by)
+        options = read_options(
+            max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by, on_evict
+        )
+        if paged and options.grows:
+            raise ValueError("a tree of page numbers needs max_tokens: it does not grow")
         self._index = backend.open_index(options, device, paged)
-        self.max_tokens = options.max_tokens
+        self.max_tokens = None if options.grows else options.max_tokens
         self.page_size = options.page_size
         self.policy = options.policy
         self.bigram = options.bigram
@@ -283,6 +299,15 @@ class RadixTree:
         On the CPU: O(log n) a node; with mru or a function, O(n log n) in all. On a GPU: one or a few passes over all
         rows, and two sorts of all rows with policies other than lru; the call waits for the device.
 
+        `on_evict` of the tree is called for each victim, in this order, when the index no longer holds any of them and
+        before the slots are returned: with the namespace; with the key as an int32 array of numpy [N], from the root to
+        the end of what was freed (N + 1 tokens for N units with bigrams); and with the freed slots, the last of the
+        key, a part of the slots that `evict` returns: do not write to them. What it calls on this tree raises
+        RuntimeError. If the function raises an Exception, the other victims are told nevertheless, then `evict` raises
+        the first one. The eviction stands: the next eviction, `evict(0)` too, returns its slots. If anything else
+        interrupts the call, the next eviction also tells the victims that were not told, and the one that was under way
+        again. A reset tells nothing. Costs what the paths of the victims have in tokens; on a GPU, a copy of the nodes.
+
         Raises ValueError for a negative number. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
         the returned slots, which can exceed `num_tokens` by the longest node, or by a page. Then nothing has changed.
         """
@@ -371,6 +396,7 @@ class RadixTree:
         copy = RadixTree(
             self.max_tokens, self.page_size, target, self.policy, self.slot_device, bigram=self.bigram,
             slot_dtype=self.slot_dtype, check_slots=self._index.options.check_slots, evict_by=self.evict_by,
+            on_evict=self._index.options.on_evict,
         )  # fmt: skip
         copy._index.restore(saved_of(self._compacted()))
         return copy
@@ -395,17 +421,18 @@ class RadixTree:
         device: str | torch.device = "auto",
         slot_device: str | torch.device | None = None,
         policy: Score | None = None,
+        on_evict: OnEvict | None = None,
     ) -> RadixTree:
         """Return the tree of a file that `save` wrote. Handles of the saved tree are valid in it.
 
-        policy: the policy function, if the saved tree had one. Files are trusted: load only your own.
-        Raises ValueError for a file that is damaged or that `save` did not write.
+        policy: the policy function, if the saved tree had one. on_evict: as for a new tree. Files are trusted: load
+        only your own. Raises ValueError for a file that is damaged or that `save` did not write.
         """
         from flatradix.inspect import snapshot
 
         settings, saved = snapshot.read(path, policy)
         with snapshot.damaged(path):
-            tree = RadixTree(device=device, slot_device=slot_device, **settings)
+            tree = RadixTree(device=device, slot_device=slot_device, on_evict=on_evict, **settings)
             tree._index.restore(saved)
         return tree
 
@@ -417,7 +444,8 @@ class RadixTree:
         self._index.raise_pending()
 
     def __repr__(self) -> str:
+        most = "" if self.max_tokens is None else f" of {self.max_tokens}"
         return (
-            f"RadixTree({self.total_tokens} of {self.max_tokens} tokens in {self.num_nodes} nodes, "
+            f"RadixTree({self.total_tokens}{most} tokens in {self.num_nodes} nodes, "
             f"{self.protected_tokens} locked, page_size={self.page_size}, {self.device})"
         )

@@ -8,7 +8,7 @@ import torch
 from flatradix.cache.columns import Columns
 from flatradix.cache.input import Prompts, refuse_token
 from flatradix.cache.pages import Found, Grant, Pages
-from flatradix.cache.table_copy import TableCopy, pack
+from flatradix.cache.table_copy import TableCopy, changed_places
 from flatradix.host.paged import PagedIndex
 from flatradix.inputs.sequences import Batch, address_of
 from flatradix.kernels import cpu
@@ -42,7 +42,7 @@ class HostPages(Pages):
         self._table_copy: TableCopy | None = None
         if apart:
             self.page_table = torch.zeros(self._pages.shape, dtype=torch.int32, device=kv)
-            self._table_copy = TableCopy(self._pages, self.page_table)
+            self._table_copy = TableCopy(columns.address, self.page_table)
         self.within = torch.arange(self.page_size, dtype=torch.int32, device=kv)
         self.reset()
 
@@ -115,11 +115,10 @@ class HostPages(Pages):
             return
         begins = np.zeros_like(ends) if begins is None else begins
         if self._table_copy is not None:
-            self._table_copy.send(self.columns.address, rows, begins, ends, self.page_size)
+            self._table_copy.send(rows, begins, ends)
         if self.slot_copy is not None:
-            where, pages = pack(self.columns.address, self.page_size, rows, begins, ends)
-            found = self.slots_of(torch.from_numpy(pages).to(self.kv_device))
-            self.slot_copy.view(-1, self.page_size)[torch.from_numpy(where).to(self.kv_device)] = found
+            where = changed_places(self.columns.address, rows, begins, ends).to(self.kv_device)
+            self.slot_copy.view(-1, self.page_size)[where] = self.slots_of(self.page_table.view(-1)[where])
 
     def copy_rows(self, rows: np.ndarray, lengths: np.ndarray) -> None:
         self._changed(rows, None, lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from flatradix.inputs import namespaces as names_of
 from flatradix.inputs.arguments import per_query
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.ragged import Ragged, read_batch
-from flatradix.inputs.sequences import Batch, is_batch
+from flatradix.inputs.sequences import Batch, is_batch, read_one
 from flatradix.kernels import cpu
 from flatradix.layout import running
 from flatradix.layout.numbers import MAX_TOKEN
@@ -53,7 +54,8 @@ class Prompts(NamedTuple):
         """Return the prompts in host memory. Waits if they are on a device."""
         if self.on_device is None:
             return self
-        return self._replace(tokens=read_batch(self.on_device.to("cpu"), "tokens"), on_device=None)
+        tokens = read_batch(self.on_device.to("cpu"), "tokens")
+        return Prompts(tokens, self.names, self.priorities, None, self.longest)
 
     def some(self, queries: np.ndarray) -> Prompts:
         """Return the prompts of some queries. They must be in host memory."""
@@ -193,18 +195,25 @@ def read_tokens(operation: str, requests: int, tokens: Any) -> Batch:
     """Return the new tokens of each of so many requests. A flat sequence has one token for each request."""
     if requests == 0 and len(tokens) == 0:
         return _NO_TOKENS
-    flat = not is_batch(tokens) and (not isinstance(tokens, torch.Tensor | np.ndarray) or tokens.ndim == 1)
     if isinstance(tokens, torch.Tensor | np.ndarray) and tokens.ndim == 2:
         tokens = list(tokens)
-    found = read_batch(tokens, "tokens")
-    if flat:
-        step = 8 if found.wide else 4
-        count = int(found.counts[0])
-        places = found.addresses[0] + step * np.arange(count)
-        found = Batch(places, np.ones(count, np.int64), found.wide, found.owner)
+    found = read_batch(tokens, "tokens") if is_batch(tokens) else _one_for_each(tokens)
     if len(found) != requests:
         raise ValueError(f"{operation}: {requests} requests, but tokens for {len(found)}")
     return found
+
+
+def _one_for_each(tokens: Any) -> Batch:
+    """Return a flat sequence as a batch of sequences of one token."""
+    address, count, wide, owner = read_one(tokens, "tokens")
+    ones, places = _first_numbers(count)
+    return Batch(address + (8 if wide else 4) * places, ones, wide, owner)
+
+
+@functools.lru_cache(16)
+def _first_numbers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `count` ones, and the numbers from 0 on, int64. Not to be changed."""
+    return np.ones(count, np.int64), np.arange(count)
 
 
 def refuse_token(tokens: Batch, query: int, position: int) -> None:

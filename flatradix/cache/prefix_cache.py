@@ -22,6 +22,7 @@ from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
 from flatradix.index import public_call, refuse_reentry
 from flatradix.inputs import devices
+from flatradix.inputs.options import OnEvict
 from flatradix.inputs.policy import Policy
 from flatradix.kernels import cpu
 from flatradix.layout import running
@@ -95,6 +96,9 @@ class PrefixCache:
     device: the device of the index. "cpu", the default, serves a KV cache on a GPU without waiting for the GPU.
     policy: what is evicted first, as for RadixTree.
     evict_by: "page" or "node", as for RadixTree. By page, no more pages are evicted than are needed.
+    on_evict: a function that is called with (namespace, tokens, slots) for each victim of an eviction, before its slots
+        are given to a request, as for RadixTree. The slots are on the device of the index. A call of the cache in it
+        raises RuntimeError. If it raises, so does the call that evicted, and the cache is repaired as described below.
 
     All work on a GPU goes to torch's current stream. If a forward pass runs on another stream, wait for it before a
     `commit`, `finish` or `abort` of a request that it reads.
@@ -119,6 +123,7 @@ class PrefixCache:
         device: str | torch.device = "cpu",
         policy: str | Policy = "lru",
         evict_by: str = "page",
+        on_evict: OnEvict | None = None,
     ) -> None:
         for name, value in (("page_size", page_size), ("max_requests", max_requests), ("max_length", max_length)):
             if value < 1:
@@ -130,7 +135,9 @@ class PrefixCache:
         kv = torch.empty(0, device=kv_device).device  # with its index
         slots = num_slots // page_size * page_size
         index = devices.preferred(device)
-        self.tree = RadixTree(slots, page_size, index, policy, check_slots=False, evict_by=evict_by, paged=True)
+        self.tree = RadixTree(
+            slots, page_size, index, policy, check_slots=False, evict_by=evict_by, paged=True, on_evict=on_evict
+        )
         columns = Columns(max_requests, page_size, max_length)
         with torch.inference_mode(False):  # else the tensors would be inference tensors forever
             pages = home.make_pages(self.tree, slots, columns, kv)

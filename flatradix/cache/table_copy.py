@@ -1,53 +1,72 @@
-"""TableCopy: the page table of a KV cache on a GPU, a copy of that in host memory. Each change is one small upload."""
+"""TableCopy: the page table of a KV cache on a GPU, a copy of that in host memory. A change is one small upload."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 
-from flatradix.inputs.upload import upload
+from flatradix.inputs.devices import interpreted, why_not_cuda
+from flatradix.inputs.sequences import address_of
 from flatradix.kernels import cpu
-
-# CUDA copies so many bytes of pageable memory aside before the call returns, so they need no pinned memory.
-_STAGED = 1 << 16
-
-
-def pack(
-    cache: int, page: int, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places in the page table, int64 [K], and the pages there, int32 [K], of tokens of some rows.
-
-    cache: the address of the table of a `Running`.
-    """
-    most = int((ends - begins).sum()) // page + 2 * len(rows)
-    where, pages = np.empty(most, np.int64), np.empty(most, np.int32)
-    count = cpu.pack_changes(cache, rows, begins, ends, where, pages)
-    return where[:count], pages[:count]
 
 
 class TableCopy:
-    """The page table on a device. source: int32 [R, W] in host memory. target: its copy."""
+    """The page table on a device, int32 [R, W].
 
-    def __init__(self, source: np.ndarray, target: torch.Tensor) -> None:
-        self._source, self._target = torch.from_numpy(source).view(-1), target.view(-1)
-        self._width = source.shape[1]
+    On a GPU, one kernel copies all changes of a call to their places. Without Triton, torch does.
+    """
 
-    def send(self, cache: int, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray, page: int) -> None:
-        """Copy the pages of tokens of some rows. `cache`, `rows`, `begins`, `ends`, `page`: as for `pack`."""
-        if len(rows) == 1:
-            first = int(rows[0]) * self._width
-            begin, end = first - (-int(begins[0]) // page), first - (-int(ends[0]) // page)
-            if end - begin <= _STAGED // 4:
-                self._target[begin:end].copy_(self._source[begin:end], non_blocking=True)
-                return
-        where, pages = pack(cache, page, rows, begins, ends)
-        if len(where) == 0:
+    def __init__(self, cache: int, table: torch.Tensor) -> None:
+        """cache: the address of the table of a `Running`."""
+        self._cache = cache
+        self._table = table.view(-1)
+        self._device = table.device
+        self._copy_ranges: Any = None
+        if self._device.type == ("cpu" if interpreted() else "cuda") and not why_not_cuda():
+            from flatradix.kernels import gpu
+
+            self._copy_ranges = gpu.copy_ranges
+            self._arrays = gpu.no_arrays(self._device)
+            one = torch.tensor([1, 0, 0], device=self._device)  # compiles now rather than in a later call
+            self._scatter(one.view(torch.int32), 1, torch.zeros(1, dtype=torch.int32, device=self._device))
+
+    def send(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
+        """Copy the pages of tokens `begins` to `ends` of some rows, int64 [B]. Does not wait for the device."""
+        count, many = cpu.count_changes.call(self._cache, rows, begins, ends), len(rows)
+        if count == 0:
             return
-        count = len(where)
-        both = np.empty(3 * count, np.int32)
-        both[: 2 * count] = where.view(np.int32)
-        both[2 * count :] = pages
-        values = torch.from_numpy(both)
-        device = self._target.device
-        sent = values.to(device, non_blocking=True) if values.nbytes <= _STAGED else upload(values, device)
-        self._target.index_copy_(0, sent[: 2 * count].view(torch.int64), sent[2 * count :])
+        # The ranges, then the pages. torch uses pinned memory again only when the copy is done.
+        packed = torch.empty(6 * many + count, dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
+        address = packed.data_ptr()
+        cpu.pack_changes.call(self._cache, rows, begins, ends, address, address + 24 * many)
+        if many == 1:
+            first = int(packed[:6].view(torch.int64)[2])
+            self._table[first : first + count].copy_(packed[6:], non_blocking=True)
+            return
+        sent = packed.to(self._device, non_blocking=True)
+        self._scatter(sent[: 6 * many], many, sent[6 * many :])
+
+    def _scatter(self, ranges: torch.Tensor, many: int, pages: torch.Tensor) -> None:
+        """Write pages to their ranges of the table. ranges: int32 [6 * B], the halves of what `pack_changes` gives."""
+        if self._copy_ranges is None:
+            self._table[places_of(ranges.view(torch.int64), len(pages))] = pages
+        else:
+            addresses = pages.data_ptr(), False, self._table.data_ptr(), False
+            self._copy_ranges(self._arrays, ranges.data_ptr(), many, len(pages), *addresses)
+
+
+def changed_places(cache: int, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> torch.Tensor:
+    """Return the places in the page table of tokens `begins` to `ends` of some rows, int64 in host memory."""
+    count = cpu.count_changes.call(cache, rows, begins, ends)
+    ranges, pages = np.empty((3, len(rows)), np.int64), np.empty(count, np.int32)
+    cpu.pack_changes.call(cache, rows, begins, ends, address_of(ranges), address_of(pages))
+    return places_of(torch.from_numpy(ranges), count)
+
+
+def places_of(ranges: torch.Tensor, count: int) -> torch.Tensor:
+    """Return where `count` values of ranges go, int64 [count]. ranges: int64 [3 * B], as `copy_ranges` reads them."""
+    ends, _, shifts = ranges.view(3, -1)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    return torch.arange(count, device=ranges.device) + torch.repeat_interleave(shifts, counts, output_size=count)

@@ -15,13 +15,13 @@ from flatradix.layout import mail, reasons
 class Calls:
     """Numbers the calls of one tree, and waits for their results when a caller asks for them.
 
-    mailbox: the words that kernels write. captured: whether a CUDA graph holds a call. The host does not see replays,
-    so every wait must then have the device write the numbers anew (`tell`).
+    mailbox: the words that kernels write. options: of the tree, for messages. captured: whether a CUDA graph holds a
+    call. The host does not see replays, so every wait must then have the device write the numbers anew (`tell`).
     """
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.mailbox = Mailbox(device)
-        self._options = options
+        self.options = options
         self._number = int(device.index) if device.type == "cuda" else -1  # of the CUDA device
         self._last = 0
         self.captured = False
@@ -77,9 +77,9 @@ class Calls:
             if refusal.reason == reasons.NO_CAPACITY:
                 needed, free = divmod(refusal.value, 1 << reasons.FREE_BITS)
                 evictable = self.mailbox.counter(mail.EVICTABLE)
-                refuse_capacity(needed, free, evictable, self._options.max_tokens)
+                refuse_capacity(needed, free, evictable, self.options.max_tokens)
             if refusal.reason == reasons.BAD_SLOT:
-                dtype = self._options.slot_dtype
+                dtype = self.options.slot_dtype
                 refuse_unseen_slot(refusal.value, refusal.query, dtype, int(torch.iinfo(dtype).max))
             refuse(refusal.operation, refusal.reason, refusal.query, refusal.value)
         except (ValueError, RuntimeError, AssertionError) as error:

@@ -13,6 +13,8 @@ import torch
 
 from flatradix.device import interrupted
 from flatradix.device.calls import Calls
+from flatradix.device.freed import about_to_go
+from flatradix.device.growth import Larger, larger_than
 from flatradix.device.input import (
     as_batch,
     of_key,
@@ -38,15 +40,17 @@ from flatradix.inputs.policy import Nodes, built_in_scores, scores_of
 from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.sequences import Buffer, read_host_key, read_one
 from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
-from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill
+from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
 from flatradix.layout.desk import STAGED_BYTES
+from flatradix.layout.growth import is_too_large, most_tokens, next_capacity
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.queries import NO_PLACES, PlaceAddresses, PromptAddresses, SlotTable, Values, Wants
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
 from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
+from flatradix.victims import listener_of
 
 _SMALLEST_BATCH = 1024
 _LIKELY_TOKENS = 1 << 16  # an eviction allocates for what it was asked for, up to this, before it knows what goes
@@ -63,7 +67,7 @@ class DeviceIndex(Index):
         self.options = options
         self.device = device = torch.device("cpu") if interpreted() else device
         units = pool_units(options.max_tokens, options.page_size)
-        if 2 * units > MAX_UNITS:
+        if is_too_large(options.max_tokens, options.page_size, halves=2):
             raise TooLargeForDeviceError(
                 f"max_tokens {options.max_tokens} is too large for a tree on a GPU: at most 8.5e8 tokens"
             )
@@ -88,6 +92,9 @@ class DeviceIndex(Index):
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
         self._pinned = False  # whether `want` was ever called
+        self._listener = listener_of(options.on_evict)
+        self._most_stored = 0  # tokens that can be cached at most, as far as the host knows
+        self._larger: Larger | None = None  # a growth under way
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if hasattr(self, "_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
@@ -121,6 +128,7 @@ class DeviceIndex(Index):
         refuse_reentry(self)
         cut = self._open
         assert cut is not None
+        self._move_in()
         if self._calls.is_capturing():
             if cut is not _NOTHING_YET:
                 raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
@@ -130,6 +138,11 @@ class DeviceIndex(Index):
         done = interrupted.undo(cut, self._arrays, self._calls)
         if cut.operation in (interrupted.EVICT, interrupted.RESET):
             self._unreturned = cut.slots if done else cut.before
+            if done and self._listener is not None:
+                if cut.operation == interrupted.RESET:
+                    self._listener.forget()
+                elif cut.freed is not None:
+                    self._listener.note(cut.freed)
             counts = done and cut.operation == interrupted.RESET
             self._open = cut = cut._replace(operation=NOTHING, changes=cut.changes + counts)
         if cut is not _NOTHING_YET:
@@ -162,6 +175,45 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         self._finish_all()
+
+    # Growth
+
+    def _make_room(self, more: int) -> None:
+        """Before an insert of `more` tokens into a tree without `max_tokens`: grow if they may not fit.
+
+        Waits for the device only if as many tokens were inserted, since it last did, as were free then.
+        """
+        capacity = self.options.max_tokens
+        if self._most_stored + more > capacity:
+            self._wait()
+            self._most_stored = self.mailbox.counter(mail.EVICTABLE) + self.mailbox.counter(mail.PROTECTED)
+            # An eighth is free after each wait, so that waits are few; but a tree in a CUDA graph grows no more.
+            self._grow(self._most_stored + (more if self._calls.captured else max(more, capacity // 8)))
+        self._most_stored += more
+
+    def _grow(self, needed: int) -> None:
+        """Move to arrays for `needed` tokens, or to the largest arrays. All calls so far must be done."""
+        options = self.options
+        most = most_tokens(options.page_size, halves=2)
+        capacity = next_capacity(options.max_tokens, min(needed, most), most)
+        if capacity > options.max_tokens:
+            if self._calls.captured:
+                raise RuntimeError(
+                    "a tree without max_tokens cannot grow any more once a CUDA graph holds its calls: give max_tokens"
+                )
+            self._larger = larger_than(self._arrays, self._pool, options, capacity)
+            self._move_in()
+            self._calls.tell(self._tell)
+
+    def _move_in(self) -> None:
+        """Use the arrays of a growth. May be called again."""
+        larger = self._larger
+        if larger is not None:
+            self.options, self._state, self._pool, self._arrays = larger
+            self._calls.options = larger.options
+            self._names.allow(len(larger.state.namespace_children))
+            self._retired.clear()
+            self._larger = None
 
     # Match
 
@@ -534,6 +586,8 @@ class DeviceIndex(Index):
             )
         self._ensure_scratch(keys.batch)
         self._open = _NOTHING_YET
+        if self.options.grows:
+            self._make_room(keys.total)
         names = self._names.give(namespace, keys, self._wait)
         may_compact = self._may_compact(keys.total)
         call = self._calls.next()
@@ -574,6 +628,8 @@ class DeviceIndex(Index):
         self._open = _NOTHING_YET
         before = self._unreturned
         known = 0 if before is None else len(before)
+        if self._listener is not None:
+            self._listener.begin()
         keeper = None if self._keeper is None else self._keeper()
         wants = None if keeper is None else keeper.wanted()
         missing = max(wanted - known, 0)
@@ -589,7 +645,11 @@ class DeviceIndex(Index):
         if before is not None:
             slots[:known] = before
         call = self._calls.next()
-        self._open = OpenCall(interrupted.EVICT, call, self._changes, slots=slots, before=before)
+        listener, freed = self._listener, None
+        if listener is not None:
+            names = dict(self._names.known.items())
+            freed = about_to_go(self._arrays, self.options, call, (nodes, kept), names.__getitem__, slots[known:])
+        self._open = OpenCall(interrupted.EVICT, call, self._changes, slots=slots, before=before, freed=freed)
         if nodes:
             if self._pinned:
                 gpu.end_wants(self._arrays, nodes)
@@ -597,9 +657,11 @@ class DeviceIndex(Index):
             self._calls.enqueued(call)
             if len(self._names.known) > 1:
                 self._forget_namespaces(self.mailbox.wait(mail.RELEASED, call))
-        freed = slots if returned is None else returned.copy_(slots)
-        result = EvictResult(freed, known + tokens, nodes - (kept > 0))
+        result = EvictResult(slots if returned is None else returned.copy_(slots), known + tokens, nodes - (kept > 0))
         self.last_result = result
+        if listener is not None and freed is not None:
+            listener.note(freed)
+            listener.tell()
         self._unreturned = None
         self._changes += 1
         self._open = None
@@ -722,7 +784,10 @@ class DeviceIndex(Index):
         self._names.known.clear()
         self._names.nothing_given()
         self._unseen_inserts.clear()
+        self._most_stored = 0
         self._unreturned = None
+        if self._listener is not None:
+            self._listener.forget()
         self._changes += 1
         self._open = None
 
@@ -737,6 +802,12 @@ class DeviceIndex(Index):
         return Content(self.options, as_numpy(self._state), pool, first, self._names.known.items(), *sizes)
 
     def restore(self, saved: Saved) -> None:
+        if self.options.grows:
+            needed = tokens_for(saved, self.options.page_size)
+            if is_too_large(needed, self.options.page_size, halves=2):
+                raise TooLargeForDeviceError(f"the tree needs space for {needed} tokens: too many for a GPU")
+            self._grow(needed)
+            self._most_stored = len(saved["tokens"])
         fill(self._state, self._pool, saved)
         found = self._state.numbers
         found[numbers.POOL_CURSOR] = found[numbers.EVICTABLE] + found[numbers.PROTECTED]

@@ -18,6 +18,7 @@ from flatradix.layout import mail, numbers
 from flatradix.layout.queries import PlaceAddresses
 from flatradix.layout.scratch import STARTED, clean
 from flatradix.layout.state import FREE_ROW
+from flatradix.victims import Freed
 
 NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET, WANT, UNWANT = range(8)
 _REVERSED = {LOCK: gpu.unlock, UNLOCK: gpu.lock, WANT: gpu.unwant, UNWANT: gpu.want_again}
@@ -29,7 +30,7 @@ class OpenCall(NamedTuple):
     call: the number of the launch that makes the change. changes: the index's count of changes before the call. places:
     of a lock or unlock. batch: queries of an insert. slots: the tensor to which an eviction writes. before: slots that
     an earlier, interrupted eviction did not return; an eviction copies them to the front of `slots`, a reset drops
-    them. owner: keeps memory alive.
+    them. freed: what to tell the callback of an eviction. owner: keeps memory alive.
     """
 
     operation: int
@@ -39,6 +40,7 @@ class OpenCall(NamedTuple):
     batch: int = 0
     slots: torch.Tensor | None = None
     before: torch.Tensor | None = None
+    freed: Freed | None = None
     owner: Any = None
 
 

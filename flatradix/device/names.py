@@ -31,6 +31,10 @@ class Names:
         self.given: set[int] = set()
         self._unsure = False  # whether a code was given to a key that may store nothing
 
+    def allow(self, codes: int) -> None:
+        """Note that the state can hold more codes."""
+        self._codes = codes
+
     def find(self, namespace: Any, batch: int) -> PerQuery:
         """Return the codes of one name, or of a list with one name a query, for a match."""
         if namespace is None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.host.warm_up import use_cache, use_queue
+from flatradix.host.warm_up import grow, use_cache, use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
 from flatradix.layout import numbers
@@ -78,6 +78,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
     yield _write_slots
     yield lambda tree: tree.reset()
     yield use_queue
+    yield lambda tree: grow(RadixTree(None, tree.page_size, tree.device, bigram=tree.bigram))
     yield _use_cache
 
 

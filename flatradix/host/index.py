@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
+from flatradix.host.freed import freed_last
+from flatradix.host.growth import Larger, has_moved, larger_than, move
 from flatradix.host.slots import EvictionMemory, HostSlots, SlotBatch, SlotPool
 from flatradix.host.slots_apart import SlotsApart
 from flatradix.index import Index, public_call, refuse_reentry
@@ -21,13 +23,15 @@ from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_slot, refuse_unequal
 from flatradix.inputs.sequences import Batch, address_of, is_batch, read_host_key, read_one
 from flatradix.inputs.upload import upload_numbers
-from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill
+from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
 from flatradix.kernels import cpu
 from flatradix.kernels.cpu import insert_one, lock_one, match_one, unlock_one
 from flatradix.layout import numbers, reasons
+from flatradix.layout.growth import most_tokens, next_capacity
 from flatradix.layout.handles import NO_HANDLE
-from flatradix.layout.state import FREE_ROW, TreeState, allocate_host, pool_units
+from flatradix.layout.state import FREE_ROW, allocate_host, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
+from flatradix.victims import listener_of
 
 NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves nothing to undo
 _NO_SCORES = np.empty(0, np.int64)
@@ -36,10 +40,13 @@ _RELEASED, _ROWS, _LONGEST, _LAST_CALL = numbers.RELEASED, numbers.ROWS, numbers
 
 
 class Watched(NamedTuple):
-    """What a waiting queue reads of an index. addresses: of the address table of `state`."""
+    """What a waiting queue reads of an index. addresses: of its address table. numbers: `TreeState.numbers`.
+
+    Both stay when the tree grows; then ROW_CAPACITY is another number.
+    """
 
     addresses: int
-    state: TreeState
+    numbers: memoryview
     namespaces: Namespaces
     options: Options
 
@@ -72,6 +79,8 @@ class HostIndex(Index):
         self._eviction: EvictionMemory | None = None
         self._unreturned: torch.Tensor | None = None
         self._fresh: list[int] = []  # namespace codes that the last insert gave out
+        self._listener = listener_of(options.on_evict)
+        self._larger: Larger | None = None  # the arrays of a growth under way
 
     def _make_slots(self, options: Options) -> SlotPool:
         units = pool_units(options.max_tokens, options.page_size)
@@ -98,6 +107,7 @@ class HostIndex(Index):
         Only the state of the tree decides, so this can start again if it is interrupted itself.
         """
         refuse_reentry(self)
+        self._move_in()
         if self._numbers[_LAST_CALL] == self._open:
             self._take_back(self._numbers[numbers.LAST_OPERATION])
         self._namespaces.repair(self._arrays.namespace_children)
@@ -107,11 +117,12 @@ class HostIndex(Index):
     def _take_back(self, operation: int) -> None:
         if operation == numbers.RESET:
             self._unreturned = None
+            self._forget_victims()
         elif operation == numbers.EVICTED:
             assert self._eviction is not None
-            self._unreturned = self._eviction.slots(
-                self._numbers[numbers.LAST_LENGTH], self._numbers[numbers.LAST_PREFIX]
-            )
+            tokens, ranges = self._numbers[numbers.LAST_LENGTH], self._numbers[numbers.LAST_PREFIX]
+            self._unreturned = freed = self._eviction.slots(tokens, ranges)
+            self._note_victims(freed)
             self._numbers[_LAST_CALL] = self._numbers[numbers.CALL_BEFORE]
         elif operation == numbers.COMPACTED:
             self._slots.finish_compaction()
@@ -144,9 +155,44 @@ class HostIndex(Index):
         self._open = 0
         query, value = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
         if reason == reasons.NO_CAPACITY:
-            max_tokens = self.options.max_tokens
+            max_tokens = most_tokens(self.options.page_size) if self.options.grows else self.options.max_tokens
             refuse_capacity(value, max_tokens - self.total_tokens, self.evictable_tokens, max_tokens)
         refuse(operation, reason, query, value)
+
+    # Growth
+
+    def _fits_larger(self, reason: int) -> bool:
+        """Grow if a tree without `max_tokens` refused an insert for `reason`. Return whether it fits now."""
+        if reason != reasons.NO_CAPACITY or not self.options.grows:
+            return False
+        known = self._numbers
+        return self._grow(known[_EVICTABLE] + known[_PROTECTED] + known[numbers.ERROR_VALUE])
+
+    def _grow(self, needed: int) -> bool:
+        """Move to arrays for `needed` tokens, at least twice as large if any; return False if they would be too large.
+
+        The step from the old arrays to the new ones is one kernel.
+        """
+        options, most = self.options, most_tokens(self.options.page_size)
+        if needed > most:
+            return False
+        capacity = next_capacity(options.max_tokens, needed, most)
+        if capacity > options.max_tokens:
+            larger = larger_than(self._state, self._slots, options, capacity)
+            self._larger = larger
+            move(self._addresses, larger)
+            self._move_in()
+        return True
+
+    def _move_in(self) -> None:
+        """Use the arrays of a growth, if the tree is there by now. May be called again."""
+        larger = self._larger
+        if larger is not None and has_moved(self._table, larger):
+            self.options, self._state = larger.options, larger.state
+            self._arrays = as_numpy(larger.state)
+            self._namespaces.move_to(self._arrays.namespace_hash)
+            self._slots.move_to(larger.slots)
+        self._larger = None
 
     # Match
 
@@ -428,7 +474,7 @@ class HostIndex(Index):
     @property
     def watched(self) -> Watched:
         """What a waiting queue needs to watch this index."""
-        return Watched(self._addresses, self._state, self._namespaces, self.options)
+        return Watched(self._addresses, self._numbers, self._namespaces, self.options)
 
     # Insert
 
@@ -472,12 +518,16 @@ class HostIndex(Index):
         code = 0 if name is None else self._code_to_insert(name, count, start)
         arguments = (
             address, wide, count, code, name is not None, handle, start, priority, inserted,
-            source[0], source[2], pool.pool, pool.wide, pool.limit,
+            source[0], source[2],
         )  # fmt: skip
-        prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments)
+        into = pool.pool, pool.wide, pool.limit
+        prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments, *into)
+        if prefix < 0 and self._fits_larger(prefix):
+            into = pool.pool, pool.wide, pool.limit
+            prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments, *into)
         if prefix == reasons.NO_POOL_SPACE:
             pool.compact(call, self._numbers[_NODES])
-            prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments)
+            prefix, length, end, pool_start = insert_one.call(self._addresses, call, *arguments, *into)
         if prefix < 0:
             self._refuse_insert(prefix, [slots])
         if pool.pool == 0:
@@ -520,12 +570,16 @@ class HostIndex(Index):
         codes, named = self._codes_to_insert(namespace, keys.counts, start_lengths)
         arguments = (
             keys.addresses, keys.wide, keys.counts, codes, named, start_handles, start_lengths, *columns,
-            source.addresses, source.wide, pool.pool, pool.wide, pool.limit, *out, pool_starts,
+            source.addresses, source.wide,
         )  # fmt: skip
-        reason = cpu.insert(self._addresses, call, *arguments)
+        into = pool.pool, pool.wide, pool.limit
+        reason = cpu.insert(self._addresses, call, *arguments, *into, *out, pool_starts)
+        if reason < 0 and self._fits_larger(reason):
+            into = pool.pool, pool.wide, pool.limit
+            reason = cpu.insert(self._addresses, call, *arguments, *into, *out, pool_starts)
         if reason == reasons.NO_POOL_SPACE:
             pool.compact(call, self._numbers[_NODES])
-            reason = cpu.insert(self._addresses, call, *arguments)
+            reason = cpu.insert(self._addresses, call, *arguments, *into, *out, pool_starts)
         if reason < 0:
             self._refuse_insert(reason, slots if is_batch(slots) else [slots])
         if pool.pool == 0:
@@ -569,6 +623,8 @@ class HostIndex(Index):
         before = self._unreturned
         known = 0 if before is None else len(before)
         wanted = wanted - known if wanted > known else 0
+        if self._listener is not None:
+            self._listener.begin()
         score = self.options.order.score
         scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
         keeper = None if self._keeper is None else self._keeper()
@@ -578,10 +634,14 @@ class HostIndex(Index):
         tokens, nodes, ranges = cpu.evict.call(
             self._addresses, call, wanted, scores, kept, pool.pool, pool.wide, room.starts, room.lengths, room.target
         )
+        slots = room.slots(tokens, ranges)
+        self._note_victims(slots)
         if self._numbers[_RELEASED]:
             self._forget_namespaces()
-        result = EvictResult(room.slots(tokens, ranges), known + tokens, nodes)
+        result = EvictResult(slots, known + tokens, nodes)
         self.last_result = result
+        if self._listener is not None:
+            self._listener.tell()
         self._unreturned = None
         self._open = 0
         self._eviction = None  # last: until then, it may have to be returned by the next eviction
@@ -600,6 +660,15 @@ class HostIndex(Index):
             most = wanted + beyond
             most_ranges = min(most_ranges, -(-wanted // page))
         return self._slots.allocate_eviction(before, most, most_ranges)
+
+    def _note_victims(self, slots: torch.Tensor) -> None:
+        """Note the victims of the last eviction for the callback. slots: what it returns, in order."""
+        if self._listener is not None:
+            self._listener.note(freed_last(self._arrays, self._numbers, self._namespaces, slots))
+
+    def _forget_victims(self) -> None:
+        if self._listener is not None:
+            self._listener.forget()
 
     def _scores(self, score: Score) -> np.ndarray:
         rows = self._numbers[_ROWS]
@@ -682,6 +751,7 @@ class HostIndex(Index):
         cpu.reset(self._addresses, call)
         self._namespaces.clear()
         self._unreturned = None
+        self._forget_victims()
         self._open = 0
 
     @public_call
@@ -698,6 +768,8 @@ class HostIndex(Index):
         return Content(self.options, self._arrays, pool.numpy(force=True), 0, self._namespaces.items(), *sizes)
 
     def restore(self, saved: Saved) -> None:
+        if self.options.grows:
+            self._grow(tokens_for(saved, self.options.page_size))
         fill(self._state, self._slots.values, saved)
         self._namespaces.restore(saved["names"])
         cpu.rebuild(self._addresses)

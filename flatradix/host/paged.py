@@ -151,6 +151,9 @@ class PageSlots(SlotPool):
     def finish_compaction(self) -> None:
         return
 
+    def enlarged(self, units: int) -> torch.Tensor:
+        raise AssertionError("a tree of page numbers does not grow")
+
 
 class PagedIndex(HostIndex):
     """A HostIndex with whole calls of a PrefixCache, each in one kernel: see `kernels/cpu/paged.py`.

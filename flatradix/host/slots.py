@@ -12,7 +12,7 @@ from flatradix.host.outputs import Outputs
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.sequences import Batch, Buffer, read_one
 from flatradix.kernels import cpu
-from flatradix.layout.state import committed
+from flatradix.layout.state import committed, untouched
 
 NO_RANGES = np.empty(0, np.int32)
 
@@ -79,6 +79,14 @@ class SlotPool(ABC):
         """Write `counts` slots of each query, from `begins` on, to the pool from `starts` on. See `store_one`."""
 
     @abstractmethod
+    def enlarged(self, units: int) -> torch.Tensor:
+        """Return a larger pool with the slots of this one."""
+
+    def move_to(self, values: torch.Tensor) -> None:
+        """Use what `enlarged` returned. May be called again."""
+        self.values = values
+
+    @abstractmethod
     def of_place(self, handle: int, length: int) -> torch.Tensor | int:
         """Return the slots of one place, [length] of the pool's dtype."""
 
@@ -141,6 +149,15 @@ class HostSlots(SlotPool):
 
     def store(self, source: SlotBatch, begins: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
         return
+
+    def enlarged(self, units: int) -> torch.Tensor:
+        values = untouched(units, self.values.dtype)
+        values[: len(self.values)] = self.values
+        return values
+
+    def move_to(self, values: torch.Tensor) -> None:
+        super().move_to(values)
+        self.pool = values.data_ptr()
 
     def of_place(self, handle: int, length: int) -> torch.Tensor | int:
         out, address = self._outputs.take(length)

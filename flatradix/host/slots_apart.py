@@ -225,6 +225,12 @@ class SlotsApart(SlotPool):
         self._copy(self.values, ranges, out, 0, self.range_list(len(ranges.starts)))
         return out
 
+    def enlarged(self, units: int) -> torch.Tensor:
+        self._refuse_capture()
+        values = torch.zeros(units, dtype=self.values.dtype, device=self.device)
+        values[: len(self.values)] = self.values
+        return values
+
     # Paths
 
     def of_place(self, handle: int, length: int) -> torch.Tensor | int:

@@ -11,6 +11,7 @@ from flatradix.cache.columns import Columns
 from flatradix.errors import QueryError
 from flatradix.inputs.sequences import address_of
 from flatradix.kernels import cpu
+from flatradix.layout.growth import FIRST_TOKENS
 from flatradix.layout.state import allocate_host
 from flatradix.layout.waiting import allocate_waiting
 from flatradix.tree import RadixTree
@@ -37,10 +38,17 @@ def warm_up_host(slot_device: str | torch.device | None) -> None:
     tree.save(file)
     file.seek(0)
     RadixTree.load(file, device="cpu").reset()
+    grow(RadixTree(page_size=2, device="cpu"))
     _take_back()
     use_queue(RadixTree(16, page_size=2, device="cpu"))
     use_cache("cpu", "cpu", 2)
     _use_slots_apart(RadixTree(16, page_size=2, device="cpu", slot_device=slot_device or "cpu"))
+
+
+def grow(tree: RadixTree) -> None:
+    """Insert more than fits into the first arrays of a tree without `max_tokens`."""
+    key = np.zeros(2 * FIRST_TOKENS, np.int64)
+    tree.insert(key, key)
 
 
 def use_queue(tree: RadixTree) -> None:
@@ -118,7 +126,8 @@ def _take_back() -> None:
     cpu.begin_commit(columns.address, no_rows, no_rows, no_rows, np.empty((4, 0), np.int64))
     cpu.end_commit(columns.address, no_rows, no_rows)
     cpu.end_requests(columns.address, no_rows)
-    cpu.pack_changes(columns.address, *[no_rows] * 4, nothing)
+    cpu.count_changes.call(columns.address, *[no_rows] * 3)
+    cpu.pack_changes.call(columns.address, *[no_rows] * 3, address_of(no_rows), address_of(nothing))
     cpu.write_pages(address_of(table), columns.address, no_rows, nothing, no_rows)
 
 

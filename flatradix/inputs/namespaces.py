@@ -70,6 +70,13 @@ class Namespaces:
         if code < len(self._hashes):
             self._hashes[code] = name_hash(name)
 
+    def move_to(self, hashes: np.ndarray) -> None:
+        """Use a longer array of hashes, to which the present ones have been copied. May be called again."""
+        for name, code in self._codes.items():
+            if code >= len(self._hashes):
+                hashes[code] = name_hash(name)
+        self._hashes = hashes
+
     def take_back(self, code: int) -> None:
         """Free the code of an empty namespace."""
         self.version += 1

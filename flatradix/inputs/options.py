@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from flatradix.errors import DeviceUnavailableError
+from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.policy import Order, Policy, order_of
-from flatradix.layout.numbers import MAX_UNITS
-from flatradix.layout.state import pool_units, row_capacity
+from flatradix.layout import growth
 
 EVICT_BY = ("node", "page")
+OnEvict = Callable[[Namespace, np.ndarray, torch.Tensor], object]
 
 
 class Options(NamedTuple):
-    """The arguments of `RadixTree`, explained in its docstring. order: how `policy` orders nodes."""
+    """The arguments of `RadixTree`, explained in its docstring.
+
+    max_tokens: what fits into the arrays now. grows: whether the caller gave no `max_tokens`, so that the arrays grow.
+    order: how `policy` orders nodes.
+    """
 
     max_tokens: int
+    grows: bool
     page_size: int
     policy: Policy
     slot_device: torch.device | None
@@ -26,11 +33,12 @@ class Options(NamedTuple):
     slot_dtype: torch.dtype
     check_slots: bool
     evict_by: str
+    on_evict: OnEvict | None
     order: Order
 
 
 def read_options(
-    max_tokens: int,
+    max_tokens: int | None,
     page_size: int,
     policy: Policy,
     slot_device: str | torch.device | None,
@@ -38,18 +46,27 @@ def read_options(
     slot_dtype: torch.dtype,
     check_slots: bool,
     evict_by: str,
+    on_evict: OnEvict | None,
 ) -> Options:
     """Check the arguments of a tree.
 
     Raises ValueError for an option out of range, DeviceUnavailableError for a slot device that cannot be used.
     """
-    _check_sizes(max_tokens, page_size)
+    _check_positive("page_size", page_size)
+    if max_tokens is None:
+        capacity = growth.first_capacity(page_size)
+    else:
+        _check_positive("max_tokens", capacity := max_tokens)
+    _check_sizes(capacity, page_size)
     if slot_dtype not in (torch.int32, torch.int64):
         raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
     if evict_by not in EVICT_BY:
         raise ValueError(f'evict_by must be "node" or "page", not {evict_by!r}')
+    if not (on_evict is None or callable(on_evict)):
+        raise ValueError(f"on_evict must be a function or None, not {on_evict!r}")
     return Options(
-        int(max_tokens),
+        int(capacity),
+        max_tokens is None,
         int(page_size),
         policy,
         _read_slot_device(slot_device),
@@ -57,17 +74,20 @@ def read_options(
         slot_dtype,
         bool(check_slots),
         evict_by,
+        on_evict,
         order_of(policy),
     )
 
 
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, not {value!r}")
+
+
 def _check_sizes(max_tokens: int, page_size: int) -> None:
-    for name, value in (("max_tokens", max_tokens), ("page_size", page_size)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
     if max_tokens < page_size:
         raise ValueError(f"max_tokens {max_tokens} is less than one page of {page_size}")
-    if pool_units(max_tokens, page_size) > MAX_UNITS or row_capacity(max_tokens, page_size) >= 1 << 28:
+    if growth.is_too_large(max_tokens, page_size):
         raise ValueError(
             f"max_tokens {max_tokens} with page_size {page_size} is too large: at most 1.7e9 tokens and 2.6e8 pages"
         )

@@ -105,6 +105,12 @@ def saved_of(content: Content) -> Saved:
     }
 
 
+def tokens_for(saved: Saved, page_size: int) -> int:
+    """Return the least `max_tokens` of a tree that can hold a saved tree: its tokens, its rows and its namespaces."""
+    pages = max(len(saved["parent"]) - 1, len(saved["namespace_children"]))
+    return max(len(saved["tokens"]), pages * page_size)
+
+
 def fill(state: TreeState, slots: torch.Tensor, saved: Saved) -> None:
     """Write a saved tree into the arrays of an empty tree, and its slots into the slot pool."""
     for name in (*KEPT_COLUMNS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):

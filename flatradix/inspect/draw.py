@@ -90,8 +90,9 @@ def _lines(forest: _Forest, tops: list[NodeView], shown: set[int], details: bool
 def _headline(content: Content) -> str:
     options = content.options
     nodes = f"{content.nodes:,} node" + ("" if content.nodes == 1 else "s")
+    most = "" if options.grows else f" of {options.max_tokens:,}"
     return (
-        f"{content.evictable + content.protected:,} of {options.max_tokens:,} tokens in {nodes}, "
+        f"{content.evictable + content.protected:,}{most} tokens in {nodes}, "
         f"{content.protected:,} locked; page size {options.page_size}, policy "
         f"{'a function' if callable(options.policy) else options.policy}"
     )

@@ -26,7 +26,7 @@ def write(path: File, content: Content) -> None:
     file = saved | {
         "format": FORMAT,
         "settings": {
-            "max_tokens": options.max_tokens,
+            "max_tokens": None if options.grows else options.max_tokens,
             "page_size": options.page_size,
             "policy": _written_policy(options.policy),
             "bigram": options.bigram,

@@ -106,6 +106,14 @@ class Prompts:
             cpu.enter_keys(address_of(table))
             self._set_arrays(larger, table)  # last: a call that is cut short before has changed nothing
 
+    def ensure_rows(self, rows: int) -> None:
+        """Have as many rows as the tree that is watched, which may grow."""
+        had = self.arrays.at_row
+        if rows > len(had):
+            at_row = np.zeros(rows, had.dtype)
+            at_row[: len(had)] = had
+            self._set_arrays(self.arrays._replace(at_row=at_row))
+
     def _enlarge_forest(self, more: int) -> None:
         """Make space for at least `more` units in one piece."""
         old = self._forest

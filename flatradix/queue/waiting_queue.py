@@ -18,7 +18,7 @@ from flatradix.inputs.ragged import read_batch
 from flatradix.inputs.sequences import Buffer, read_host_key
 from flatradix.kernels import cpu
 from flatradix.layout import waiting
-from flatradix.layout.numbers import MAX_TOKEN
+from flatradix.layout.numbers import MAX_TOKEN, MAX_UNITS
 from flatradix.queue import orders
 from flatradix.queue.orders import Columns, OrderFunction
 from flatradix.queue.watch import HostWatch, Watch
@@ -296,7 +296,7 @@ class WaitingQueue:
         order: a policy of `order`, or ids in the order in which they are considered.
         token_budget: the most tokens to compute in all. max_requests: the most requests.
         free_tokens: slots that are free beside the tree's evictable tokens; None is what the tree may still hold.
-            A negative number reserves evictable tokens.
+            A negative number reserves evictable tokens. A tree without `max_tokens` may hold all: give a number.
         reserve: slots that each request needs besides its prompt, as for its first output.
         skip: go on behind a request that does not fit; otherwise it ends the plan.
         whole_pages: count the slots of each request in whole pages, as an allocator of pages does.
@@ -322,7 +322,7 @@ class WaitingQueue:
         ids, rows, cached, leaves = self._prompts.columns(entries, "id", "row", "length", "leaf")
         tokens = self._prompts.arrays.tokens[entries].astype(np.int64)
         paths = self.tree.index.paths()
-        free = self.tree.max_tokens - paths.evictable - paths.protected
+        free = (self.tree.max_tokens or MAX_UNITS) - paths.evictable - paths.protected
         if free_tokens is not None:
             free = _limit(free_tokens, "free_tokens", -_NO_LIMIT)
         if whole_pages:

@@ -49,9 +49,10 @@ class HostWatch(Watch):
     def __init__(self, index: HostIndex, keep: bool, left: int) -> None:
         self._index = index
         tree = self._tree = index.watched
-        self.prompts = Prompts(tree.options.page_size, tree.options.bigram, len(tree.state.parent), left)
+        rows = tree.numbers[numbers.ROW_CAPACITY]
+        self.prompts = Prompts(tree.options.page_size, tree.options.bigram, rows, left)
         counts = self.prompts.arrays.counts
-        counts[waiting.READ] = int(tree.state.numbers[numbers.EVENTS])
+        counts[waiting.READ] = tree.numbers[numbers.EVENTS]
         counts[waiting.KEEP] = keep
         self._names_seen = -1, -1
         if keep:
@@ -72,6 +73,7 @@ class HostWatch(Watch):
 
     def _look(self) -> None:
         prompts, tree = self.prompts, self._tree
+        prompts.ensure_rows(tree.numbers[numbers.ROW_CAPACITY])
         if (tree.namespaces.version, prompts.names_version) != self._names_seen:
             self._read_codes()
         cpu.look.call(tree.addresses, prompts.address, prompts.pool)

@@ -2,6 +2,7 @@
 
 from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.digest import digest
+from flatradix.kernels.cpu.enlarge import enlarge
 from flatradix.kernels.cpu.evict import evict
 from flatradix.kernels.cpu.insert import insert, insert_one, take_back_insert
 from flatradix.kernels.cpu.jit import address_table, running_table, waiting_table
@@ -13,6 +14,7 @@ from flatradix.kernels.cpu.paged import (
     admit,
     commit,
     compact_pages,
+    count_changes,
     find_prompts,
     give_page_list,
     grow,
@@ -77,11 +79,13 @@ __all__ = [
     "commit",
     "compact",
     "compact_pages",
+    "count_changes",
     "count_paths",
     "depth_first",
     "digest",
     "end_commit",
     "end_requests",
+    "enlarge",
     "enter_keys",
     "enter_rows",
     "entries_by_age",

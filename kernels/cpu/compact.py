@@ -63,9 +63,9 @@ def _slide_wide(values, source, target, count):
         array[target + j] = array[source + j]
 
 
-@kernel
-def plan_compaction(addresses, sources, targets, lengths):
-    """Fill the arrays, int32 [nodes], with all moves in ascending order. No target is above its source."""
+@helper
+def plan_moves(addresses, sources, targets, lengths):
+    """Do what `plan_compaction` does, for kernels that compact."""
     s = open_state(addresses)
     end = np.int64(0)
     at = 0
@@ -76,11 +76,14 @@ def plan_compaction(addresses, sources, targets, lengths):
 
 
 @kernel
-def compact(addresses, call, pool, pool_wide):
-    """Slide the tokens, and the slots of the pool at the address `pool`. If it is 0, the caller moves the slots.
+def plan_compaction(addresses, sources, targets, lengths):
+    """Fill the arrays, int32 [nodes], with all moves in ascending order. No target is above its source."""
+    plan_moves(addresses, sources, targets, lengths)
 
-    O(cached tokens). All memory is allocated before anything changes.
-    """
+
+@helper
+def slide_all(addresses, call, pool, pool_wide):
+    """Do what `compact` does, for kernels that compact."""
     s = open_state(addresses)
     order = _rows_by_start(s)
     for word in range((s.numbers[numbers.POOL_PAGES] + 63) // 64):
@@ -104,3 +107,12 @@ def compact(addresses, call, pool, pool_wide):
         mark(s, np.int64(0), end, True)
     s.numbers[numbers.POOL_CURSOR] = end // s.numbers[numbers.PAGE]
     note_change(s, call, numbers.COMPACTED, 0, 0, 0)
+
+
+@kernel
+def compact(addresses, call, pool, pool_wide):
+    """Slide the tokens, and the slots of the pool at the address `pool`. If it is 0, the caller moves the slots.
+
+    O(cached tokens). All memory is allocated before anything changes.
+    """
+    slide_all(addresses, call, pool, pool_wide)

@@ -218,5 +218,5 @@ def evict(addresses, call, missing, scores, keeper, pool, pool_wide, starts, len
     if by_scores:
         _empty_queue(s)
     ranges = _gather_victims(s, tokens, nodes, shortened, pool, pool_wide, starts, lengths, slots)
-    note_change(s, call, numbers.EVICTED, 0, tokens, ranges)
+    note_change(s, call, numbers.EVICTED, shortened, tokens, ranges)
     return tokens, nodes, ranges

@@ -207,16 +207,12 @@ def insert_one(
     return length, end, handle, target
 
 
-@kernel
-def insert(
+@helper
+def insert_all(
     addresses, call, keys, wide, counts, namespaces, named, start_handles, start_lengths, priorities, inserted,
     slots, slots_wide, pool, pool_wide, limit, prefix_lengths, lengths, handles, pool_starts,
 ):  # fmt: skip
-    """Insert a batch in order, all of it or nothing; return 0 or the reason.
-
-    `keys` and `slots`, int64 [B], are addresses; `counts` are in tokens; `namespaces` are codes. Fills `prefix_lengths`
-    and `lengths`, int32 [B], `handles`, int64 [B], and `pool_starts`, int64 [B]: the pool index of the new units.
-    """
+    """Do what `insert` does, for kernels that insert."""
     s = open_state(addresses)
     needed = np.int64(0)
     for query in range(len(keys)):
@@ -261,6 +257,22 @@ def insert(
         handles[query] = handle_of(s, handles[query])
     note_change(s, call, numbers.INSERTED, 0, 0, 0)
     return np.int64(0)
+
+
+@kernel
+def insert(
+    addresses, call, keys, wide, counts, namespaces, named, start_handles, start_lengths, priorities, inserted,
+    slots, slots_wide, pool, pool_wide, limit, prefix_lengths, lengths, handles, pool_starts,
+):  # fmt: skip
+    """Insert a batch in order, all of it or nothing; return 0 or the reason.
+
+    `keys` and `slots`, int64 [B], are addresses; `counts` are in tokens; `namespaces` are codes. Fills `prefix_lengths`
+    and `lengths`, int32 [B], `handles`, int64 [B], and `pool_starts`, int64 [B]: the pool index of the new units.
+    """
+    return insert_all(
+        addresses, call, keys, wide, counts, namespaces, named, start_handles, start_lengths, priorities, inserted,
+        slots, slots_wide, pool, pool_wide, limit, prefix_lengths, lengths, handles, pool_starts,
+    )  # fmt: skip
 
 
 @helper

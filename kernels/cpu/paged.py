@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
-from flatradix.kernels.cpu.compact import compact, plan_compaction
-from flatradix.kernels.cpu.insert import insert
-from flatradix.kernels.cpu.jit import fixed_types, helper, int32_at, kernel, open_running, open_state
+from flatradix.kernels.cpu.compact import plan_moves, slide_all
+from flatradix.kernels.cpu.insert import insert_all
+from flatradix.kernels.cpu.jit import fixed_types, helper, int32_at, int64_at, kernel, open_running, open_state
 from flatradix.kernels.cpu.lock import lock_place, unlock_row
 from flatradix.kernels.cpu.requests import (
     end_request,
@@ -99,21 +99,33 @@ def write_pages(addresses, cache, handles, lengths, rows):
         _write_path(s, c, resolve(s, handles[query], length), np.int64(0), length, rows[query])
 
 
-@kernel
-def pack_changes(cache, rows, begins, ends, where, pages):
-    """Fill `where`, int64, and `pages`, int32, with the place in the page table, and the content, of some columns.
-
-    begins, ends: in tokens, the columns of each row.
-    """
+@fixed_types("(int64, int64[::1], int64[::1], int64[::1])")
+def count_changes(cache, rows, begins, ends):
+    """Return how many pages `pack_changes` packs."""
     c = open_running(cache)
-    count = 0
+    count = np.int64(0)
     for query in range(len(rows)):
-        first = rows[query] * c.counts[running.WIDTH]
-        for at in range(page_count(c, begins[query]), page_count(c, ends[query])):
-            where[count] = first + at
-            pages[count] = c.pages[first + at]
-            count += 1
+        count += page_count(c, ends[query]) - page_count(c, begins[query])
     return count
+
+
+@fixed_types("(int64, int64[::1], int64[::1], int64[::1], int64, int64)")
+def pack_changes(cache, rows, begins, ends, ranges, pages):
+    """Copy the pages of tokens `begins` to `ends` of each row to the address `pages`, int32, one behind the other.
+
+    ranges: address of int64 [3, B]. Row 0 gets the sum of the counts up to and including each row, row 1 zeros, row 2
+    the position of the pages in the page table, minus the sum of the counts before.
+    """
+    c, where, target = open_running(cache), int64_at(ranges), int32_at(pages)
+    many, count = len(rows), np.int64(0)
+    for query in range(many):
+        first = rows[query] * c.counts[running.WIDTH]
+        begin, end = page_count(c, begins[query]), page_count(c, ends[query])
+        where[many + query], where[2 * many + query] = 0, first + begin - count
+        for at in range(begin, end):
+            target[count] = c.pages[first + at]
+            count += 1
+        where[query] = count
 
 
 # Begin
@@ -237,7 +249,7 @@ def commit(addresses, cache, call, rows, known, ends, codes, replaced):
         inserted[count] = get(c, running.COUNTED, row)
         count += 1
     if count > 0:
-        reason = insert(
+        reason = insert_all(
             addresses, call, keys[:count], False, counts[:count], spaces[:count], named[:count], places[:count],
             begins[:count], priorities[:count], inserted[:count], keys[:count], False, np.int64(0), False, np.int64(0),
             target[0, :count], target[1, :count], out_handles[:count], starts[:count],
@@ -331,8 +343,8 @@ def compact_pages(addresses, call, pool, moves):
     """Compact the pools of a tree, and the page pool at the address `pool`. moves: int32 [3, nodes], memory."""
     s = open_state(addresses)
     page, pages = s.numbers[numbers.PAGE], int32_at(pool)
-    plan_compaction(addresses, moves[0], moves[1], moves[2])
-    compact(addresses, call, np.int64(0), False)
+    plan_moves(addresses, moves[0], moves[1], moves[2])
+    slide_all(addresses, call, np.int64(0), False)
     for at in range(moves.shape[1]):
         source, target = np.int64(moves[0, at]) // page, np.int64(moves[1, at]) // page
         for place in range(np.int64(moves[2, at]) // page):

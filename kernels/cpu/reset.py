@@ -6,7 +6,7 @@ import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change
 from flatradix.kernels.cpu.children import refill
-from flatradix.kernels.cpu.jit import kernel, open_state
+from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.pool import mark
 from flatradix.kernels.cpu.queue import clear, refill_queue
 from flatradix.kernels.cpu.rows import note_event
@@ -38,10 +38,9 @@ def reset(addresses, call):
     note_change(s, call, numbers.RESET, 0, 0, 0)
 
 
-@kernel
-def rebuild(addresses):
-    """Rebuild the child table, the pool's bitmap, LONGEST and the queue from the rows."""
-    s = open_state(addresses)
+@helper
+def fill_derived(s):
+    """Fill the child table, the pool's empty bitmap, LONGEST and the queue from the rows."""
     entries = np.int64(SMALLEST_TABLE)
     while entries < 2 * s.numbers[numbers.NODES]:
         entries *= 2
@@ -53,3 +52,9 @@ def rebuild(addresses):
             longest = max(longest, np.int64(s.length[row]))
     s.numbers[numbers.LONGEST] = longest
     refill_queue(s)
+
+
+@kernel
+def rebuild(addresses):
+    """Build what follows from the rows of a tree that was just loaded."""
+    fill_derived(open_state(addresses))

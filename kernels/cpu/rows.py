@@ -74,8 +74,12 @@ def take_row(s):
 
 @helper
 def free_row(s, row):
-    """Free a row. Its handles go stale; its `start` and `length` stay readable until the row is used again."""
+    """Free a row. Its handles go stale. Until the row is used again, its `start` and `length` stay readable.
+
+    `own_locks`, which is 0 then, holds its parent, for those who want to know the key of what was freed.
+    """
     begin = np.int64(s.end[row]) - s.length[row]
+    s.own_locks[row] = s.parent[row]
     note_event(s, numbers.FREED, row, (np.int64(s.parent[row]) << 32) | begin)
     mark(s, s.start[row], s.length[row], False)
     release_row(s, row)

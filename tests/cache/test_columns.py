@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from flatradix import PrefixCache, QueryError, Ragged
+from flatradix.cache.input import Prompts, read_prompts
+from flatradix.inputs.sequences import Batch
 from tests.support.prefix_engine import engine, fingerprints
 
 # Batches
@@ -74,6 +76,18 @@ def test_prompts_in_a_ragged(where: dict[str, str], dtype: torch.dtype, place: s
     again = this.cache.begin(Ragged.from_sequences(prompts[:1]).to(this.cache.tree.device))
     assert again.cached_lengths.tolist() == [4]
     this.cache.check()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_prompts_come_back_from_a_device(count: int) -> None:
+    """As when one of them does not fit. Any number of them, with a Ragged in host memory in place of a GPU's."""
+    ragged = Ragged.from_sequences([[at, at + 1] for at in range(count)])
+    read = read_prompts(ragged, None, 0, torch.device("cpu"))
+    names = ["a", *[None] * (count - 1)]
+    tokens = Batch(read.tokens.addresses, read.counts, True, ragged)
+    found = Prompts(tokens, names, read.priorities, ragged, 2).on_host()
+    assert (found.on_device, found.names) == (None, names)
+    assert [found.array(at).tolist() for at in range(count)] == [[at, at + 1] for at in range(count)]
 
 
 def test_a_bad_token_changes_nothing(where: dict[str, str]) -> None:

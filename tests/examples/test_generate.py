@@ -122,6 +122,29 @@ def test_decoding_past_the_ends_of_pages(model: torch.nn.Module) -> None:
     jobs = engine.generate(prompts, 32)
     assert_plain(model, jobs)
     idle(engine)
+    # A decode step takes one call of the cache: the first token of each prompt comes from its prefill.
+    calls = {name: len(seconds) for name, seconds in engine.times.calls.items()}
+    assert calls == {"begin": 6, "commit": 6, "step": 31, "extend": 0, "finish": 1}
+    assert len(engine.times.steps) == 31
+    assert engine.times.steps[:-1] == engine.times.calls["step"][:-1]
+    assert engine.times.steps[-1] == engine.times.calls["step"][-1] + engine.times.calls["finish"][0]
+
+
+def test_output_is_cached_while_its_request_runs(model: torch.nn.Module) -> None:
+    """The engine passes each token on when it is generated; whole pages of them are then in the tree."""
+    engine = Engine(model, 128, page_size=4, max_length=64)
+    seen, committed = [], []
+
+    def look(done: int) -> None:
+        if not done:
+            (request,) = engine.cache.running
+            seen.append(request.tokens.tolist())
+            committed.append(request.committed)
+
+    (job,) = engine.generate([prompt(6, 1)], 12, progress=look)
+    assert_plain(model, [job])
+    assert seen == [job.prompt + job.output[:count] for count in range(11)]  # all but the newest
+    assert committed == [4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12]
 
 
 def test_refused_requests_begin_later(model: torch.nn.Module) -> None:
@@ -139,6 +162,7 @@ def test_preempted_requests_go_on(model: torch.nn.Module, page_size: int) -> Non
     engine = Engine(model, 160, page_size, max_length=96)
     jobs = engine.generate([prompt(48, seed) for seed in (7, 8, 9)], 40)
     assert engine.preempted > 0
+    assert engine.times.calls["extend"]
     assert_plain(model, jobs)
     idle(engine)
     # The KV that the last job left is found under the right tokens.
@@ -227,3 +251,14 @@ def test_the_script(tmp_path: Path) -> None:
     turns = [line.split() for line in done.stdout.splitlines() if line.strip()[:1] in ("1", "2")]
     assert [turn[:4] for turn in turns] == [["1", "2", "100", "32"], ["2", "2", "126", "96"]]
     assert all("6 of 6" in " ".join(turn) for turn in turns)
+    times = done.stdout.partition("host time in calls of the cache, with reuse\n")[2].splitlines()
+    assert times[0].split() == ["calls", "median", "us", "total", "us"]
+    found = [(line[:12].strip(), *line[12:].split()) for line in times[1:]]
+    assert [row[:2] for row in found] == [
+        ("begin", "4"),
+        ("commit", "4"),
+        ("step", "4"),
+        ("finish", "2"),
+        ("decode step", "4"),
+    ]
+    assert all(float(middle) <= float(total) for _, _, middle, total in found)

@@ -53,7 +53,6 @@ class Run:
 
     def __init__(self, kind: str, pages: int, page: int, rows: int = ROWS, width: int = WIDTH) -> None:
         context = minisgl.core.Context(page)
-        context.kv_cache = SimpleNamespace(k_cache=lambda _: torch.empty(pages + 1, page))
         minisgl.core._GLOBAL_CTX = context
         table = torch.zeros(rows, width, dtype=torch.int32)
         self.manager = minisgl.scheduler_cache.CacheManager(pages, page, table, kind)

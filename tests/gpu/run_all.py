@@ -7,6 +7,7 @@ the steps that cannot run here.
               compiles all kernels on the way
   soak-queue  twelve processes with random programs of a waiting queue; 100,000 operations in all, if --queue-seconds
               allows
+  soak-cache  six processes with random programs of a PrefixCache, half of its calls with the index on the GPU
   pytest      python3 -m pytest -m gpu, in parallel if pytest-xdist is installed
   reference   all reference rows of a trace (--traces FOLDER)
   memcheck, racecheck   compute-sanitizer over a short soak, if it is installed
@@ -29,7 +30,7 @@ from pathlib import Path
 from tests.gpu.soak import CONFIGURATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ("soak", "soak-queue", "pytest", "reference", "memcheck", "racecheck", "bench", "index")
+STEPS = ("soak", "soak-queue", "soak-cache", "pytest", "reference", "memcheck", "racecheck", "bench", "index")
 OPERATIONS = 100_000
 QUEUE_SOAKS = 12
 # The first rounds of two processes lie so far apart. One more than a multiple of the number of configurations: no two
@@ -50,6 +51,13 @@ def queue_soaks(options: argparse.Namespace) -> Iterator[Command]:
     for number in range(QUEUE_SOAKS):
         arguments = ["--seed", str(options.seed), "--round", str(number * ROUNDS_APART), "--operations", str(each)]
         yield f"soak-queue{number}", ["-m", "tests.gpu.soak_queue", *arguments, "--seconds", str(options.queue_seconds)]
+
+
+def cache_soaks(options: argparse.Namespace) -> Iterator[Command]:
+    for device in ("cuda", "cpu"):
+        arguments = ["--device", device, "--kv", "cuda", "--seed", str(options.seed), "--processes", "3"]
+        limits = ["--operations", str(OPERATIONS // 2), "--seconds", str(options.queue_seconds)]
+        yield f"soak-cache-{device}", ["-m", "tests.cache.soak", *arguments, *limits]
 
 
 def tests(options: argparse.Namespace) -> Iterator[Command]:
@@ -88,6 +96,7 @@ def commands(step: str, options: argparse.Namespace) -> list[Command]:
     makers = {
         "soak": soaks,
         "soak-queue": queue_soaks,
+        "soak-cache": cache_soaks,
         "pytest": tests,
         "reference": references,
         "bench": benchmarks,
@@ -134,7 +143,9 @@ def main() -> int:
     parser.add_argument("--traces", type=Path, help="folder of the trace and its reference figures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=150, help="the longest that the soak goes on")
-    parser.add_argument("--queue-seconds", type=int, default=240, help="the longest that the queue's soak goes on")
+    parser.add_argument(
+        "--queue-seconds", type=int, default=240, help="the longest that the soaks of queue and cache go on"
+    )
     parser.add_argument("--limit", type=int, default=400, help="seconds after which a step is stopped")
     options = parser.parse_args()
     options.out = options.out.resolve()

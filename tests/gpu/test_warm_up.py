@@ -55,6 +55,6 @@ def use_everything(tree: RadixTree, tmp_path: Path) -> None:
 def test_nothing_is_compiled_after_the_warm_up(options: dict, tmp_path: Path) -> None:
     flatradix.warm_up("cpu")
     before = signatures()
-    assert set(before.values()) == {1}, "warm_up leaves something out"
+    assert {name: count for name, count in before.items() if count != 1} == {}, "warm_up leaves something out"
     use_everything(RadixTree(64, device="cpu", **options), tmp_path)
     assert signatures() == before

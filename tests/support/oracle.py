@@ -93,6 +93,14 @@ class Evicted(NamedTuple):
     num_nodes: int
 
 
+class Told(NamedTuple):
+    """A victim. tokens: of its key, up to the end of what was freed. slots: those that were freed, the last ones."""
+
+    namespace: Namespace
+    tokens: list[int]
+    slots: list[int]
+
+
 class Key(NamedTuple):
     """A whole key. units: from the root on. start: how many of them came from `start=`."""
 
@@ -161,6 +169,7 @@ class Oracle:
         self.clock = 0
         self.tops: dict[Namespace, dict[Page, Node]] = {}
         self.keeper: Keeper | None = None
+        self.told: list[Told] = []  # the victims of the last eviction
 
     # Content
 
@@ -198,6 +207,11 @@ class Oracle:
         """Return the units of the tokens, cut down to whole pages."""
         units: list[Unit] = list(pairwise(tokens)) if self.bigram else list(tokens)
         return units[: len(units) // self.page_size * self.page_size]
+
+    def tokens_of_path(self, node: Node) -> list[int]:
+        """Return the tokens of which the path to a node's end consists."""
+        path = node.path()
+        return [path[0][0], *(second for _, second in path)] if self.bigram else path
 
     def first_page(self, units: list[Unit]) -> Page:
         return tuple(units[: self.page_size])
@@ -492,6 +506,7 @@ class Oracle:
         pinned = {node for node in self.nodes() if node.wants > 0}
         prompts = [list(node.upwards()) for node in self.keeper.nodes_to_give_up()] if self.keeper else []
         self.tail: list[int] = []
+        self.told = []
         victims: list[Node] = []
         self.evict_by_policy(num_tokens, victims, scores, pinned | every(prompts))
         for number, path in enumerate(prompts):
@@ -522,7 +537,9 @@ class Oracle:
         """Free a node, or by pages only as many of its last pages as are missing. Its soft pins end in both cases."""
         self.add_wants(node, -node.own_wants)
         left = node.length - -(-self.missing(num_tokens, victims) // self.page_size) * self.page_size
-        if self.evict_by == "page" and left > 0:
+        begin = left if self.evict_by == "page" and left > 0 else 0
+        self.told.append(Told(node.namespace, self.tokens_of_path(node), node.slots[begin:]))
+        if begin > 0:
             self.tail = node.slots[left:]
             node.units, node.slots = node.units[:left], node.slots[:left]
         else:

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from flatradix import CapacityError, RadixTree, StaleHandleError, slru
+from flatradix.inputs.options import OnEvict
 from flatradix.inspect.nodes import nodes_of
+from flatradix.layout import growth
 from tests.support.devices import settled
 from tests.support.forms import FORMS, FORMS_THERE, as_ragged, poison, poison_results
 from tests.support.inside import index_of
 from tests.support.notes import note
-from tests.support.oracle import LARGEST, ROOT, Oracle, Place, dump, dump_tree
+from tests.support.oracle import LARGEST, ROOT, Oracle, Place, Told, dump, dump_tree
 
 NAMES = (None, None, None, "a", b"a", "")
 HELD_MOST = 10
@@ -56,12 +58,18 @@ class Held(NamedTuple):
     place: Place
 
 
-class Side:
-    """One of the trees that get the same calls."""
+def recorder(told: list[Told]) -> OnEvict:
+    """Return an `on_evict` that writes down what it is called with."""
+    return lambda namespace, tokens, slots: told.append(Told(namespace, tokens.tolist(), slots.tolist()))
 
-    def __init__(self, number: int, tree: RadixTree) -> None:
+
+class Side:
+    """One of the trees that get the same calls. told: what its `on_evict` was called with."""
+
+    def __init__(self, number: int, tree: RadixTree, told: list[Told]) -> None:
         self.number = number
         self.tree = tree
+        self.told = told
 
     def places(self, held: Sequence[Held]) -> Any:
         """Return a batch of places for this tree, in new memory."""
@@ -86,7 +94,7 @@ SLOT_DEVICES = st.sampled_from([None, "cpu"])
 START: dict[str, Any] = {
     "policy": st.sampled_from(POLICIES),
     "random": SEEDS,
-    "pages": st.sampled_from([6, 15, 31, 63, 64]),
+    "pages": st.sampled_from([6, 15, 31, 63, 64, None]),
     "odd": st.booleans(),
     "wide_slots": st.booleans(),
     "slot_device": SLOT_DEVICES,
@@ -118,27 +126,34 @@ class Machine(RuleBasedStateMachine):
         self.locks: list[Held] = []
         self.seen: dict[str, Any] = {}
         self.digests: dict[Any, str] = {}
+        self.patches = pytest.MonkeyPatch()
 
     @initialize(**START)
     def start(
         self,
         policy: Any,
         random: Random,
-        pages: int,
+        pages: int | None,
         odd: bool,
         wide_slots: bool,
         slot_device: str | None,
         evict_by: str,
     ) -> None:
-        max_tokens = pages * self.page_size + (self.page_size - 1 if odd else 0)
+        max_tokens = None
+        if pages is None:  # the tree grows from 4 pages on
+            self.patches.setattr(growth, "FIRST_TOKENS", 4 * self.page_size)
+        else:
+            max_tokens = pages * self.page_size + (self.page_size - 1 if odd else 0)
         slot_dtype = torch.int64 if wide_slots else torch.int32
         self.policy = policy
         self.slot_device = slot_device
         self.next_slot = 2**40 if wide_slots else 0
         self.largest_slot = torch.iinfo(slot_dtype).max
-        self.oracle = Oracle(max_tokens, self.page_size, policy, self.bigram, self.largest_slot, evict_by)
+        most = 10**6 if max_tokens is None else max_tokens
+        self.oracle = Oracle(most, self.page_size, policy, self.bigram, self.largest_slot, evict_by)
         self.sides = []
         for name in (self.device, "cpu")[: 1 + (self.device != "cpu")]:
+            told: list[Told] = []
             tree = RadixTree(
                 max_tokens,
                 self.page_size,
@@ -148,12 +163,16 @@ class Machine(RuleBasedStateMachine):
                 bigram=self.bigram,
                 slot_dtype=slot_dtype,
                 evict_by=evict_by,
+                on_evict=recorder(told),
             )
-            self.sides.append(Side(len(self.sides), tree))
+            self.sides.append(Side(len(self.sides), tree, told))
         roots = [side.tree.match([[]], touch=False).handle for side in self.sides]
         self.root = Held(tuple(roots), 0, ROOT)
         self.held.append(self.root)
         self.insert_batch(random)
+
+    def teardown(self) -> None:
+        self.patches.undo()
 
     # Shared by the rules
 
@@ -392,8 +411,10 @@ class Machine(RuleBasedStateMachine):
         self.insert(random, queries, slots, exact=False)
 
     def evict(self, num_tokens: int) -> None:
+        self.on_each(lambda side: side.told.clear())
         found = self.expect(lambda: self.oracle.evict(num_tokens), lambda side: side.tree.evict(num_tokens))
         if found is not None:
+            assert all(side.told == self.oracle.told for side in self.sides)
             expected, results = found
             for result in results:
                 assert result.slots.tolist() == expected.slots
@@ -550,7 +571,8 @@ class Machine(RuleBasedStateMachine):
         self.tree.save(file)  # type: ignore[arg-type]
         file.seek(0)
         policy = self.policy if callable(self.policy) else None
-        loaded = RadixTree.load(file, self.device, slot_device, policy)  # type: ignore[arg-type]
+        on_evict = recorder(self.sides[0].told)
+        loaded = RadixTree.load(file, self.device, slot_device, policy, on_evict)  # type: ignore[arg-type]
         assert loaded.digest() == self.tree.digest() == digest
         assert dump_tree(loaded) == dump_tree(self.tree)
         loaded.check()
