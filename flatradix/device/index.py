@@ -105,9 +105,9 @@ class DeviceIndex(Index):
 
         Old arrays are kept until the tree is deleted: a stream may still use them.
         """
-        scratch = self._arrays.scratch
-        if batch <= scratch.batch:
+        if batch <= self._arrays.batch:
             return
+        scratch = self._arrays.scratch
         if self._calls.is_capturing():
             raise RuntimeError(f"run a batch of {batch} once before a CUDA graph is captured with it")
         self._retired.append(scratch)

@@ -115,13 +115,14 @@ def _direct_launch(compiled: Any, arrays: Arrays, changing: int, warps: int, coo
 class Arrays(NamedTuple):
     """The arrays of one tree as kernels take them: tensors to compile and interpret with, addresses to launch with.
 
-    device: CUDA index, -1 where kernels are interpreted. rows: row capacity. pool: address of the slot pool, [2 P] of
+    device: CUDA index, -1 where kernels are interpreted. rows: row capacity. batch: the largest batch. pool: address of the slot pool, [2 P] of
     int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: the direct launches so far, which hold
     these addresses. The tensors must outlive the Arrays.
     """
 
     device: int
     rows: int
+    batch: int
     page: int
     bigram: bool
     pool: int
@@ -143,15 +144,15 @@ def arrays_of(state: TreeState, scratch: Scratch, pool: torch.Tensor, page: int,
         Scratch._make(tensor.data_ptr() for tensor in scratch),
     )
     return Arrays(
-        _index(state.numbers.device), len(state.parent), page, bigram, pool.data_ptr(), pool.dtype == torch.int64,
-        state, scratch, (state, scratch), addresses, {},
+        _index(state.numbers.device), len(state.parent), scratch.batch, page, bigram, pool.data_ptr(),
+        pool.dtype == torch.int64, state, scratch, (state, scratch), addresses, {},
     )  # fmt: skip
 
 
 def no_arrays(device: torch.device) -> Arrays:
     """Return the Arrays for kernels that take neither state nor scratch."""
     nothing: Any = None
-    return Arrays(_index(device), 0, 1, False, 0, False, nothing, nothing, (), (), {})
+    return Arrays(_index(device), 0, 0, 1, False, 0, False, nothing, nothing, (), (), {})
 
 
 class Pointer:
