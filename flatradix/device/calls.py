@@ -47,9 +47,12 @@ class Calls:
         self._last = self._last % mail.CALL_MASK + 1
         return self._last
 
-    def enqueued(self, call: int, changes: bool = True) -> None:
-        """Make every later wait include `call`, which is enqueued by now. changes: whether it may change a size."""
-        if self.is_capturing():
+    def enqueued(self, call: int, changes: bool = True, captured: bool | None = None) -> None:
+        """Make every later wait include `call`, which is enqueued by now. changes: whether it may change a size.
+
+        captured: what `is_capturing` has returned, if it was asked.
+        """
+        if self.is_capturing() if captured is None else captured:
             self.captured = True
         else:
             self.enqueued_outside(call, changes)

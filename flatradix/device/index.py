@@ -264,19 +264,17 @@ class DeviceIndex(Index):
 
     def _match_key(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
         """Match one key in host memory. The kernel reads a short key from pinned memory."""
-        address, count, wide, _owner = key
-        if count * 8 > STAGED_BYTES:
+        if key[1] * 8 > STAGED_BYTES:
             return self._match_values(of_key(key, self.device), namespace, touch, lock, None)
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
         if self._calls.is_capturing():
             raise RuntimeError(HOST_IN_GRAPH)
         call = self._calls.next()
         awaited = self._results.one(self, call)
-        out = awaited.output()
+        place, stages = awaited.place(), self._stages
         if lock:
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, awaited.place())
-        stages = self._stages
-        while not gpu.match_one(self._arrays, stages.desk, (address, count, wide), name, out, call, touch, lock):
+            self._open = OpenCall(interrupted.LOCK, call, self._changes, place)
+        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, lock):
             stages.wait()
         self._calls.enqueued_outside(call, lock)
         return late_match(awaited)
@@ -298,7 +296,7 @@ class DeviceIndex(Index):
         if lock:
             self._open = OpenCall(interrupted.LOCK, call, self._changes, late.place())
         gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, lock)
-        self._calls.enqueued(call, lock)
+        self._calls.enqueued(call, lock, captured)
         return late_match(late)
 
     def _late_result(self, keys: Values, call: int, told: int = -1, captured: bool = False) -> Awaited | Batch:
@@ -404,11 +402,12 @@ class DeviceIndex(Index):
         old = self._starts(places, keys.batch)
         self._open = _NOTHING_YET
         call = self._calls.next()
-        late = self._results.many(self, call, keys.batch, captured=self._calls.is_capturing())
+        captured = self._calls.is_capturing()
+        late = self._results.many(self, call, keys.batch, captured=captured)
         if keys.batch:
             self._ensure_scratch(keys.batch)
             gpu.rematch(self._arrays, keys, names, old, late.output(), call)
-            self._calls.enqueued(call, False)
+            self._calls.enqueued(call, False, captured)
         self._open = None
         return late_match(late)
 

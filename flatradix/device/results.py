@@ -175,7 +175,7 @@ class Results:
         """Return a chunk, and where `count` places begin in it that are not in use yet. alone: in a new chunk."""
         if alone or count > _MOST:
             return _new_chunk(self._device, count), 0
-        if self._used + count > _CHUNK:
+        if self._used + count > _CHUNK or not self._chunks:
             self._chunks.append(_new_chunk(self._device, _CHUNK))
             self._used = 0
         self._used += count

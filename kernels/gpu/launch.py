@@ -115,9 +115,9 @@ def _direct_launch(compiled: Any, arrays: Arrays, changing: int, warps: int, coo
 class Arrays(NamedTuple):
     """The arrays of one tree as kernels take them: tensors to compile and interpret with, addresses to launch with.
 
-    device: CUDA index, -1 where kernels are interpreted. rows: row capacity. batch: the largest batch. pool: address of the slot pool, [2 P] of
-    int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: the direct launches so far, which hold
-    these addresses. The tensors must outlive the Arrays.
+    device: CUDA index, -1 where kernels are interpreted. rows: row capacity. batch: the largest batch. pool: address of
+    the slot pool, [2 P] of int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: the direct
+    launches so far, which hold these addresses. The tensors must outlive the Arrays.
     """
 
     device: int

@@ -228,14 +228,15 @@ def _single(page: int, bigram: bool, touch: bool, lock: bool, wide: bool) -> Var
 
 
 def match_one(
-    arrays: Arrays, desk: Desk, key: tuple[int, int, bool], name: int, out: Output, call: int, touch: bool, lock: bool
+    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, out: PlaceAddresses, call: int,
+    touch: bool, lock: bool,
 ) -> bool:  # fmt: skip
     """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
-    key: (address, number of tokens, whether they are int64), at most STAGED_BYTES.
+    key: (address, number of tokens, whether they are int64, their owner), at most STAGED_BYTES.
     name, out: as for `match`.
     """
-    address, count, wide = key
+    address, count, wide, _owner = key
     size = count * 8 if wide else count * 4
     variant = _single(arrays.page, arrays.bigram, touch, lock, wide)
     direct = arrays.direct.get(variant)
