@@ -66,7 +66,7 @@ def _look_up(tree: RadixTree, keys: torch.Tensor) -> Callable[[], torch.Tensor |
     query = ragged(keys)
     if keys.is_cpu and keys.is_pinned():
         query.offsets = query.offsets.pin_memory()
-    return lambda: tree.match(query).lengths.cpu()
+    return lambda: tree.match(query).host_lengths
 
 
 def _seconds(setup: Setup, tree: RadixTree, batches: list[torch.Tensor]) -> float:

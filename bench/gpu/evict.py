@@ -126,6 +126,6 @@ def _evict_wall(hundredths: int, setup: Setup) -> Measured:
 ROWS = [
     Row("evict-one", "evict one of 1M nodes", 40, partial(_evict, 0)),
     Row("evict-1-percent", "evict 1 % of 1M nodes", 80, partial(_evict, 1)),
-    Row("wall-evict-one", "evict one of 1M nodes", None, partial(_evict_wall, 0), "wall"),
+    Row("wall-evict-one", "evict one of 1M nodes", 30, partial(_evict_wall, 0), "wall"),
     Row("wall-evict-1-percent", "evict 1 % of 1M nodes", None, partial(_evict_wall, 1), "wall"),
 ]

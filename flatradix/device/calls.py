@@ -22,7 +22,7 @@ class Calls:
     def __init__(self, options: Options, device: torch.device) -> None:
         self.mailbox = Mailbox(device)
         self.options = options
-        self._device = device
+        self._number = int(device.index) if device.type == "cuda" else -1  # of the CUDA device
         self._last = 0
         self.captured = False
 
@@ -30,12 +30,11 @@ class Calls:
 
     def is_capturing(self) -> bool:
         """Return whether a CUDA graph is being captured on the tree's device."""
-        device = self._device
-        if device.type != "cuda":
+        if self._number < 0:
             return False
-        if torch._C._cuda_getDevice() == device.index:
-            return torch.cuda.is_current_stream_capturing()
-        with torch.cuda.device(device):
+        if torch._C._cuda_getDevice() == self._number:
+            return torch._C._cuda_isCurrentStreamCapturing()
+        with torch.cuda.device(self._number):
             return torch.cuda.is_current_stream_capturing()
 
     @property
@@ -48,9 +47,12 @@ class Calls:
         self._last = self._last % mail.CALL_MASK + 1
         return self._last
 
-    def enqueued(self, call: int, changes: bool = True) -> None:
-        """Make every later wait include `call`, which is enqueued by now. changes: whether it may change a size."""
-        if self.is_capturing():
+    def enqueued(self, call: int, changes: bool = True, captured: bool | None = None) -> None:
+        """Make every later wait include `call`, which is enqueued by now. changes: whether it may change a size.
+
+        captured: what `is_capturing` has returned, if it was asked.
+        """
+        if self.is_capturing() if captured is None else captured:
             self.captured = True
         else:
             self.enqueued_outside(call, changes)

@@ -22,13 +22,12 @@ from flatradix.device.input import (
     read_numbers,
     read_slots,
     read_values,
-    starts_on,
 )
 from flatradix.device.interrupted import NOTHING, OpenCall
 from flatradix.device.mailbox import abandon, is_later
 from flatradix.device.names import Names
-from flatradix.device.results import Awaited, Singles
-from flatradix.device.stages import STAGED_BYTES, Stages
+from flatradix.device.results import Awaited, Batch, OnDevice, Results
+from flatradix.device.stages import Stages
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.index import Index, public_call, refuse_reentry
 from flatradix.inputs import namespaces
@@ -36,7 +35,7 @@ from flatradix.inputs.arguments import check_write_table, token_count
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.namespaces import Namespaces, name_hash
 from flatradix.inputs.options import Options
-from flatradix.inputs.places import read_places, refuse_shared_handles
+from flatradix.inputs.places import check_starts, read_places, refuse_shared_handles
 from flatradix.inputs.policy import Nodes, built_in_scores, scores_of
 from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.sequences import Buffer, read_host_key, read_one
@@ -44,15 +43,17 @@ from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
 from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
+from flatradix.layout.desk import STAGED_BYTES
 from flatradix.layout.growth import is_too_large, most_tokens, next_capacity
 from flatradix.layout.numbers import MAX_UNITS
-from flatradix.layout.queries import Output, PlaceAddresses, PromptAddresses, SlotTable, Values, Wants
+from flatradix.layout.queries import NO_PLACES, PlaceAddresses, PromptAddresses, SlotTable, Values, Wants
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
 from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
 from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
 from flatradix.victims import listener_of
 
 _SMALLEST_BATCH = 1024
+_LIKELY_TOKENS = 1 << 16  # an eviction allocates for what it was asked for, up to this, before it knows what goes
 _NOTHING_YET = OpenCall(NOTHING, 0, 0)
 
 
@@ -78,7 +79,7 @@ class DeviceIndex(Index):
         self.mailbox.words[mail.FREE_UNITS] = units
         self._names = Names(len(state.namespace_hash), options.page_size + options.bigram, device)
         self._stages = Stages(device, self.mailbox)
-        self._singles = Singles(device)
+        self._results = Results(device)
         self._by_tick = options.order.score is None and options.order.code == numbers.LRU
         self._unseen_inserts: deque[tuple[int, int]] = (
             deque()
@@ -104,9 +105,9 @@ class DeviceIndex(Index):
 
         Old arrays are kept until the tree is deleted: a stream may still use them.
         """
-        scratch = self._arrays.scratch
-        if batch <= scratch.batch:
+        if batch <= self._arrays.batch:
             return
+        scratch = self._arrays.scratch
         if self._calls.is_capturing():
             raise RuntimeError(f"run a batch of {batch} once before a CUDA graph is captured with it")
         self._retired.append(scratch)
@@ -263,21 +264,18 @@ class DeviceIndex(Index):
 
     def _match_key(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
         """Match one key in host memory. The kernel reads a short key from pinned memory."""
-        address, count, wide, _owner = key
-        if count * 8 > STAGED_BYTES:
+        if key[1] * 8 > STAGED_BYTES:
             return self._match_values(of_key(key, self.device), namespace, touch, lock, None)
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
         if self._calls.is_capturing():
             raise RuntimeError(HOST_IN_GRAPH)
-        staged = self._stages.put(address, count * 8 if wide else count * 4)
         call = self._calls.next()
-        awaited = self._singles.take(self, call)
-        out = awaited.output()
+        awaited = self._results.one(self, call)
+        place, stages = awaited.place(), self._stages
         if lock:
-            places = PlaceAddresses(out.handles, out.lengths, 1)
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, places, owner=awaited)
-        gpu.match_one(self._arrays, (staged, count, wide), name, out, self._stages.staging, call, touch, lock)
-        self._stages.commit(call)
+            self._open = OpenCall(interrupted.LOCK, call, self._changes, place)
+        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, lock):
+            stages.wait()
         self._calls.enqueued_outside(call, lock)
         return late_match(awaited)
 
@@ -285,43 +283,51 @@ class DeviceIndex(Index):
         if namespace is not None and self._calls.is_capturing():
             raise RuntimeError("a CUDA graph cannot hold a namespace: what it is called inside changes as others go")
         names = self._names.find(namespace, keys.batch)
-        starts = starts_on(start, keys.batch, self.device)
+        starts = self._starts(start, keys.batch)
         if keys.batch == 0:
-            return MatchResult(*self._tensors(0))
+            return late_match(self._results.many(self, 0, 0))
         self._ensure_scratch(keys.batch)
-        if keys.offsets == 0 and self._calls.is_capturing():
+        captured = self._calls.is_capturing()
+        if keys.offsets == 0 and captured:
             keys = as_batch(keys, self.device)  # a single key's kernel would write its answer again at each replay
         call = self._calls.next()
-        result, out = self._match_output(keys, call)
-        places = PlaceAddresses(out.handles, out.lengths, keys.batch)
+        told = -1 if captured or keys.offsets == 0 else self.mailbox.reserve_lengths(keys.batch)
+        late = self._late_result(keys, call, told, captured)
         if lock:
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, places, owner=result)
-        gpu.match(self._arrays, keys, names, starts, out, call, touch, lock)
-        self._calls.enqueued(call, lock)
-        return result
+            self._open = OpenCall(interrupted.LOCK, call, self._changes, late.place())
+        gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, lock)
+        self._calls.enqueued(call, lock, captured)
+        return late_match(late)
 
-    def _match_output(self, keys: Values, call: int) -> tuple[MatchResult, Output]:
-        """Return a new result, and the addresses to which the kernel writes its numbers."""
+    def _late_result(self, keys: Values, call: int, told: int = -1, captured: bool = False) -> Awaited | Batch:
+        """Return the source of a new result. told: where a batch tells its lengths, or -1."""
         if keys.offsets == 0:
-            awaited = self._singles.take(self, call)
-            return late_match(awaited), awaited.output()
-        lengths, handles = self._tensors(keys.batch)
-        return MatchResult(lengths, handles), Output(handles.data_ptr(), lengths.data_ptr())
+            return self._results.one(self, call)
+        return self._results.many(self, call, keys.batch, told, captured)
 
-    def _tensors(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return int32 [B] lengths and int64 [B] handles, uninitialised."""
-        lengths = torch.empty(batch, dtype=torch.int32, device=self.device)
-        return lengths, torch.empty(batch, dtype=torch.int64, device=self.device)
+    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None:
+        """Return the lengths that a match has told the host, or None if the host cannot know whether they are right."""
+        return None if self._calls.captured else self.mailbox.lengths(call, place, batch, refusals)
 
     # Lock
 
-    def _places(self, places: Any) -> PlaceAddresses:
-        """Return the addresses of places. A single key's place is read where its kernel leaves it."""
+    def _late(self, places: Any) -> OnDevice | None:
+        """Return the source of a result of this device, whose places are read where its kernel leaves them."""
         late = getattr(places, "late", None)
-        if isinstance(late, Awaited) and late.device == self.device:
-            out = late.output()
-            return PlaceAddresses(out.handles, out.lengths, 1, late)
-        return places_on(places, self.device)
+        return late if isinstance(late, OnDevice) and late.device == self.device else None
+
+    def _places(self, places: Any) -> PlaceAddresses:
+        """Return the addresses of places."""
+        late = self._late(places)
+        return places_on(places, self.device) if late is None else late.place()
+
+    def _starts(self, start: Any, batch: int) -> PlaceAddresses:
+        """Return the addresses of the places to continue from."""
+        if start is None:
+            return NO_PLACES
+        starts = self._places(start)
+        check_starts(starts.batch, batch)
+        return starts
 
     @public_call
     def lock(self, places: Any) -> None:
@@ -337,9 +343,9 @@ class DeviceIndex(Index):
 
     def _renew(self, places: Any, operation: Callable[[PlaceAddresses], None]) -> None:
         """Run an operation that may renew the handles of places, and write the new handles back."""
-        late = getattr(places, "late", None)
-        if isinstance(late, Awaited) and late.device == self.device:
-            operation(self._places(places))
+        late = self._late(places)
+        if late is not None:
+            operation(late.place())
             late.forget_handle()
         else:
             lengths, handles = read_places(places, self.device)
@@ -393,17 +399,17 @@ class DeviceIndex(Index):
             self._recover()
         keys = read_values(q, self.device, "tokens")
         names = self._names.find(namespace, keys.batch)
-        old = starts_on(places, keys.batch, self.device)
+        old = self._starts(places, keys.batch)
         self._open = _NOTHING_YET
-        lengths, handles = self._tensors(keys.batch)
+        call = self._calls.next()
+        captured = self._calls.is_capturing()
+        late = self._results.many(self, call, keys.batch, captured=captured)
         if keys.batch:
             self._ensure_scratch(keys.batch)
-            call = self._calls.next()
-            out = Output(handles.data_ptr(), lengths.data_ptr())
-            gpu.rematch(self._arrays, keys, names, old, out, call)
-            self._calls.enqueued(call, False)
+            gpu.rematch(self._arrays, keys, names, old, late.output(), call)
+            self._calls.enqueued(call, False, captured)
         self._open = None
-        return MatchResult(lengths, handles)
+        return late_match(late)
 
     @public_call
     def alive(self, places: Any) -> torch.Tensor:
@@ -565,14 +571,14 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         device = self.device
-        keys = read_values(q, device, "tokens")
+        keys = self._read_keys(q)
         source = read_slots(slots, keys, device)
         priorities = read_numbers(priority, keys.batch, device, "priority")
         inserted = read_numbers(inserted_lengths, keys.batch, device, "inserted_lengths")
-        starts = starts_on(start, keys.batch, device)
+        starts = self._starts(start, keys.batch)
         if keys.batch == 0:
             namespaces.spread(namespace, 0)  # raises for a bad namespace
-            return InsertResult(torch.empty(0, dtype=torch.int32, device=device), *self._tensors(0))
+            return late_insert(self._results.many(self, 0, 0))
         if self._calls.is_capturing():
             raise RuntimeError(
                 "insert cannot be part of a CUDA graph: whether it has to compact is decided anew each time"
@@ -584,25 +590,24 @@ class DeviceIndex(Index):
         names = self._names.give(namespace, keys, self._wait)
         may_compact = self._may_compact(keys.total)
         call = self._calls.next()
-        result, out = self._insert_output(keys, call)
+        late = self._late_result(keys, call)
         self._open = OpenCall(interrupted.INSERT, call, self._changes, batch=keys.batch)
-        gpu.insert(self._arrays, keys, source, names, starts, priorities, inserted, out, call, may_compact)
-        self._calls.enqueued(call)
+        gpu.insert(self._arrays, keys, source, names, starts, priorities, inserted, late.output(), call, may_compact)
+        if keys.stage:
+            self._stages.commit(call)
+        self._calls.enqueued_outside(call, True)
         self._unseen_inserts.append((call, keys.total))
-        self.last_result = result
+        self.last_result = result = late_insert(late)
         self._changes += 1
         self._open = None
         return result
 
-    def _insert_output(self, keys: Values, call: int) -> tuple[InsertResult, Output]:
-        """Return a new result, and the addresses to which the kernels write its numbers."""
-        if keys.offsets == 0:
-            awaited = self._singles.take(self, call)
-            return late_insert(awaited), awaited.output()
-        lengths, handles = self._tensors(keys.batch)
-        prefixes = torch.empty(keys.batch, dtype=torch.int32, device=self.device)
-        out = Output(handles.data_ptr(), lengths.data_ptr(), prefixes.data_ptr())
-        return InsertResult(prefixes, lengths, handles), out
+    def _read_keys(self, q: Any) -> Values:
+        """Read the keys of an insert. A short key in host memory goes to a pinned buffer, which its kernel reads."""
+        key = read_host_key(q, "tokens")
+        if key is None:
+            return read_values(q, self.device, "tokens")
+        return of_key(key, self.device) if key[1] * 8 > STAGED_BYTES else self._stages.put(key)
 
     def _may_compact(self, total: int) -> bool:
         """Return whether the pools may lack space for `total` units, as far as the host knows now."""
@@ -626,9 +631,14 @@ class DeviceIndex(Index):
             self._listener.begin()
         keeper = None if self._keeper is None else self._keeper()
         wants = None if keeper is None else keeper.wanted()
-        tokens, nodes, kept = self._select(max(wanted - known, 0), wants)
-        # Allocate all memory before the tree changes: a later failure would lose slots.
-        slots = torch.empty(known + tokens, dtype=self.options.slot_dtype, device=self.device)
+        missing = max(wanted - known, 0)
+        call, by_tick = self._select(missing, wants)
+        # Allocate all memory before the tree changes: a later failure would lose slots. The device selects meanwhile.
+        page = self.options.page_size
+        slots = self._empty_slots(known + min(-(-missing // page) * page, _LIKELY_TOKENS))
+        tokens, nodes, kept = self._selected(call, by_tick, missing)
+        if len(slots) != known + tokens:
+            slots = self._empty_slots(known + tokens)
         where = self.options.slot_device
         returned = None if where is None else torch.empty_like(slots, device=where)
         if before is not None:
@@ -656,14 +666,17 @@ class DeviceIndex(Index):
         self._open = None
         return result
 
-    def _select(self, wanted: int, wants: Wants | None) -> tuple[int, int, int]:
-        """Find the nodes to evict. Return the tokens to free, the number of nodes, and what the last node keeps.
+    def _empty_slots(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=self.options.slot_dtype, device=self.device)
+
+    def _select(self, wanted: int, wants: Wants | None) -> tuple[int, bool]:
+        """Have the device find the nodes to evict. Return the number of the call, and whether ticks are the keys.
 
         wants: what waiting prompts want.
         """
-        if wanted == 0:
-            return 0, 0, 0
         by_tick = self._by_tick
+        if wanted == 0:
+            return 0, by_tick
         if not by_tick:
             gpu.effective_keys(self._arrays, self._scores(), self._pinned)
         if wants is not None or self._pinned:
@@ -671,6 +684,12 @@ class DeviceIndex(Index):
             by_tick = False
         call = self._calls.next()
         gpu.select(self._arrays, min(wanted, MAX_UNITS), by_tick, call)
+        return call, by_tick
+
+    def _selected(self, call: int, by_tick: bool, wanted: int) -> tuple[int, int, int]:
+        """Return what `_select` has found: the tokens to free, the number of nodes, and what the last node keeps."""
+        if wanted == 0:
+            return 0, 0, 0
         tokens, nodes = (self.mailbox.wait(place, call) for place in (mail.TOKENS, mail.VICTIMS))
         if nodes & mail.UNORDERED:
             nodes &= ~mail.UNORDERED

@@ -9,19 +9,24 @@ import numpy as np
 import torch
 
 from flatradix.errors import QueryError
-from flatradix.inputs.arguments import check_counts, check_slot_queries, per_query
-from flatradix.inputs.places import check_starts, read_places
+from flatradix.inputs.arguments import check_counts, check_slot_queries, per_query, to_int64
+from flatradix.inputs.places import read_places
 from flatradix.inputs.ragged import Ragged, read_batch
+from flatradix.inputs.refuse import refuse_unequal
 from flatradix.inputs.sequences import Batch, Buffer, is_batch, is_on_device, read_one
 from flatradix.inputs.upload import upload, upload_numbers
-from flatradix.layout.queries import NO_PLACES, PerQuery, PlaceAddresses, Values
+from flatradix.layout.queries import PerQuery, PlaceAddresses, Values
+
+
+def known_counts(values: Values) -> np.ndarray | None:
+    """Return the counts of a batch or of a single sequence, None if only the device knows them."""
+    return np.array([values.total]) if values.offsets == 0 else values.counts
 
 
 def key_counts(values: Values) -> np.ndarray:
     """Return the counts of a batch. Synchronises if only the device knows them. Offsets are not checked here."""
-    if values.counts is not None:
-        return values.counts
-    return np.diff(values.owner[1].cpu().numpy())
+    known = known_counts(values)
+    return np.diff(values.owner[1].cpu().numpy()) if known is None else known
 
 
 def as_batch(values: Values, device: torch.device) -> Values:
@@ -66,13 +71,12 @@ def of_key(key: Buffer, device: torch.device) -> Values:
     """Bring one sequence from host memory to the device."""
     _address, count, wide, owner = key
     values = upload(torch.from_numpy(np.asarray(owner)), device)
-    return Values(values.data_ptr(), wide, 0, count, 1, np.array([count]), (values, owner))
+    return Values(values.data_ptr(), wide, 0, count, 1, None, (values, owner))
 
 
 def _of_tensor(values: torch.Tensor, what: str) -> Values:
     values = _in_place(values, what)
-    counts = np.array([values.numel()])
-    return Values(values.data_ptr(), values.dtype == torch.int64, 0, values.numel(), 1, counts, values)
+    return Values(values.data_ptr(), values.dtype == torch.int64, 0, values.numel(), 1, None, values)
 
 
 def _of_host_batch(batch: Batch, device: torch.device) -> Values:
@@ -119,8 +123,13 @@ def read_slots(slots: Any, keys: Values, device: torch.device) -> Values:
     """Read the slots of a batch. A batch of one may come as one sequence, and a single sequence as a batch of one."""
     source = read_values(slots, device, "slots")
     check_slot_queries(keys.batch, source.batch)
-    if keys.counts is not None and source.counts is not None:
-        check_counts(keys.counts, source.counts)
+    if keys.offsets == 0 == source.offsets:
+        if keys.total != source.total:
+            refuse_unequal(0, keys.total, source.total)
+        return source
+    tokens, counts = known_counts(keys), known_counts(source)
+    if tokens is not None and counts is not None:
+        check_counts(tokens, counts)
     if (keys.offsets == 0) != (source.offsets == 0):
         bounds = upload_numbers(np.array([0, source.total]), device)
         source = source._replace(offsets=bounds.data_ptr(), owner=(source.owner, bounds))
@@ -129,6 +138,8 @@ def read_slots(slots: Any, keys: Values, device: torch.device) -> Values:
 
 def read_numbers(value: Any, batch: int, device: torch.device, what: str) -> PerQuery:
     """Read one integer, or one a query, such as priorities. A tensor on the device is not copied to the host."""
+    if type(value) is int:
+        return PerQuery(0, to_int64(value, what))
     if isinstance(value, torch.Tensor) and not value.is_cpu:
         if value.shape != (batch,) or value.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{what} must be an integer, or {batch} integers, one a query")
@@ -150,12 +161,3 @@ def places_on(places: Any, device: torch.device) -> PlaceAddresses:
     lengths, handles = read_places(places, device)
     handles = handles.contiguous()
     return PlaceAddresses(handles.data_ptr(), lengths.data_ptr(), len(handles), (lengths, handles))
-
-
-def starts_on(start: Any, batch: int, device: torch.device) -> PlaceAddresses:
-    """Return the places to continue from, or NO_PLACES for None."""
-    if start is None:
-        return NO_PLACES
-    places = places_on(start, device)
-    check_starts(places.batch, batch)
-    return places

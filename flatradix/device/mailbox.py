@@ -10,12 +10,14 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from flatradix.kernels import native
 from flatradix.layout import mail
 
 _LOW = 0xFFFFFFFF
-_SPINS = 4096  # polls between two checks that the device still works
+_TURNS = 1 << 16  # polls between two checks that the device still works, in which a signal waits: 50 us
 
 
 class Refusal(NamedTuple):
@@ -51,9 +53,11 @@ class Mailbox:
         self._device = device
         self.words = torch.zeros(mail.SIZE, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._view = memoryview(self.words.numpy().data)
+        self._address = self.words.data_ptr()
         self.last = 0
         self.last_change = 0  # the last call that may have changed a size: it writes all sizes
         self._told = 0
+        self._next_length = 0
 
     def _word(self, place: int, call: int, exact: bool = False) -> int:
         """Wait until `call`, or a later call unless `exact`, has written a word. Return the word.
@@ -61,13 +65,15 @@ class Mailbox:
         Call 0 in a word means that it was never written. Raises the device's errors, and RuntimeError if the device is
         idle and the word is still missing.
         """
-        view = self._view
-        spins = 0
-        while (word := view[place]) >> 32 != call and (exact or word < 1 << 32 or not is_later(word >> 32, call)):
-            spins += 1
-            if spins % _SPINS == 0 and self._is_idle() and view[place] == word:
-                raise RuntimeError(f"call {call} has not told its numbers: its launch failed or was interrupted")
+        address = self._address + 8 * place
+        while (word := native.await_word.call(address, call, exact, _TURNS)) < 0:
+            self._check_device(place, call, exact)
         return word
+
+    def _check_device(self, place: int, call: int, exact: bool) -> None:
+        """Raise RuntimeError if the device is idle and a word is still missing. Raises the device's errors."""
+        if self._is_idle() and native.await_word.call(self._address + 8 * place, call, exact, 1) < 0:
+            raise RuntimeError(f"call {call} has not told its numbers: its launch failed or was interrupted")
 
     def is_done(self) -> bool:
         """Return whether all calls so far have written their numbers. Does not wait."""
@@ -96,22 +102,45 @@ class Mailbox:
         word = self._view[place]
         return word >> 32, word & _LOW
 
-    def await_answer(self, call: int, index: int = 0) -> int | None:
-        """Wait for one number of a single key's answer. Return None if a later call has overwritten it."""
-        place = mail.FIRST_ANSWER + call % mail.ANSWER_RING * mail.ANSWER_WORDS + index
-        word = self._word(place, call)
-        return word & _LOW if word >> 32 == call else None
+    def await_answer(self, call: int) -> None:
+        """Wait until the kernel of a single key has answered."""
+        self._word(_answer_of(call), call)
 
-    def answers(self, call: int) -> list[int] | None:
-        """Wait for the four numbers of a single key's answer. Return None if a later call has overwritten one."""
-        place = mail.FIRST_ANSWER + call % mail.ANSWER_RING * mail.ANSWER_WORDS
-        self._word(place + mail.ANSWER_WORDS - 1, call)
-        tag = call << 32
-        found = [word - tag for word in self._view[place : place + mail.ANSWER_WORDS]]
-        if min(found) < 0 or max(found) > _LOW:  # a word is still missing, or belongs to another call
-            one_by_one = [self.await_answer(call, index) for index in range(mail.ANSWER_WORDS)]
-            return None if None in one_by_one else one_by_one  # type: ignore[return-value]
-        return found
+    def answer(self, call: int) -> tuple[int, int, int] | None:
+        """Wait for the answer to a single key: (length, handle, prefix length), the lengths unsigned.
+
+        Return None if a later call has overwritten a part of the answer.
+        """
+        while not (found := native.await_answer.call(self._address, call, _TURNS))[0]:
+            for place in range(_answer_of(call), _answer_of(call) + mail.ANSWER_WORDS):
+                self._check_device(place, call, False)
+        return found[1:] if found[0] > 0 else None
+
+    def reserve_lengths(self, batch: int) -> int:
+        """Return where a call may tell the lengths of a batch, or -1 if the batch is too large."""
+        if batch > mail.MOST_TOLD:
+            return -1
+        place = self._next_length if self._next_length + batch <= mail.TOLD_RING else 0
+        self._next_length = place + batch
+        return place
+
+    def refusals_so_far(self) -> int:
+        """Return how many calls were refused, as far as is known now. Does not wait."""
+        return self._view[mail.ERRORS] & _LOW
+
+    def lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None:
+        """Wait for the lengths that a call tells at a place: int32 [B].
+
+        Return None if `refusals`, the number known before the call, has grown, or a later call has overwritten a part.
+        """
+        if self._word(mail.ERRORS, call) & _LOW != refusals:
+            return None
+        found = np.empty(batch, np.int32)
+        words, first = self._address + 8 * (mail.FIRST_TOLD + place), mail.FIRST_TOLD + place
+        while not (state := native.await_lengths.call(words, call, batch, found.ctypes.data, _TURNS)):
+            for query in range(batch):
+                self._check_device(first + query, call, False)
+        return found if state > 0 else None
 
     def refusals(self) -> int:
         """Wait for all calls so far. Return how many refusals were not reported yet."""
@@ -147,6 +176,10 @@ class Mailbox:
         number = self._view[mail.ERRORS] & _LOW
         word = self._view[mail.FIRST_REFUSAL + number % mail.REFUSAL_RING * mail.REFUSAL_WORDS + 4]
         return number > 0 and word & _LOW == call
+
+
+def _answer_of(call: int) -> int:
+    return mail.FIRST_ANSWER + call % mail.ANSWER_RING * mail.ANSWER_WORDS
 
 
 def is_later(call: int, other: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.device.input import key_counts, numbers_of
+from flatradix.device.input import key_counts, known_counts, numbers_of
 from flatradix.inputs import namespaces
 from flatradix.inputs.namespaces import Namespaces
 from flatradix.layout.queries import PerQuery, Values
@@ -37,6 +37,8 @@ class Names:
 
     def find(self, namespace: Any, batch: int) -> PerQuery:
         """Return the codes of one name, or of a list with one name a query, for a match."""
+        if namespace is None:
+            return PerQuery(0, 0)
         if not isinstance(namespace, list | tuple):
             namespaces.check(namespace)
             return PerQuery(0, 2 * self.known.find(namespace) + (namespace is not None))
@@ -48,9 +50,11 @@ class Names:
 
         wait: waits for all calls so far and then frees unused codes.
         """
+        if namespace is None:
+            return PerQuery(0, 0)
         many = isinstance(namespace, list | tuple)
         names = namespaces.spread(namespace, keys.batch) if many else [namespaces.only(namespace)]
-        counts = keys.counts
+        counts = known_counts(keys)
         if len(self.known) + len(names) > self._codes:
             wait()  # refused inserts may hold codes that nothing uses
             if len(self.known) + len(names) > self._codes:

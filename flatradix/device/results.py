@@ -1,58 +1,107 @@
-"""Results of single keys on a GPU: tensors on the device, and Python integers once the kernel has written them."""
+"""Results of calls on a GPU: tensors on the device, and numbers in host memory once the kernel has written them."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from flatradix.device.mailbox import Mailbox
-from flatradix.layout.queries import Output
+from flatradix.layout.queries import Output, PlaceAddresses
+from flatradix.results import Tensors
 
-_CHUNK = 4096
+_CHUNK = 1 << 14
+_MOST = 1 << 11  # larger batches get memory of their own
 
 
 class Chunk(NamedTuple):
-    """Device memory for N single keys: int32 [2, N] lengths and prefix lengths, int64 [N] handles, and addresses."""
+    """Device memory for N keys: int32 [2, N] lengths and prefix lengths, int64 [N] handles, and addresses."""
 
+    device: torch.device
+    size: int
     lengths: torch.Tensor
     handles: torch.Tensor
     length_address: int
     handle_address: int
 
 
+def _new_chunk(device: torch.device, size: int) -> Chunk:
+    lengths = torch.empty((2, size), dtype=torch.int32, device=device)
+    handles = torch.empty(size, dtype=torch.int64, device=device)
+    return Chunk(device, size, lengths, handles, lengths.data_ptr(), handles.data_ptr())
+
+
 class Home(Protocol):
-    """The index that enqueued the kernel of a single key."""
+    """The index that enqueued the kernel."""
 
     mailbox: Mailbox
 
     def raise_pending(self) -> None: ...
 
+    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None: ...
 
-class Awaited:
-    """The numbers of one key, a `results.Late`. The kernel writes them to a chunk and to the mailbox."""
 
-    __slots__ = ("_answer", "_at", "_call", "_chunk", "_home", "_renewed")
+class OnDevice:
+    """The numbers of B keys, in a part of a chunk to which a kernel writes them."""
 
-    def __init__(self, home: Home, call: int, chunk: Chunk, place: int) -> None:
+    __slots__ = ("_at", "_batch", "_chunk")
+
+    def __init__(self, chunk: Chunk, at: int, batch: int) -> None:
+        self._chunk = chunk
+        self._at = at
+        self._batch = batch
+
+    def place(self) -> PlaceAddresses:
+        """Return the addresses of the handles and lengths on the device."""
+        at, chunk = self._at, self._chunk
+        return PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, self._batch, chunk)
+
+    def output(self, told: int = -1) -> Output:
+        """Return the addresses of the numbers on the device. told: as in `Output`."""
+        at, chunk = self._at, self._chunk
+        lengths = chunk.length_address + 4 * at
+        return Output(chunk.handle_address + 8 * at, lengths, lengths + 4 * chunk.size, told)
+
+    @property
+    def device(self) -> torch.device:
+        return self._chunk.device
+
+    def lengths(self) -> torch.Tensor:
+        return self._chunk.lengths[0, self._at : self._at + self._batch]
+
+    def handles(self) -> torch.Tensor:
+        return self._chunk.handles[self._at : self._at + self._batch]
+
+    def prefix_lengths(self) -> torch.Tensor:
+        return self._chunk.lengths[1, self._at : self._at + self._batch]
+
+    def forget_handle(self) -> None:
+        """Note that a lock may have renewed handles on the device."""
+
+
+class Awaited(OnDevice):
+    """The numbers of one key, a `results.Late`. The kernel also writes them to the mailbox."""
+
+    __slots__ = ("_answer", "_call", "_home", "_renewed")
+
+    def __init__(self, home: Home, call: int, chunk: Chunk, at: int) -> None:
+        self._chunk = chunk
+        self._at = at
+        self._batch = 1
         self._home = home
         self._call = call
-        self._chunk = chunk
-        self._at = place
         self._answer: tuple[int, int, int] | None = None
         self._renewed = False
 
     def _await(self) -> tuple[int, int, int]:
         """Wait for the kernel. Return (length, handle, prefix length). Raises the error of a refused call."""
         if self._answer is None:
-            answers = self._home.mailbox.answers(self._call)
-            if answers is None:
+            answer = self._home.mailbox.answer(self._call)
+            if answer is None:
                 lengths = self._chunk.lengths[:, self._at].tolist()
                 answer = (lengths[0], self._read_handle(), lengths[1])
-            else:
-                length, low, high, prefix = answers
-                answer = (length, low | high << 32, prefix)
             if answer[0] in (-1, 0xFFFFFFFF):
                 self._home.raise_pending()
                 raise ValueError("this call was refused, as was told before; it has no result")
@@ -66,23 +115,8 @@ class Awaited:
         """Read the handle from the device from now on: a lock may have renewed it there."""
         self._renewed = True
 
-    def output(self) -> Output:
-        """Return the addresses of the numbers on the device."""
-        place, lengths = self._at, self._chunk.length_address
-        return Output(self._chunk.handle_address + 8 * place, lengths + 4 * place, lengths + 4 * (_CHUNK + place))
-
-    @property
-    def device(self) -> torch.device:
-        return self._chunk.handles.device
-
-    def lengths(self) -> torch.Tensor:
-        return self._chunk.lengths[0, self._at : self._at + 1]
-
-    def handles(self) -> torch.Tensor:
-        return self._chunk.handles[self._at : self._at + 1]
-
-    def prefix_lengths(self) -> torch.Tensor:
-        return self._chunk.lengths[1, self._at : self._at + 1]
+    def host_lengths(self) -> torch.Tensor:
+        return torch.tensor([self._await()[0]], dtype=torch.int32, device="cpu")
 
     def length(self) -> int:
         return self._await()[0]
@@ -94,8 +128,42 @@ class Awaited:
         return self._await()[2]
 
 
-class Singles:
-    """Device memory for results of single keys, reserved one by one. Separate tensors would cost 3 us a call."""
+class Batch(OnDevice):
+    """The numbers of a batch, a `results.Late`. A match also writes its lengths to the mailbox, if it could reserve it.
+
+    told: the place there, or -1. refusals: the number that was known before the call.
+    """
+
+    __slots__ = ("_call", "_home", "_refusals", "_told")
+
+    def __init__(self, home: Home, call: int, chunk: Chunk, at: int, batch: int, told: int) -> None:
+        super().__init__(chunk, at, batch)
+        self._home = home
+        self._call = call
+        self._told = told
+        self._refusals = home.mailbox.refusals_so_far()
+
+    def host_lengths(self) -> torch.Tensor:
+        found = None
+        if self._told >= 0:
+            found = self._home.told_lengths(self._call, self._told, self._batch, self._refusals)
+        return self.lengths().cpu() if found is None else torch.from_numpy(found)
+
+    def _tensors(self) -> Tensors:
+        return Tensors(self.lengths(), self.handles(), self.prefix_lengths())
+
+    def length(self) -> int:
+        return self._tensors().length()
+
+    def handle(self) -> int:
+        return self._tensors().handle()
+
+    def prefix_length(self) -> int:
+        return self._tensors().prefix_length()
+
+
+class Results:
+    """Device memory for results, reserved part by part. Separate tensors would cost 3 us a call."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -103,12 +171,24 @@ class Singles:
         # The last chunks are kept: torch must not reuse their memory while a stream may still write to it.
         self._chunks: deque[Chunk] = deque(maxlen=4)
 
-    def take(self, home: Home, call: int) -> Awaited:
-        """Reserve device memory for the numbers of a call."""
-        if self._used == _CHUNK:
-            lengths = torch.empty((2, _CHUNK), dtype=torch.int32, device=self._device)
-            handles = torch.empty(_CHUNK, dtype=torch.int64, device=self._device)
-            self._chunks.append(Chunk(lengths, handles, lengths.data_ptr(), handles.data_ptr()))
+    def _reserve(self, count: int, alone: bool = False) -> tuple[Chunk, int]:
+        """Return a chunk, and where `count` places begin in it that are not in use yet. alone: in a new chunk."""
+        if alone or count > _MOST:
+            return _new_chunk(self._device, count), 0
+        if self._used + count > _CHUNK or not self._chunks:
+            self._chunks.append(_new_chunk(self._device, _CHUNK))
             self._used = 0
-        self._used += 1
-        return Awaited(home, call, self._chunks[-1], self._used - 1)
+        self._used += count
+        return self._chunks[-1], self._used - count
+
+    def one(self, home: Home, call: int) -> Awaited:
+        """Reserve device memory for the numbers of one key."""
+        return Awaited(home, call, *self._reserve(1))
+
+    def many(self, home: Home, call: int, batch: int, told: int = -1, captured: bool = False) -> Batch:
+        """Reserve device memory for the numbers of a batch. told: as for `Batch`.
+
+        captured: by a CUDA graph, which may be replayed when the result is gone. Memory that torch allocates during the
+        capture stays the graph's own.
+        """
+        return Batch(home, call, *self._reserve(batch, captured), batch, told)

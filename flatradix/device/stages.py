@@ -1,47 +1,54 @@
-"""Pinned buffers for single keys. Kernels read them in place: a copy would need its own launch, 5 us."""
+"""The desk of a tree: pinned buffers for single keys. Kernels read them in place: a copy would need its own launch."""
 
 from __future__ import annotations
 
-import ctypes
-
+import numpy as np
 import torch
 
 from flatradix.device.mailbox import Mailbox
-
-STAGED_BYTES = 1 << 16
-_STAGES = 32
+from flatradix.inputs.sequences import Buffer
+from flatradix.kernels import native
+from flatradix.layout import desk
+from flatradix.layout.queries import Desk, Values
 
 
 class Stages:
-    """32 pinned buffers of STAGED_BYTES, used in turn, and one device buffer to which a kernel copies its key."""
+    """Pinned buffers of STAGED_BYTES, used in turn, and one device buffer to which a kernel copies its key.
+
+    desk: their addresses, for the functions that stage a key (`kernels/native/stage.py`).
+    """
 
     def __init__(self, device: torch.device, mailbox: Mailbox) -> None:
-        self._buffers = torch.empty(
-            _STAGES * STAGED_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
-        )
-        self._staged = torch.empty(STAGED_BYTES, dtype=torch.int8, device=device)
-        self.staging = self._staged.data_ptr()
-        self._address = self._buffers.data_ptr()
-        self._calls = [0] * _STAGES
+        size = desk.COUNT * desk.STAGED_BYTES
+        self._buffers = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+        self._staged = torch.empty(desk.STAGED_BYTES, dtype=torch.int8, device=device)
+        self._words = np.zeros(desk.SIZE, np.int64)
+        self._words[desk.MAIL] = mailbox.words.data_ptr()
+        self._words[desk.STAGES] = self._buffers.data_ptr()
+        self._words[desk.STAGING] = self._staged.data_ptr()
+        self.desk = Desk(self._words.ctypes.data, self._staged.data_ptr())
         self._mailbox = mailbox
-        self._next = 0
 
-    def put(self, address: int, size: int) -> int:
-        """Copy `size` bytes to the next buffer and return their address. Waits until no kernel reads that buffer.
+    def put(self, key: Buffer) -> Values:
+        """Return one key in host memory, of at most STAGED_BYTES, in the next buffer. `commit` must follow its launch.
 
-        Without a `commit`, the next key takes the same buffer.
+        Waits until no kernel reads that buffer.
         """
-        if self._calls[self._next]:
-            self._mailbox.await_answer(self._calls[self._next])  # a kernel answers after it has read its buffer
-        target = self._address + self._next * STAGED_BYTES
-        ctypes.memmove(target, address, size)
-        return target
+        address, count, wide, owner = key
+        size = count * 8 if wide else count * 4
+        while not (staged := native.stage_key.call(self.desk.address, address, size)):
+            self.wait()
+        return Values(staged, wide, 0, count, 1, None, owner, self.desk.staging)
 
     def commit(self, call: int) -> None:
         """Reserve the buffer of the last `put` until the kernel of `call` has answered."""
-        self._calls[self._next] = call
-        self._next = (self._next + 1) % _STAGES
+        native.commit_key.call(self.desk.address, call)
+
+    def wait(self) -> None:
+        """Wait until no kernel reads the buffer that is next in turn."""
+        # A kernel answers after it has read its buffer.
+        self._mailbox.await_answer(int(self._words[desk.FIRST_CALL + self._words[desk.NEXT]]))
 
     def free_all(self) -> None:
         """Mark all buffers as free. No kernel may be under way."""
-        self._calls = [0] * _STAGES
+        self._words[desk.FIRST_CALL :] = 0

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.device.stages import STAGED_BYTES
 from flatradix.host.warm_up import grow, use_cache, use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
 from flatradix.layout import numbers
+from flatradix.layout.desk import STAGED_BYTES
 from flatradix.layout.handles import pack_handle
 from flatradix.tree import RadixTree
 
@@ -56,6 +56,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
     yield lambda tree: tree.insert(one, one, start=_root(tree, 1))
     for started in (False, True):
         yield partial(_insert_one, key=one, started=started)
+        yield partial(_insert_there, key=one, started=started)
         yield partial(_insert_keys, key=one, started=started, names=[None, None])
         yield partial(_insert_keys, key=one, started=started, names=["a", "b"])
     yield from (partial(_insert_batch, kind=kind, tokens=tokens) for kind in _KINDS)
@@ -105,6 +106,11 @@ def _slots(tree: RadixTree, key: np.ndarray) -> torch.Tensor:
 
 def _insert_one(tree: RadixTree, key: np.ndarray, started: bool) -> None:
     tree.insert(key, _slots(tree, key), start=_root(tree, 1) if started else None)
+
+
+def _insert_there(tree: RadixTree, key: np.ndarray, started: bool) -> None:
+    tokens = torch.from_numpy(key).to(tree.device)
+    tree.insert(tokens, _slots(tree, key), start=_root(tree, 1) if started else None)
 
 
 def _insert_keys(

@@ -16,7 +16,12 @@ FIRST_ANSWER = FIRST_REFUSAL + REFUSAL_RING * REFUSAL_WORDS
 ANSWER_RING = 512
 ANSWER_WORDS = 4
 
-SIZE = FIRST_ANSWER + ANSWER_RING * ANSWER_WORDS
+# The lengths that batches of up to MOST_TOLD queries matched, one word each.
+FIRST_TOLD = FIRST_ANSWER + ANSWER_RING * ANSWER_WORDS
+TOLD_RING = 1 << 16
+MOST_TOLD = 1 << 13
+
+SIZE = FIRST_TOLD + TOLD_RING
 CALL_MASK = 0x7FFFFFFF
 
 # A bit of the word VICTIMS: the victims are final, but not yet in the order of eviction.

@@ -11,8 +11,9 @@ class Values(NamedTuple):
     """A batch of sequences on the device.
 
     address: of int64 (`wide`) or int32 values. offsets: address of int64 [B + 1], 0 for a single sequence.
-    counts: int64 [B] on the host, None if only the device knows them.
-    owner: keeps the memory alive until the kernels are enqueued.
+    counts: int64 [B] on the host, None if only the device knows them, and for a single sequence (`total` is its count).
+    owner: keeps the memory alive until the kernels are enqueued. stage: 0, or the values are a key in pinned memory,
+    which the first kernel copies to this address on the device.
     """
 
     address: int
@@ -22,6 +23,7 @@ class Values(NamedTuple):
     batch: int
     counts: np.ndarray | None
     owner: Any
+    stage: int = 0
 
 
 class PerQuery(NamedTuple):
@@ -69,12 +71,27 @@ class Wants(NamedTuple):
     waiting: int
 
 
+class Desk(NamedTuple):
+    """Where single keys wait for their kernels.
+
+    address: of int64 [desk.SIZE] (`layout.desk`) in host memory. staging: of STAGED_BYTES on the device, to which a
+    kernel copies its key.
+    """
+
+    address: int
+    staging: int
+
+
 class Output(NamedTuple):
-    """Addresses for the results: int64 [B] handles, int32 [B] lengths and, for inserts, int32 [B] prefix lengths."""
+    """Addresses for the results: int64 [B] handles, int32 [B] lengths and, for inserts, int32 [B] prefix lengths.
+
+    told: where a match tells the host its lengths, counted from `mail.FIRST_TOLD`, or -1.
+    """
 
     handles: int
     lengths: int
     prefix_lengths: int = 0
+    told: int = -1
 
 
 class SlotTable(NamedTuple):

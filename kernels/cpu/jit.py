@@ -34,7 +34,8 @@ def _source_stamp() -> str:
 
     numba checks only the kernel's own file, and would still use machine code that contains an old helper.
     """
-    folders = [Path(__file__).parent, Path(str(layout.__file__)).parent]
+    kernels = Path(__file__).parents[1]
+    folders = [kernels / "cpu", kernels / "native", Path(str(layout.__file__)).parent]
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(file for folder in folders for file in folder.glob("*.py")):
         digest.update(file.read_bytes())
@@ -44,12 +45,13 @@ def _source_stamp() -> str:
 _STAMP = _source_stamp()
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], nogil: bool = False) -> Any:
     """Compile at the first call and keep the machine code on disk for later processes.
 
-    Each version of the sources has its own files, so two versions can run side by side with one cache folder.
+    Each version of the sources has its own files, so two versions can run side by side with one cache folder. nogil:
+    whether each call releases the GIL.
     """
-    dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
+    dispatcher = numba.njit(cache=True, nogil=nogil, **_OPTIONS)(function)
     # A numba without these attributes uses its own stamp, the time and size of the kernel's file.
     with contextlib.suppress(AttributeError):
         cache = dispatcher._cache
@@ -65,8 +67,8 @@ class FixedTypes:
         Types are not checked: an array of another dtype or layout would be read, and written, as garbage.
     """
 
-    def __init__(self, function: Callable[..., Any], signature: str) -> None:
-        self.dispatcher = kernel(function)
+    def __init__(self, function: Callable[..., Any], signature: str, nogil: bool) -> None:
+        self.dispatcher = kernel(function, nogil)
         self.call: Callable[..., Any] = self._first
         self._arguments, _result = normalize_signature(signature)
 
@@ -76,9 +78,9 @@ class FixedTypes:
         return self.call(*arguments)
 
 
-def fixed_types(signature: str) -> Callable[[Callable[..., Any]], FixedTypes]:
+def fixed_types(signature: str, nogil: bool = False) -> Callable[[Callable[..., Any]], FixedTypes]:
     """Return a decorator that makes a `FixedTypes` with these argument types, in numba's notation: "(int64, int64)"."""
-    return lambda function: FixedTypes(function, signature)
+    return lambda function: FixedTypes(function, signature, nogil)
 
 
 def helper(function: Callable[..., Any]) -> Any:

@@ -23,6 +23,7 @@ from flatradix.kernels.gpu.settle import settle
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
     begin_at,
+    bring,
     first_outside,
     key_range,
     name_of,
@@ -39,19 +40,25 @@ _LARGEST = (2**31 - 1, 2**63 - 1)  # the largest slot of 32 and of 64 bits
 
 @triton.jit(
     do_not_specialize=[
-        "values", "offsets", "names", "start_handles", "start_lengths", "slots", "slot_offsets", "total", "slot_total",
-        "limit", "name", "batch", "mask",
+        "values", "offsets", "names", "start_handles", "start_lengths", "slots", "slot_offsets", "stage", "total",
+        "slot_total", "limit", "name", "batch", "mask",
     ]
 )  # fmt: skip
 def plan_kernel(
-    s, w, values, offsets, names, start_handles, start_lengths, slots, slot_offsets, total: tl.int64,
+    s, w, values, offsets, names, start_handles, start_lengths, slots, slot_offsets, stage, total: tl.int64,
     slot_total: tl.int64, limit: tl.int64, name: tl.int64, batch: tl.int32, mask: tl.int32,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-    NAMES: tl.constexpr, START: tl.constexpr,
+    STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    """Walk and check one key: where it leaves the tree, whether its tokens and slots are valid; and join a group."""
+    """Walk and check one key: where it leaves the tree, whether its tokens and slots are valid; and join a group.
+
+    STAGED: the key is in pinned memory, and this kernel copies it to `stage` for itself and for the next launches.
+    """
     query = tl.program_id(0)
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
+    if STAGED:
+        bring(values, stage, count)
+        values = stage
     slot_place, slot_count, slots_good = key_range(slot_offsets, query, batch, slot_total, SINGLE)
     key = values + place
     code, named = name_of(names, name, query, NAMES)
@@ -100,7 +107,7 @@ def plan_kernel(
 
 _plan = Kernel(
     plan_kernel,
-    ["*w", "*i64", "*i64", "*i64", "*i32", "*w", "*i64", "i64", "i64", "i64", "i64", "i32", "i32"],
+    ["*w", "*i64", "*i64", "*i64", "*i32", "*w", "*i64", "*w", "i64", "i64", "i64", "i64", "i32", "i32"],
 )
 
 
@@ -119,11 +126,14 @@ def insert(
         arrays, keys.batch,
         (
             keys.address, keys.offsets, names.address, starts.handles, starts.lengths, slots.address,
-            0 if single else slots.offsets, keys.total, slots.total, _LARGEST[arrays.pool_wide], names.number,
-            keys.batch, arrays.scratch.claims.shape[1] - 1,
+            0 if single else slots.offsets, keys.stage, keys.total, slots.total, _LARGEST[arrays.pool_wide],
+            names.number, keys.batch, arrays.scratch.claims.shape[1] - 1,
         ),
-        (*sizes, single, names.address != 0, starts.handles != 0), (keys.wide, slots.wide),
+        (*sizes, single, keys.stage != 0, names.address != 0, starts.handles != 0),
+        (keys.wide, slots.wide, keys.wide),
     )  # fmt: skip
+    if keys.stage:
+        keys = keys._replace(address=keys.stage)
     settle(arrays, keys, names, may_compact, *sizes[:3])
     if may_compact:
         compact(arrays, False)

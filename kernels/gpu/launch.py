@@ -2,22 +2,26 @@
 
 A JIT launch with 16 arguments costs 19 us of Python. The launcher of the compiled kernel costs 4.4 us, most of it to
 convert Python integers to C (H200 host, Triton 3.6). Our kernels have about 50 parameters, most of which never change.
-So all parameters are kept as C values, from which the CUDA driver reads them; a call writes only its own arguments. If
-the driver or Triton is not as expected, launches go through Triton's launcher or its public interface. Kernels never
-specialise on integer arguments, because a launcher that was compiled for a 1 goes on using 1.
+So all parameters are kept as C values, from which the CUDA driver reads them; a call writes only its own arguments, and
+machine code calls the driver (`kernels/native`). If the driver or Triton is not as expected, launches go through
+Triton's launcher or its public interface. Kernels never specialise on integer arguments, because a launcher that was
+compiled for a 1 goes on using 1.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from flatradix.kernels import native
 from flatradix.layout import scratch
 from flatradix.layout.scratch import Scratch
 from flatradix.layout.state import TreeState
@@ -27,6 +31,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 _DTYPES = {"*i32": torch.int32, "*i64": torch.int64}
 _CTYPES = {"*i32": ctypes.c_int32, "*i64": ctypes.c_int64}
+Constants = tuple[int | bool, ...]
 
 
 def device_function(function: Callable[..., Any]) -> Any:
@@ -35,41 +40,50 @@ def device_function(function: Callable[..., Any]) -> Any:
 
 
 class DirectLaunch:
-    """A compiled kernel and its parameters for one tree as C values; a call launches it through the CUDA driver."""
+    """A compiled kernel and its parameters for one tree as C values; a call launches it through the CUDA driver.
+
+    record: address of its `native.Record`, for functions of machine code that fill in the parameters themselves.
+    """
 
     def __init__(self, compiled: Any, fixed: Sequence[int], changing: int, threads: int, cooperative: bool) -> None:
         """fixed: the first parameters, which never change. changing: how many parameters follow."""
         driver = _driver()
-        self._launch = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
-        self._function = compiled.function
-        self._threads = threads
-        self._shared = compiled.metadata.shared
-        self._first, self._last = len(fixed), len(fixed) + changing
         # Triton adds two pointers to scratch memory as the last parameters. Our kernels use none: they stay null.
-        self._cells = (ctypes.c_int64 * (self._last + 2))(*fixed)
-        begin = ctypes.addressof(self._cells)
-        places = (begin + 8 * i for i in range(self._last + 2))
-        self._parameters = (ctypes.c_void_p * (self._last + 2))(*places)
-        self._cooperative = cooperative
+        count = len(fixed) + changing + 2
+        begin = 8 * len(native.Record._fields)
+        places = begin + 8 * count
+        # One block of memory holds the record, the parameters, and the addresses of the parameters.
+        self._memory = np.zeros(places // 8 + count, np.int64)
+        self.record = address = self._memory.ctypes.data
+        cells = begin + 8 * len(fixed)
+        self._memory[: begin // 8] = native.Record(
+            _address_of(driver.cuLaunchKernel), _address_of(driver.cuLaunchCooperativeKernel), cooperative,
+            compiled.function, threads, compiled.metadata.shared, address + places, address + cells,
+        )  # fmt: skip
+        self._memory[begin // 8 : begin // 8 + len(fixed)] = fixed
+        self._memory[places // 8 :] = address + begin + 8 * np.arange(count)
+        self._fill = struct.Struct(f"={changing}q").pack_into
+        self._cells = memoryview(self._memory.data)[cells // 8 : cells // 8 + changing]
 
     def __call__(self, programs: int, stream: int, arguments: Sequence[int]) -> None:
-        self._cells[self._first : self._last] = arguments  # type: ignore[call-overload]
-        threads, shared = self._threads, self._shared
-        end = () if self._cooperative else (None,)
-        code = self._launch(
-            self._function, programs, 1, 1, threads, 1, 1, shared, stream, self._parameters, *end
-        )  # fmt: skip
+        self._fill(self._cells, 0, *arguments)
+        code = native.launch.call(self.record, programs, stream)
         if code:
-            raise RuntimeError(f"the CUDA driver refused to launch a kernel: error {code}")
+            raise_driver(code)
+
+
+def raise_driver(code: int) -> NoReturn:
+    raise RuntimeError(f"the CUDA driver refused to launch a kernel: error {code}")
+
+
+def _address_of(function: Any) -> int:
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
 @functools.cache
 def _driver() -> Any:
     """Return the CUDA driver's library. OSError or AttributeError if it is missing or lacks a function."""
     driver = ctypes.CDLL("libcuda.so.1")
-    common: list[Any] = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p]
-    driver.cuLaunchCooperativeKernel.argtypes = common
-    driver.cuLaunchKernel.argtypes = [*common, ctypes.c_void_p]
     driver.cuFuncGetParamInfo.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
     return driver
 
@@ -101,13 +115,14 @@ def _direct_launch(compiled: Any, arrays: Arrays, changing: int, warps: int, coo
 class Arrays(NamedTuple):
     """The arrays of one tree as kernels take them: tensors to compile and interpret with, addresses to launch with.
 
-    device: CUDA index, -1 where kernels are interpreted. rows: row capacity. pool: address of the slot pool, [2 P] of
-    int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: the direct launches so far, which hold
-    these addresses. The tensors must outlive the Arrays.
+    device: CUDA index, -1 where kernels are interpreted. rows: row capacity. batch: the largest batch. pool: address of
+    the slot pool, [2 P] of int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: the direct
+    launches so far, which hold these addresses. The tensors must outlive the Arrays.
     """
 
     device: int
     rows: int
+    batch: int
     page: int
     bigram: bool
     pool: int
@@ -116,7 +131,7 @@ class Arrays(NamedTuple):
     scratch: Scratch
     tensors: tuple[Any, ...]
     addresses: tuple[Any, ...]
-    direct: dict[Any, DirectLaunch]
+    direct: dict[Variant, DirectLaunch]
 
 
 def _index(device: torch.device) -> int:
@@ -129,15 +144,15 @@ def arrays_of(state: TreeState, scratch: Scratch, pool: torch.Tensor, page: int,
         Scratch._make(tensor.data_ptr() for tensor in scratch),
     )
     return Arrays(
-        _index(state.numbers.device), len(state.parent), page, bigram, pool.data_ptr(), pool.dtype == torch.int64,
-        state, scratch, (state, scratch), addresses, {},
+        _index(state.numbers.device), len(state.parent), scratch.batch, page, bigram, pool.data_ptr(),
+        pool.dtype == torch.int64, state, scratch, (state, scratch), addresses, {},
     )  # fmt: skip
 
 
 def no_arrays(device: torch.device) -> Arrays:
     """Return the Arrays for kernels that take neither state nor scratch."""
     nothing: Any = None
-    return Arrays(_index(device), 0, 1, False, 0, False, nothing, nothing, (), (), {})
+    return Arrays(_index(device), 0, 0, 1, False, 0, False, nothing, nothing, (), (), {})
 
 
 class Pointer:
@@ -165,18 +180,28 @@ def _typed(address: int, kind: str, arrays: Arrays) -> Any:
 
 def current_stream(device: int) -> int:
     """Return the handle of torch's current stream; takes 0.1 us."""
-    return int(torch._C._cuda_getCurrentRawStream(device))
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
-class Launch(NamedTuple):
-    """The arguments of `Kernel.__call__` for one launch, with the default number of warps filled in."""
+def is_current(device: int) -> bool:
+    """Return whether a device is torch's current one, as it must be for a direct launch."""
+    return torch._C._cuda_getDevice() == device
 
-    programs: int
-    arguments: Sequence[int]
-    constants: tuple[int | bool, ...]
-    wide: tuple[bool, ...]
-    warps: int
-    registers: int
+
+class Variant:
+    """One set of constants of a kernel, which is compiled once for a device. Compared by identity: make each once.
+
+    wide: one for each "*w" of the kernel. registers: the most registers for a thread, 0 for no limit.
+    """
+
+    __slots__ = ("compiled", "constants", "registers", "warps", "wide")
+
+    def __init__(self, constants: Constants, wide: tuple[bool, ...], warps: int, registers: int) -> None:
+        self.constants = constants
+        self.wide = wide
+        self.warps = warps
+        self.registers = registers
+        self.compiled: dict[int, Any] = {}  # by device: (compiled kernel, launcher, function, metadata)
 
 
 class Kernel:
@@ -195,15 +220,30 @@ class Kernel:
         self.kinds = tuple(kinds)
         self.warps = warps
         self.cooperative = cooperative
-        self._compiled: dict[Any, Any] = {}
+        self._variants: dict[Any, Variant] = {}
         Kernel.all_kernels.append(self)
+
+    @property
+    def variants(self) -> list[Variant]:
+        """The variants that were asked for so far."""
+        return list(self._variants.values())
+
+    def variant(
+        self, constants: Constants = (), wide: tuple[bool, ...] = (), warps: int = 0, registers: int = 0
+    ) -> Variant:
+        """Return the variant with these constants. warps: 0 for the kernel's default."""
+        key = constants, wide, warps, registers
+        found = self._variants.get(key)
+        if found is None:
+            found = self._variants.setdefault(key, Variant(constants, wide, warps or self.warps, registers))
+        return found
 
     def __call__(
         self,
         arrays: Arrays,
         programs: int,
         arguments: Sequence[int],
-        constants: tuple[int | bool, ...] = (),
+        constants: Constants = (),
         wide: tuple[bool, ...] = (),
         warps: int = 0,
         registers: int = 0,
@@ -213,55 +253,55 @@ class Kernel:
         arguments: addresses and numbers. wide: one for each "*w". registers: the most registers for a thread (CUDA
         only), 0 for no limit.
         """
-        direct = arrays.direct.get((self, constants, wide, warps, registers))
+        variant = self.variant(constants, wide, warps, registers)
+        direct = arrays.direct.get(variant)
         if direct is None:
-            self._start(arrays, Launch(programs, arguments, constants, wide, warps or self.warps, registers), warps)
-        elif torch._C._cuda_getDevice() == arrays.device:
+            self._start(arrays, programs, arguments, variant)
+        elif is_current(arrays.device):
             direct(programs, current_stream(arrays.device), arguments)
         else:
             with torch.cuda.device(arrays.device):
                 direct(programs, current_stream(arrays.device), arguments)
 
-    def _start(self, arrays: Arrays, launch: Launch, asked_warps: int) -> None:
+    def _start(self, arrays: Arrays, programs: int, arguments: Sequence[int], variant: Variant) -> None:
         """Launch through Triton: the first launches, and all where there is no direct launch."""
-        variant = arrays.device, launch.constants, launch.wide, launch.warps, launch.registers
-        launcher = self._compiled.get(variant)
+        launcher = variant.compiled.get(arrays.device)
         if launcher is None:
-            compiled = self._first(arrays, launch)
+            compiled = self._first(arrays, programs, arguments, variant)
             launcher = None if compiled is None else _launcher(compiled)
             if launcher is not None:
-                self._compiled[variant] = compiled, *launcher
+                variant.compiled[arrays.device] = compiled, *launcher
             return
         compiled, run, function, metadata = launcher
         with torch.cuda.device(arrays.device):
             run(
-                launch.programs, 1, 1, current_stream(arrays.device), function, metadata, None, None, None,
-                *arrays.addresses, *launch.arguments, *launch.constants,
+                programs, 1, 1, current_stream(arrays.device), function, metadata, None, None, None,
+                *arrays.addresses, *arguments, *variant.constants,
             )  # fmt: skip
-            direct = _direct_launch(compiled, arrays, len(launch.arguments), launch.warps, self.cooperative)
+            direct = _direct_launch(compiled, arrays, len(arguments), variant.warps, self.cooperative)
         if direct is not None:
-            arrays.direct[(self, launch.constants, launch.wide, asked_warps, launch.registers)] = direct
+            arrays.direct[variant] = direct
 
     def types(self, wide: tuple[bool, ...]) -> list[str]:
         """Return the type of each argument, with "*w" resolved."""
         widths = iter(wide)
         return [("*i64" if next(widths) else "*i32") if kind == "*w" else kind for kind in self.kinds]
 
-    def _first(self, arrays: Arrays, launch: Launch) -> Any:
+    def _first(self, arrays: Arrays, programs: int, arguments: Sequence[int], variant: Variant) -> Any:
         """Launch through Triton's public interface. Return the compiled kernel, None where kernels are interpreted."""
-        pairs = zip(launch.arguments, self.types(launch.wide), strict=True)
+        pairs = zip(arguments, self.types(variant.wide), strict=True)
         typed = [_typed(value, kind, arrays) if kind[0] == "*" else value for value, kind in pairs]
-        options: dict[str, Any] = {"num_warps": launch.warps}
+        options: dict[str, Any] = {"num_warps": variant.warps}
         if self.cooperative:
             options["launch_cooperative_grid"] = True
-        if launch.registers and torch.version.hip is None:
-            options["maxnreg"] = launch.registers
+        if variant.registers and torch.version.hip is None:
+            options["maxnreg"] = variant.registers
         if INTERPRETED:
             options.pop("maxnreg", None)
-            self.function[(launch.programs,)](*arrays.tensors, *typed, *launch.constants, **options)
+            self.function[(programs,)](*arrays.tensors, *typed, *variant.constants, **options)
             return None
         with torch.cuda.device(arrays.device):
-            return self.function[(launch.programs,)](*arrays.tensors, *typed, *launch.constants, **options)
+            return self.function[(programs,)](*arrays.tensors, *typed, *variant.constants, **options)
 
 
 def _launcher(compiled: Any) -> tuple[Callable[..., Any], Any, Any] | None:

@@ -10,15 +10,17 @@ import functools
 import triton
 import triton.language as tl
 
+from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import take_back_locks
 from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
 from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, move_protected, publish, publish_done, refuse
-from flatradix.kernels.gpu.launch import Arrays, Kernel
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
 from flatradix.kernels.gpu.lock import row_or_above
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
     begin_at,
+    bring,
     first_outside,
     key_range,
     name_of,
@@ -30,22 +32,9 @@ from flatradix.kernels.gpu.walk import (
     whole_pages,
 )
 from flatradix.layout import mail, numbers, reasons, scratch
-from flatradix.layout.queries import Output, PerQuery, PlaceAddresses, Values
+from flatradix.layout.queries import Desk, Output, PerQuery, PlaceAddresses, Values
 
 LANES = tl.constexpr(128)
-# A single key in host memory is read in pieces of this many tokens, with all loads of a piece in flight at once.
-PIECE = tl.constexpr(2048)
-
-
-@triton.jit
-def _stage(source, target, count):
-    """Copy a key from pinned memory to the device. A walk in pinned memory would wait for PCIe at each step."""
-    at = tl.zeros([], tl.int64)
-    while at < count:
-        j = at + tl.arange(0, PIECE)
-        tl.store(target + j, tl.load(source + j, mask=j < count), mask=j < count)
-        at += PIECE
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -97,12 +86,12 @@ def _finish(
 @triton.jit(
     do_not_specialize=[
         "values", "offsets", "names", "start_handles", "start_lengths", "lengths", "handles", "stage", "total", "name",
-        "batch", "rows", "call",
+        "batch", "rows", "call", "told",
     ]
 )  # fmt: skip
 def match_kernel(
     s, w, values, offsets, names, start_handles, start_lengths, lengths, handles, stage,
-    total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64,
+    total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64, told: tl.int32,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, TOUCH: tl.constexpr,
     LOCK: tl.constexpr, SINGLE: tl.constexpr, STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +103,7 @@ def match_kernel(
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
     key = values + place
     if STAGED:
-        _stage(values, stage, count)
+        bring(values, stage, count)
         key = stage
     code, named = name_of(names, name, query, NAMES)
     row, start, reason = begin_at(s, start_handles, start_lengths, query, key, count, code, named, PAGE, BIGRAM, START)
@@ -169,6 +158,8 @@ def match_kernel(
             handle = tl.load(handles)
         answer(w, call, tl.where(bad, -1, length), handle, length * 0)
     else:
+        word = ((call & mail.CALL_MASK) << 32) | length.to(tl.int64)
+        tl.store(w.mail + mail.FIRST_TOLD + told + query, word, mask=told >= 0)
         last, any_bad = arrive(w, tl.num_programs(0), bad)
         if last:
             _finish(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
@@ -176,7 +167,7 @@ def match_kernel(
 
 _match = Kernel(
     match_kernel,
-    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i64"],
+    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i64", "i32"],
 )
 
 
@@ -210,14 +201,14 @@ def match(
     """Match a batch in one launch.
 
     names: code * 2 + (1 if the caller gave a name). Fills the handles and lengths of `out`, with -1 if the call is
-    refused.
+    refused. Tells the lengths in the mail from `out.told` on, if that is not negative and the call is not refused.
     """
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
     _match(
         arrays, keys.batch,
         (
             keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
-            keys.total, names.number, keys.batch, arrays.rows, call,
+            keys.total, names.number, keys.batch, arrays.rows, call, out.told,
         ),
         (
             *page_constants(arrays.page, arrays.bigram, block), touch, lock, keys.offsets == 0, False,
@@ -230,20 +221,40 @@ def match(
 
 
 @functools.cache
-def _single_constants(page: int, bigram: bool, touch: bool, lock: bool) -> tuple[int | bool, ...]:
-    return *page_constants(page, bigram, 512), touch, lock, True, True, False, False
+def _single(page: int, bigram: bool, touch: bool, lock: bool, wide: bool) -> Variant:
+    """Return the variant of `match_kernel` for one key in pinned memory."""
+    constants = *page_constants(page, bigram, 512), touch, lock, True, True, False, False
+    return _match.variant(constants, (wide, wide))
 
 
 def match_one(
-    arrays: Arrays, key: tuple[int, int, bool], name: int, out: Output, stage: int, call: int, touch: bool, lock: bool
-) -> None:
-    """Match one key in pinned memory from the root. name, out: as for `match`.
+    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, out: PlaceAddresses, call: int,
+    touch: bool, lock: bool,
+) -> bool:  # fmt: skip
+    """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
-    key: (address, number of tokens, whether they are int64). stage: address of device memory to which the kernel copies
-    the key first.
+    key: (address, number of tokens, whether they are int64, their owner), at most STAGED_BYTES.
+    name, out: as for `match`.
     """
-    address, count, wide = key
+    address, count, wide, _owner = key
+    size = count * 8 if wide else count * 4
+    variant = _single(arrays.page, arrays.bigram, touch, lock, wide)
+    direct = arrays.direct.get(variant)
+    if direct is not None and is_current(arrays.device):
+        code = native.start_match.call(
+            direct.record, current_stream(arrays.device), desk.address, address, count, size, name, arrays.rows, call,
+            out.lengths, out.handles,
+        )  # fmt: skip
+        if code > 0:
+            raise_driver(code)
+        return code == 0
+    staged = native.stage_key.call(desk.address, address, size)
+    if staged == 0:
+        return False
     _match(
-        arrays, 1, (address, 0, 0, 0, 0, out.lengths, out.handles, stage, count, name, 1, arrays.rows, call),
-        _single_constants(arrays.page, arrays.bigram, touch, lock), (wide, wide),
+        arrays, 1,
+        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call, -1),
+        variant.constants, variant.wide,
     )  # fmt: skip
+    native.commit_key.call(desk.address, call)
+    return True

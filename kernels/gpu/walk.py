@@ -18,6 +18,19 @@ from flatradix.kernels.gpu.rows import namespace_of, resolve
 from flatradix.layout import numbers, reasons
 
 MAX_TOKEN = tl.constexpr(numbers.MAX_TOKEN)
+# A single key in host memory is read in pieces of this many tokens, with all loads of a piece in flight at once.
+PIECE = tl.constexpr(2048)
+
+
+@triton.jit
+def bring(source, target, count):
+    """Copy a key from pinned memory to the device. A walk in pinned memory would wait for PCIe at each step."""
+    at = tl.zeros([], tl.int64)
+    while at < count:
+        j = at + tl.arange(0, PIECE)
+        tl.store(target + j, tl.load(source + j, mask=j < count), mask=j < count)
+        at += PIECE
+    tl.debug_barrier()
 
 
 @triton.jit

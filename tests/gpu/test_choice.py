@@ -101,7 +101,7 @@ def no_memory(*arguments: Any) -> Any:
     ("name", "value", "error", "message"),
     [
         ("allocate_device", no_memory, torch.OutOfMemoryError, "CUDA out of memory"),
-        ("MAX_UNITS", 100, ValueError, "max_tokens 64 is too large for a tree on a GPU"),
+        ("is_too_large", lambda *_, halves: halves == 2, ValueError, "max_tokens 64 is too large for a tree on a GPU"),
     ],
 )
 def test_auto_takes_the_cpu_where_a_gpu_has_no_room(

@@ -135,6 +135,7 @@ def use_everything(tree: RadixTree, few: bool) -> None:
         for lock in (False, True):
             tree.match(sequence, lock=lock)
         tree.insert(sequence, single)
+        tree.insert(np.tile(sequence, 2), torch.cat((single, single)))
     found = tree.match(single.numpy())
     tree.lock(found)
     tree.unlock(found)

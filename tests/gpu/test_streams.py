@@ -311,6 +311,7 @@ def test_a_launch_that_never_was(cuda: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     tree = RadixTree(64, device=cuda)
     tree.insert([[1, 2]], [[1, 2]])
+    index_of(tree)._arrays.direct.clear()
     with monkeypatch.context() as patch:
         patch.setattr(Kernel, "__call__", lambda *arguments: None)
         result = tree.match([1, 2])
@@ -325,18 +326,21 @@ def test_a_launch_that_never_was(cuda: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_public_ways_to_launch_do_the_same(gpu: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from flatradix.kernels.gpu import launch
 
+    def variants() -> list[launch.Variant]:
+        return [variant for kernel in launch.Kernel.all_kernels for variant in kernel.variants]
+
     keys = shared_prefixes(200)
-    for kernel in launch.Kernel.all_kernels:
-        monkeypatch.setattr(kernel, "_compiled", {})
+    for variant in variants():
+        monkeypatch.setattr(variant, "compiled", {})
     pair = Pair(gpu, 4000)
     for _ in range(2):
         use(pair, keys)
     assert index_of(pair.tree)._arrays.direct, "nothing is launched directly: Triton or the driver has changed"
     monkeypatch.setattr(launch, missing, lambda *arguments: None)
-    for kernel in launch.Kernel.all_kernels:
-        monkeypatch.setattr(kernel, "_compiled", {})
+    for variant in variants():
+        monkeypatch.setattr(variant, "compiled", {})
     pair = Pair(gpu, 4000)
     for _ in range(2):
         use(pair, keys)
     assert not index_of(pair.tree)._arrays.direct
-    assert any(kernel._compiled for kernel in launch.Kernel.all_kernels) == (missing != "_launcher")
+    assert any(variant.compiled for variant in variants()) == (missing != "_launcher")
