@@ -109,24 +109,12 @@ class DevicePages(Pages):
     def find(self, tree: RadixTree, prompts: Prompts, chunk: int) -> Found:
         if prompts.on_device is None:
             keys = [prompts.array(query)[:-1] for query in range(len(prompts))]
-            place: Places = tree.match(keys, prompts.names, touch=False, lock=True)
-            cached = place.lengths.cpu().numpy().astype(np.int64)
-            tree.raise_pending()
+            place = tree.match(keys, prompts.names, touch=False, lock=True)
         else:
-            place, cached = self._find_on_device(tree, prompts, prompts.on_device)
-        return self.plan(Found(place, cached, cached, 0), prompts, cached, chunk)
-
-    def _find_on_device(self, tree: RadixTree, prompts: Prompts, ragged: Ragged) -> tuple[Places, np.ndarray]:
-        """Match whole prompts, cut the places back to what is cached of each without its last token, and lock."""
-        places: Places = tree.match(ragged, prompts.names, touch=False)
-        lengths = places.lengths.cpu().numpy().astype(np.int64)
+            place = self._index.lock_prompts(prompts.on_device, prompts.names)
+        cached = place.host_lengths.numpy().astype(np.int64)
         tree.raise_pending()
-        most = (prompts.counts - 1) // self.page_size * self.page_size
-        if (lengths > most).any():
-            lengths = np.minimum(lengths, most)
-            places = Places(upload(torch.from_numpy(lengths.astype(np.int32)), tree.device), places.handles)
-        tree.lock(places)
-        return places, lengths
+        return self.plan(Found(place, cached, cached, 0), prompts, cached, chunk)
 
     def unlock(self, tree: RadixTree, found: Found) -> None:
         tree.unlock(found.place)

@@ -247,6 +247,18 @@ class DeviceIndex(Index):
         return result
 
     @public_call
+    def lock_prompts(self, prompts: Ragged, namespace: Any) -> MatchResult:
+        """Match prompts on the device without their last tokens and without a touch, and lock them. One launch."""
+        if self._open:
+            self._recover()
+        keys = read_values(prompts, self.device, "tokens")._replace(left_out=1)
+        self._open = _NOTHING_YET
+        self.last_result = result = self._match_values(keys, namespace, False, True, None)
+        self._changes += 1
+        self._open = None
+        return result
+
+    @public_call
     def match_array(
         self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
     ) -> MatchResult:

@@ -13,7 +13,8 @@ class Values(NamedTuple):
     address: of int64 (`wide`) or int32 values. offsets: address of int64 [B + 1], 0 for a single sequence.
     counts: int64 [B] on the host, None if only the device knows them, and for a single sequence (`total` is its count).
     owner: keeps the memory alive until the kernels are enqueued. stage: 0, or the values are a key in pinned memory,
-    which the first kernel copies to this address on the device.
+    which the first kernel copies to this address on the device. left_out: tokens at the end of each sequence that a
+    match does not look up.
     """
 
     address: int
@@ -24,6 +25,7 @@ class Values(NamedTuple):
     counts: np.ndarray | None
     owner: Any
     stage: int = 0
+    left_out: int = 0
 
 
 class PerQuery(NamedTuple):

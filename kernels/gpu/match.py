@@ -86,12 +86,13 @@ def _finish(
 @triton.jit(
     do_not_specialize=[
         "values", "offsets", "names", "start_handles", "start_lengths", "lengths", "handles", "stage", "total", "name",
-        "batch", "rows", "call", "told",
+        "batch", "rows", "call", "told", "left_out",
     ]
 )  # fmt: skip
 def match_kernel(
     s, w, values, offsets, names, start_handles, start_lengths, lengths, handles, stage,
     total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64, told: tl.int32,
+    left_out: tl.int64,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, TOUCH: tl.constexpr,
     LOCK: tl.constexpr, SINGLE: tl.constexpr, STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +102,7 @@ def match_kernel(
     tick = clock + 2 * (query.to(tl.int64) + 1)
     call = call.to(tl.int64)
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
+    count = tl.maximum(count - left_out, 0)
     key = values + place
     if STAGED:
         bring(values, stage, count)
@@ -167,7 +169,7 @@ def match_kernel(
 
 _match = Kernel(
     match_kernel,
-    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i64", "i32"],
+    ["*w", "*i64", "*i64", "*i64", "*i32", "*i32", "*i64", "*w", "i64", "i64", "i32", "i32", "i64", "i32", "i64"],
 )
 
 
@@ -201,14 +203,15 @@ def match(
     """Match a batch in one launch.
 
     names: code * 2 + (1 if the caller gave a name). Fills the handles and lengths of `out`, with -1 if the call is
-    refused. Tells the lengths in the mail from `out.told` on, if that is not negative and the call is not refused.
+    refused. The last `keys.left_out` tokens of each key are not looked up. Tells the lengths in the mail from
+    `out.told` on, if that is not negative and the call is not refused.
     """
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
     _match(
         arrays, keys.batch,
         (
             keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
-            keys.total, names.number, keys.batch, arrays.rows, call, out.told,
+            keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
         ),
         (
             *page_constants(arrays.page, arrays.bigram, block), touch, lock, keys.offsets == 0, False,
@@ -253,7 +256,7 @@ def match_one(
         return False
     _match(
         arrays, 1,
-        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call, -1),
+        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0),
         variant.constants, variant.wide,
     )  # fmt: skip
     native.commit_key.call(desk.address, call)

@@ -72,6 +72,7 @@ def start_match(record, stream, desk, key, count, size, name, rows, call, length
     cells[11] = rows
     cells[12] = call
     cells[13] = -1
+    cells[14] = 0
     code = _start(record, 1, stream)
     if code == 0:
         reserve(desk, call)
