@@ -54,8 +54,6 @@ class RadixTree:
     check_slots: whether an insert checks slots that lie on a slot device. The check waits for that device. With False,
         an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
         are always checked.
-    paged: for PrefixCache, whose slots are whole pages, each from a multiple of `page_size` on. An index on the CPU
-        then keeps one int32 for each page instead of its slots. A copy of the tree by `to`, `save` or `load` does not.
 
     On a GPU, match, lock, unlock, split, insert and write_slots enqueue their kernels on torch's current stream and
     return. Their results are tensors on the device. Some errors in a query are found only by the kernels. A call with
@@ -95,15 +93,22 @@ class RadixTree:
         slot_dtype: torch.dtype = torch.int32,
         check_slots: bool = True,
         evict_by: str = "node",
-        paged: bool = False,
         on_evict: OnEvict | None = None,
     ) -> None:
         options = read_options(
             max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by, on_evict
         )
-        if paged and options.grows:
-            raise ValueError("a tree of page numbers needs max_tokens: it does not grow")
-        self._index = backend.open_index(options, device, paged)
+        self._take(backend.open_index(options, device))
+
+    @classmethod
+    def over(cls, index: Index) -> RadixTree:
+        """Return the tree of an index, for other parts of this library."""
+        self = cls.__new__(cls)
+        self._take(index)
+        return self
+
+    def _take(self, index: Index) -> None:
+        self._index, options = index, index.options
         self.max_tokens = None if options.grows else options.max_tokens
         self.page_size = options.page_size
         self.policy = options.policy

@@ -88,7 +88,7 @@ def _start(state: State, prompts: Prompts, chunk: int | None, sharing: Sharing |
     found = state.pages.find(state.tree, prompts, chunk or 0)
     begins, loans = found.cached, {}
     if sharing is not None and free >= 0:
-        loans = _loans_of(sharing, prompts, rows, begins)
+        loans = _loans_of(sharing, prompts.on_host(), rows, begins)
         begins = np.array([loans[row].borrowed if row in loans else -1 for row in rows.tolist()], np.int64)
         begins = np.maximum(begins, found.cached)
         found = state.pages.plan(found, prompts, begins, 0)

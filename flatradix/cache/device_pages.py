@@ -61,7 +61,7 @@ class DevicePages(Pages):
         rows, width, self._most_known = counts[running.ROWS], counts[running.WIDTH], counts[running.MOST_KNOWN]
         self.page_size, self.num_pages = counts[running.PAGE], num_pages
         self._index = index
-        device = index.device
+        self.prompt_device = device = index.device
         self._arrays = gpu.no_arrays(device)
         self.page_table = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(rows, self._most_known, dtype=torch.int32, device=device)

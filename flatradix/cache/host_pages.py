@@ -42,7 +42,7 @@ class HostPages(Pages):
         self._table_copy: TableCopy | None = None
         if apart:
             self.page_table = torch.zeros(self._pages.shape, dtype=torch.int32, device=kv)
-            self._table_copy = TableCopy(columns.address, self.page_table)
+            self._table_copy = TableCopy(columns.address, self._pages, self.page_size, self.page_table)
         self.within = torch.arange(self.page_size, dtype=torch.int32, device=kv)
         self.reset()
 

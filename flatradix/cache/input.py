@@ -21,7 +21,7 @@ from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.sequences import Batch, is_batch, read_one
 from flatradix.kernels import cpu
 from flatradix.layout import running
-from flatradix.layout.numbers import MAX_TOKEN
+from flatradix.layout.numbers import MAX_TOKEN, MAX_UNITS
 
 _NOTHING = np.empty(0, np.int64)
 _NO_TOKENS = Batch(_NOTHING, _NOTHING, False, None)
@@ -65,16 +65,20 @@ class Prompts(NamedTuple):
         return Prompts(tokens, names, self.priorities[queries], None, int(counts[queries].max()))
 
     def array(self, query: int) -> np.ndarray:
-        """Return the tokens of a query, int32 or int64: a view."""
+        """Return the tokens of a query, int32 or int64: a view. They must be in host memory."""
+        assert self.on_device is None
         kind = ctypes.c_int64 if self.tokens.wide else ctypes.c_int32
         return np.ctypeslib.as_array((kind * int(self.counts[query])).from_address(int(self.tokens.addresses[query])))
 
 
-def read_prompts(prompts: Any, namespaces: Any, priority: Any, device: torch.device) -> Prompts:
-    """Read the prompts of a `begin`. Raises QueryError for an empty prompt."""
+def read_prompts(prompts: Any, namespaces: Any, priority: Any, device: torch.device | None) -> Prompts:
+    """Read the prompts of a `begin`. Raises QueryError for an empty prompt.
+
+    device: where a Ragged stays as it is; None if there is no such device.
+    """
     if not is_batch(prompts) and not (isinstance(prompts, list | tuple) and len(prompts) == 0):
         raise ValueError("begin takes a list of prompts, or a Ragged; wrap a single one: [prompt]")
-    ragged = prompts if isinstance(prompts, Ragged) and prompts.device == device and device.type != "cpu" else None
+    ragged = prompts if isinstance(prompts, Ragged) and prompts.device == device else None
     tokens = _read_tokens(prompts, ragged)
     shortest, longest = cpu.extent.call(tokens.counts)
     if shortest == 0:
@@ -121,7 +125,7 @@ def read_chunk(chunk: Any, share: bool) -> int | None:
     count = operator.index(chunk)
     if count < 1:
         raise ValueError(f"chunk must be at least 1, not {count}")
-    return count
+    return min(count, MAX_UNITS)
 
 
 class Call(NamedTuple):
@@ -142,7 +146,13 @@ class Call(NamedTuple):
 
 
 def read_call(
-    owner: Owner, operation: str, requests: Any, tokens: Any = None, n: Any = None, up_to: Any = None, behind: int = 0
+    owner: Owner,
+    operation: str,
+    requests: Any,
+    tokens: Any = None,
+    n: Any = _NOTHING,
+    up_to: Any = None,
+    behind: int = 0,
 ) -> Call:
     """Check a call on running requests. Raises QueryError for the first request that is refused, with the reason.
 
@@ -153,7 +163,7 @@ def read_call(
     rows, serials = _numbers_of(owner, operation, requests)
     count, columns = len(rows), owner.columns
     added = _NO_TOKENS if tokens is None else read_tokens(operation, count, tokens)
-    more = _NOTHING if n is None else per_query(n, count, "n")
+    more = _NOTHING if n is _NOTHING else per_query(n, count, "n")
     ends = _NOTHING if up_to is None else per_query(up_to, count, "up_to")
     found = np.empty((5, count), np.int64)
     reason, query = cpu.read_requests.call(columns.address, rows, serials, added.counts, more, ends, behind, found)
@@ -183,7 +193,7 @@ def _why(columns: Columns, request: Request, row: int, reason: int, added: int, 
 def _numbers_of(owner: Owner, operation: str, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
     """Return rows and serials of requests, int64 [B], not checked. Raises QueryError for those of another cache."""
     if isinstance(requests, Requests) and (requests.owner is owner or len(requests) == 0):
-        return np.ascontiguousarray(requests.rows), np.ascontiguousarray(requests.serials)
+        return np.ascontiguousarray(requests.rows, np.int64), np.ascontiguousarray(requests.serials, np.int64)
     for query, request in enumerate(requests):
         if request.owner is not owner:
             raise QueryError(f"{operation}: request {query} is of another PrefixCache", query)

@@ -48,13 +48,15 @@ class Pages(ABC):
     arrays; begins and ends are int64 [B], in tokens. The host knows how many pages are free, so no method waits for a
     device unless it says so.
 
-    num_pages: all pages. page_table: int32 [R, W] on the device of the KV cache: the page of each `page_size` tokens of
-    each row. slot_copy: the table of slots, if it was ever asked for and is not the page table itself. within: int32
-    [page_size], the numbers from 0 on, on the same device.
+    num_pages: all pages. prompt_device: where a Ragged of prompts is read in place, None for host memory. page_table:
+    int32 [R, W] on the device of the KV cache: the page of each `page_size` tokens of each row. slot_copy: the table of
+    slots, if it was ever asked for and is not the page table itself. within: int32 [page_size], the numbers from 0 on,
+    on the same device.
     """
 
     page_size: int
     num_pages: int
+    prompt_device: torch.device | None = None
     page_table: torch.Tensor
     slot_copy: torch.Tensor | None
     within: torch.Tensor
@@ -120,9 +122,9 @@ class Pages(ABC):
     # Grow and end
 
     def grow(self, rows: np.ndarray, more: np.ndarray) -> bool:
-        """Give requests slots for `more` tokens, int64 [B], if enough pages are free and this is quick; return whether.
+        """Give requests slots for `more` tokens, int64 [B], and set `length` and `missing`; return True.
 
-        Sets `length` and `missing`.
+        Returns False with nothing changed if too few pages are free. On a GPU it always does: use `take`.
         """
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from flatradix import backend
 from flatradix.cache import home, recover
 from flatradix.cache.begin import begin_prompts
 from flatradix.cache.columns import Columns
@@ -20,9 +22,10 @@ from flatradix.cache.input import check_tokens, read_call, read_chunk, read_prom
 from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
+from flatradix.errors import QueryError
 from flatradix.index import public_call, refuse_reentry
 from flatradix.inputs import devices
-from flatradix.inputs.options import OnEvict
+from flatradix.inputs.options import OnEvict, read_options
 from flatradix.inputs.policy import Policy
 from flatradix.kernels import cpu
 from flatradix.layout import running
@@ -135,9 +138,8 @@ class PrefixCache:
         kv = torch.empty(0, device=kv_device).device  # with its index
         slots = num_slots // page_size * page_size
         index = devices.preferred(device)
-        self.tree = RadixTree(
-            slots, page_size, index, policy, check_slots=False, evict_by=evict_by, paged=True, on_evict=on_evict
-        )
+        options = read_options(slots, page_size, policy, None, False, torch.int32, False, evict_by, on_evict)
+        self.tree = RadixTree.over(backend.open_index(options, index, paged=True))
         columns = Columns(max_requests, page_size, max_length)
         with torch.inference_mode(False):  # else the tensors would be inference tensors forever
             pages = home.make_pages(self.tree, slots, columns, kv)
@@ -216,12 +218,16 @@ class PrefixCache:
         With an index on a GPU it waits for the device. Raises QueryError and ValueError with nothing changed. If a
         policy function raises or a device has no memory left, the new requests hold nothing.
         """
-        found = read_prompts(prompts, namespaces, priority, self.tree.device)
+        found = read_prompts(prompts, namespaces, priority, self._state.pages.prompt_device)
         chunk = read_chunk(chunk, share)
         self._open = UnderWay(recover.BEGIN, serial=self._state.columns.counts[running.NEXT_SERIAL])
         self._state.pages.give_back_duplicates()
         self.tree.raise_pending()
-        return begin_prompts(self._state, found, chunk, share)
+        try:
+            return begin_prompts(self._state, found, chunk, share)
+        except QueryError:
+            self._open = recover.READING  # a bad token has changed nothing: no repair is needed
+            raise
 
     # Look without taking
 
@@ -244,7 +250,7 @@ class PrefixCache:
 
         O(prompt tokens). Raises QueryError and ValueError.
         """
-        found = read_prompts(prompts, namespaces, 0, self.tree.device).on_host()
+        found = read_prompts(prompts, namespaces, 0, None)
         check_tokens(found)
         self._open = UnderWay(recover.OTHER)
         self._state.pages.give_back_duplicates()
@@ -342,6 +348,10 @@ class PrefixCache:
         Returns the requests that got no slots, and those whose slots were replaced. O(requests + new whole pages).
         Raises QueryError and ValueError with nothing changed.
         """
+        if tokens is None:
+            raise ValueError(
+                "step: tokens is None; give what each request has generated since, at least one token each"
+            )
         call = read_call(self._state, "step", requests, tokens, n, behind=1)
         store_added(self._state, call)
         self._open = recover.begun(recover.STEP, call)
@@ -360,9 +370,9 @@ class PrefixCache:
         Returns the requests, and the pages to copy in each layer before the next forward pass: int64 [K, 2], from and
         to, on the device of the KV cache. If they do not fit, all of them are refused.
         """
-        call = read_call(self._state, "fork", [request])
-        if n < 1:
+        if operator.index(n) < 1:
             raise ValueError(f"fork: n must be at least 1, not {n}")
+        call = read_call(self._state, "fork", [request])
         self._open = UnderWay(recover.BEGIN, call.rows, serial=self._state.columns.counts[running.NEXT_SERIAL])
         commit_tokens(self._state, call.rows, call.known, call.ends)
         return fork_request(self._state, int(call.rows[0]), n)

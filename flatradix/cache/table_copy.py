@@ -18,9 +18,11 @@ class TableCopy:
     On a GPU, one kernel copies all changes of a call to their places. Without Triton, torch does.
     """
 
-    def __init__(self, cache: int, table: torch.Tensor) -> None:
-        """cache: the address of the table of a `Running`."""
+    def __init__(self, cache: int, pages: np.ndarray, page_size: int, table: torch.Tensor) -> None:
+        """cache: the address of the table of a `Running`. pages: its page table in host memory."""
         self._cache = cache
+        self._pages = pages
+        self._page_size = page_size
         self._table = table.view(-1)
         self._device = table.device
         self._copy_ranges: Any = None
@@ -34,19 +36,29 @@ class TableCopy:
 
     def send(self, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
         """Copy the pages of tokens `begins` to `ends` of some rows, int64 [B]. Does not wait for the device."""
+        if len(rows) == 1:
+            self._send_one(int(rows[0]), int(begins[0]), int(ends[0]))
+            return
         count, many = cpu.count_changes.call(self._cache, rows, begins, ends), len(rows)
         if count == 0:
             return
-        # The ranges, then the pages. torch uses pinned memory again only when the copy is done.
-        packed = torch.empty(6 * many + count, dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
+        packed = self._pinned(6 * many + count)  # the ranges, then the pages
         address = packed.data_ptr()
         cpu.pack_changes.call(self._cache, rows, begins, ends, address, address + 24 * many)
-        if many == 1:
-            first = int(packed[:6].view(torch.int64)[2])
-            self._table[first : first + count].copy_(packed[6:], non_blocking=True)
-            return
         sent = packed.to(self._device, non_blocking=True)
         self._scatter(sent[: 6 * many], many, sent[6 * many :])
+
+    def _send_one(self, row: int, begin: int, end: int) -> None:
+        first, last = -(-begin // self._page_size), -(-end // self._page_size)
+        if first < last:
+            packed = self._pinned(last - first)
+            packed.numpy()[:] = self._pages[row, first:last]
+            at = row * self._pages.shape[1]
+            self._table[at + first : at + last].copy_(packed, non_blocking=True)
+
+    def _pinned(self, count: int) -> torch.Tensor:
+        """Return int32 [count]. torch uses pinned memory again only when its copy is done."""
+        return torch.empty(count, dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
 
     def _scatter(self, ranges: torch.Tensor, many: int, pages: torch.Tensor) -> None:
         """Write pages to their ranges of the table. ranges: int32 [6 * B], the halves of what `pack_changes` gives."""

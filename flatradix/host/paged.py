@@ -14,11 +14,13 @@ from flatradix.index import public_call
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged, read_batch
+from flatradix.inputs.refuse import refuse_slot
 from flatradix.inputs.sequences import Batch, Buffer, address_of, read_one
 from flatradix.kernels import cpu
 from flatradix.layout import numbers, reasons
 from flatradix.layout.state import pool_units
 
+MAX_SLOT = 2**31 - 1
 _NO_CODES = np.empty(0, np.int64)
 
 
@@ -73,6 +75,9 @@ class PageSlots(SlotPool):
 
     def _pages_of(self, slots: np.ndarray, query: int) -> np.ndarray:
         """Return the pages of the slots of a query. Raises QueryError unless they are whole pages."""
+        bad = np.flatnonzero((slots < 0) | (slots > MAX_SLOT))
+        if len(bad):
+            refuse_slot(int(slots[bad[0]]), query, int(bad[0]), torch.int32)
         whole = len(slots) // self.page_size * self.page_size
         pages = slots[: whole : self.page_size] // self.page_size
         other = np.flatnonzero(self.slots_of(pages.astype(np.int32)) != slots[:whole])
@@ -86,8 +91,7 @@ class PageSlots(SlotPool):
 
     def read_one(self, slots: Any, check: bool) -> Buffer:
         found = read_one(slots, "slots")
-        pages = self._pages_of(np.asarray(found[3]), 0)
-        return 0, found[1], False, [pages]
+        return 0, found[1], False, self._pages_of(np.asarray(found[3]), 0)
 
     def read(self, slots: Any, check: bool) -> SlotBatch:
         batch = read_batch(slots, "slots")
@@ -98,14 +102,17 @@ class PageSlots(SlotPool):
         pages = [self._pages_of(part, query) for query, part in enumerate(parts)]
         return SlotBatch(batch.addresses, batch.counts, False, pages)
 
-    def store_one(self, source: Buffer, begin: int, end: int, start: int) -> None:
+    def _store(self, pages: np.ndarray, begin: int, end: int, start: int) -> None:
         page = self.page_size
-        self.pages[start // page : (start + end - begin) // page] = source[3][0][begin // page : end // page]
+        self.pages[start // page : (start + end - begin) // page] = pages[begin // page : end // page]
+
+    def store_one(self, source: Buffer, begin: int, end: int, start: int) -> None:
+        self._store(source[3], begin, end, start)
 
     def store(self, source: SlotBatch, begins: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
         each = zip(source.owner, begins.tolist(), counts.tolist(), starts.tolist(), strict=True)
         for pages, begin, count, start in each:
-            self.store_one((0, 0, False, [pages]), begin, begin + count, start)
+            self._store(pages, begin, begin + count, start)
 
     def _pages_of_path(self, handle: int, length: int) -> np.ndarray | int:
         most = length // self.page_size  # nodes on the path, at most

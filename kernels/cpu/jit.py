@@ -64,7 +64,7 @@ class FixedTypes:
     """A kernel whose arguments have the same types in every call: integers, booleans and contiguous arrays.
 
     call: from the second call on, it bypasses numba's dispatcher, whose type check takes longer than a short match.
-        Types are converted, not checked: the caller must pass the right ones.
+        Types are not checked: an array of another dtype or layout would be read, and written, as garbage.
     """
 
     def __init__(self, function: Callable[..., Any], signature: str, nogil: bool) -> None:

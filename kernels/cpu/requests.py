@@ -45,13 +45,14 @@ def _most_computed(c, row, known):
 
 @helper
 def _refusal(c, row, serial, known, more, end):
+    """Return 0, or the reason why a call on a request is refused. `row` must be in range, or negative."""
     if row < 0 or serial == 0 or get(c, running.SERIAL, row) != serial:
         return running.NOT_RUNNING
     if get(c, running.MARK, row) != 0:
         return running.TWICE
     if known > c.counts[running.MOST_KNOWN]:
         return running.TOO_MANY_TOKENS
-    if more < 0 or get(c, running.LENGTH, row) + more > c.counts[running.MOST_SLOTS]:
+    if more < 0 or more > c.counts[running.MOST_SLOTS] - get(c, running.LENGTH, row):
         return running.TOO_LONG
     return running.BAD_END if end < 0 else 0
 
@@ -69,6 +70,8 @@ def read_requests(cache, rows, serials, added, more, up_to, behind, found):
     reason, query = 0, -1
     for at in range(len(rows)):
         row, known, end = rows[at], np.int64(0), np.int64(0)
+        if row >= c.counts[running.ROWS]:
+            row = np.int64(-1)
         if row >= 0:
             known = get(c, running.NUM_TOKENS, row) + (added[at] if len(added) > 0 else 0)
             if len(up_to) == 0:
@@ -132,7 +135,7 @@ def extent(counts):
 @helper
 def granted_length(count, begin, chunk):
     """Return how many tokens of a prompt get slots, if the first `begin` have: `chunk` more, or 0 for all."""
-    return min(count, begin + chunk) if chunk > 0 else count
+    return begin + min(count - begin, chunk) if chunk > 0 else count  # begin + chunk may overflow
 
 
 @fixed_types("(int64, int64[::1], int64[::1], int64, int64[::1])")
@@ -193,6 +196,7 @@ def has_pages_to_insert(c, row, end):
 
 @helper
 def know(c, row, known, end):
+    """Let a request know `known` tokens, of which `end` are computed, at most up to the end of its last page."""
     put(c, running.NUM_TOKENS, row, known)
     put(c, running.LENGTH, row, max(get(c, running.LENGTH, row), end))
 

@@ -146,6 +146,41 @@ def test_a_begin_that_fails_on_the_way_leaves_nothing_behind(
 # Bad arguments
 
 
+def test_the_largest_chunk_is_no_chunk(where: dict[str, str]) -> None:
+    """Sums of token numbers must not overflow: pages would be taken that are not there."""
+    this = engine(where, 64, max_length=20)
+    this.run([1, 2, 3, 4, 5])
+    this.run([9, 8, 7, 6, 5])
+    prompts = [[1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4], [*range(20)]]
+    for chunk in (2**63 - 1, 2**70):
+        requests = this.cache.begin(prompts, chunk=chunk)
+        assert requests.lengths.tolist() == [6, 6, 20]
+        this.cache.check()
+        this.cache.abort(requests)
+
+
+def test_the_largest_number_of_slots_is_too_many(where: dict[str, str]) -> None:
+    this = engine(where, 8, max_length=20)
+    requests = this.begin([[1, 2], [3, 4]])
+    for call in (this.cache.extend, lambda who, n: this.cache.step(who, [5, 6], n)):
+        nothing_changed(this, lambda call=call: call(requests, [2**63 - 1, 18]), "more are asked for")
+        nothing_changed(this, lambda call=call: call(requests, None), "n must be an integer")
+    nothing_changed(this, lambda: this.cache.step(requests, None), "give what each request has generated")
+    nothing_changed(this, lambda: this.cache.commit(requests, 2**63 - 1), "cannot have")
+    with pytest.raises(TypeError):
+        this.cache.fork(requests[0], 2.5)
+    this.cache.check()
+
+
+def test_a_bad_token_costs_no_repair(where: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    this = engine(where, 16)
+    this.run([*range(9)])
+    monkeypatch.setattr("flatradix.cache.recover.repair", lambda *_: pytest.fail("a repair"))
+    for prompts in ([[1, -1]], [[*range(8), 2**31]], [[1, 2], [*range(8), 50, -3]], [[5] * 9, [6] * 9, [7, -1]]):
+        nothing_changed(this, lambda prompts=prompts: this.cache.begin(prompts), "outside")
+    this.cache.check()
+
+
 def nothing_changed(this: Engine, call: Callable[[], Any], message: str) -> None:
     before = this.cache.counts(), this.cache.tree.digest()
     with pytest.raises(ValueError, match=message):

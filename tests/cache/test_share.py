@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from flatradix import Request
+from flatradix import Ragged, Request
 from flatradix.cache.check import check_loans
 from flatradix.cache.share import Loan, Sharing
 from flatradix.inspect.nodes import nodes_of
@@ -49,6 +49,14 @@ def test_new_tokens_that_prompts_share_have_one_slot(where: dict[str, str]) -> N
     this.cache.check()
     assert this.begin([[*STEM, 30, 31]])[0].cached_length == 12
     assert this.cache.counts().duplicate_tokens == 0
+
+
+def test_prompts_on_the_device_share_as_others_do(where: dict[str, str]) -> None:
+    this = engine(where)
+    ragged = Ragged.from_sequences([[*STEM, 20], [*STEM, 30, 31], [*STEM[:6], 40], [7] * 5])
+    requests = this.cache.begin(ragged.to(this.cache.tree.device), share=True)
+    assert relations(list(requests)) == [(None, 0, 0), (0, 12, 12), (0, 4, 4), (None, 0, 0)]
+    this.cache.check()
 
 
 def test_only_what_is_asked_for_is_shared(where: dict[str, str]) -> None:

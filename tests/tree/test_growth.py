@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from flatradix import CapacityError, PrefixCache, RadixTree, WaitingQueue
+from flatradix import CapacityError, PrefixCache, RadixTree, Ragged, WaitingQueue
 from flatradix.layout import growth
+from flatradix.results import Places
 from tests.support.devices import interpreted, settled
 from tests.support.inside import index_of
 from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
@@ -177,7 +178,8 @@ def test_files_and_copies_grow_on(device: str, tmp_path: Path) -> None:
         assert copy.digest() == tree.digest()
         copy.insert(key(9, 60), range(100, 160))
         copy.check()
-        assert copy.slots(inserted).to_list() == numbered(keys)
+        there = Places(inserted.lengths.to(copy.device), inserted.handles.to(copy.device))
+        assert copy.slots(there).to_list() == numbered(keys)
         copy.evict(1)
     file = io.BytesIO()
     RadixTree(64, device=device).save(file)  # type: ignore[arg-type]
@@ -261,11 +263,11 @@ def test_without_memory_nothing_changes(slot_device: str | None, device: str) ->
 def test_a_cuda_graph_ends_growth(gpu: str) -> None:
     tree = RadixTree(device=gpu)
     tree.insert(key(1), range(4))
-    query = torch.tensor(key(1), device=gpu)
-    tree.match([query, query])
+    queries = Ragged.from_sequences([key(1), key(1)]).to(gpu)
+    tree.match(queries)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = tree.match([query, query])
+        found = tree.match(queries)
     graph.replay()
     assert found.lengths.tolist() == [4, 4]
     with pytest.raises(RuntimeError, match="give max_tokens"):

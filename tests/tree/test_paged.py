@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from flatradix import QueryError, RadixTree
+from flatradix.backend import open_index
+from flatradix.inputs.options import read_options
 
 PAGE = 4
 
 
 def pair(evict_by: str) -> tuple[RadixTree, RadixTree]:
-    one, other = (RadixTree(160, PAGE, "cpu", evict_by=evict_by, paged=paged) for paged in (True, False))
+    options = read_options(160, PAGE, "lru", None, False, torch.int32, True, evict_by, None)
+    one, other = (RadixTree.over(open_index(options, "cpu", paged)) for paged in (True, False))
     return one, other
 
 
@@ -79,5 +82,7 @@ def test_slots_that_are_no_whole_pages_are_refused(slots: list[int]) -> None:
         tree.insert([1, 2, 3, 4], slots)
     with pytest.raises(QueryError, match=r"slots of query 1: .*whole pages of 4"):
         tree.insert([[5, 6, 7, 8], [1, 2, 3, 4]], [[4, 5, 6, 7], slots])
+    with pytest.raises(QueryError, match="slots of query 0: -8 at position 0 is negative"):
+        tree.insert([1, 2, 3, 4], [-8, -7, -6, -5])
     assert tree.digest() == before
     assert tree.total_tokens == 0
