@@ -29,7 +29,10 @@ class Calls:
     # Enqueueing
 
     def is_capturing(self) -> bool:
-        """Return whether a CUDA graph is being captured on the tree's device."""
+        """Return whether a CUDA graph is being captured on the tree's device.
+
+        Asked before a launch, this also binds CUDA's context to a thread that has not used the device yet.
+        """
         if self._number < 0:
             return False
         if torch._C._cuda_getDevice() == self._number:

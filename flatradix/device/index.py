@@ -43,7 +43,7 @@ from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
 from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
-from flatradix.layout.desk import STAGED_BYTES
+from flatradix.layout.desk import STAGED_TOKENS
 from flatradix.layout.growth import is_too_large, most_tokens, next_capacity
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.queries import NO_PLACES, PlaceAddresses, PromptAddresses, SlotTable, Values, Wants
@@ -276,7 +276,7 @@ class DeviceIndex(Index):
 
     def _match_key(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
         """Match one key in host memory. The kernel reads a short key from pinned memory."""
-        if key[1] * 8 > STAGED_BYTES:
+        if key[1] > STAGED_TOKENS:
             return self._match_values(of_key(key, self.device), namespace, touch, lock, None)
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
         if self._calls.is_capturing():
@@ -372,18 +372,20 @@ class DeviceIndex(Index):
     def _lock(self, places: PlaceAddresses) -> None:
         if places.batch:
             self._ensure_scratch(places.batch)
+            captured = self._calls.is_capturing()
             call = self._calls.next()
             self._open = OpenCall(interrupted.LOCK, call, self._changes, places)
             gpu.lock(self._arrays, places, call)
-            self._calls.enqueued(call)
+            self._calls.enqueued(call, True, captured)
 
     def _unlock(self, places: PlaceAddresses) -> None:
         """Unlock places without a record of how to undo it: `_open` still describes the lock that this call removes."""
         if places.batch:
             self._ensure_scratch(places.batch)
+            captured = self._calls.is_capturing()
             call = self._calls.next()
             gpu.unlock(self._arrays, places, call)
-            self._calls.enqueued(call)
+            self._calls.enqueued(call, True, captured)
 
     def _split(self, places: PlaceAddresses) -> None:
         self._lock(places)
@@ -396,10 +398,11 @@ class DeviceIndex(Index):
         found = self._places(places)
         if found.batch:
             self._ensure_scratch(found.batch)
+            captured = self._calls.is_capturing()
             call = self._calls.next()
             self._open = OpenCall(interrupted.UNLOCK, call, self._changes, found)
             gpu.unlock(self._arrays, found, call)
-            self._calls.enqueued(call)
+            self._calls.enqueued(call, True, captured)
             self._changes += 1
             self._open = None
 
@@ -563,9 +566,10 @@ class DeviceIndex(Index):
             return
         self._open = _NOTHING_YET
         self._ensure_scratch(places.batch)
+        captured = self._calls.is_capturing()
         call = self._calls.next()
         gpu.write_slots(self._arrays, places, rows.data_ptr(), table, call, pages)
-        self._calls.enqueued(call, False)
+        self._calls.enqueued(call, False, captured)
         self._open = None
 
     # Insert
@@ -619,7 +623,7 @@ class DeviceIndex(Index):
         key = read_host_key(q, "tokens")
         if key is None:
             return read_values(q, self.device, "tokens")
-        return of_key(key, self.device) if key[1] * 8 > STAGED_BYTES else self._stages.put(key)
+        return of_key(key, self.device) if key[1] > STAGED_TOKENS else self._stages.put(key)
 
     def _may_compact(self, total: int) -> bool:
         """Return whether the pools may lack space for `total` units, as far as the host knows now."""

@@ -65,6 +65,9 @@ class Mailbox:
         Call 0 in a word means that it was never written. Raises the device's errors, and RuntimeError if the device is
         idle and the word is still missing.
         """
+        word = self._view[place]
+        if word >> 32 == call:
+            return word
         address = self._address + 8 * place
         while (word := native.await_word.call(address, call, exact, _TURNS)) < 0:
             self._check_device(place, call, exact)

@@ -13,15 +13,15 @@ from flatradix.layout.queries import Desk, Values
 
 
 class Stages:
-    """Pinned buffers of STAGED_BYTES, used in turn, and one device buffer to which a kernel copies its key.
+    """Pinned buffers of STAGED_TOKENS, used in turn, and one device buffer to which a kernel copies its key.
 
     desk: their addresses, for the functions that stage a key (`kernels/native/stage.py`).
     """
 
     def __init__(self, device: torch.device, mailbox: Mailbox) -> None:
-        size = desk.COUNT * desk.STAGED_BYTES
-        self._buffers = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        self._staged = torch.empty(desk.STAGED_BYTES, dtype=torch.int8, device=device)
+        size = desk.COUNT * desk.STAGED_TOKENS
+        self._buffers = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        self._staged = torch.empty(desk.STAGED_TOKENS, dtype=torch.int32, device=device)
         self._words = np.zeros(desk.SIZE, np.int64)
         self._words[desk.MAIL] = mailbox.words.data_ptr()
         self._words[desk.STAGES] = self._buffers.data_ptr()
@@ -30,15 +30,14 @@ class Stages:
         self._mailbox = mailbox
 
     def put(self, key: Buffer) -> Values:
-        """Return one key in host memory, of at most STAGED_BYTES, in the next buffer. `commit` must follow its launch.
+        """Return one key in host memory, of at most STAGED_TOKENS, in the next buffer. `commit` must follow its launch.
 
         Waits until no kernel reads that buffer.
         """
         address, count, wide, owner = key
-        size = count * 8 if wide else count * 4
-        while not (staged := native.stage_key.call(self.desk.address, address, size)):
+        while not (staged := native.stage_key.call(self.desk.address, address, count, wide)):
             self.wait()
-        return Values(staged, wide, 0, count, 1, None, owner, self.desk.staging)
+        return Values(staged, False, 0, count, 1, None, owner, self.desk.staging)
 
     def commit(self, call: int) -> None:
         """Reserve the buffer of the last `put` until the kernel of `call` has answered."""

@@ -17,7 +17,7 @@ from flatradix.host.warm_up import grow, use_cache, use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
 from flatradix.layout import numbers
-from flatradix.layout.desk import STAGED_BYTES
+from flatradix.layout.desk import STAGED_TOKENS
 from flatradix.layout.handles import pack_handle
 from flatradix.tree import RadixTree
 
@@ -64,7 +64,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_match, how=how, key=one)
         yield from (partial(_match_batch, how=how, kind=kind, tokens=tokens) for kind in _KINDS)
     yield partial(_match, how={"touch": False, "lock": True, "namespace": [None, "a"]}, key=[one, one])
-    long = np.zeros(STAGED_BYTES // 8 + 1, np.int64)  # more tokens than a kernel reads from pinned memory
+    long = np.zeros(STAGED_TOKENS + 1, np.int64)  # more tokens than a kernel reads from pinned memory
     for touch in (False, True):
         yield partial(_match, how={"touch": touch, "lock": True}, key=long)
     yield partial(_insert_keys, key=one, names=None, started=True, options={"inserted_lengths": [0, 1]})

@@ -76,8 +76,8 @@ class Wants(NamedTuple):
 class Desk(NamedTuple):
     """Where single keys wait for their kernels.
 
-    address: of int64 [desk.SIZE] (`layout.desk`) in host memory. staging: of STAGED_BYTES on the device, to which a
-    kernel copies its key.
+    address: of int64 [desk.SIZE] (`layout.desk`) in host memory. staging: of int32 [STAGED_TOKENS] on the
+    device, to which a kernel copies its key.
     """
 
     address: int

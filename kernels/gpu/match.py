@@ -224,10 +224,10 @@ def match(
 
 
 @functools.cache
-def _single(page: int, bigram: bool, touch: bool, lock: bool, wide: bool) -> Variant:
-    """Return the variant of `match_kernel` for one key in pinned memory."""
+def _single(page: int, bigram: bool, touch: bool, lock: bool) -> Variant:
+    """Return the variant of `match_kernel` for one key in pinned memory, where it has 32 bits a token."""
     constants = *page_constants(page, bigram, 512), touch, lock, True, True, False, False
-    return _match.variant(constants, (wide, wide))
+    return _match.variant(constants, (False, False))
 
 
 def match_one(
@@ -236,22 +236,21 @@ def match_one(
 ) -> bool:  # fmt: skip
     """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
-    key: (address, number of tokens, whether they are int64, their owner), at most STAGED_BYTES.
-    name, out: as for `match`.
+    key: (address, number of tokens, whether they are int64, their owner), at most
+    STAGED_TOKENS. name, out: as for `match`.
     """
     address, count, wide, _owner = key
-    size = count * 8 if wide else count * 4
-    variant = _single(arrays.page, arrays.bigram, touch, lock, wide)
+    variant = _single(arrays.page, arrays.bigram, touch, lock)
     direct = arrays.direct.get(variant)
     if direct is not None and is_current(arrays.device):
         code = native.start_match.call(
-            direct.record, current_stream(arrays.device), desk.address, address, count, size, name, arrays.rows, call,
+            direct.record, current_stream(arrays.device), desk.address, address, count, wide, name, arrays.rows, call,
             out.lengths, out.handles,
         )  # fmt: skip
         if code > 0:
             raise_driver(code)
         return code == 0
-    staged = native.stage_key.call(desk.address, address, size)
+    staged = native.stage_key.call(desk.address, address, count, wide)
     if staged == 0:
         return False
     _match(

@@ -50,13 +50,13 @@ def launch(record, programs, stream):
     return _start(record, programs, stream)
 
 
-@fixed_types("(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)", nogil=True)
-def start_match(record, stream, desk, key, count, size, name, rows, call, lengths, handles):
-    """Copy a key of `size` bytes to a free stage and launch its match. Return the driver's code; -1: no stage is free.
+@fixed_types("(int64, int64, int64, int64, int64, boolean, int64, int64, int64, int64, int64)", nogil=True)
+def start_match(record, stream, desk, key, tokens, wide, name, rows, call, lengths, handles):
+    """Copy a key to a pinned buffer and launch its match. Return the driver's code; -1 if no buffer is free.
 
-    desk: address of the tree's `desk`. lengths, handles: addresses of the results.
+    desk: address of the tree's `desk`. key, wide: as for `put`. lengths, handles: addresses of the results.
     """
-    staged = put(desk, key, size)
+    staged = put(desk, key, tokens, wide)
     if staged == 0:
         return -1
     cells = int64_at(int64_at(record)[_CELLS])
@@ -66,7 +66,7 @@ def start_match(record, stream, desk, key, count, size, name, rows, call, length
     cells[5] = lengths
     cells[6] = handles
     cells[7] = int64_at(desk)[STAGING]
-    cells[8] = count
+    cells[8] = tokens
     cells[9] = name
     cells[10] = 1
     cells[11] = rows

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -95,6 +96,21 @@ def test_single_keys(cuda: str, direct: FakeDriver) -> None:
                 assert tree.length == host.length
     pair.compare()
     assert [launched.grid[0] for launched in direct.launches[-2:]] == [1, 1]
+
+
+@pytest.mark.gpu
+def test_tokens_beyond_32_bits_are_refused(cuda: str, direct: FakeDriver) -> None:
+    """A key in host memory reaches the device with 32 bits a token."""
+    tree = RadixTree(64, device=cuda)
+    tree.insert([1, 2, 3, 4], [5, 6, 7, 8])
+    for bad in (-1, -(2**31), 2**31, 2**32 + 3, -(2**32) + 3, 2**63 - 1, -(2**63)):
+        for call in (tree.match, partial(tree.insert, slots=[1, 2, 3])):
+            with pytest.raises(ValueError, match=r"query 0: the token at position 2 is outside \[0, 2\*\*31 - 1\]"):
+                _ = call([1, 2, bad]).length
+    assert tree.match([1, 2, 2**31 - 1]).length == 2
+    assert tree.insert([1, 2, 2**31 - 1], [1, 2, 3]).prefix_length == 2
+    assert tree.match([1, 2, 2**31 - 1]).length == 3
+    tree.check()
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -276,6 +277,32 @@ def test_what_a_graph_cannot_hold(gpu: str) -> None:
 
 
 # Launching
+
+
+def test_each_call_may_be_the_first_of_its_thread(gpu: str) -> None:
+    """A new thread has no current CUDA context. Launches are direct here, so Triton does not make one current."""
+    tree = RadixTree(64, device=gpu)
+    slots = torch.arange(3, device=tree.device)
+    table, rows = torch.zeros((1, 8), dtype=torch.int32, device=tree.device), torch.zeros(1, dtype=int, device=gpu)
+    for _ in range(3):
+        place = tree.insert([1, 2, 3], slots)
+        tree.lock(place)
+        tree.unlock(place)
+        tree.write_slots(place, table, rows)
+        tree.match([1, 2, 3])
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(tree.lock, place).result()
+    for call in (
+        lambda: tree.unlock(place),
+        lambda: tree.write_slots(place, table, rows),
+        lambda: tree.match([1, 2, 3]),
+        lambda: tree.insert([1, 2, 3], slots),
+        lambda: tree.evict(1),
+    ):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(call).result()
+    assert tree.total_tokens == 0
+    tree.check()
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])

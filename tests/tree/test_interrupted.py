@@ -16,6 +16,7 @@ from flatradix import EvictResult, MatchResult, RadixTree
 from flatradix.device.calls import Calls
 from flatradix.inspect.nodes import nodes_of
 from tests.conftest import usable
+from tests.support.devices import interpreted
 from tests.support.inside import names_of
 from tests.support.interrupts import Interrupt, bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
 
@@ -182,6 +183,20 @@ def test_at_every_bytecode(name: str, home: str) -> None:
     for at in range(Random(name).randrange(step), total, step):
         cut = judge.judge(partial(interrupt_at, at), Random(at)).where
         assert cut or home == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
+
+
+@pytest.mark.parametrize("name", ["match lock", "lock", "unlock", "insert behind a start", "evict"])
+def test_between_direct_launches(name: str, cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted kernels start as on a GPU: from machine code, through a driver of Python functions."""
+    if not interpreted(cuda):
+        pytest.skip("on a GPU, the other tests launch directly")
+    from tests.support.fake_driver import interpret_launches
+
+    interpret_launches(monkeypatch)
+    judge = Judge(name, cuda)
+    total = bytecodes(partial(judge.act, Scene(cuda)))
+    for at in range(Random(name).randrange(total // 4), total, total // 4):
+        judge.judge(partial(interrupt_at, at), Random(at))
 
 
 @pytest.mark.parametrize("name", ACTS)
