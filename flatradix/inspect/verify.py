@@ -228,7 +228,7 @@ def _tags(a: Arrays, live: np.ndarray, options: Options, drawn: np.ndarray) -> n
 def _verify_siblings(
     order: np.ndarray, mixed: np.ndarray, parent: np.ndarray, pages: list[np.ndarray], live: np.ndarray
 ) -> None:
-    """Compare the nodes whose hashes are equal. order: of `mixed`, their hashes. pages: [N, page], their first pages."""
+    """Compare the nodes whose hashes `mixed` are equal. order: of the hashes. pages: [N, page], their first pages."""
     alike = np.flatnonzero(mixed[order[1:]] == mixed[order[:-1]])
     one, other = order[alike], order[alike + 1]
     same = parent[one] == parent[other]
