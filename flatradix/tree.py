@@ -413,11 +413,11 @@ class RadixTree:
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write the tree to a file or an open binary file. A policy function is not saved. O(cached tokens).
 
-        A file is replaced as a whole, when the new one is on disk: a reader, or a process that dies meanwhile, leaves
-        the old file or the new one, and several processes may save to one path. If the call raises, the old file stays.
-        A new file can be read by its owner alone (mode 0600), as it holds the tokens of prompts; a file that is
-        replaced keeps its mode. A symbolic link stays a link. In an open file, the tree stands from the present
-        position on.
+        A file is replaced as a whole, when the new one is on disk: a reader finds the old file or the new one, also
+        after a call that raised and after a crash, and several processes may save to one path. A new file can be read
+        by its owner alone (mode 0600), as it holds the tokens of prompts; a file that is replaced keeps its mode. A
+        symbolic link stays a link. A process that is killed may leave a file `.NAME.*.part` behind. In an open file,
+        the tree stands from the present position on.
 
         Raises OSError for a path that cannot be written, RuntimeError if a signal handler changed the tree meanwhile.
         """

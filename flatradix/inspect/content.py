@@ -106,6 +106,15 @@ def saved_of(content: Content) -> Saved:
     }
 
 
+def dense_codes(parent: np.ndarray, codes: list[int]) -> np.ndarray:
+    """Return the parents with the namespaces numbered in the order of `codes`, without a gap."""
+    ranks = np.zeros(codes[-1] + 1, np.int32)
+    ranks[codes] = np.arange(len(codes))
+    top = np.flatnonzero((parent < 0) & (parent != FREE_ROW))
+    parent[top] = ~ranks[~parent[top]]
+    return parent
+
+
 def tokens_for(saved: Saved, page_size: int) -> int:
     """Return the least `max_tokens` of a tree that can hold a saved tree: its tokens, its rows and its namespaces."""
     pages = max(len(saved["parent"]) - 1, len(saved["namespace_children"]))

@@ -19,16 +19,16 @@ from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.options import Options, read_options
 from flatradix.inputs.policy import NAMES, Policy, Score, Slru, slru
 from flatradix.inspect.array_file import NotArrays, read_arrays, read_head, write_arrays
-from flatradix.inspect.content import Content, Saved, saved_of, tokens_for
+from flatradix.inspect.content import Content, Saved, dense_codes, saved_of, tokens_for
 from flatradix.inspect.replace import replacing
 from flatradix.inspect.verify import COLUMNS_32, COLUMNS_64, OTHERS, Arrays, expected, saved_from
 from flatradix.layout.growth import most_tokens as most_tokens_of
 from flatradix.layout.handles import GENERATION_MASK
-from flatradix.layout.state import FREE_ROW, pool_units
+from flatradix.layout.state import pool_units
 
 KIND = "flatradix tree "
 VERSION = 4
-_TORCH_FILE = b"PK"  # how the files of the formats up to 3 begin
+TORCH_FILE = b"PK"  # how the files of the formats up to 3 begin
 File = str | os.PathLike[str] | IO[bytes]
 
 
@@ -61,7 +61,7 @@ def writing(path: File, content: Content) -> Iterator[None]:
         options.bigram, str(options.slot_dtype), options.evict_by, generation, clock,
     )  # fmt: skip
     arrays = {name: saved[name].numpy() for name in (*COLUMNS_64, *COLUMNS_32, *OTHERS)}
-    arrays["parent"] = _dense_codes(arrays["parent"], [code for code, _ in content.names])
+    arrays["parent"] = dense_codes(arrays["parent"], [code for code, _ in content.names])
     arrays |= _written_names([name for _, name in content.names[1:]])
     with replacing(path) if isinstance(path, str | os.PathLike) else nullcontext(path) as file:
         write_arrays(file, f"{KIND}{VERSION}", json.dumps(settings._asdict()), arrays)
@@ -72,15 +72,6 @@ def _written_policy(policy: Policy) -> str | int | None:
     if isinstance(policy, Slru):
         return policy.protected_threshold
     return policy if isinstance(policy, str) else None
-
-
-def _dense_codes(parent: np.ndarray, codes: list[int]) -> np.ndarray:
-    """Return the parents with the namespaces numbered in the order of `codes`, without a gap."""
-    ranks = np.zeros(codes[-1] + 1, np.int32)
-    ranks[codes] = np.arange(len(codes))
-    top = np.flatnonzero((parent < 0) & (parent != FREE_ROW))
-    parent[top] = ~ranks[~parent[top]]
-    return parent
 
 
 def _written_names(names: list[Namespace]) -> Arrays:
@@ -144,7 +135,7 @@ def _read_head(path: File, file: IO[bytes]) -> bytes:
     try:
         head, form = read_head(file, KIND)
     except NotArrays as error:
-        if error.head.startswith(_TORCH_FILE):
+        if error.head.startswith(TORCH_FILE):
             raise ValueError(
                 f"{path} is no tree that this version of flatradix saved. If an older version did, and the file is "
                 "your own, convert it: python3 -m flatradix.inspect.convert OLD NEW"
