@@ -106,21 +106,18 @@ def read(path: File, policy: Score | None, most_tokens: int | None) -> tuple[dic
     is_path = isinstance(path, str | os.PathLike)
     with open(path, "rb") if isinstance(path, str | os.PathLike) else nullcontext(path) as file:
         head = _read_head(path, file)
-        try:
+        with _damaged(path):
             text, arrays = read_arrays(file, head, whole=is_path)
             settings = _read_settings(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
     found = _read_policy(path, settings.policy, policy)
-    try:
+    with _damaged(path):
         options = _options_of(settings, found)
         _verify_dtypes(arrays, options)
         names = _read_names(arrays)
-        saved = saved_from(arrays, names, options, settings.clock, settings.generation)
-        tokens = _tokens_of(saved, options)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        tokens = _tokens_of(arrays, names, options)
     _verify_memory(path, tokens, options, most_tokens)
+    with _damaged(path):
+        saved = saved_from(arrays, names, options, settings.clock, settings.generation)
     return {
         "max_tokens": settings.max_tokens,
         "page_size": options.page_size,
@@ -129,6 +126,15 @@ def read(path: File, policy: Score | None, most_tokens: int | None) -> tuple[dic
         "slot_dtype": options.slot_dtype,
         "evict_by": options.evict_by,
     }, saved
+
+
+@contextmanager
+def _damaged(path: File) -> Iterator[None]:
+    """Name the file in a ValueError of the body."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _read_head(path: File, file: IO[bytes]) -> bytes:
@@ -180,11 +186,11 @@ def _verify_dtypes(arrays: Arrays, options: Options) -> None:
         raise ValueError(f"its arrays are {sorted(arrays)}, or have other dtypes than those of a tree")
 
 
-def _tokens_of(saved: Saved, options: Options) -> int:
+def _tokens_of(arrays: Arrays, names: list[Namespace], options: Options) -> int:
     """Return the tokens for which the loaded tree takes memory."""
     if not options.grows:
         return options.max_tokens
-    needed = tokens_for(saved, options.page_size)
+    needed = tokens_for(arrays | {"namespace_children": names}, options.page_size)
     if needed > most_tokens_of(options.page_size):
         raise ValueError(f"it needs space for {needed} tokens")
     return max(needed, options.max_tokens)
@@ -195,6 +201,7 @@ def _verify_memory(path: File, tokens: int, options: Options, most_tokens: int |
     if most_tokens is not None and tokens > most_tokens:
         raise ValueError(f"{path} holds a tree for {tokens} tokens, and most_tokens is {most_tokens}")
     size = pool_units(tokens, options.page_size) * (4 * (1 + options.bigram) + options.slot_dtype.itemsize)
+    size += options.page_size * 8 * (1 + options.bigram)  # the multipliers of the page hash
     if most_tokens is None and size > (memory := _machine_memory()):
         raise ValueError(
             f"{path} holds a tree for {tokens} tokens: its pools take {size} bytes, and this machine has {memory}; "
@@ -220,7 +227,5 @@ def _read_policy(path: File, written: str | int | None, given: Score | None) -> 
         return given  # type: ignore[return-value]
     if isinstance(written, str) and written not in NAMES:
         raise ValueError(f"{path} is damaged: its policy is {written!r}")
-    try:
+    with _damaged(path):
         return slru(written) if isinstance(written, int) else written
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None

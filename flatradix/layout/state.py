@@ -6,7 +6,7 @@ namespace, so a climb ends at the first negative parent. There are no child list
 (parent, first page), finds the children. Edges are ranges of a pool, so splitting an edge moves no token.
 
 The annotations of TreeState are the only list of its fields. Allocation on both devices, the kernels' access to the
-arrays, `check` and snapshots all follow from it.
+arrays, `check` and copies all follow from it.
 """
 
 from collections.abc import Callable

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -307,6 +308,17 @@ def test_a_small_file_with_a_large_tree(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(snapshot, "_machine_memory", lambda: 10_000)
     refused(tmp_path / "tree", data, "this machine has 10000")
     assert RadixTree.load(tmp_path / "tree", "cpu", most_tokens=5000).max_tokens == 5000
+
+
+def test_a_small_file_with_large_pages(tmp_path: Path) -> None:
+    RadixTree(device="cpu").save(tmp_path / "tree")
+    settings, arrays = parts((tmp_path / "tree").read_bytes())
+    data = joined(json.dumps(settings | {"page_size": 1 << 29}), arrays)
+    tracemalloc.start()
+    refused(tmp_path / "tree", data, "for 536870912 tokens", most_tokens=1 << 20)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 20
 
 
 def test_pages_of_a_file_cannot_be_made_to_collide(tmp_path: Path) -> None:
