@@ -391,8 +391,9 @@ class RadixTree:
     def to(self, device: str | torch.device) -> RadixTree:
         """Return a copy of the tree on another device, or the tree itself if it is there already.
 
-        Handles stay valid in the copy, and digests are equal. The copy has the same slot_device. Waits for the device.
-        O(cached tokens). Raises DeviceUnavailableError.
+        Handles stay valid in the copy, and digests are equal. What either tree gives a handle to from then on is stale
+        in the other. The copy has the same slot_device. Waits for the device. O(cached tokens). Raises
+        DeviceUnavailableError.
         """
         target = devices.preferred(device)
         same_kind = isinstance(self._index, backend.index_class(target, paged=False))
@@ -415,10 +416,23 @@ class RadixTree:
         raise TypeError("a RadixTree is neither pickled nor copied: use save() and RadixTree.load()")
 
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
-        """Write the tree to a file or an open binary file. A policy function is not saved. O(cached tokens)."""
+        """Write the tree to a file or an open binary file. A policy function is not saved. O(cached tokens).
+
+        A file is replaced as a whole, when the new one is on disk: a reader finds the old file or the new one, also
+        after a call that raised and after a crash, and several processes may save to one path. A new file can be read
+        by its owner alone (mode 0600), as it holds the tokens of prompts; a file that is replaced keeps its mode. A
+        symbolic link stays a link. A process that is killed may leave a file `.NAME.*.part` behind. In an open file,
+        the tree stands from the present position on.
+
+        Raises OSError for a path that cannot be written, RuntimeError if a signal handler changed the tree meanwhile.
+        """
         from flatradix.inspect import snapshot
 
-        snapshot.write(path, self._compacted())
+        content = self._compacted()
+        before = self._index.changes()
+        with snapshot.writing(path, content):
+            if self._index.changes() != before:
+                raise RuntimeError("the tree was changed while it was saved, as by a signal handler: save it again")
 
     @staticmethod
     def load(
@@ -427,18 +441,27 @@ class RadixTree:
         slot_device: str | torch.device | None = None,
         policy: Score | None = None,
         on_evict: OnEvict | None = None,
+        most_tokens: int | None = None,
     ) -> RadixTree:
-        """Return the tree of a file that `save` wrote. Handles of the saved tree are valid in it.
+        """Return the tree of a file that `save` wrote.
 
-        policy: the policy function, if the saved tree had one. on_evict: as for a new tree. Files are trusted: load
-        only your own. Raises ValueError for a file that is damaged or that `save` did not write.
+        A handle that the saved tree had given out before the save is valid in the loaded tree until its node is
+        evicted there. A handle that the saved tree, or another tree loaded from the file, gives to a node that is new
+        after the save is stale in the loaded tree, and the other way round.
+
+        policy: the policy function, if the saved tree had one. on_evict: as for a new tree. most_tokens: refuse a tree
+        that takes memory for more tokens; None refuses only a tree that this machine has no memory for. The memory
+        follows from `max_tokens` of the saved tree, so a small file may ask for much: give it for files of strangers.
+
+        Every value is verified before it is used, so a file of a stranger is safe to load, though it may hold any
+        tokens and slots. O(cached tokens + n log n of the nodes). Raises ValueError, with the file and the reason, for
+        a file that is damaged, of another version of flatradix, or not written by `save`.
         """
         from flatradix.inspect import snapshot
 
-        settings, saved = snapshot.read(path, policy)
-        with snapshot.damaged(path):
-            tree = RadixTree(device=device, slot_device=slot_device, on_evict=on_evict, **settings)
-            tree._index.restore(saved)
+        settings, saved = snapshot.read(path, policy, most_tokens)
+        tree = RadixTree(device=device, slot_device=slot_device, on_evict=on_evict, **settings)
+        tree._index.restore(saved)
         return tree
 
     def raise_pending(self) -> None:

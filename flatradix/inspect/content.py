@@ -10,6 +10,7 @@ import torch
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.options import Options
 from flatradix.layout import numbers
+from flatradix.layout.handles import GENERATION_MASK
 from flatradix.layout.state import COLUMNS, FREE_ROW, TreeState
 
 # A saved tree: arrays, numbers and namespace names, by the keys of `saved_of`. `snapshot` adds the settings.
@@ -105,21 +106,44 @@ def saved_of(content: Content) -> Saved:
     }
 
 
+def dense_codes(parent: np.ndarray, codes: list[int]) -> np.ndarray:
+    """Return the parents with the namespaces numbered in the order of `codes`, without a gap."""
+    ranks = np.zeros(codes[-1] + 1, np.int32)
+    ranks[codes] = np.arange(len(codes))
+    top = np.flatnonzero((parent < 0) & (parent != FREE_ROW))
+    parent[top] = ~ranks[~parent[top]]
+    return parent
+
+
 def tokens_for(saved: Saved, page_size: int) -> int:
     """Return the least `max_tokens` of a tree that can hold a saved tree: its tokens, its rows and its namespaces."""
     pages = max(len(saved["parent"]) - 1, len(saved["namespace_children"]))
     return max(len(saved["tokens"]), pages * page_size)
 
 
+def _generations(saved: Saved, first: int) -> torch.Tensor:
+    """Return the generations of the rows of a saved tree, for a tree whose generations begin at `first`.
+
+    The nodes of the saved tree keep their handles: their generations are negative, from `first` back to those handles.
+    A row that is freed goes on from 0, so a node that is new from here on has no handle that the saved tree, or another
+    tree loaded from it, gives out.
+    """
+    begun = saved["numbers"][_KEPT_NUMBERS.index(numbers.GENERATION)]
+    back = (((saved["generation"] & GENERATION_MASK) + (begun - first)) & GENERATION_MASK) - (GENERATION_MASK + 1)
+    return back.masked_fill_(saved["parent"] == FREE_ROW, 0)
+
+
 def fill(state: TreeState, slots: torch.Tensor, saved: Saved) -> None:
     """Write a saved tree into the arrays of an empty tree, and its slots into the slot pool."""
+    found = state.numbers.cpu()
+    saved = saved | {"generation": _generations(saved, int(found[numbers.GENERATION]))}
     for name in (*KEPT_COLUMNS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
         values = saved[name]
         getattr(state, name)[: len(values)] = values.to(state.numbers.device)
     for name in _WANTS:
         getattr(state, name)[: len(saved["parent"])] = 0
     slots[: len(saved["slots"])] = saved["slots"].to(slots.device)
-    found = state.numbers.cpu()
     for place, value in zip(_KEPT_NUMBERS, saved["numbers"], strict=True):
-        found[place] = value
+        if place != numbers.GENERATION:
+            found[place] = value
     state.numbers.copy_(found)

@@ -19,6 +19,11 @@ def pack_handle(row: int, generation: int) -> int:
     return ((generation & 0x7FFFFFFFF) << 28) | row
 
 
+def next_generation(generation: int) -> int:
+    """Return the generation of a row that is freed. It is negative while the row holds a node that was loaded."""
+    return (generation + 1) & ~(generation >> 63)
+
+
 def pack_entry(tag: int, row: int) -> int:
     """Return an entry of the child table: the tag in the upper half, the row in the lower. Zero means empty.
 

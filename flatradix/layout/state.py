@@ -6,7 +6,7 @@ namespace, so a climb ends at the first negative parent. There are no child list
 (parent, first page), finds the children. Edges are ranges of a pool, so splitting an edge moves no token.
 
 The annotations of TreeState are the only list of its fields. Allocation on both devices, the kernels' access to the
-arrays, `check` and snapshots all follow from it.
+arrays, `check` and copies all follow from it.
 """
 
 from collections.abc import Callable
@@ -167,7 +167,7 @@ class TreeState(NamedTuple):
     tick: Column64  # [R]: last use
     created: Column64  # [R]
     priority: Column64  # [R]
-    generation: Column64  # [R]: goes up when the row is freed
+    generation: Column64  # [R]: goes up when the row is freed, to 0 if it is negative, as that of a loaded node is
     free_rows: Rows32  # [R]: a stack
     queue_score: Queue64  # [2 R], on a GPU [0]: candidates for eviction, a heap [R] and a sorted ring [R]
     queue_tick: Queue64  # [2 R]

@@ -9,7 +9,7 @@ from flatradix.kernels.cpu.children import refill
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.pool import mark
 from flatradix.kernels.cpu.queue import clear, refill_queue
-from flatradix.kernels.cpu.rows import note_event
+from flatradix.kernels.cpu.rows import next_generation, note_event
 from flatradix.layout import numbers
 from flatradix.layout.state import FREE_ROW, SMALLEST_TABLE
 
@@ -24,7 +24,7 @@ def reset(addresses, call):
                 s.namespace_children[~s.parent[row]] = 0
             s.parent[row] = FREE_ROW
             s.queued[row] = 0
-            s.generation[row] += 1
+            s.generation[row] = next_generation(s.generation[row])
             count = s.numbers[numbers.FREE_ROWS]
             s.free_rows[count] = row
             s.numbers[numbers.FREE_ROWS] = count + 1

@@ -12,6 +12,7 @@ from flatradix.layout.handles import GENERATION_MASK, LOW32, ROW_BITS, ROW_MASK
 from flatradix.layout.state import FREE_ROW
 
 pack_handle = helper(handles.pack_handle)
+next_generation = helper(handles.next_generation)
 
 
 @helper
@@ -105,7 +106,7 @@ def release_row(s, row):
 def put_back(s, row):
     """Free a row that has no entry in the child table."""
     s.parent[row] = FREE_ROW
-    s.generation[row] += 1
+    s.generation[row] = next_generation(s.generation[row])
     count = s.numbers[numbers.FREE_ROWS]
     s.free_rows[count] = row
     s.numbers[numbers.FREE_ROWS] = count + 1

@@ -10,7 +10,7 @@ from flatradix.kernels.gpu.evict_keys import HIGHEST
 from flatradix.kernels.gpu.evict_order import SPENT
 from flatradix.kernels.gpu.finish import arrive, publish
 from flatradix.kernels.gpu.launch import Arrays, Kernel, multi_processors
-from flatradix.kernels.gpu.rows import FREE
+from flatradix.kernels.gpu.rows import FREE, next_generation
 from flatradix.layout import mail, numbers, scratch
 
 # Victims that a program frees at once. With 64, comparing their parents takes 187 registers, and 15 us instead of 9.
@@ -62,7 +62,7 @@ def _free_rows(s, w, victim, count):
     stack = s.free_rows + tl.load(s.numbers + numbers.FREE_ROWS)
     tl.debug_barrier()  # every thread has read what is about to be overwritten
     tl.store(s.parent + row, tl.zeros([FREED], tl.int32) + FREE, mask=active)
-    tl.store(s.generation + row, generation + 1, mask=active)
+    tl.store(s.generation + row, next_generation(generation), mask=active)
     tl.store(stack + victim, row.to(tl.int32), mask=active)
     add_tombstones(s, w, row, active)
     _detach(s, parent)

@@ -11,7 +11,7 @@ import triton.language as tl
 from flatradix.kernels.gpu.compact import clear_table
 from flatradix.kernels.gpu.finish import arrive, publish
 from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
-from flatradix.kernels.gpu.rows import FREE
+from flatradix.kernels.gpu.rows import FREE, next_generation
 from flatradix.kernels.gpu.runs import share
 from flatradix.layout import mail, numbers, scratch
 
@@ -30,7 +30,7 @@ def _free_all(s, first, end):
         tl.store(s.namespace_children + tl.where(top, ~parent, 0), tl.zeros([BLOCK], tl.int32), mask=top)
         generation = tl.load(s.generation + row, mask=live, other=0)
         tl.debug_barrier()  # every lane has read what it is about to overwrite
-        tl.store(s.generation + row, generation + 1, mask=live)
+        tl.store(s.generation + row, next_generation(generation), mask=live)
         tl.store(s.parent + row, tl.zeros([BLOCK], tl.int32) + FREE, mask=live)
         tl.store(s.free_rows + row - 1, row.to(tl.int32), mask=inside)
         first += BLOCK

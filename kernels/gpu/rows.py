@@ -10,6 +10,7 @@ from flatradix.layout import handles, numbers, reasons
 from flatradix.layout.state import FREE_ROW
 
 _pack_handle = device_function(handles.pack_handle)
+next_generation = device_function(handles.next_generation)
 
 FREE = tl.constexpr(FREE_ROW)
 

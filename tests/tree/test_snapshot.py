@@ -73,8 +73,8 @@ def test_snapshot_that_is_none(tmp_path: Path, device: str) -> None:
     path.write_bytes(b"not a tree")
     with pytest.raises(ValueError, match="no tree that flatradix saved, or is damaged"):
         RadixTree.load(path)
-    torch.save({"format": "flatradix tree 99"}, path)
-    with pytest.raises(ValueError, match="no tree that this version"):
+    torch.save({"format": "flatradix tree 3"}, path)
+    with pytest.raises(ValueError, match=r"no tree that this version.*flatradix\.inspect\.convert"):
         RadixTree.load(path)
     with pytest.raises(FileNotFoundError):
         RadixTree.load(tmp_path / "nowhere")
@@ -95,6 +95,52 @@ def test_a_handle_from_after_the_save_is_stale_in_the_loaded_tree(tmp_path: Path
     with pytest.raises(flatradix.StaleHandleError):
         settled(loaded, lambda: loaded.lock(later))
     loaded.check()
+
+
+def futures_of(tree: RadixTree, path: Path, device: str) -> list[RadixTree]:
+    """Return the tree, two trees loaded from its file, and its copy on the CPU if it is on a GPU."""
+    tree.save(path)
+    copies = [] if tree.to("cpu") is tree else [tree.to("cpu")]
+    return [tree, *(RadixTree.load(path, device=device) for _ in range(2)), *copies]
+
+
+@pytest.mark.parametrize("way", ["evict", "reset", "insert", "load again"])
+def test_handles_do_not_cross_between_futures(tmp_path: Path, device: str, way: str) -> None:
+    """A node that is new in one future of a tree is no node in another, though both use the same row."""
+    tree = RadixTree(16, device=device)
+    tree.insert([[1, 2], [3, 4]], [[1, 2], [3, 4]])
+    tree.evict(2)
+    futures = futures_of(tree, tmp_path / "tree", device)
+    if way == "load again":
+        futures[1].save(tmp_path / "tree")
+        futures[1] = RadixTree.load(tmp_path / "tree", device=device)
+    later = []
+    for i, future in enumerate(futures):
+        if way != "insert":
+            future.evict(9) if way == "evict" else future.reset()
+        later.append([future.insert([10 * i + j, j], [i, j]) for j in range(4)])
+    assert len({place.handle for places in later for place in places}) == 4 * len(futures)
+    for i, places in enumerate(later):
+        for other, future in enumerate(futures):
+            for place in places:
+                assert future.alive(place).tolist() == [other == i]
+
+
+def test_a_handle_from_before_the_save_is_good_until_its_node_goes(tmp_path: Path, device: str) -> None:
+    tree = RadixTree(16, device=device)
+    tree.insert([9], [9])
+    tree.evict(1)
+    held = tree.insert([[1, 2], [1, 3]], [[1, 2], [1, 3]])
+    for future in futures_of(tree, tmp_path / "tree", device):
+        for again in futures_of(future, tmp_path / "again", device):
+            assert again.slots(held).to_list() == [[1, 2], [1, 3]]
+            again.evict(1)
+            assert again.alive(held).tolist() == [False, True]
+            again.insert([1, 2], [1, 5])
+            assert again.alive(held).tolist() == [False, True]
+            again.reset()
+            assert again.alive(held).tolist() == [False, False]
+    assert tree.to(device) is tree
 
 
 @pytest.mark.parametrize("name", [None, "", b"", "\ud800", b"\xff\x00", "tenant"])
