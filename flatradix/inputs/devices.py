@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import os
 
@@ -36,8 +37,18 @@ def why_not_cuda() -> str:
         launch.probe()
     except Exception as error:  # whatever a driver, a compiler or an assembler may raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"a first kernel does not compile and run: {first}"
+        return f"a first kernel does not compile and run: {first}{_about_files(error)}"
     return ""
+
+
+def _about_files(error: Exception) -> str:
+    """Return what to do about an error that comes from the files in which Triton keeps kernels, or ""."""
+    if not isinstance(error, OSError | json.JSONDecodeError):
+        return ""
+    return (
+        "; Triton keeps kernels in ~/.triton/cache, or in TRITON_CACHE_DIR: a folder that can be written, has space, "
+        "and may be emptied"
+    )
 
 
 def asked_for() -> str:
