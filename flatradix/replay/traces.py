@@ -45,6 +45,9 @@ class TraceError(ValueError):
         self.line = line
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[TraceError], tuple[str, int | None, str]]:
+        return type(self), (self.file, self.line, self.reason)
+
 
 class Request(NamedTuple):
     """One line of a trace: a prompt of `input_length` tokens, given by its blocks."""
