@@ -25,7 +25,7 @@ from flatradix.layout.waiting import DTYPES, Waiting
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
 
 
-if numba.config.DISABLE_JIT:
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise RuntimeError(
         "NUMBA_DISABLE_JIT is set, but kernels that are not compiled cannot run: they read memory by its address. "
         "Unset NUMBA_DISABLE_JIT for this program"

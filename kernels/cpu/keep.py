@@ -53,7 +53,8 @@ _STAMP = _stamp()
 @functools.cache
 def _folders(home: str) -> tuple[str, ...]:
     """Return where the code of kernels in the folder `home` may lie. Like numba's cache, it is saved to the first."""
-    found = [os.path.join(config.CACHE_DIR, "flatradix")] if config.CACHE_DIR else []
+    wanted: str = config.CACHE_DIR  # type: ignore[attr-defined]
+    found = [os.path.join(wanted, "flatradix")] if wanted else []
     if os.path.isdir(home):  # not in a zip file
         found.append(os.path.join(home, "__pycache__"))
     users = AppDirs(appname="numba", appauthor=False).user_cache_dir
