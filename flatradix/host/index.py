@@ -490,6 +490,7 @@ class HostIndex(Index):
     ) -> InsertResult:
         if self._open:
             self._recover()
+        priority = 0 if priority is None else priority
         single = start is None or (isinstance(start, Places) and start.late is None)
         if single and isinstance(priority, int) and isinstance(inserted_lengths, int) and not is_batch(q):
             return self._insert_one(q, slots, namespace, priority, start, inserted_lengths)

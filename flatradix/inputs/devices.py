@@ -116,6 +116,27 @@ def named(device: str | torch.device, asked: str) -> torch.device:
     return _indexed(found)
 
 
+def memory_on(name: str, device: str | torch.device) -> torch.device:
+    """Return the device of the argument `name`, with its index, where torch can hold tensors; kernels need not run.
+
+    Raises ValueError for what is no device or holds no values, DeviceUnavailableError for what cannot be used here.
+    """
+    asked = f'{name}="{device}"'
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{asked} is no device: give cpu, cuda or cuda:N") from None
+    if found.type == "meta":
+        raise ValueError(f"{asked} holds no values: give cpu, cuda or cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceUnavailableError(f"{asked} cannot be used: torch sees no CUDA device")
+    try:
+        return torch.empty(0, device=found).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # each kind of device has its own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DeviceUnavailableError(f"{asked} cannot be used: {first}") from None
+
+
 def _indexed(device: torch.device) -> torch.device:
     """Return a CUDA device with its index: torch.device("cuda") is not equal to torch.device("cuda:0")."""
     if interpreted():

@@ -57,11 +57,15 @@ def _written_name(name: Namespace) -> tuple[str, str]:
         return "none", ""
     if isinstance(name, str):
         return "str", name.encode("utf-8", "surrogatepass").hex()
+    if isinstance(name, int):
+        return "int", str(name).encode().hex()
     return "bytes", name.hex()
 
 
 def _read_name(kind: str, digits: str) -> Namespace:
     data = bytes.fromhex(digits)
+    if kind == "int":
+        return int(data)
     return {"none": None, "str": data.decode("utf-8", "surrogatepass") if kind == "str" else "", "bytes": data}[kind]
 
 
