@@ -39,7 +39,8 @@ class Ragged:
                 f"offsets must be int64 or int32 [B + 1], not {self.offsets.dtype} of shape {tuple(self.offsets.shape)}"
             )
         if self.offsets.dtype == torch.int32:  # as of the cu_seqlens of attention kernels
-            self.offsets = self.offsets.to(torch.int64)
+            wide = torch.from_numpy(self.offsets.numpy().astype(np.int64)) if self.offsets.is_cpu else None
+            self.offsets = self.offsets.to(torch.int64) if wide is None else wide
         if self.values.device != self.offsets.device:
             raise ValueError(f"values are on {self.values.device}, offsets on {self.offsets.device}")
         if self.values.device.type == "cpu":

@@ -122,11 +122,9 @@ class Prompts:
             raise ValueError(f"a queue holds at most {MAX_UNITS} tokens of waiting prompts; {had} are taken")
         new = self._new_forest(min(max(2 * had, had + more), MAX_UNITS))
         rows, free = int(old.numbers[numbers.ROWS]), int(old.numbers[numbers.FREE_ROWS])
-        for name in COLUMNS:
-            getattr(new, name)[:rows] = getattr(old, name)[:rows]
-        new.tokens[:had] = old.tokens[:had]
-        new.used[: len(old.used)] = old.used
-        new.free_rows[:free] = old.free_rows[:free]
+        lengths = dict.fromkeys(COLUMNS, rows) | {"tokens": had, "used": len(old.used), "free_rows": free}
+        for name, count in lengths.items():
+            getattr(new, name).numpy()[:count] = getattr(old, name).numpy()[:count]
         new.multipliers.copy_(old.multipliers)
         kept = new.numbers[[numbers.MAX_TOKENS, numbers.ROW_CAPACITY, numbers.POOL_PAGES]]
         new.numbers.copy_(old.numbers)

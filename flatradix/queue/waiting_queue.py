@@ -200,7 +200,8 @@ class WaitingQueue:
 
     def _shared(self) -> torch.Tensor:
         self._prompts.tidy()
-        return (self._column("shared") - self._column("length")).clamp(min=0)
+        arrays, entries = self._prompts.arrays, self._entries()
+        return torch.from_numpy(np.maximum(arrays.shared[entries] - arrays.length[entries], 0))
 
     # Order
 
@@ -269,8 +270,10 @@ class WaitingQueue:
             torch.from_numpy(column)
             for column in self._prompts.columns(entries, "length", "tokens", "priority", "arrival")
         )
-        waited = (time.monotonic() if now is None else now) - arrival
-        return Columns(cached, length, self._shared() if shared else cached, waited.clamp(min=0), priority, arrival)
+        waited = np.maximum((time.monotonic() if now is None else now) - arrival.numpy(), 0.0)
+        return Columns(
+            cached, length, self._shared() if shared else cached, torch.from_numpy(waited), priority, arrival
+        )
 
     def turns(self) -> torch.Tensor:
         """Return the ids in the order of the last `order` call, those added since at the end: int64 [N].
