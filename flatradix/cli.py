@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from flatradix.replay import plot as plotting
 from flatradix.replay import replay as replaying
 from flatradix.replay import tables, traces
 from flatradix.replay import workload as workloads
+from flatradix.replay.blocks import BLOCK_TOKENS
 from flatradix.replay.plot import PlotUnavailableError
 from flatradix.replay.report import Report, Settings, versions
 from flatradix.simulate import load as loads
@@ -38,13 +40,13 @@ from flatradix.simulate import settings as simulations
 from flatradix.simulate import tables as simulation_tables
 from flatradix.simulate.load import Job
 from flatradix.simulate.report import Report as SimulationReport
+from flatradix.version import VERSION
 
 ERROR, INTERRUPTED = 2, 130
 STDOUT = "-"
 
 app = typer.Typer(
     name="flatradix",
-    help="The radix tree behind an LLM server's KV prefix cache: try it on request traces.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,13 +54,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_FROM_TRACE = "The requests, in the format below; may be packed with gzip. [default: a built-in workload]"
+_FROM_TRACE = (
+    "The requests, in the format below; - for standard input; may be packed with gzip, bzip2, xz or zstd. "
+    "[default: a built-in workload]"
+)
 _FORMAT = """
 A trace has one request a line:
 
     {"timestamp": 27, "input_length": 700, "output_length": 52, "hash_ids": [4, 7]}
 
-timestamp in ms, lengths in tokens, one hash id for each 512 tokens of the prompt. Equal ids are equal blocks.
+timestamp in ms (or none on any line), lengths in tokens, one hash id for each block of the prompt. Equal ids are equal
+blocks. A block has 512 tokens if all lines fit that, else what they tell, or --block-size.
 """
 
 _POLICIES_HELP = (
@@ -83,6 +89,14 @@ JsonPath = Annotated[
     Path | None,
     typer.Option(
         "--json", metavar="FILE", help="Write the figures as JSON; - for standard output.", show_default=False
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        "--block-size",
+        help="Tokens for which a hash id of TRACE stands. [default: found from TRACE]",
+        show_default=False,
     ),
 ]
 Requests = Annotated[
@@ -110,6 +124,21 @@ class Source(NamedTuple):
     prompts: Iterator[np.ndarray]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flatradix {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The radix tree behind an LLM server's KV prefix cache: try it on request traces."""
+
+
 @app.command(
     epilog=f"""
 Examples:
@@ -119,6 +148,8 @@ Examples:
     flatradix replay --workload agents --requests 5000 --policy slru
 
     flatradix replay trace.jsonl --limit 1000 --json - | jq .hit_rate
+
+    ssh host cat trace.jsonl.zst | flatradix replay -
 {_FORMAT}"""
 )
 def replay(
@@ -130,6 +161,7 @@ def replay(
     device: Device = "auto",
     batch: Batch = 1,
     limit: Limit = None,
+    block_size: BlockSize = None,
     workload: Workload = None,
     requests: Requests = None,
     seed: Seed = None,
@@ -149,7 +181,7 @@ def replay(
         settings = Settings(page_size, capacity, hold, policy, device, batch)
         settings.validate()
         _check_outputs(trace, json_path, plot_path)
-        source = _open(trace, limit, workload, requests, seed, default_requests=3000)
+        source = _open(_Given(trace, limit, block_size, workload, requests, seed), default_requests=3000)
         report = _run(source, settings)
         _write(report, source.name, json_path, plot_path)
 
@@ -194,11 +226,12 @@ def simulate(
         typer.Option(
             "--offered",
             help="Arrivals faster or slower: prompt tokens that arrive in a second. "
-            "[default: as in TRACE; without TRACE, 1.25 times what the servers can prefill]",
+            "[default: as in TRACE; without TRACE or timestamps, 1.25 times what the servers can prefill]",
             show_default=False,
         ),
     ] = None,
     limit: Limit = None,
+    block_size: BlockSize = None,
     workload: Workload = None,
     requests: Requests = None,
     seed: Seed = None,
@@ -228,7 +261,7 @@ def simulate(
             raise ValueError(f"--offered {offered:g}: it must be more than 0")
         if scheduler == "sglang":
             peer.find()
-        name, jobs = _load(trace, limit, workload, requests, seed, offered, settings)
+        name, jobs = _load(_Given(trace, limit, block_size, workload, requests, seed), offered, settings)
         report = _simulate(name, jobs, settings, policies, scheduler)
         _write_simulation(report, name, json_path, figure_path)
 
@@ -250,6 +283,7 @@ def tree(
     policy: PolicyName = "lru",
     device: Device = "auto",
     limit: Annotated[int, typer.Option("--limit", help="How many requests to replay.")] = 12,
+    block_size: BlockSize = None,
     workload: Workload = None,
     seed: Seed = None,
     max_nodes: Annotated[int, typer.Option("--max-nodes", help="Draw no more nodes than this.")] = 60,
@@ -266,10 +300,8 @@ def tree(
         settings.validate()
         if max_nodes < 1:
             raise ValueError(f"--max-nodes {max_nodes}: it must be 1 or more")
-        if trace is None:
-            source = _open(None, None, workload, limit, seed, default_requests=limit)
-        else:
-            source = _open(trace, limit, workload, None, seed, default_requests=0)
+        requests = limit if trace is None else None
+        source = _open(_Given(trace, limit, block_size, workload, requests, seed), default_requests=limit)
         run = replaying.Replay(settings)
         run.feed(source.prompts)
         out = Console(highlighter=_TreeHighlighter(), theme=_TREE_THEME, soft_wrap=True)
@@ -290,6 +322,9 @@ def info() -> None:
 
 def main() -> None:
     """Run the command line. The exit code is 0, 2 (a bad call) or 130 (Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack characters, as "µ" in ASCII
     try:
         app(prog_name="flatradix")
     except KeyboardInterrupt:
@@ -332,7 +367,7 @@ def _check_outputs(trace: Path | None, json_path: Path | None, plot_path: Path |
         plotting.require(plot_path)
     for path in files:
         _check_writable(path)
-        if trace is not None and path.resolve() == trace.resolve():
+        if trace is not None and str(trace) != traces.STANDARD_INPUT and path.resolve() == trace.resolve():
             raise ValueError(f"{path}: this would overwrite the trace")
     if len(files) == 2 and files[0].resolve() == files[1].resolve():
         raise ValueError(f"{files[0]}: JSON and plot cannot go into the same file")
@@ -350,56 +385,67 @@ def _check_writable(path: Path) -> None:
         raise ValueError(f"{path}: cannot be written, no permission in {path.parent}")
 
 
-def _open(
-    trace: Path | None,
-    limit: int | None,
-    workload: str | None,
-    requests: int | None,
-    seed: int | None,
-    default_requests: int,
-) -> Source:
-    _check_source(trace, limit, workload, requests, seed)
-    if trace is None:
-        kind = workload or "mix"
-        count = min(requests or default_requests, limit or sys.maxsize)
-        return Source(f"the built-in workload ({kind})", count, workloads.prompts(kind, count, seed or 0))
-    found = traces.read_trace(trace, limit)
-    return Source(trace.name, len(found), traces.prompts(found))
+class _Given(NamedTuple):
+    """The options that say which requests there are."""
+
+    trace: Path | None
+    limit: int | None
+    block_size: int | None
+    workload: str | None
+    requests: int | None
+    seed: int | None
+
+    def check(self) -> None:
+        """Raise ValueError for a number out of range, or an option that does not fit the others."""
+        for name, value, least in (
+            ("--limit", self.limit, 1),
+            ("--block-size", self.block_size, 1),
+            ("--requests", self.requests, 1),
+            ("--seed", self.seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} {value}: it must be {least} or more")
+        if self.trace is None and self.block_size is not None:
+            raise ValueError("--block-size is for a TRACE")
+        for name, given in (("--workload", self.workload), ("--requests", self.requests), ("--seed", self.seed)):
+            if self.trace is not None and given is not None:
+                raise ValueError(f"{name} is for the built-in workload; with a TRACE, use --limit")
+
+    def built_in(self, default_requests: int) -> tuple[str, int, int]:
+        """Return the kind, the number and the seed of the requests of the built-in workload."""
+        count = min(self.requests or default_requests, self.limit or sys.maxsize)
+        return self.workload or "mix", count, self.seed or 0
+
+    def read(self) -> tuple[str, list[traces.Request]]:
+        """Return the name of the trace, with its block size if that is not 512, and its requests."""
+        assert self.trace is not None
+        found = traces.read_trace(self.trace, self.limit, self.block_size)
+        name = "standard input" if str(self.trace) == traces.STANDARD_INPUT else self.trace.name
+        size = found[0].block_size
+        return name if size == BLOCK_TOKENS else f"{name} (blocks of {size} tokens)", found
 
 
-def _check_source(
-    trace: Path | None, limit: int | None, workload: str | None, requests: int | None, seed: int | None
-) -> None:
-    for name, value, least in (("--limit", limit, 1), ("--requests", requests, 1), ("--seed", seed, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} {value}: it must be {least} or more")
-    if trace is None:
-        return
-    for name, given in (("--workload", workload), ("--requests", requests), ("--seed", seed)):
-        if given is not None:
-            raise ValueError(f"{name} is for the built-in workload; with a TRACE, use --limit")
+def _open(given: _Given, default_requests: int) -> Source:
+    given.check()
+    if given.trace is None:
+        kind, count, seed = given.built_in(default_requests)
+        return Source(f"the built-in workload ({kind})", count, workloads.prompts(kind, count, seed))
+    name, found = given.read()
+    return Source(name, len(found), traces.prompts(found))
 
 
-def _load(
-    trace: Path | None,
-    limit: int | None,
-    workload: str | None,
-    requests: int | None,
-    seed: int | None,
-    offered: float | None,
-    settings: simulations.Settings,
-) -> tuple[str, list[Job]]:
+def _load(given: _Given, offered: float | None, settings: simulations.Settings) -> tuple[str, list[Job]]:
     """Return the name and the requests of a simulation."""
-    _check_source(trace, limit, workload, requests, seed)
-    if trace is None:
-        kind = workload or "mix"
-        count = min(requests or 3000, limit or sys.maxsize)
-        pace = offered or 1.25 * settings.rate * settings.servers
-        return f"the built-in workload ({kind})", loads.of_workload(kind, count, seed or 0, pace)
-    found = traces.read_trace(trace, limit)
+    given.check()
+    pace = offered or 1.25 * settings.rate * settings.servers
+    if given.trace is None:
+        kind, count, seed = given.built_in(3000)
+        return f"the built-in workload ({kind})", loads.of_workload(kind, count, seed, pace)
+    name, found = given.read()
     with _bar("reading the prompts", len(found)) as step:
-        jobs = loads.of_trace(found, None if step is None else lambda done: step(trace.name, done, None))
-    return trace.name, jobs if offered is None else loads.paced(jobs, offered)
+        jobs = loads.of_trace(found, None if step is None else lambda done: step(name, done, None))
+    timed = found[0].timestamp is not None
+    return name, jobs if timed and offered is None else loads.paced(jobs, pace)
 
 
 def _simulate(
@@ -447,19 +493,26 @@ def _bar(title: str, total: int) -> Iterator[Callable[[str, int, float | None], 
 
 
 def _write(report: Report, name: str, json_path: Path | None, plot_path: Path | None) -> None:
-    to_stdout = json_path is not None and str(json_path) == STDOUT
-    tables.print_report(Console(stderr=to_stdout, highlight=False), report, name)
-    _write_json({"source": name, **report.to_json()}, json_path)
-    if plot_path is not None:
-        plotting.save(report, plot_path, name)
+    try:
+        _write_json({"source": name, **report.to_json()}, json_path)
+        if plot_path is not None:
+            plotting.save(report, plot_path, name)
+    finally:
+        tables.print_report(_console_beside(json_path), report, name)
 
 
 def _write_simulation(report: SimulationReport, name: str, json_path: Path | None, figure_path: Path | None) -> None:
-    to_stdout = json_path is not None and str(json_path) == STDOUT
-    simulation_tables.print_report(Console(stderr=to_stdout, highlight=False), report, name)
-    _write_json({"source": name, **report.to_json()}, json_path)
-    if figure_path is not None:
-        simulation_plotting.save(report, figure_path, name)
+    try:
+        _write_json({"source": name, **report.to_json()}, json_path)
+        if figure_path is not None:
+            simulation_plotting.save(report, figure_path, name)
+    finally:
+        simulation_tables.print_report(_console_beside(json_path), report, name)
+
+
+def _console_beside(json_path: Path | None) -> Console:
+    """Return where a report is printed: standard error if the JSON goes to standard output."""
+    return Console(stderr=json_path is not None and str(json_path) == STDOUT, highlight=False)
 
 
 def _write_json(figures: dict[str, Any], path: Path | None) -> None:

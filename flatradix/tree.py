@@ -142,7 +142,8 @@ class RadixTree:
             is one empty sequence; an empty Ragged is a batch of none. int32 and int64 buffers are read in place. A tree
             on a GPU reads tensors on the device, and pinned tensors, in stream order after the call has returned. So
             leave a pinned tensor unchanged until `raise_pending`.
-        namespace: None, a str or bytes for all queries, or a list with one for each query.
+        namespace: None, a str, bytes or an integer of 64 bits for all queries, or a list with one for each query. Names
+            of different types differ: 1 is not "1".
         touch: whether each path becomes the most recently used. Without `touch`, `lock` and `split`, a call leaves no
             trace.
         lock: also lock each path when it is found, as `lock` does.
@@ -277,9 +278,9 @@ class RadixTree:
         """Cache each key with its slots. Tokens that are cached already keep their slots.
 
         q, namespace, start: as for `match`. slots: one slot for each token of q, as a Ragged, a list of integer
-        sequences, or one flat sequence. priority: an int, or one a query; each node of the path keeps the greatest.
-        inserted_lengths: an int, or one a query: the length that the same request inserted before. No hit is counted on
-        nodes that end within this length.
+        sequences, or one flat sequence. priority: an int (None is 0), or one a query; each node of the path keeps the
+        greatest. inserted_lengths: an int, or one a query: the length that the same request inserted before. No hit is
+        counted on nodes that end within this length.
 
         If several queries of the batch share new tokens, the slots of the first of these queries are stored. O(length
         of the key), counted from `start`; 131072 new tokens take about 0.1 ms.

@@ -93,9 +93,11 @@ class Columns:
         """Return the namespace of all rows if they have the same, else a list with one for each row."""
         if len(rows) == 0 or not self.has_names:
             return None
-        names = self.names[rows]
+        names = self.names[rows].tolist()
         first = names[0]
-        return first if len(rows) == 1 or bool((names == first).all()) else names.tolist()
+        # Names of different types are never compared: `python -bb` forbids it.
+        same = len(rows) == 1 or (len(set(map(type, names))) == 1 and names.count(first) == len(names))
+        return first if same else names
 
     def names_to_commit(self, rows: np.ndarray) -> list[Namespace]:
         """Return the namespace of each row that has committed nothing, None for the others."""

@@ -117,8 +117,13 @@ class HostPages(Pages):
         if self._table_copy is not None:
             self._table_copy.send(rows, begins, ends)
         if self.slot_copy is not None:
-            where = changed_places(self.columns.address, rows, begins, ends).to(self.kv_device)
-            self.slot_copy.view(-1, self.page_size)[where] = self.slots_of(self.page_table.view(-1)[where])
+            where = changed_places(self.columns.address, rows, begins, ends)
+            copy, pages = self.slot_copy.view(-1, self.page_size), self.page_table.view(-1)
+            if copy.is_cpu:
+                copy.numpy()[where] = self.slots_of(torch.from_numpy(pages.numpy()[where])).numpy()
+            else:
+                places = torch.from_numpy(where).to(self.kv_device)
+                copy[places] = self.slots_of(pages[places])
 
     def copy_rows(self, rows: np.ndarray, lengths: np.ndarray) -> None:
         self._changed(rows, None, lengths)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from flatradix.cache.columns import Columns
 from flatradix.cache.requests import Owner, Request, Requests
 from flatradix.errors import QueryError
 from flatradix.inputs import namespaces as names_of
-from flatradix.inputs.arguments import per_query
+from flatradix.inputs.arguments import per_query, positive
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.sequences import Batch, is_batch, read_one
@@ -122,10 +121,7 @@ def read_chunk(chunk: Any, share: bool) -> int | None:
         return None
     if share:
         raise ValueError("begin: prompts that share slots are computed as a whole: give `share` or `chunk`, not both")
-    count = operator.index(chunk)
-    if count < 1:
-        raise ValueError(f"chunk must be at least 1, not {count}")
-    return min(count, MAX_UNITS)
+    return min(positive("chunk", chunk), MAX_UNITS)
 
 
 class Call(NamedTuple):

@@ -200,7 +200,10 @@ class Pages(ABC):
 
     def slots_of(self, pages: torch.Tensor) -> torch.Tensor:
         """Return the slots of pages on the device of the KV cache, int32 [..., page_size]."""
-        return pages[..., None] * self.page_size + self.within
+        if not pages.is_cpu:
+            return pages[..., None] * self.page_size + self.within
+        slots = pages.numpy()[..., None] * np.int32(self.page_size) + self.within.numpy()
+        return torch.from_numpy(slots)
 
     def slots_of_row(self, row: int) -> torch.Tensor:
         """Return the slots of a row, int32 [W * page_size] on the device of the KV cache; a view if pages have one."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +24,13 @@ from flatradix.cache.state import State
 from flatradix.errors import QueryError
 from flatradix.index import public_call, refuse_reentry
 from flatradix.inputs import devices
+from flatradix.inputs.arguments import positive
 from flatradix.inputs.options import OnEvict, read_options
 from flatradix.inputs.policy import Policy
 from flatradix.kernels import cpu
 from flatradix.layout import running
+from flatradix.layout.growth import most_tokens
 from flatradix.layout.handles import ROW_MASK
-from flatradix.layout.numbers import MAX_UNITS
 from flatradix.tree import RadixTree
 
 if TYPE_CHECKING:
@@ -128,14 +128,14 @@ class PrefixCache:
         evict_by: str = "page",
         on_evict: OnEvict | None = None,
     ) -> None:
-        for name, value in (("page_size", page_size), ("max_requests", max_requests), ("max_length", max_length)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if not page_size <= num_slots <= MAX_UNITS:
-            raise ValueError(f"num_slots must be from one page ({page_size}) to {MAX_UNITS}, not {num_slots}")
+        page_size, num_slots = positive("page_size", page_size), positive("num_slots", num_slots)
+        max_requests, max_length = positive("max_requests", max_requests), positive("max_length", max_length)
+        most = most_tokens(page_size)
+        if not page_size <= num_slots <= most:
+            raise ValueError(f"num_slots must be from one page ({page_size}) to {most}, not {num_slots}")
         self.page_size = page_size
         self.max_length = max_length
-        kv = torch.empty(0, device=kv_device).device  # with its index
+        kv = devices.memory_on("kv_device", kv_device)
         slots = num_slots // page_size * page_size
         index = devices.preferred(device)
         options = read_options(slots, page_size, policy, None, False, torch.int32, False, evict_by, on_evict)
@@ -194,7 +194,7 @@ class PrefixCache:
         """Start requests: find the cached part of each prompt, lock it, and allocate slots for the rest.
 
         prompts: a list of token sequences (lists, `array`, numpy, tensors), or a Ragged, none of them empty.
-        namespaces, priority: one for all, or a list with one for each prompt.
+        namespaces, priority: as for `RadixTree.insert`, one for all, or a list with one for each prompt.
         share: let new tokens that several of these prompts share have the same slots, those of the first of these
             prompts. Only for engines that compute all of these prompts in one forward pass, each as a whole, and that
             in each layer write all KV before they read any: see docs/engine.md. Without `share`, each request has slots
@@ -370,8 +370,7 @@ class PrefixCache:
         Returns the requests, and the pages to copy in each layer before the next forward pass: int64 [K, 2], from and
         to, on the device of the KV cache. If they do not fit, all of them are refused.
         """
-        if operator.index(n) < 1:
-            raise ValueError(f"fork: n must be at least 1, not {n}")
+        n = positive("fork: n", n)
         call = read_call(self._state, "fork", [request])
         self._open = UnderWay(recover.BEGIN, call.rows, serial=self._state.columns.counts[running.NEXT_SERIAL])
         commit_tokens(self._state, call.rows, call.known, call.ends)
@@ -447,6 +446,9 @@ class PrefixCache:
         self._open = UnderWay(recover.RESET)
         self.tree.reset()
         self._state.reset()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a PrefixCache is neither pickled nor copied: its slots are those of one KV cache")
 
     def __repr__(self) -> str:
         return (

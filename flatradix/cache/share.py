@@ -14,10 +14,12 @@ Loans are never changed, only replaced as a whole: an interrupted call leaves th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from flatradix.inputs.namespaces import Key, Namespace, key_of
 
 _TOKEN = np.dtype(np.int32)
 
@@ -40,15 +42,15 @@ class Sharing:
 
     def __init__(self, page_size: int) -> None:
         self._page = page_size
-        self._started: dict[Hashable, tuple[list[bytes], list[int]]] = {}  # by namespace: sorted prompts, their rows
+        self._started: dict[Key, tuple[list[bytes], list[int]]] = {}  # by namespace: sorted prompts, their rows
         self._loans: dict[int, Loan] = {}
 
-    def start(self, row: int, tokens: np.ndarray, namespace: Hashable, cached: int) -> Loan | None:
+    def start(self, row: int, tokens: np.ndarray, namespace: Namespace, cached: int) -> Loan | None:
         """Start a prompt; return its loan, if it shares more than `cached` tokens with a prompt that started before.
 
         tokens: int64 [K], the prompt without the tokens that are never shared.
         """
-        prompts, rows = self._started.setdefault(namespace, ([], []))
+        prompts, rows = self._started.setdefault(key_of(namespace), ([], []))
         prompt = tokens.astype(_TOKEN).tobytes()
         at = bisect_left(prompts, prompt)
         shared, lender = cached, -1
@@ -65,9 +67,9 @@ class Sharing:
         loan = self._loans[row] = Loan(lender, shared)
         return loan
 
-    def take_back(self, row: int, namespace: Hashable) -> None:
+    def take_back(self, row: int, namespace: Namespace) -> None:
         """Forget a prompt that does not start after all. No prompt that starts may have a loan from it."""
-        prompts, rows = self._started[namespace]
+        prompts, rows = self._started[key_of(namespace)]
         at = rows.index(row)
         del prompts[at], rows[at]
         self._loans.pop(row, None)

@@ -69,12 +69,13 @@ class TableCopy:
             self._copy_ranges(self._arrays, ranges.data_ptr(), many, len(pages), *addresses)
 
 
-def changed_places(cache: int, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> torch.Tensor:
-    """Return the places in the page table of tokens `begins` to `ends` of some rows, int64 in host memory."""
+def changed_places(cache: int, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the places in the page table of tokens `begins` to `ends` of some rows, int64."""
     count = cpu.count_changes.call(cache, rows, begins, ends)
     ranges, pages = np.empty((3, len(rows)), np.int64), np.empty(count, np.int32)
     cpu.pack_changes.call(cache, rows, begins, ends, address_of(ranges), address_of(pages))
-    return places_of(torch.from_numpy(ranges), count)
+    at, _, shifts = ranges
+    return np.arange(count) + np.repeat(shifts, np.diff(at, prepend=0))
 
 
 def places_of(ranges: torch.Tensor, count: int) -> torch.Tensor:

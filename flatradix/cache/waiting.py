@@ -9,7 +9,7 @@ import torch
 
 from flatradix.cache.requests import Request, Requests
 from flatradix.queue.orders import OrderFunction
-from flatradix.queue.waiting_queue import WaitingQueue
+from flatradix.queue.waiting_queue import WaitingQueue, read_limit
 from flatradix.tree import RadixTree
 
 
@@ -59,7 +59,7 @@ class RequestQueue(WaitingQueue):
         """
         cache = self._cache
         free_slots, free_rows = cache.free_space()
-        most = free_rows if max_requests is None else min(max_requests, free_rows)
+        most = min(read_limit(max_requests, "max_requests"), free_rows)
         plan = self.plan(
             order, token_budget=token_budget, max_requests=most, free_tokens=free_slots, skip=skip, whole_pages=True,
             share=share,

@@ -17,7 +17,7 @@ from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import check_counts, check_write_table, per_query, to_int64, token_count
 from flatradix.inputs.namespaces import Namespaces
 from flatradix.inputs.options import Options
-from flatradix.inputs.places import read_places, read_starts, refuse_shared_handles
+from flatradix.inputs.places import contiguous, read_places, read_starts, refuse_shared_handles
 from flatradix.inputs.policy import Nodes, Score, scores_of
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_slot, refuse_unequal
@@ -289,7 +289,7 @@ class HostIndex(Index):
             return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
         lengths, handles = read_places(places)
         self._open = NOTHING_TO_UNDO
-        found = self._slots.of_places(handles.contiguous().numpy(), lengths.numpy())
+        found = self._slots.of_places(contiguous(handles).numpy(), lengths.numpy())
         if isinstance(found, int):
             self._refuse("slots", found)
         self._open = 0
@@ -299,7 +299,7 @@ class HostIndex(Index):
     def tokens(self, places: Any) -> Ragged:
         if self._open:
             self._recover()
-        lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
+        lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
         self._open = NOTHING_TO_UNDO
         total, _nodes = cpu.count_paths(self._addresses, handles, lengths)
         if total < 0:
@@ -329,7 +329,7 @@ class HostIndex(Index):
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
         if self._open:
             self._recover()
-        lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
+        lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
         pool = self._slots
         numbered = check_write_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
         self._open = NOTHING_TO_UNDO
@@ -362,13 +362,13 @@ class HostIndex(Index):
             return
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
-        renewed = handles.contiguous()
+        renewed = contiguous(handles)
         call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
         reason = cpu.lock(self._addresses, call, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("lock", reason)
         if renewed is not handles:
-            handles.copy_(renewed)
+            handles.numpy()[:] = renewed.numpy()
         self._open = 0
 
     @public_call
@@ -383,7 +383,7 @@ class HostIndex(Index):
             self._open = call = self._calls = self._calls + 1
             reason = unlock_one.call(self._addresses, call, places.handle, places.length)
         else:
-            lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
+            lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
             call = self._begin(handles.copy(), kept := lengths.copy(), kept)
             reason = cpu.unlock(self._addresses, call, handles, lengths)
         if reason < 0:
@@ -396,13 +396,13 @@ class HostIndex(Index):
             self._recover()
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
-        renewed = handles.contiguous()
+        renewed = contiguous(handles)
         self._open = NOTHING_TO_UNDO  # a split is not undone
         reason = cpu.split(self._addresses, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("split", reason)
         if renewed is not handles:
-            handles.copy_(renewed)
+            handles.numpy()[:] = renewed.numpy()
         self._open = 0
 
     # Waiting queues and soft pins
@@ -432,7 +432,7 @@ class HostIndex(Index):
             self._recover()
         lengths, handles = read_places(places)
         found = torch.empty(len(handles), dtype=torch.bool, device="cpu")
-        cpu.alive(self._addresses, handles.contiguous().numpy(), lengths.numpy(), found.numpy())
+        cpu.alive(self._addresses, contiguous(handles).numpy(), lengths.numpy(), found.numpy())
         return found
 
     @public_call
@@ -441,20 +441,20 @@ class HostIndex(Index):
             self._recover()
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
-        renewed = handles.contiguous()
+        renewed = contiguous(handles)
         call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
         reason = cpu.want(self._addresses, call, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("want", reason)
         if renewed is not handles:
-            handles.copy_(renewed)
+            handles.numpy()[:] = renewed.numpy()
         self._open = 0
 
     @public_call
     def unwant(self, places: Any) -> None:
         if self._open:
             self._recover()
-        lengths, handles = (tensor.contiguous().numpy() for tensor in read_places(places))
+        lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
         call = self._begin(handles.copy(), kept := lengths.copy(), kept)
         reason = cpu.unwant(self._addresses, call, handles, lengths)
         if reason < 0:
@@ -490,6 +490,7 @@ class HostIndex(Index):
     ) -> InsertResult:
         if self._open:
             self._recover()
+        priority = 0 if priority is None else priority
         single = start is None or (isinstance(start, Places) and start.late is None)
         if single and isinstance(priority, int) and isinstance(inserted_lengths, int) and not is_batch(q):
             return self._insert_one(q, slots, namespace, priority, start, inserted_lengths)
@@ -674,9 +675,9 @@ class HostIndex(Index):
         rows = self._numbers[_ROWS]
         s = self._state
         columns = (s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
-        live = s.parent[:rows] != FREE_ROW
+        live = self._arrays.parent[:rows] != FREE_ROW
         live[0] = False
-        return scores_of(score, Nodes(*(column[:rows] for column in columns)), live).numpy()
+        return scores_of(score, Nodes(*(column[:rows] for column in columns)), torch.from_numpy(live)).numpy()
 
     def _forget_namespaces(self) -> None:
         released = self._arrays.released[: self._numbers[_RELEASED]].tolist()

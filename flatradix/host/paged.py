@@ -28,15 +28,15 @@ class PageEvictionMemory(EvictionMemory):
     def __init__(self, pool: PageSlots, before: torch.Tensor | None, most: int, most_ranges: int) -> None:
         self.starts, self.lengths = np.empty((2, most_ranges), np.int32)
         self._pool = pool
-        self._before = torch.empty(0, dtype=torch.int32) if before is None else before
+        self._before = before
         self._pages = np.empty(most // pool.page_size, np.int32)
 
     def slots(self, tokens: int, ranges: int) -> torch.Tensor:
         pool = self._pool
         pages = self._pages[: tokens // pool.page_size]
         cpu.pages_of_ranges(address_of(pool.pages), self.starts, self.lengths, ranges, pool.page_size, pages)
-        slots = torch.from_numpy(pool.slots_of(pages))
-        return torch.cat([self._before, slots]) if len(self._before) else slots
+        slots = pool.slots_of(pages)
+        return torch.from_numpy(slots if self._before is None else np.concatenate([self._before.numpy(), slots]))
 
 
 class PageSlots(SlotPool):
@@ -144,9 +144,9 @@ class PageSlots(SlotPool):
         found = self.of_places(handles, lengths)
         if isinstance(found, int):
             return found
-        for query, row in enumerate(rows.tolist()):
-            part = found[query]
-            table[row, : len(part)] = part
+        target, values, offsets = table.numpy(), found.values.numpy(), found.offsets.tolist()
+        for row, begin, end in zip(rows.tolist(), offsets, offsets[1:], strict=False):
+            target[row, : end - begin] = values[begin:end]
         return 0
 
     def allocate_eviction(self, before: torch.Tensor | None, most: int, most_ranges: int) -> EvictionMemory:

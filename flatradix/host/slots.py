@@ -152,7 +152,7 @@ class HostSlots(SlotPool):
 
     def enlarged(self, units: int) -> torch.Tensor:
         values = untouched(units, self.values.dtype)
-        values[: len(self.values)] = self.values
+        values.numpy()[: len(self.values)] = self.values.numpy()
         return values
 
     def move_to(self, values: torch.Tensor) -> None:

@@ -45,8 +45,17 @@ def token_count(value: Any) -> int:
     return min(count, _HIGHEST)
 
 
+def positive(name: str, value: Any) -> int:
+    """Return the argument `name`, checked. Raises ValueError unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    return int(value)
+
+
 def per_query(value: Any, queries: int, what: str) -> np.ndarray:
-    """Return int64 [B] from one integer for all queries, or from one integer a query."""
+    """Return int64 [B] from one integer for all queries, or from one integer a query. None is 0."""
+    if value is None:
+        return np.zeros(queries, np.int64)
     if isinstance(value, int | np.integer):
         found = np.empty(queries, np.int64)  # np.full takes 2 us longer
         found.fill(to_int64(value, what))

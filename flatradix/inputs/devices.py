@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import os
 
@@ -36,8 +37,18 @@ def why_not_cuda() -> str:
         launch.probe()
     except Exception as error:  # whatever a driver, a compiler or an assembler may raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"a first kernel does not compile and run: {first}"
+        return f"a first kernel does not compile and run: {first}{_about_files(error)}"
     return ""
+
+
+def _about_files(error: Exception) -> str:
+    """Return what to do about an error that comes from the files in which Triton keeps kernels, or ""."""
+    if not isinstance(error, OSError | json.JSONDecodeError):
+        return ""
+    return (
+        "; Triton keeps kernels in ~/.triton/cache, or in TRITON_CACHE_DIR: a folder that can be written, has space, "
+        "and may be emptied"
+    )
 
 
 def asked_for() -> str:
@@ -103,6 +114,27 @@ def named(device: str | torch.device, asked: str) -> torch.device:
     if reason:
         raise DeviceUnavailableError(f'{asked} cannot be used: {reason}; take "cpu" or "auto"')
     return _indexed(found)
+
+
+def memory_on(name: str, device: str | torch.device) -> torch.device:
+    """Return the device of the argument `name`, with its index, where torch can hold tensors; kernels need not run.
+
+    Raises ValueError for what is no device or holds no values, DeviceUnavailableError for what cannot be used here.
+    """
+    asked = f'{name}="{device}"'
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{asked} is no device: give cpu, cuda or cuda:N") from None
+    if found.type == "meta":
+        raise ValueError(f"{asked} holds no values: give cpu, cuda or cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceUnavailableError(f"{asked} cannot be used: torch sees no CUDA device")
+    try:
+        return torch.empty(0, device=found).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # each kind of device has its own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DeviceUnavailableError(f"{asked} cannot be used: {first}") from None
 
 
 def _indexed(device: torch.device) -> torch.device:

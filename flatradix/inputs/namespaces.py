@@ -12,21 +12,49 @@ import numpy as np
 from flatradix.errors import QueryError
 from flatradix.layout import numbers
 
-Namespace = str | bytes | None
+Namespace = str | bytes | int | None
+Key = str | int | tuple[bytes] | None
+_LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 
 
 def check(name: Any, query: int = 0, where: str = "") -> None:
-    """Raise QueryError unless `name` is None, a str or bytes."""
-    if not (name is None or isinstance(name, str | bytes)):
-        raise QueryError(f"the namespace{where} is a {type(name).__name__}; it must be None, a str or bytes", query)
+    """Raise QueryError unless `name` is None, a str, bytes or an integer of 64 bits."""
+    if name is None or isinstance(name, str | bytes):
+        return
+    if isinstance(name, bool) or not isinstance(name, int | np.integer):
+        raise QueryError(
+            f"the namespace{where} is a {type(name).__name__}; it must be None, a str, bytes or an integer", query
+        )
+    if not _LOWEST <= name <= _HIGHEST:
+        raise QueryError(f"the namespace{where} is {name}, which does not fit 64 bits", query)
+
+
+def key_of(name: Namespace) -> Key:
+    """Return what stands for a name in a dictionary. The keys of 1, "1" and b"1" are unequal, and can be compared.
+
+    `python -bb` forbids to compare bytes with a str, which a dictionary does if their hashes are equal.
+    """
+    kind = type(name)
+    if kind is str or kind is int or name is None:
+        return name  # type: ignore[return-value]
+    if isinstance(name, bytes):
+        return (bytes(name),)
+    return str.__str__(name) if isinstance(name, str) else int(name)
+
+
+def name_of(key: Key) -> Namespace:
+    """Return the name of a key of `key_of`."""
+    return key[0] if isinstance(key, tuple) else key
 
 
 def name_hash(name: Namespace) -> int:
-    """Return a signed hash of 64 bits of a name, for the digest. "a" and b"a" differ."""
+    """Return a signed hash of 64 bits of a name, for the digest. 1, "1" and b"1" differ."""
     if name is None:
         data = b"n"
     elif isinstance(name, str):
         data = b"s" + name.encode("utf-8", "surrogatepass")
+    elif isinstance(name, int):
+        data = b"i" + name.to_bytes(8, "little", signed=True)
     else:
         data = b"b" + name
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
@@ -50,19 +78,20 @@ class Namespaces:
 
     def find(self, name: Namespace) -> int:
         """Return the code of a name, or UNKNOWN_NAMESPACE if nothing is cached in it."""
-        return self._codes.get(name, numbers.UNKNOWN_NAMESPACE)
+        return self._codes.get(key_of(name), numbers.UNKNOWN_NAMESPACE)
 
     def give(self, name: Namespace) -> int:
         """Return the code of a name. Allocate one if it has none.
 
         The code may lie beyond `hashes`: the insert is then refused for lack of capacity.
         """
-        code = self._codes.get(name)
+        key = key_of(name)
+        code = self._codes.get(key)
         if code is None:
             code = heapq.heappop(self._free) if self._free else len(self._names)
-            self._note(code, name)
+            self._note(code, name_of(key))
             self.version += 1
-            self._codes[name] = code
+            self._codes[key] = code
         return code
 
     def _note(self, code: int, name: Namespace) -> None:
@@ -72,15 +101,15 @@ class Namespaces:
 
     def move_to(self, hashes: np.ndarray) -> None:
         """Use a longer array of hashes, to which the present ones have been copied. May be called again."""
-        for name, code in self._codes.items():
+        for key, code in self._codes.items():
             if code >= len(self._hashes):
-                hashes[code] = name_hash(name)
+                hashes[code] = name_hash(name_of(key))
         self._hashes = hashes
 
     def take_back(self, code: int) -> None:
         """Free the code of an empty namespace."""
         self.version += 1
-        del self._codes[self._names[code]]
+        del self._codes[key_of(self._names[code])]
         del self._names[code]
         heapq.heappush(self._free, code)
 
@@ -99,14 +128,14 @@ class Namespaces:
         children: int [N], the number of children of each code.
         """
         codes = {
-            name: code for name, code in self._codes.items() if code == 0 or (code < len(children) and children[code])
+            key: code for key, code in self._codes.items() if code == 0 or (code < len(children) and children[code])
         }
-        self._set([(code, name) for name, code in codes.items()])
+        self._set([(code, name_of(key)) for key, code in codes.items()])
 
     def _set(self, items: Iterable[tuple[int, Namespace]]) -> None:
         names = dict(items)
         self.version += 1
-        self._codes = {name: code for code, name in names.items()}
+        self._codes = {key_of(name): code for code, name in names.items()}
         self._names = names
         self._free = [code for code in range(max(names)) if code not in names]
 
@@ -118,7 +147,7 @@ class Namespaces:
         return len(self._codes)
 
     def items(self) -> list[tuple[int, Namespace]]:
-        return sorted((code, name) for name, code in self._codes.items())
+        return sorted((code, name_of(key)) for key, code in self._codes.items())
 
     def restore(self, items: Iterable[tuple[int, Namespace]]) -> None:
         """Replace all names and codes by those of another tree."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from flatradix.errors import DeviceUnavailableError
+from flatradix.inputs import devices
+from flatradix.inputs.arguments import positive
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.policy import Order, Policy, order_of
 from flatradix.layout import growth
@@ -52,11 +53,8 @@ def read_options(
 
     Raises ValueError for an option out of range, DeviceUnavailableError for a slot device that cannot be used.
     """
-    _check_positive("page_size", page_size)
-    if max_tokens is None:
-        capacity = growth.first_capacity(page_size)
-    else:
-        _check_positive("max_tokens", capacity := max_tokens)
+    page_size = positive("page_size", page_size)
+    capacity = growth.first_capacity(page_size) if max_tokens is None else positive("max_tokens", max_tokens)
     _check_sizes(capacity, page_size)
     if slot_dtype not in (torch.int32, torch.int64):
         raise ValueError(f"slot_dtype must be torch.int32 or torch.int64, not {slot_dtype}")
@@ -65,11 +63,11 @@ def read_options(
     if not (on_evict is None or callable(on_evict)):
         raise ValueError(f"on_evict must be a function or None, not {on_evict!r}")
     return Options(
-        int(capacity),
+        capacity,
         max_tokens is None,
-        int(page_size),
+        page_size,
         policy,
-        _read_slot_device(slot_device),
+        None if slot_device is None else devices.memory_on("slot_device", slot_device),
         bool(bigram),
         slot_dtype,
         bool(check_slots),
@@ -79,11 +77,6 @@ def read_options(
     )
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, not {value!r}")
-
-
 def _check_sizes(max_tokens: int, page_size: int) -> None:
     if max_tokens < page_size:
         raise ValueError(f"max_tokens {max_tokens} is less than one page of {page_size}")
@@ -91,15 +84,3 @@ def _check_sizes(max_tokens: int, page_size: int) -> None:
         raise ValueError(
             f"max_tokens {max_tokens} with page_size {page_size} is too large: at most 1.7e9 tokens and 2.6e8 pages"
         )
-
-
-def _read_slot_device(device: Any) -> torch.device | None:
-    try:
-        found = None if device is None else torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"slot_device {device!r} is no device") from None
-    if found is not None and found.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceUnavailableError(f'slot_device="{device}" cannot be used: torch sees no CUDA device')
-    if found is not None and found.type == "meta":
-        raise ValueError("slot_device meta holds no values")
-    return found

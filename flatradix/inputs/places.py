@@ -32,9 +32,26 @@ def read_places(places: Any, device: torch.device = _HOST) -> tuple[torch.Tensor
         raise ValueError(f"handles on {handles.device} and lengths on {lengths.device}, but the tree is on {device}")
     if lengths.shape != handles.shape:
         raise ValueError(f"{tuple(lengths.shape)} lengths for {tuple(handles.shape)} handles")
+    return _narrow(lengths), handles
+
+
+def _narrow(lengths: torch.Tensor) -> torch.Tensor:
+    """Return lengths as int32 [B], contiguous. What does not fit becomes the nearest that does, refused later."""
+    least, most = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
+    if not lengths.is_cpu:
+        wide = lengths.dtype == torch.int64
+        return (lengths.clamp(least, most) if wide else lengths).to(torch.int32).contiguous()
     if lengths.dtype == torch.int64:
-        lengths = lengths.clamp(torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
-    return lengths.to(torch.int32).contiguous(), handles
+        return torch.from_numpy(lengths.numpy().clip(least, most).astype(np.int32))
+    return contiguous(lengths)
+
+
+def contiguous(values: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in host memory as a contiguous one, itself if it is.
+
+    Like all work in host memory, numpy does it: threads of torch do not survive a fork.
+    """
+    return values if values.is_contiguous() else torch.from_numpy(np.ascontiguousarray(values.numpy()))
 
 
 def refuse_shared_handles(handles: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flatradix.layout import numbers
@@ -59,7 +60,7 @@ Policy = str | Slru | Score
 
 def most_recent(nodes: Nodes) -> torch.Tensor:
     """Return the scores of mru. A touch makes a node go sooner; the lazy queue of other policies cannot follow that."""
-    return -nodes.tick
+    return torch.from_numpy(-nodes.tick.numpy()) if nodes.tick.is_cpu else -nodes.tick
 
 
 NAMES = ("lru", "lfu", "slru", "fifo", "mru", "filo", "priority")
@@ -122,6 +123,8 @@ def sortable(scores: Any, count: int, who: str, what: str, live: torch.Tensor | 
     if scores.dtype.is_complex:
         raise ValueError(f"the {who} returned scores of {scores.dtype}; they must be integers or floats")
     device = scores.device if live is None else live.device
+    if scores.is_cpu and device.type == "cpu" and scores.dtype != torch.bfloat16:
+        return _sortable_on_host(scores.detach().numpy(), who, what, None if live is None else live.numpy())
     if not scores.dtype.is_floating_point:
         return scores.to(device, torch.int64).contiguous()
     broad = scores.to(device, torch.float64) + 0.0  # -0.0 becomes 0.0
@@ -130,3 +133,15 @@ def sortable(scores: Any, count: int, who: str, what: str, live: torch.Tensor | 
         raise ValueError(f"the {who} returned NaN for {what} {int(nan.nonzero()[0])}")
     bits = broad.contiguous().view(torch.int64)
     return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
+
+
+def _sortable_on_host(scores: np.ndarray, who: str, what: str, live: np.ndarray | None) -> torch.Tensor:
+    """Do what `sortable` does, with numpy: threads of torch do not survive a fork."""
+    if scores.dtype.kind != "f":
+        return torch.from_numpy(np.ascontiguousarray(scores, np.int64))
+    broad = scores.astype(np.float64) + 0.0
+    nan = np.isnan(broad) if live is None else np.isnan(broad) & live
+    if nan.any():
+        raise ValueError(f"the {who} returned NaN for {what} {int(nan.argmax())}")
+    bits = broad.view(np.int64)
+    return torch.from_numpy(np.where(bits < 0, bits ^ np.iinfo(np.int64).max, bits))

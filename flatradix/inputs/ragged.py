@@ -17,9 +17,10 @@ class Ragged:
     """B sequences of integers: sequence i is `values[offsets[i]:offsets[i + 1]]`.
 
     values: 1-D tensor of any integer dtype, on any device; int32 and int64 are read without a copy.
-    offsets: int64 [B + 1] on the same device. They begin at 0, never fall, and end at len(values).
+    offsets: int64 [B + 1] on the same device. They begin at 0, never fall, and end at len(values). int32 offsets, such
+        as cu_seqlens, are copied to int64.
 
-    Neither tensor is copied. Raises ValueError if they do not fit together. Offsets on another device than the CPU are
+    No other tensor is copied. Raises ValueError if they do not fit together. Offsets on another device than the CPU are
     not read here: `validate` reads and checks them, and operations of a tree on the CPU call it.
     """
 
@@ -33,10 +34,13 @@ class Ragged:
         )
         if self.values.dim() != 1:
             raise ValueError(f"values must be 1-D, not of shape {tuple(self.values.shape)}")
-        if self.offsets.dim() != 1 or self.offsets.dtype != torch.int64 or len(self.offsets) == 0:
+        if self.offsets.dim() != 1 or self.offsets.dtype not in (torch.int32, torch.int64) or len(self.offsets) == 0:
             raise ValueError(
-                f"offsets must be int64 [B + 1], not {self.offsets.dtype} of shape {tuple(self.offsets.shape)}"
+                f"offsets must be int64 or int32 [B + 1], not {self.offsets.dtype} of shape {tuple(self.offsets.shape)}"
             )
+        if self.offsets.dtype == torch.int32:  # as of the cu_seqlens of attention kernels
+            wide = torch.from_numpy(self.offsets.numpy().astype(np.int64)) if self.offsets.is_cpu else None
+            self.offsets = self.offsets.to(torch.int64) if wide is None else wide
         if self.values.device != self.offsets.device:
             raise ValueError(f"values are on {self.values.device}, offsets on {self.offsets.device}")
         if self.values.device.type == "cpu":

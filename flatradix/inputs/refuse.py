@@ -58,9 +58,13 @@ def refuse_unseen_slot(position: int, query: int, dtype: object, largest: int) -
 
 
 def refuse_capacity(needed: int, free: int, evictable: int, max_tokens: int) -> NoReturn:
+    missing = needed - free
+    if missing <= evictable:
+        cure = f"evict({missing}) first ({evictable} tokens are evictable)"
+    elif needed > max_tokens:
+        cure = "no eviction makes such room: insert less at once, or make a tree with a larger max_tokens"
+    else:
+        cure = f"an eviction frees only {evictable}, the other tokens are locked: unlock some first, or insert less"
     raise CapacityError(
-        f"insert: {needed} new tokens, but {free} of {max_tokens} are free: {needed - free} too few; "
-        f"evict({needed - free}) first ({evictable} tokens are evictable)",
-        needed,
-        free,
+        f"insert: {needed} new tokens, but {free} of {max_tokens} are free: {missing} too few; {cure}", needed, free
     )

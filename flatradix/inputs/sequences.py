@@ -71,10 +71,8 @@ def _read_tensor(values: torch.Tensor) -> Buffer:
         raise ValueError(
             f"a tensor of shape {tuple(values.shape)}; a sequence is 1-D (for rows of a batch pass list(rows))"
         )
-    if wide or kind is torch.int32:
-        return _read_tensor(values.cpu().contiguous())
-    if kind in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32):
-        return _read_tensor(values.to(torch.int64))
+    if kind in (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32):
+        return _read_numpy(values.cpu().numpy())
     raise ValueError(f"dtype {kind}; token ids and slots are int32 or int64")
 
 

@@ -93,7 +93,7 @@ def saved_of(content: Content) -> Saved:
         return torch.from_numpy(np.array(array[begin:end]))
 
     saved = {name: part(getattr(state, name), 0, content.rows) for name in KEPT_COLUMNS}
-    saved["start"] -= first
+    saved["start"] = torch.from_numpy(saved["start"].numpy() - first)
     return saved | {
         "numbers": [content.number(place) for place in _KEPT_NUMBERS],
         "names": content.names,
@@ -133,16 +133,23 @@ def _generations(saved: Saved, first: int) -> torch.Tensor:
     return back.masked_fill_(saved["parent"] == FREE_ROW, 0)
 
 
+def _write(array: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values in host memory to the beginning of an array, in host memory without threads of torch."""
+    if array.is_cpu:
+        array.numpy()[: len(values)] = values.numpy()
+    else:
+        array[: len(values)] = values.to(array.device)
+
+
 def fill(state: TreeState, slots: torch.Tensor, saved: Saved) -> None:
     """Write a saved tree into the arrays of an empty tree, and its slots into the slot pool."""
     found = state.numbers.cpu()
     saved = saved | {"generation": _generations(saved, int(found[numbers.GENERATION]))}
     for name in (*KEPT_COLUMNS, "free_rows", "namespace_children", "tokens", "seconds", "multipliers"):
-        values = saved[name]
-        getattr(state, name)[: len(values)] = values.to(state.numbers.device)
+        _write(getattr(state, name), saved[name])
     for name in _WANTS:
-        getattr(state, name)[: len(saved["parent"])] = 0
-    slots[: len(saved["slots"])] = saved["slots"].to(slots.device)
+        _write(getattr(state, name), torch.from_numpy(np.zeros(len(saved["parent"]), np.int32)))
+    _write(slots, saved["slots"])
     for place, value in zip(_KEPT_NUMBERS, saved["numbers"], strict=True):
         if place != numbers.GENERATION:
             found[place] = value

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from flatradix.inputs.namespaces import Namespace
+from flatradix.inputs.namespaces import Key, key_of, name_of
 from flatradix.inspect.content import Content
 from flatradix.inspect.nodes import NodeView, nodes_of
 
@@ -28,7 +28,8 @@ def draw(content: Content, max_nodes: int = 60, details: bool = False) -> str:
     forest = _Forest(nodes_of(content))
     shown = {node.row for node in islice(forest.breadth_first(), max_nodes)}
     lines = [_headline(content)]
-    for namespace, tops in forest.tops.items():
+    for key, tops in forest.tops.items():
+        namespace = name_of(key)
         lines.append("no namespace" if namespace is None else f"namespace {namespace!r}")
         lines.extend(_lines(forest, tops, shown, details))
     return "\n".join(lines)
@@ -46,11 +47,11 @@ class _Forest:
     """The nodes of a tree, grouped by parent."""
 
     def __init__(self, nodes: list[NodeView]) -> None:
-        self.tops: dict[Namespace, list[NodeView]] = {}
+        self.tops: dict[Key, list[NodeView]] = {}
         self._below: dict[int, list[NodeView]] = {}
         self._sizes: dict[int, int] = {}
         for node in sorted(nodes, key=lambda node: (repr(node.namespace), node.created, node.row)):
-            siblings = self.tops.setdefault(node.namespace, []) if node.parent < 0 else self.below(node.parent)
+            siblings = self.tops.setdefault(key_of(node.namespace), []) if node.parent < 0 else self.below(node.parent)
             siblings.append(node)
         for node in reversed(nodes):  # children before their parents
             self._sizes[node.row] = 1 + sum(self._sizes[child.row] for child in self.below(node.row))

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 
-from flatradix.inputs.namespaces import Namespace
+from flatradix.inputs.namespaces import Namespace, key_of
 from flatradix.inputs.options import Options, read_options
 from flatradix.inputs.policy import NAMES, Policy, Score, Slru, slru
 from flatradix.inspect.array_file import NotArrays, read_arrays, read_head, write_arrays
@@ -29,6 +29,7 @@ from flatradix.layout.state import pool_units
 KIND = "flatradix tree "
 VERSION = 4
 TORCH_FILE = b"PK"  # how the files of the formats up to 3 begin
+_BYTES, _STR, _INT = 0, 1, 2  # the kinds of names
 File = str | os.PathLike[str] | IO[bytes]
 
 
@@ -75,27 +76,41 @@ def _written_policy(policy: Policy) -> str | int | None:
 
 
 def _written_names(names: list[Namespace]) -> Arrays:
-    """Return names other than None as arrays: whether each is a str, where it ends among all bytes, and all bytes."""
-    data = [name.encode("utf-8", "surrogatepass") if isinstance(name, str) else name or b"" for name in names]
+    """Return names other than None as arrays: the kind of each, where it ends among all bytes, and all bytes."""
+    kinds = [_INT if isinstance(name, int) else _STR if isinstance(name, str) else _BYTES for name in names]
+    data = [_name_bytes(name) for name in names]
     return {
-        "name_kinds": np.array([isinstance(name, str) for name in names], np.uint8),
+        "name_kinds": np.array(kinds, np.uint8),
         "name_ends": np.cumsum([len(name) for name in data], dtype=np.int64),
         "name_bytes": np.frombuffer(b"".join(data), np.uint8),
     }
 
 
+def _name_bytes(name: Namespace) -> bytes:
+    if isinstance(name, int):
+        return name.to_bytes(8, "little", signed=True)
+    return name.encode("utf-8", "surrogatepass") if isinstance(name, str) else name or b""
+
+
 def _read_names(a: Arrays) -> list[Namespace]:
     kinds, ends, data = a.pop("name_kinds"), a.pop("name_ends"), a.pop("name_bytes").tobytes()
     begins = np.concatenate([np.zeros(1, np.int64), ends])
-    if len(kinds) != len(ends) or (np.diff(begins) < 0).any() or begins[-1] != len(data) or (kinds > 1).any():
+    if len(kinds) != len(ends) or (np.diff(begins) < 0).any() or begins[-1] != len(data) or (kinds > _INT).any():
         raise ValueError("the names of its namespaces do not fit together")
     names: list[Namespace] = [None]
-    for is_str, begin, end in zip(kinds.tolist(), begins.tolist(), ends.tolist(), strict=False):
-        name = data[begin:end]
-        names.append(name.decode("utf-8", "surrogatepass") if is_str else name)
-    if len(set(names)) != len(names):
+    for kind, begin, end in zip(kinds.tolist(), begins.tolist(), ends.tolist(), strict=False):
+        names.append(_name_of(kind, data[begin:end]))
+    if len({key_of(name) for name in names}) != len(names):
         raise ValueError("two of its namespaces have one name")
     return names
+
+
+def _name_of(kind: int, data: bytes) -> Namespace:
+    if kind == _INT:
+        if len(data) != 8:
+            raise ValueError("an integer among the names of its namespaces does not have 8 bytes")
+        return int.from_bytes(data, "little", signed=True)
+    return data.decode("utf-8", "surrogatepass") if kind == _STR else data
 
 
 def read(path: File, policy: Score | None, most_tokens: int | None) -> tuple[dict[str, Any], Saved]:

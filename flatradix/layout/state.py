@@ -54,7 +54,9 @@ def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 def committed(count: int, dtype: torch.dtype) -> torch.Tensor:
     """Allocate zeros for a pool and touch them now: later, the page faults would dominate the first inserts."""
-    return untouched(count, dtype).zero_()
+    found = np.empty(count, _NUMPY[dtype])
+    found.fill(0)  # not by torch: its threads do not survive a fork, and a forked child would wait for them forever
+    return torch.from_numpy(found)
 
 
 def multipliers(count: int, dtype: torch.dtype) -> torch.Tensor:

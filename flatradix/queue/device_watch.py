@@ -120,7 +120,7 @@ class DeviceWatch(Watch):
         """Read the tree's code of each namespace. A place in a namespace that lost its code is stale."""
         names, prompts = self._index.names(), self.prompts
         seen, arrays = (names.version, prompts.names_version), prompts.arrays
-        for name, space in prompts.spaces.items():
+        for space, name in prompts.names().items():
             arrays.codes[space] = names.find(name)
         if len(self._entries.names) == len(arrays.id):
             self._entries.names.copy_(torch.from_numpy(arrays.codes[arrays.space]))

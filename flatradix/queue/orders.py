@@ -1,4 +1,7 @@
-"""The orders of a waiting queue: positions by age in, positions in turn out."""
+"""The orders of a waiting queue: positions by age in, positions in turn out.
+
+numpy computes them: torch would start threads for long queues, which do not survive a fork.
+"""
 
 from __future__ import annotations
 
@@ -32,34 +35,34 @@ OrderFunction = Callable[[Columns], torch.Tensor]
 NAMES = ("fcfs", "lpm", "dfs-weight", "hrrn", "shortest-prefill", "aged", "k-lpm")
 
 
-def uncached(columns: Columns) -> torch.Tensor:
-    return columns.length - columns.cached
+def uncached(columns: Columns) -> np.ndarray:
+    return columns.length.numpy() - columns.cached.numpy()
 
 
-def response_ratio(columns: Columns) -> torch.Tensor:
+def response_ratio(columns: Columns) -> np.ndarray:
     """Return the scores of hrrn: minus the time waited for each token to compute. Nothing to compute goes first."""
     left = uncached(columns)
-    ratio = columns.waited / left.clamp(min=1)
-    return torch.where(left <= 0, -torch.inf, -ratio)
+    return np.where(left <= 0, -np.inf, -(columns.waited.numpy() / np.maximum(left, 1)))
 
 
-def aged(columns: Columns, patience: float) -> torch.Tensor:
+def aged(columns: Columns, patience: float) -> np.ndarray:
     """Return the scores of `aged`: minus the cached share of the prompt, and of `patience` that it has waited."""
-    return -(columns.cached.double() / columns.length.clamp(min=1) + columns.waited / patience)
+    length, cached = columns.length.numpy(), columns.cached.numpy()
+    return -(cached / np.maximum(length, 1) + columns.waited.numpy() / patience)
 
 
 def scores_of(policy: str | OrderFunction, columns: Columns, patience: float) -> torch.Tensor:
     """Return the scores of a policy other than fcfs and dfs-weight: [N], the lowest goes first."""
-    if policy in ("lpm", "k-lpm"):
-        return -columns.cached
-    if policy == "hrrn":
-        return response_ratio(columns)
-    if policy == "shortest-prefill":
-        return uncached(columns).clamp(min=1)
-    if policy == "aged":
-        return aged(columns, patience)
-    assert callable(policy)
-    return policy(columns)
+    if callable(policy):
+        return policy(columns)
+    built_in: dict[str, Callable[[], np.ndarray]] = {
+        "lpm": lambda: -columns.cached.numpy(),
+        "k-lpm": lambda: -columns.cached.numpy(),
+        "hrrn": lambda: response_ratio(columns),
+        "shortest-prefill": lambda: np.maximum(uncached(columns), 1),
+        "aged": lambda: aged(columns, patience),
+    }
+    return torch.from_numpy(built_in[policy]())
 
 
 def by_scores(scores: torch.Tensor, count: int) -> np.ndarray:
@@ -87,9 +90,9 @@ def depth_first(parents: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def in_classes(order: np.ndarray, columns: Columns, deferred: bool) -> np.ndarray:
     """Return an order by priority, the highest first, and of equal priority those that share something last."""
     if deferred:
-        shares = (columns.shared > 0).numpy()[order]
+        shares = (columns.shared.numpy() > 0)[order]
         order = np.concatenate([order[~shares], order[shares]])
-    keys = (~columns.priority).contiguous().numpy()  # falls as the priority rises, also for the lowest of all
+    keys = np.ascontiguousarray(~columns.priority.numpy())  # falls as the priority rises, also for the lowest of all
     if len(keys) and keys.min() != keys.max():
         order = order.copy()
         cpu.sort_by(keys, order)
@@ -99,5 +102,5 @@ def in_classes(order: np.ndarray, columns: Columns, deferred: bool) -> np.ndarra
 def with_oldest(order: np.ndarray, columns: Columns, every: int) -> np.ndarray:
     """Return an order by class in which every `every`-th turn of a class goes to its oldest prompt that is left."""
     out = np.empty_like(order)
-    cpu.with_oldest(order, columns.priority.contiguous().numpy(), every, out)
+    cpu.with_oldest(order, np.ascontiguousarray(columns.priority.numpy()), every, out)
     return out

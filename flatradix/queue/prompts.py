@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flatradix.inputs.namespaces import Namespace
+from flatradix.inputs.namespaces import Key, Namespace, key_of, name_of
 from flatradix.inputs.sequences import Batch, Buffer, address_of
 from flatradix.kernels import cpu
 from flatradix.layout import numbers, waiting
@@ -38,7 +38,7 @@ class _Forest(NamedTuple):
 class Prompts:
     """The prompts that wait, and the tree of prompts (see kernels/cpu/prompts.py). Grows as needed.
 
-    arrays: the columns. spaces: the number of each namespace that was used.
+    arrays: the columns. spaces: the number of each namespace that was used, by `key_of` its name.
     """
 
     def __init__(self, page: int, bigram: bool, rows: int, left: int) -> None:
@@ -46,7 +46,7 @@ class Prompts:
         self._left = left
         self._page = page
         self._bigram = bigram
-        self.spaces: dict[Namespace, int] = {}
+        self.spaces: dict[Key, int] = {}
         self.names_version = 0  # different after each change of `spaces`
         self._free_spaces: list[int] = []
         self._set_arrays(allocate_waiting(rows))
@@ -122,11 +122,9 @@ class Prompts:
             raise ValueError(f"a queue holds at most {MAX_UNITS} tokens of waiting prompts; {had} are taken")
         new = self._new_forest(min(max(2 * had, had + more), MAX_UNITS))
         rows, free = int(old.numbers[numbers.ROWS]), int(old.numbers[numbers.FREE_ROWS])
-        for name in COLUMNS:
-            getattr(new, name)[:rows] = getattr(old, name)[:rows]
-        new.tokens[:had] = old.tokens[:had]
-        new.used[: len(old.used)] = old.used
-        new.free_rows[:free] = old.free_rows[:free]
+        lengths = dict.fromkeys(COLUMNS, rows) | {"tokens": had, "used": len(old.used), "free_rows": free}
+        for name, count in lengths.items():
+            getattr(new, name).numpy()[:count] = getattr(old, name).numpy()[:count]
         new.multipliers.copy_(old.multipliers)
         kept = new.numbers[[numbers.MAX_TOKENS, numbers.ROW_CAPACITY, numbers.POOL_PAGES]]
         new.numbers.copy_(old.numbers)
@@ -139,25 +137,26 @@ class Prompts:
 
     def spaces_of(self, names: Sequence[Namespace]) -> np.ndarray:
         """Return the number of each namespace, int64 [B]. New ones get one that no waiting prompt has."""
-        new = [name for name in dict.fromkeys(names) if name not in self.spaces]
+        keys = [key_of(name) for name in names]
+        new = [key for key in dict.fromkeys(keys) if key not in self.spaces]
         if new:
             self.names_version += 1
             if len(new) > len(self._free_spaces):
-                self._forget_spaces(set(names), len(new))
-            for name in new:
+                self._forget_spaces(set(keys), len(new))
+            for key in new:
                 space = self._free_spaces.pop()
                 self.arrays.codes[space] = numbers.UNKNOWN_NAMESPACE
-                self.spaces[name] = space
-        return np.array([self.spaces[name] for name in names], np.int64)
+                self.spaces[key] = space
+        return np.array([self.spaces[key] for key in keys], np.int64)
 
     def names(self) -> dict[int, Namespace]:
         """Return the namespace of each space."""
-        return {space: name for name, space in self.spaces.items()}
+        return {space: name_of(key) for key, space in self.spaces.items()}
 
-    def _forget_spaces(self, kept: set[Namespace], more: int) -> None:
+    def _forget_spaces(self, kept: set[Key], more: int) -> None:
         """Free the numbers of namespaces without prompts, except `kept`; make arrays for at least `more` numbers."""
         in_space = self.arrays.in_space
-        self.spaces = {name: space for name, space in self.spaces.items() if name in kept or in_space[space] > 0}
+        self.spaces = {key: space for key, space in self.spaces.items() if key in kept or in_space[space] > 0}
         spaces = len(in_space)
         while spaces < 2 * len(self.spaces) + more:
             spaces *= 2

@@ -80,12 +80,14 @@ class WaitingQueue:
     def add(self, prompts: Any, namespace: Any = None, priority: Any = 0, arrival: Any = None) -> torch.Tensor:
         """Add prompts, in order; return their ids: int64 [B], rising, never used again.
 
-        prompts: as the queries of `RadixTree.match`. namespace: None, a str or bytes for all, or a list with one each.
-        priority: an int, or one a prompt; higher goes first in every order. arrival: when each prompt came: a number,
-        or one a prompt, of any clock whose time is later passed to `order` as `now`; None is `time.monotonic()` now.
+        prompts: as the queries of `RadixTree.match`. namespace: one for all, or a list with one each, as for `match`.
+        priority: an int (None is 0), or one a prompt; higher goes first in every order. arrival: when each prompt came:
+        a number, or one a prompt, of any clock whose time is later passed to `order` as `now`; None is
+        `time.monotonic()` now.
 
         O(tokens). Raises QueryError (a token out of range), ValueError. Then nothing was added.
         """
+        priority = 0 if priority is None else priority
         key = read_host_key(prompts, "tokens") if isinstance(priority, int) else None
         if key is not None and not isinstance(namespace, list | tuple) and (arrival is None or type(arrival) is float):
             return self._add_one(key, namespace, priority, arrival)
@@ -106,7 +108,7 @@ class WaitingQueue:
         if not isfinite(when):
             raise ValueError("arrival must be a finite number")
         priority = to_int64(priority, "priority")
-        space = self._prompts.spaces.get(namespace)
+        space = self._prompts.spaces.get(namespaces.key_of(namespace))
         if space is None:
             space = int(self._prompts.spaces_of([namespace])[0])
         self._known = None
@@ -198,7 +200,8 @@ class WaitingQueue:
 
     def _shared(self) -> torch.Tensor:
         self._prompts.tidy()
-        return (self._column("shared") - self._column("length")).clamp(min=0)
+        arrays, entries = self._prompts.arrays, self._entries()
+        return torch.from_numpy(np.maximum(arrays.shared[entries] - arrays.length[entries], 0))
 
     # Order
 
@@ -267,8 +270,10 @@ class WaitingQueue:
             torch.from_numpy(column)
             for column in self._prompts.columns(entries, "length", "tokens", "priority", "arrival")
         )
-        waited = (time.monotonic() if now is None else now) - arrival
-        return Columns(cached, length, self._shared() if shared else cached, waited.clamp(min=0), priority, arrival)
+        waited = np.maximum((time.monotonic() if now is None else now) - arrival.numpy(), 0.0)
+        return Columns(
+            cached, length, self._shared() if shared else cached, torch.from_numpy(waited), priority, arrival
+        )
 
     def turns(self) -> torch.Tensor:
         """Return the ids in the order of the last `order` call, those added since at the end: int64 [N].
@@ -309,8 +314,8 @@ class WaitingQueue:
         O(requests considered x nodes on a path). Beside a tree on a GPU, four of its columns are copied to the host
         first. Raises QueryError, ValueError.
         """
-        budget, most = _limit(token_budget, "token_budget"), _limit(max_requests, "max_requests")
-        reserve = _limit(reserve, "reserve")
+        budget, most = read_limit(token_budget, "token_budget"), read_limit(max_requests, "max_requests")
+        reserve = read_limit(reserve, "reserve")
         self._watch.look()
         if isinstance(order, str) or callable(order):
             _check_order(order, None, _PATIENCE, _EVERY)
@@ -324,7 +329,7 @@ class WaitingQueue:
         paths = self.tree.index.paths()
         free = (self.tree.max_tokens or MAX_UNITS) - paths.evictable - paths.protected
         if free_tokens is not None:
-            free = _limit(free_tokens, "free_tokens", -_NO_LIMIT)
+            free = read_limit(free_tokens, "free_tokens", -_NO_LIMIT)
         if whole_pages:
             page = self.tree.page_size
             tokens, reserve = -(-(tokens + reserve) // page) * page, 0
@@ -362,7 +367,7 @@ def _check_order(policy: object, now: object, patience: object, every: object) -
         raise ValueError(f"every must be at least 1, an integer, not {every!r}")
 
 
-def _limit(value: Any, name: str, least: int = 0) -> int:
+def read_limit(value: Any, name: str, least: int = 0) -> int:
     """Return a limit of a plan; None is no limit. Raises ValueError unless it is an integer of at least `least`."""
     if value is None:
         return _NO_LIMIT

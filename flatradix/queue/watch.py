@@ -83,7 +83,7 @@ class HostWatch(Watch):
         prompts, names = self.prompts, self._tree.namespaces
         seen = names.version, prompts.names_version
         codes = prompts.arrays.codes.copy()
-        for name, space in prompts.spaces.items():
+        for space, name in prompts.names().items():
             codes[space] = names.find(name)
         cpu.recode(prompts.address, codes != prompts.arrays.codes)
         prompts.arrays.codes[:] = codes  # after the prompts are noted: if this is cut short, all is done again

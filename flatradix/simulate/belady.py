@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from flatradix.replay.traces import BLOCK_TOKENS
+from flatradix.replay.blocks import BLOCK_TOKENS
 
 
 def hit_tokens(prompts: Iterable[np.ndarray], capacity: int) -> int:

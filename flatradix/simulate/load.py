@@ -24,15 +24,25 @@ class Job(NamedTuple):
 def of_trace(requests: Sequence[traces.Request], progress: Callable[[int], None] | None = None) -> list[Job]:
     """Return the requests of a trace by their arrival, the first at 0 s. A prompt takes 4 bytes a token.
 
+    Requests without timestamps arrive in their order, at random as in `of_workload`, one a second: see `paced`.
     progress: called with the number of prompts made so far.
     """
-    first = min((request.timestamp for request in requests), default=0)
+    times = _arrivals(requests)
     jobs = []
-    for request in sorted(requests, key=lambda request: request.timestamp):
-        jobs.append(Job((request.timestamp - first) / 1e3, traces.expand(request), request.output_length))
+    for at in np.argsort(times, kind="stable").tolist():
+        jobs.append(Job(float(times[at]), traces.expand(requests[at]), requests[at].output_length))
         if progress is not None:
             progress(len(jobs))
     return jobs
+
+
+def _arrivals(requests: Sequence[traces.Request]) -> np.ndarray:
+    """Return when each request arrives, in seconds: float64 [N]; with timestamps, the first at 0 s."""
+    times = [request.timestamp for request in requests if request.timestamp is not None]
+    if len(times) < len(requests):
+        return np.cumsum(np.random.default_rng([_ARRIVALS, 0]).exponential(1.0, len(requests)))
+    first = min(times, default=0)
+    return np.array([(at - first) / 1e3 for at in times], np.float64)
 
 
 def of_workload(kind: str, requests: int, seed: int, offered: float) -> list[Job]:

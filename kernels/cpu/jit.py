@@ -6,21 +6,17 @@ addresses of all arrays (`address_table`), and opens the state itself (`open_sta
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from numba import types
-from numba.core.caching import IndexDataCacheFile
 from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 
-from flatradix import layout
+from flatradix.kernels.cpu.keep import keep
 from flatradix.layout import running
 from flatradix.layout.running import Running
 from flatradix.layout.state import FIELDS, TreeState
@@ -29,20 +25,11 @@ from flatradix.layout.waiting import DTYPES, Waiting
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
 
 
-def _source_stamp() -> str:
-    """Return a digest of every file that is compiled into a kernel.
-
-    numba checks only the kernel's own file, and would still use machine code that contains an old helper.
-    """
-    kernels = Path(__file__).parents[1]
-    folders = [kernels / "cpu", kernels / "native", Path(str(layout.__file__)).parent]
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(file for folder in folders for file in folder.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-_STAMP = _source_stamp()
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise RuntimeError(
+        "NUMBA_DISABLE_JIT is set, but kernels that are not compiled cannot run: they read memory by its address. "
+        "Unset NUMBA_DISABLE_JIT for this program"
+    )
 
 
 def kernel(function: Callable[..., Any], nogil: bool = False) -> Any:
@@ -51,12 +38,8 @@ def kernel(function: Callable[..., Any], nogil: bool = False) -> Any:
     Each version of the sources has its own files, so two versions can run side by side with one cache folder. nogil:
     whether each call releases the GIL.
     """
-    dispatcher = numba.njit(cache=True, nogil=nogil, **_OPTIONS)(function)
-    # A numba without these attributes uses its own stamp, the time and size of the kernel's file.
-    with contextlib.suppress(AttributeError):
-        cache = dispatcher._cache
-        name = f"{cache._impl.filename_base}-{_STAMP}"
-        cache._cache_file = IndexDataCacheFile(cache._cache_path, name, _STAMP)
+    dispatcher = numba.njit(nogil=nogil, **_OPTIONS)(function)
+    keep(dispatcher)
     return dispatcher
 
 

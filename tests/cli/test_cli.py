@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 from inspect import signature
@@ -207,7 +209,62 @@ def test_as_a_process(trace: str) -> None:
     bad = run("-m", "flatradix", "replay", trace, "--device", "cpu")
     assert bad.returncode == 2
     assert bad.stdout == ""
-    assert bad.stderr == f"error: {trace}:1: a JSON object is expected, not a list ([])\n"
+    assert bad.stderr.startswith(f"error: {trace}:1: a JSON array; ")
+    assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("command", ["replay", "simulate"])
+def test_any_terminal_gets_the_report(trace: str, tmp_path: Path, encoding: str, command: str) -> None:
+    out = tmp_path / "out.json"
+    extra = ["--device", "cpu"] if command == "replay" else []
+    call = [sys.executable, "-m", "flatradix", command, trace, "--json", str(out), *extra]
+    variables = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "150"}
+    done = subprocess.run(call, capture_output=True, cwd=ROOT, timeout=300, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())
+    assert "hit rate" in done.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("command", ["replay", "simulate"])
+def test_figures_are_saved_before_the_report_is_printed(
+    trace: str, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("the terminal is gone")
+
+    monkeypatch.setattr(cli.tables, "print_report", fail)
+    monkeypatch.setattr(cli.simulation_tables, "print_report", fail)
+    out = tmp_path / "out.json"
+    result = call(command, trace, "--json", str(out))
+    assert result.exit_code == 2
+    assert json.loads(out.read_text())["source"] == "trace.jsonl"
+
+
+def test_version() -> None:
+    assert call("--version", device=False).stdout == f"flatradix {cli.VERSION}\n"
+
+
+def test_standard_input(trace: str) -> None:
+    content = Path(trace).read_bytes()
+    for command in ("replay", "tree"):
+        for given in (content, gzip.compress(content)):
+            result = RUNNER.invoke(cli.app, [command, "-", "--device", "cpu"], input=given)
+            assert result.exit_code == 0, result.output
+            assert "standard input" in result.output + result.stderr
+    assert RUNNER.invoke(cli.app, ["replay", "-"], input=b"{").stderr.startswith("error: -:1: the JSON is cut short")
+
+
+def test_blocks_of_another_size_and_no_timestamps(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    lines = [{"input_length": 40 + at, "output_length": 1, "hash_ids": [1, 2, 3]} for at in range(8)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "--block-size" in refused("replay", str(path))
+    for command in ("replay", "simulate"):
+        result = call(command, str(path), "--block-size", "16", "--page-size", "8", "--json", "-")
+        assert json.loads(result.stdout)["source"] == "trace.jsonl (blocks of 16 tokens)"
+    assert "--block-size 0" in refused("replay", str(path), "--block-size", "0")
+    assert "--block-size is for a TRACE" in refused("replay", "--block-size", "16")
 
 
 def test_import_stays_light() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
+import importlib
 import json
+import lzma
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -31,17 +35,95 @@ def without(field: str) -> bytes:
 
 def test_read(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", line(), b"", b"  ", line(input_length=0, hash_ids=[], more="ignored"))
-    assert traces.read_trace(path) == [(5, 700, 3, (4, 9)), (5, 0, 3, ())]
-    assert traces.read_trace(str(path), limit=1) == [(5, 700, 3, (4, 9))]
+    assert traces.read_trace(path) == [(5, 700, 3, (4, 9), 512), (5, 0, 3, (), 512)]
+    assert traces.read_trace(str(path), limit=1) == [(5, 700, 3, (4, 9), 512)]
 
 
 def test_read_is_lenient_about_what_does_not_matter(tmp_path: Path) -> None:
     crlf = tmp_path / "crlf.jsonl"
     crlf.write_bytes(b"\xef\xbb\xbf" + line() + b"\r\n" + line(timestamp=6.5))  # byte order mark, no last newline
     assert [request.timestamp for request in traces.read_trace(crlf)] == [5, 6.5]
-    packed = tmp_path / "packed"
-    packed.write_bytes(gzip.compress(line() + b"\n" + line()))
-    assert len(traces.read_trace(packed)) == 2
+
+
+def zstd(content: bytes) -> bytes:
+    if sys.version_info >= (3, 14):
+        return importlib.import_module("compression.zstd").compress(content)
+    return pytest.importorskip("zstandard").compress(content)
+
+
+PACKERS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstd}
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_packed(tmp_path: Path, kind: str) -> None:
+    path, pack = tmp_path / "packed", PACKERS[kind]
+    path.write_bytes(pack(line() + b"\n" + line() + b"\n"))
+    assert len(traces.read_trace(path)) == 2
+    path.write_bytes(path.read_bytes() + pack(line() + b"\n"))  # as `cat` of two files makes
+    assert len(traces.read_trace(path)) == 3
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_packed_and_damaged(tmp_path: Path, kind: str) -> None:
+    whole = PACKERS[kind](b"\n".join(line(timestamp=at * at) for at in range(500)) + b"\n")
+    path = tmp_path / "t"
+    middle = len(whole) // 2
+    for contents in (whole[:-9], whole[:middle]):
+        path.write_bytes(contents)
+        with pytest.raises(traces.TraceError, match=rf"t:\d+: the {kind} data is damaged or cut short"):
+            traces.read_trace(path)
+    path.write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :])
+    with pytest.raises(traces.TraceError, match=r"t:\d+: "):
+        traces.read_trace(path)
+
+
+def test_zstd_without_a_library_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.version_info >= (3, 14):
+        pytest.skip("this Python reads zstd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    path = tmp_path / "t.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
+    with pytest.raises(traces.TraceError, match=r"t\.zst:1: a file packed with zstd needs .* pip install zstandard"):
+        traces.read_trace(path)
+
+
+def blocks(size: int, lengths: list[int]) -> list[bytes]:
+    return [line(input_length=length, hash_ids=list(range(-(-length // size)))) for length in lengths]
+
+
+@pytest.mark.parametrize("size", [16, 17, 100, 512, 1024])
+def test_the_block_size_is_found(tmp_path: Path, size: int) -> None:
+    lengths = [size * blocks + rest for blocks in (1, 40, 1200) for rest in (0, 1, size - 1)]
+    requests = traces.read_trace(write(tmp_path / "t", *blocks(size, lengths)))
+    assert {request.block_size for request in requests} == {size}
+    assert [len(traces.expand(request)) for request in requests[:6]] == lengths[:6]
+    assert traces.expand(requests[0]).tolist() == np.random.default_rng(0).integers(0, 128000, size).tolist()
+
+
+def test_a_power_of_two_is_believed_if_many_requests_agree(tmp_path: Path) -> None:
+    few = write(tmp_path / "few", *blocks(256, [700]))
+    with pytest.raises(traces.TraceError, match=r"few:1: too many hash_ids: 3 .* 512 .*--block-size"):
+        traces.read_trace(few)
+    assert traces.read_trace(few, block_size=256)[0].block_size == 256
+    many = write(tmp_path / "many", *blocks(256, [700] * 20))
+    assert traces.read_trace(many)[0].block_size == 256
+    with pytest.raises(traces.TraceError, match=r"many:1: too few hash_ids: 3 .* at 128 tokens a block it takes 6"):
+        traces.read_trace(many, block_size=128)
+
+
+def test_a_trace_without_timestamps(tmp_path: Path) -> None:
+    path = write(tmp_path / "t", *[without("timestamp")] * 3)
+    assert [request.timestamp for request in traces.read_trace(path)] == [None] * 3
+    path = write(tmp_path / "some", without("timestamp"), line())
+    with pytest.raises(traces.TraceError, match=r'some:2: the field "timestamp" is missing on earlier lines'):
+        traces.read_trace(path)
+
+
+def test_a_json_array_is_named(tmp_path: Path) -> None:
+    for content in (b"[" + line() + b"]", b"\n [\n" + line() + b"\n]", b"\xef\xbb\xbf[]"):
+        path = write(tmp_path / "t", content)
+        with pytest.raises(traces.TraceError, match=r"t:\d: a JSON array; a trace has one JSON object a line"):
+            traces.read_trace(path)
 
 
 def test_expand_is_what_the_protocol_says() -> None:

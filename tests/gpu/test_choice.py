@@ -83,6 +83,17 @@ def test_why_not_where_kernels_do_not_run(no_interpreter: pytest.MonkeyPatch) ->
         RadixTree(8, device="cuda")
 
 
+def test_a_cache_of_triton_that_cannot_be_used_is_named(no_interpreter: pytest.MonkeyPatch) -> None:
+    def probe() -> None:
+        raise PermissionError(13, "Permission denied", "/root/.triton")
+
+    no_interpreter.setattr(torch.cuda, "is_available", lambda: True)
+    no_interpreter.setitem(sys.modules, "flatradix.kernels.gpu", SimpleNamespace(launch=SimpleNamespace(probe=probe)))
+    no_interpreter.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(DeviceUnavailableError, match=r"Permission denied: '/root/.triton'; .*TRITON_CACHE_DIR"):
+        RadixTree(8, device="cuda")
+
+
 def test_auto_falls_back_and_says_so_once(no_interpreter: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     no_interpreter.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.INFO, logger="flatradix"):

@@ -348,7 +348,7 @@ BAD_PROMPTS = [
     ({"prompts": [1, 2, 3.5]}, "3.5 of type float"),
     ({"prompts": 5}, "a int is no sequence"),
     ({"prompts": [[1, 2], 7]}, "query 1: a int is no sequence"),
-    ({"prompts": [1, 2], "namespace": 7}, "namespace is a int"),
+    ({"prompts": [1, 2], "namespace": 7.0}, "namespace is a float"),
     ({"prompts": [[1, 2], [3]], "namespace": ["a", 1.5]}, "namespace of query 1 is a float"),
     ({"prompts": [[1, 2], [3]], "namespace": ["a"]}, "1 namespaces for 2 queries"),
     ({"prompts": [1, 2], "priority": 1.5}, "priority must be an integer"),
