@@ -53,8 +53,8 @@ def positive(name: str, value: Any) -> int:
 
 
 def per_query(value: Any, queries: int, what: str) -> np.ndarray:
-    """Return int64 [B] from one integer for all queries, or from one integer a query. None is 0."""
-    if value is None:
+    """Return int64 [B] from one integer for all queries, or from one integer a query. A priority of None is 0."""
+    if value is None and what == "priority":
         return np.zeros(queries, np.int64)
     if isinstance(value, int | np.integer):
         found = np.empty(queries, np.int64)  # np.full takes 2 us longer

@@ -35,6 +35,9 @@ class NotArrays(ValueError):
         super().__init__("it does not begin with a header of flatradix")
         self.head = head
 
+    def __reduce__(self) -> tuple[type[NotArrays], tuple[bytes]]:
+        return type(self), (self.head,)
+
 
 def _begin(kind: str) -> bytes:
     """Return the first bytes of the JSON for the format `kind VERSION`, up to the version."""

@@ -129,8 +129,10 @@ def _generations(saved: Saved, first: int) -> torch.Tensor:
     tree loaded from it, gives out.
     """
     begun = saved["numbers"][_KEPT_NUMBERS.index(numbers.GENERATION)]
-    back = (((saved["generation"] & GENERATION_MASK) + (begun - first)) & GENERATION_MASK) - (GENERATION_MASK + 1)
-    return back.masked_fill_(saved["parent"] == FREE_ROW, 0)
+    kept = saved["generation"].numpy() & GENERATION_MASK
+    back = ((kept + (begun - first)) & GENERATION_MASK) - (GENERATION_MASK + 1)
+    back[saved["parent"].numpy() == FREE_ROW] = 0
+    return torch.from_numpy(back)
 
 
 def _write(array: torch.Tensor, values: torch.Tensor) -> None:

@@ -36,15 +36,15 @@ def _digest(data: bytes) -> bytes:
 
 def _sources(package: str, folder: str = "") -> list[bytes]:
     """Return the files of a package or of a folder in it, which may lie in a zip file, or without its sources."""
-    home = resources.files(package)
-    files = [file for file in (home / folder if folder else home).iterdir() if file.name.endswith((".py", ".pyc"))]
+    home = resources.files(package).joinpath(*folder.split("/")) if folder else resources.files(package)
+    files = [file for file in home.iterdir() if file.name.endswith((".py", ".pyc"))]
     return [file.read_bytes() for file in sorted(files, key=lambda file: file.name)]
 
 
 def _stamp() -> str:
     """Return a digest of everything that goes into a kernel: its own file, its helpers, and the compiler."""
     versions = [sys.version.encode(), numba.__version__.encode(), llvmlite.__version__.encode()]
-    native = _sources(str(__package__).rpartition(".")[0], "native")  # which imports this module
+    native = _sources(str(__package__).partition(".")[0], "kernels/native")  # a package that imports this module
     parts = [*versions, *_sources(str(__package__)), *native, *_sources("flatradix.layout")]
     return _digest(b"".join(map(_digest, parts))).hex()
 

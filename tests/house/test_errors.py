@@ -16,7 +16,16 @@ import pytest
 import flatradix
 from flatradix.replay import traces
 
-VALUES = {"message": "a reason", "query": 3, "needed": 7, "free": 2, "file": "t.jsonl", "line": 4, "reason": "bad"}
+VALUES = {
+    "message": "a reason",
+    "query": 3,
+    "needed": 7,
+    "free": 2,
+    "file": "t.jsonl",
+    "line": 4,
+    "reason": "bad",
+    "head": b"PK",
+}
 
 
 def modules() -> list[Any]:
