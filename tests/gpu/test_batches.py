@@ -98,7 +98,7 @@ def test_a_climb_believes_no_wrong_hint(cuda: str) -> None:
                 pair.on_each(what, leaves)
                 pair.compare()
     pair.evict(count // 3)
-    pair.insert([[7, *key]], [[7, *key]])
+    pair.insert([[7, *key]], [[count, *key]])
     pair.on_each("lock", pair.match([key, [7, *key], key[:3]]))
     pair.compare()
 
