@@ -372,10 +372,7 @@ class RadixTree:
         return self._index.content(slots)
 
     def check(self) -> None:
-        """Verify every invariant, and that no edge holds a slot twice. O(cached tokens), slow.
-
-        Raises AssertionError for the first that does not hold.
-        """
+        """Verify every invariant. Raises AssertionError for the first that does not hold. O(cached tokens), slow."""
         from flatradix.inspect.check import check  # not wanted by most
 
         check(self._index.content())

@@ -22,7 +22,6 @@ def check(content: Content) -> None:
     _check_relations(content, a)
     _check_table(content, a)
     _check_pool(content, a)
-    _check_slots(content, a)
     _check_rows(content, a)
     if content.is_on_host:
         _check_queue(content, a)
@@ -141,15 +140,6 @@ def _check_pool(content: Content, a: Any) -> None:
     words = content.state.used
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:pages]
     equal(np.flatnonzero(bits != owners).tolist(), [], "pool pages whose mark is wrong")
-
-
-def _check_slots(content: Content, a: Any) -> None:
-    """Check that no edge holds a slot twice: it would come back twice."""
-    for row in a.live.tolist():
-        slots = np.sort(content.slots[a.start[row] : a.start[row] + a.length[row]])
-        twice = np.flatnonzero(slots[1:] == slots[:-1])
-        if len(twice):
-            raise AssertionError(f"row {row}: slot {int(slots[twice[0]])} is on its edge twice")
 
 
 def _check_rows(content: Content, a: Any) -> None:

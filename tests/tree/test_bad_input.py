@@ -381,24 +381,3 @@ def test_devices_of_slots() -> None:
     for device in ("nope", "meta", 1.5):
         with pytest.raises(ValueError, match="slot_device"):
             RadixTree(8, slot_device=device)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("evict_by", ["node", "page"])
-def test_a_slot_that_is_twice_on_an_edge_is_found_by_check(device: str, evict_by: str) -> None:
-    tree = RadixTree(64, device=device, evict_by=evict_by)
-    tree.insert([[1, 2], [3, 4]], [[0, 1], [0, 1]])  # what other keys hold is the caller's affair
-    tree.check()
-    place = tree.insert([1, 2, 5, 6], [0, 1, 7, 7])
-    with pytest.raises(AssertionError, match=r"row \d: slot 7 is on its edge twice"):
-        tree.check()
-    assert tree.slots(place).to_list() == [[0, 1, 7, 7]]
-
-
-@pytest.mark.parametrize(
-    "q", [[], [[]], np.empty(0, np.int64), torch.empty(0, dtype=torch.int32), array("q")], ids=repr
-)
-@pytest.mark.parametrize("slots", [[], [[]], np.empty(0, np.int32), torch.empty(0, dtype=torch.int64)], ids=repr)
-def test_an_empty_key_is_taken_in_any_form(tree: RadixTree, q: Any, slots: Any) -> None:
-    assert tree.insert(q, slots).lengths.tolist() == [0]
-    assert tree.match(q).lengths.tolist() == [0]
-    tree.check()
