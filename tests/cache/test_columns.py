@@ -268,7 +268,7 @@ def test_more_may_not_be_computed_than_the_last_page_holds(where: dict[str, str]
     requests = cache.begin([[*range(20)]], chunk=6)
     with pytest.raises(QueryError, match="cannot have 9 tokens computed: it has 8 slots"):
         cache.commit(requests, up_to=9)
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
+    with pytest.raises(ValueError, match="chunk must be a positive integer"):
         cache.begin([[1]], chunk=0)
     with pytest.raises(ValueError, match="give `share` or `chunk`, not both"):
         cache.begin([[1]], chunk=4, share=True)
@@ -338,7 +338,7 @@ def test_a_fork_that_does_not_fit(where: dict[str, str]) -> None:
     assert (forks[0].missing, len(copies)) == (4, 0)
     assert request.state == "running"
     assert [fork.state for fork in this.cache.fork(request, 1)[0]] == ["running"]
-    with pytest.raises(ValueError, match="n must be at least 1"):
+    with pytest.raises(ValueError, match="n must be a positive integer"):
         this.cache.fork(request, 0)
     this.cache.check()
 

@@ -219,9 +219,9 @@ def test_mistakes_change_nothing(where: dict[str, str]) -> None:
     [
         ({"num_slots": 3, "page_size": 4}, r"num_slots must be from one page \(4\)"),
         ({"num_slots": 2**31}, "num_slots must be from one page"),
-        ({"num_slots": 8, "page_size": 0}, "page_size must be at least 1"),
-        ({"num_slots": 8, "max_requests": 0}, "max_requests must be at least 1"),
-        ({"num_slots": 8, "max_length": 0}, "max_length must be at least 1"),
+        ({"num_slots": 8, "page_size": 0}, "page_size must be a positive integer"),
+        ({"num_slots": 8, "max_requests": 0}, "max_requests must be a positive integer"),
+        ({"num_slots": 8, "max_length": 0}, "max_length must be a positive integer"),
         ({"num_slots": 8, "policy": "best"}, "best"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from flatradix import EvictResult, PrefixCache, QueryError, RadixTree, StaleHandleError, WaitingQueue
-from flatradix.inspect import snapshot
 from flatradix.inspect.nodes import nodes_of
 from tests.support.devices import settled
 from tests.support.interrupts import bytecodes, interrupt_at, step_for
@@ -177,15 +175,6 @@ def test_files_and_copies_keep_the_option(device: str, tmp_path: Any) -> None:
         assert copy.evict_by == "page"
         assert copy.digest() == tree.digest()
         assert copy.evict(1).slots.tolist() == [4, 5]
-    old = torch.load(tmp_path / "tree", weights_only=True)
-    del old["settings"]["evict_by"]  # as files were before there was the option
-    file = io.BytesIO()
-    torch.save(old, file)
-    file.seek(0)
-    assert old["format"] == snapshot.FORMAT
-    loaded = RadixTree.load(file, device)  # type: ignore[arg-type]
-    assert loaded.evict_by == "node"
-    assert loaded.evict(1)[1:] == (6, 1)
 
 
 def test_only_two_units_are_known() -> None:
