@@ -272,7 +272,7 @@ def test_more_may_not_be_computed_than_the_last_page_holds(where: dict[str, str]
         cache.begin([[1]], chunk=0)
     with pytest.raises(ValueError, match="give `share` or `chunk`, not both"):
         cache.begin([[1]], chunk=4, share=True)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="chunk must be a positive integer"):
         cache.begin([[1]], chunk=2.5)
     cache.check()
 
