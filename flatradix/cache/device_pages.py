@@ -106,10 +106,12 @@ class DevicePages(Pages):
 
     # Begin
 
+    def keys(self, prompts: Prompts) -> list[np.ndarray]:
+        return [prompts.array(query)[:-1] for query in range(len(prompts))]
+
     def find(self, tree: RadixTree, prompts: Prompts, chunk: int) -> Found:
         if prompts.on_device is None:
-            keys = [prompts.array(query)[:-1] for query in range(len(prompts))]
-            place = tree.match(keys, prompts.names, touch=False, lock=True)
+            place = tree.match(self.keys(prompts), prompts.names, touch=False, lock=True)
         else:
             place = self._index.lock_prompts(prompts.on_device, prompts.names)
         cached = place.host_lengths.numpy().astype(np.int64)
@@ -215,13 +217,13 @@ class DevicePages(Pages):
     def _push(self, source: torch.Tensor, begins: np.ndarray, counts: np.ndarray) -> None:
         """Put pages back on the stack."""
         total, free = int(counts.sum()), self.free_pages
-        self._ensure_out(total)
+        self.ensure_out(total)
         self._copy(source, begins, self._stack, free + np.cumsum(counts) - counts, counts)
         self.columns.counts[running.FREE_PAGES] = free + total
 
     def give_evicted(self, evicted: EvictResult) -> None:
         first, free = evicted.slots[:: self.page_size], self.free_pages
-        self._ensure_out(len(first))
+        self.ensure_out(len(first))
         pages = self._stack[free : free + len(first)]
         torch.div(first, self.page_size, rounding_mode="floor", out=pages)  # allocates no memory: no slot is lost
         self.columns.counts[running.FREE_PAGES] = free + len(first)
@@ -232,17 +234,13 @@ class DevicePages(Pages):
         begins = (np.maximum(held, columns.borrowed[rows]) if begins is None else begins) // page
         counts = np.maximum(-(-lengths // page) - begins, 0)
         total = int(counts.sum())
-        self._ensure_out(total)
+        self.ensure_out(total)
         targets = free + before_each(counts)
         where, paths, given = self._send(rows, held, ranges_of(self._columns(rows, begins), targets, counts))
         tree.unlock(Places(paths.to(torch.int32), self._handles[where]))
         cpu.end_requests(columns.address, rows)
         self._copy_ranges(self.page_table, self._stack, given, total)
         self.columns.counts[running.FREE_PAGES] = free + total
-
-    def _ensure_out(self, pages: int) -> None:
-        if self.free_pages + pages > self.num_pages:
-            raise RuntimeError(f"{pages} pages came back, but only {self.num_pages - self.free_pages} were out")
 
     # Pages of rows
 

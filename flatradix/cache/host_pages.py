@@ -48,6 +48,10 @@ class HostPages(Pages):
 
     # Begin
 
+    def keys(self, prompts: Prompts) -> Batch:
+        addresses, counts, wide, owner = prompts.tokens
+        return Batch(addresses, counts - 1, wide, owner)
+
     def find(self, tree: RadixTree, prompts: Prompts, chunk: int) -> Found:
         found = np.empty((3, len(prompts)), np.int64)
         needed = self._index.find_prompts(self.columns.address, prompts.tokens, prompts.names, chunk, found)
@@ -97,12 +101,8 @@ class HostPages(Pages):
 
     def give_evicted(self, evicted: EvictResult) -> None:
         pages = evicted.slots.numpy()[:: self.page_size] // np.int32(self.page_size)
-        self._ensure_out(len(pages))
+        self.ensure_out(len(pages))
         cpu.give_page_list(self.columns.address, pages)
-
-    def _ensure_out(self, count: int) -> None:
-        if self.free_pages + count > self.num_pages:
-            raise RuntimeError(f"{count} pages came back, but only {self.num_pages - self.free_pages} were out")
 
     def release(self, tree: RadixTree, rows: np.ndarray, begins: np.ndarray | None) -> None:
         self._index.release_requests(self.columns.address, rows, _NO_ROWS if begins is None else begins)

@@ -79,7 +79,16 @@ class Pages(ABC):
         if tokens > self.free_slots:
             raise RuntimeError(f"slots were lost: {tokens} should be free, but {self.free_slots} are")
 
+    def ensure_out(self, pages: int) -> None:
+        """Raise RuntimeError unless so many pages are not free, which come back now."""
+        if self.free_pages + pages > self.num_pages:
+            raise RuntimeError(f"{pages} pages came back, but only {self.num_pages - self.free_pages} were out")
+
     # Begin
+
+    @abstractmethod
+    def keys(self, prompts: Prompts) -> Any:
+        """Return prompts without their last tokens as queries of the tree. They must be in host memory."""
 
     @abstractmethod
     def find(self, tree: RadixTree, prompts: Prompts, chunk: int) -> Found:

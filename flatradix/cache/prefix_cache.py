@@ -256,8 +256,7 @@ class PrefixCache:
         self._state.pages.give_back_duplicates()
         if len(found) == 0:
             return Probe(found.counts, found.counts, found.counts > 0)
-        keys = [found.array(query)[:-1] for query in range(len(found))]
-        places = self.tree.match(keys, found.names, touch=False)
+        places = self.tree.match(self._state.pages.keys(found), found.names, touch=False)
         cached = np.array(places.lengths.tolist(), np.int64)
         needed = self._state.in_pages(found.counts) - cached
         paths, protected = self.tree.index.paths(), np.empty_like(cached)

@@ -85,12 +85,12 @@ def test_why_not_where_kernels_do_not_run(no_interpreter: pytest.MonkeyPatch) ->
 
 def test_a_cache_of_triton_that_cannot_be_used_is_named(no_interpreter: pytest.MonkeyPatch) -> None:
     def probe() -> None:
-        raise PermissionError(13, "Permission denied", "/root/.triton")
+        raise PermissionError(13, "Permission denied", "/read-only/.triton")
 
     no_interpreter.setattr(torch.cuda, "is_available", lambda: True)
     no_interpreter.setitem(sys.modules, "flatradix.kernels.gpu", SimpleNamespace(launch=SimpleNamespace(probe=probe)))
     no_interpreter.setattr(importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(DeviceUnavailableError, match=r"Permission denied: '/root/.triton'; .*TRITON_CACHE_DIR"):
+    with pytest.raises(DeviceUnavailableError, match=r"Permission denied: '/read-only/.triton'; .*TRITON_CACHE_DIR"):
         RadixTree(8, device="cuda")
 
 
