@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from flatradix.errors import CapacityError, QueryError, StaleHandleError
 from flatradix.layout import reasons
+from flatradix.layout.numbers import MAX_LOCKS
 
 _MESSAGES = {
     reasons.STALE: "its handle names a node that was evicted, or a part of one that was, or a node of another tree; "
@@ -15,6 +16,10 @@ _MESSAGES = {
     "locked",
     reasons.NOT_WANTED: "no want ends at its length {value}: unwant once for each want, with the object that was "
     "wanted",
+    reasons.TOO_MANY_LOCKS: f"a node on its path has {MAX_LOCKS} locks, the most there can be; unlock "
+    "once for each lock",
+    reasons.TOO_MANY_WANTS: f"a node on its path has {MAX_LOCKS} wants, the most there can be; unwant "
+    "once for each want",
     reasons.BAD_TOKEN: "the token at position {value} is outside [0, 2**31 - 1]",
     reasons.OTHER_NAMESPACE: "its start is in another namespace; give that one, or None",
     reasons.OTHER_TOKEN: "with bigrams a key begins with the last token of its start (number {value}); it differs",

@@ -15,6 +15,7 @@ from flatradix.inputs.options import Options
 from flatradix.inspect.content import Saved
 from flatradix.layout.growth import MOST_ROWS
 from flatradix.layout.hashing import page_tag
+from flatradix.layout.numbers import MAX_LOCKS
 from flatradix.layout.state import FREE_ROW, multipliers, row_capacity
 
 Arrays = dict[str, np.ndarray]
@@ -23,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 COLUMNS_64 = ("tick", "created", "priority", "generation")
 COLUMNS_32 = ("parent", "start", "length", "end", "lock_ref", "own_locks", "hit_count")
 OTHERS = ("free_rows", "tokens", "seconds", "slots")
-_MOST_TIME = 2**62  # no tree counts so far
+_MOST_TIME = 2**59  # no tree counts so far; on a GPU, an eviction gives higher keys to what is wanted
 _AT_ONCE = 1 << 22  # units whose hashes are computed at once
 
 
@@ -179,6 +180,7 @@ def _verify_counts(a: Arrays, nodes: Nodes) -> None:
     np.add.at(locks, nodes.above, a["lock_ref"][nodes.inner].astype(np.int64))
     _all(a["lock_ref"][live] == locks[live], live, "lock_ref is not its own and its children's")
     _all(a["lock_ref"][live] >= 0, live, "lock_ref is negative")
+    _all(a["lock_ref"][live] <= MAX_LOCKS, live, f"lock_ref is above {MAX_LOCKS}")
     higher = a["priority"][nodes.above] >= a["priority"][nodes.inner]
     _all(higher, nodes.inner, "its priority is above its parent's")
 

@@ -50,7 +50,11 @@ EVENTS = 31  # how many events were ever written to `TreeState.events`
 
 BY_PAGE = 32  # set when a tree is made: 1 if an eviction frees only the last pages of its last node
 
-SIZE = 33
+# Only in host memory. At least the largest lock count, and the largest count of soft pins, of a node.
+MOST_LOCKS = 33
+MOST_WANTS = 34
+
+SIZE = 35
 
 # Kinds of events, which waiting queues read. An event is two words: (kind << 32 | row), and what is said here.
 LEAF = 1  # a new leaf below `row`, a row or ~namespace: the tag of its first page
@@ -69,7 +73,9 @@ LRU, LFU, SLRU, FIFO, FILO, PRIORITY, SCORES = range(7)
 NO_NAMESPACE = 0
 UNKNOWN_NAMESPACE = -1
 HEAP_ARITY = 8
+DIGIT_BITS = 11  # of a digit, where the queue is sorted
 
 MAX_TOKEN = 2**31 - 1
 MAX_UNITS = 2**31 - 1
 MAX_HITS = 2**31 - 1
+MAX_LOCKS = 2**30  # on one node, and as many soft pins: a call that would exceed them is refused

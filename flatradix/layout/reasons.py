@@ -16,6 +16,8 @@ BAD_ROW = -11
 TOO_LONG = -12
 UNEQUAL = -13
 NOT_WANTED = -14
+TOO_MANY_LOCKS = -15
+TOO_MANY_WANTS = -16
 
 # On a GPU, the value of a NO_CAPACITY refusal is (units needed << FREE_BITS | units free).
 FREE_BITS = 30

@@ -132,6 +132,10 @@ def _event_words(sizes: Sizes) -> int:
     return 2 * numbers.EVENT_RING
 
 
+def _digits(sizes: Sizes) -> int:
+    return 1 << numbers.DIGIT_BITS
+
+
 _NUMPY = {torch.int8: np.int8, torch.int32: np.int32, torch.int64: np.int64}
 i8, i32, i64 = torch.int8, torch.int32, torch.int64
 Column32 = Annotated[torch.Tensor, Array(i32, _rows, _rows, column=True)]
@@ -147,6 +151,7 @@ Pool = Annotated[torch.Tensor, Array(i32, _units, _units_twice, committed, addre
 BigramPool = Annotated[torch.Tensor, Array(i32, _seconds, _seconds_twice, committed, address=True)]
 Bitmap = Annotated[torch.Tensor, Array(i64, _page_words, _none, zeros)]
 Multipliers = Annotated[torch.Tensor, Array(i64, _page_tokens, _page_tokens, multipliers)]
+Digits = Annotated[torch.Tensor, Array(i64, _digits, _none)]
 EventRing = Annotated[torch.Tensor, Array(i64, _event_words, _none)]
 Numbers = Annotated[torch.Tensor, Array(i64, _numbers, _numbers, zeros)]
 
@@ -174,6 +179,7 @@ class TreeState(NamedTuple):
     queue_score: Queue64  # [2 R], on a GPU [0]: candidates for eviction, a heap [R] and a sorted ring [R]
     queue_tick: Queue64  # [2 R]
     queue_row: Queue32  # [2 R]
+    queue_digits: Digits  # [2 ** DIGIT_BITS], on a GPU [0]: counters, with which a radix sort fills the queue anew
     child_table: ChildTable  # [T]: (tag, row), 0 where empty; on a GPU [2 T], each followed by (length, start)
     tokens: Pool  # [P], on a GPU [2 P] as all pools: the first token of each unit
     seconds: BigramPool  # [P], [0] without bigrams: the second token of each unit

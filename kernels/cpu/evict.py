@@ -10,7 +10,7 @@ import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change
 from flatradix.kernels.cpu.jit import fixed_types, helper, open_state, open_waiting
-from flatradix.kernels.cpu.queue import clear, drop, first_at, offer, push, run_at, score_of
+from flatradix.kernels.cpu.queue import clear, drop, first_at, offer, push, refill_in_order, run_at, score_of
 from flatradix.kernels.cpu.rows import free_row, shorten_row
 from flatradix.kernels.cpu.units import copy_slots
 from flatradix.kernels.cpu.waiting import has_left, mark_dirty
@@ -18,6 +18,9 @@ from flatradix.kernels.cpu.wants import end_wants
 from flatradix.layout import numbers, waiting
 from flatradix.layout.state import FREE_ROW
 from flatradix.layout.waiting import NONE
+
+# An eviction that has put back this many entries, and one for each 32 rows, fills the queue anew (bench/RESULTS.md).
+_FEW_PUT_BACK = 64
 
 
 @helper
@@ -71,21 +74,21 @@ def _detach(s, row, parent):
 
 @helper
 def _take_first(s, at, scores, spare):
-    """Remove the queue's first entry, which is at `at`; return its row if it can be evicted now, else 0.
+    """Remove the queue's first entry, which is at `at`; return (its row if it can be evicted now, else 0; put back).
 
-    If the row has been used since it was entered, it is entered again with its present score and tick. If it has
-    children or locks by now, or is wanted and such rows are spared, it is not.
+    If the row has been used since it was entered, it is entered again with its present score and tick: `put back` is
+    then 1, else 0. If it has children or locks by now, or is wanted and such rows are spared, it is not.
     """
     row = np.int64(s.queue_row[at])
     score = s.queue_score[at]
     tick = s.queue_tick[at]
     drop(s, at)
     if s.children[row] > 0 or s.lock_ref[row] > 0 or (spare and s.wanted[row] > 0):
-        return np.int64(0)
+        return np.int64(0), 0
     if score == _score(s, scores, row) and tick == s.tick[row]:
-        return row
+        return row, 0
     push(s, row, _score(s, scores, row))
-    return np.int64(0)
+    return np.int64(0), 1
 
 
 @helper
@@ -134,11 +137,16 @@ def _evict_in_order(s, scores, spare, missing):
     """
     tokens = np.int64(0)
     nodes = np.int64(0)
+    most = _FEW_PUT_BACK + s.numbers[numbers.ROWS] // 32
     while tokens < missing:
         at = first_at(s)
         if at < 0:
             break
-        row = _take_first(s, at, scores, spare)
+        row, put_back = _take_first(s, at, scores, spare)
+        most -= put_back
+        if most == 0:
+            refill_in_order(s, spare)
+            most = np.int64(-1)  # not again in this call
         if row > 0:
             if s.wanted[row] > 0:
                 end_wants(s, row)

@@ -10,6 +10,7 @@ import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.children import grow_table
+from flatradix.kernels.cpu.counts import near_limit, refuse_above_limit, refuse_one, rows_of
 from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_state
 from flatradix.kernels.cpu.queue import offer
 from flatradix.kernels.cpu.rows import handle_of, resolve, split_edge
@@ -83,6 +84,10 @@ def lock_one(addresses, call, handle, length):
     if row < 0:
         note_refusal(s, 0, length)
         return row
+    if near_limit(s, s.lock_ref, numbers.MOST_LOCKS, 1):
+        reason = refuse_one(s, s.lock_ref, row, length, reasons.TOO_MANY_LOCKS)
+        if reason < 0:
+            return reason
     handle = handle_of(s, lock_place(s, row, length))
     note_change(s, call, numbers.LOCKED, handle, length, 0)
     return handle
@@ -117,6 +122,8 @@ def lock(addresses, call, handles, lengths):
     """Lock a batch in order; return 0, or the reason. `handles`, int64 [B], is updated where an edge was split."""
     s = open_state(addresses)
     reason = _check(s, handles, lengths)
+    if reason == 0 and near_limit(s, s.lock_ref, numbers.MOST_LOCKS, len(handles)):
+        reason = refuse_above_limit(s, s.lock_ref, rows_of(s, handles, lengths), lengths, reasons.TOO_MANY_LOCKS)
     if reason < 0:
         return reason
     for query in range(len(handles)):

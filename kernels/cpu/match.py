@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
+from flatradix.kernels.cpu.counts import near_limit, refuse_above_limit, refuse_one
 from flatradix.kernels.cpu.jit import fixed_types, helper, kernel, open_state
 from flatradix.kernels.cpu.lock import end_at, lock_place
 from flatradix.kernels.cpu.rows import handle_of, resolve, row_at
@@ -44,6 +45,10 @@ def match_one(addresses, call, key, wide, tokens, namespace, touch, lock, split)
     if bad >= 0:
         note_refusal(s, 0, bad)
         return np.int64(reasons.BAD_TOKEN), np.int64(bad)
+    if lock and near_limit(s, s.lock_ref, numbers.MOST_LOCKS, 1):
+        reason = refuse_one(s, s.lock_ref, row, length, reasons.TOO_MANY_LOCKS)
+        if reason < 0:
+            return reason, length
     handle = _finish(s, row, length, touch, lock, split)
     if lock:
         note_change(s, call, numbers.LOCKED, handle, length, 0)
@@ -89,6 +94,10 @@ def match(
             return row
         lengths[query] = np.int32(length)
         handles[query] = row
+    if lock and near_limit(s, s.lock_ref, numbers.MOST_LOCKS, len(keys)):
+        reason = refuse_above_limit(s, s.lock_ref, handles, lengths, reasons.TOO_MANY_LOCKS)
+        if reason < 0:
+            return reason
     for query in range(len(keys)):
         length = np.int64(lengths[query])
         handles[query] = _finish(s, row_at(s, handles[query], length), length, touch, lock, split)

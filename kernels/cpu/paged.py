@@ -11,6 +11,7 @@ import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
 from flatradix.kernels.cpu.compact import plan_moves, slide_all
+from flatradix.kernels.cpu.counts import near_limit, refuse_above_limit
 from flatradix.kernels.cpu.insert import insert_all
 from flatradix.kernels.cpu.jit import fixed_types, helper, int32_at, int64_at, kernel, open_running, open_state
 from flatradix.kernels.cpu.lock import lock_place, unlock_row
@@ -151,6 +152,10 @@ def find_prompts(addresses, cache, call, prompts, wide, counts, codes, chunk, ca
             note_refusal(s, query, bad)
             return np.int64(reasons.BAD_TOKEN)
         cached[query], handles[query] = length, row
+    if near_limit(s, s.lock_ref, numbers.MOST_LOCKS, len(counts)):
+        reason = refuse_above_limit(s, s.lock_ref, handles, cached, reasons.TOO_MANY_LOCKS)
+        if reason < 0:
+            return reason
     needed = np.int64(0)
     for query in range(len(counts)):
         row = lock_place(s, row_at(s, handles[query], cached[query]), cached[query])

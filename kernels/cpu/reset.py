@@ -6,6 +6,7 @@ import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change
 from flatradix.kernels.cpu.children import refill
+from flatradix.kernels.cpu.counts import largest
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.pool import mark
 from flatradix.kernels.cpu.queue import clear, refill_queue
@@ -40,7 +41,7 @@ def reset(addresses, call):
 
 @helper
 def fill_derived(s):
-    """Fill the child table, the pool's empty bitmap, LONGEST and the queue from the rows."""
+    """Fill the child table, the pool's empty bitmap, the queue, and the bounds in `numbers` from the rows."""
     entries = np.int64(SMALLEST_TABLE)
     while entries < 2 * s.numbers[numbers.NODES]:
         entries *= 2
@@ -51,6 +52,8 @@ def fill_derived(s):
             mark(s, s.start[row], s.length[row], True)
             longest = max(longest, np.int64(s.length[row]))
     s.numbers[numbers.LONGEST] = longest
+    s.numbers[numbers.MOST_LOCKS] = largest(s, s.lock_ref)
+    s.numbers[numbers.MOST_WANTS] = largest(s, s.wanted)
     refill_queue(s)
 
 

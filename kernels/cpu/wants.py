@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from flatradix.kernels.cpu.calls import note_change, note_refusal
+from flatradix.kernels.cpu.counts import near_limit, refuse_above_limit, rows_of
 from flatradix.kernels.cpu.jit import helper, kernel, open_state
 from flatradix.kernels.cpu.lock import end_at
 from flatradix.kernels.cpu.queue import offer
@@ -60,6 +61,10 @@ def want(addresses, call, handles, lengths):
         if row < 0:
             note_refusal(s, query, lengths[query])
             return row
+    if near_limit(s, s.wanted, numbers.MOST_WANTS, len(handles)):
+        reason = refuse_above_limit(s, s.wanted, rows_of(s, handles, lengths), lengths, reasons.TOO_MANY_WANTS)
+        if reason < 0:
+            return reason
     for query in range(len(handles)):
         length = np.int64(lengths[query])
         row = end_at(s, resolve(s, handles[query], length), length)
