@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,26 @@ def test_lock_renews_the_handle_of_what_it_splits(device: str) -> None:
     tree.unlock(m)
     tree.unlock(single)
     assert tree.evict(100).slots.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("operation", ["lock", "want", "split"])
+def test_handles_with_gaps_that_were_made_in_inference_mode(operation: str, device: str) -> None:
+    """torch refuses to write to such tensors outside inference mode: the lock had been made by then."""
+    tree = RadixTree(64, device=device)
+    made = tree.insert([[1, 2, 3, 4], [5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7]])
+    with torch.inference_mode():
+        handles = torch.stack([made.handles, made.handles], dim=1)[:, 0]
+        lengths = torch.tensor([[2, 0], [3, 0]], dtype=torch.int32, device=tree.device)[:, 0]
+    places = SimpleNamespace(handles=handles, lengths=lengths)
+    assert not handles.is_contiguous() and handles.is_inference()
+    settled(tree, lambda: getattr(tree, operation)(places))
+    assert tree.protected_tokens == (5 if operation == "lock" else 0)
+    assert tree.slots(places).to_list() == [[1, 2], [5, 6, 7]]
+    assert handles[0] != made.handles[0]
+    if operation == "lock":
+        tree.unlock(places)
+    tree.check()
+    assert tree.protected_tokens == 0
 
 
 @pytest.mark.parametrize(
