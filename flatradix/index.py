@@ -5,10 +5,16 @@ a tree first records that it has begun, then changes the tree, and last records 
 finds a call that has begun and not ended, it undoes that call. An eviction cannot be undone: the next eviction returns
 its slots. A reset is not undone. Any other call that raises leaves at most new times of use, hit counts, priorities and
 splits of edges.
+
+Each call is also a gate. It begins with `busy, self.busy = self.busy, True`, and sets `busy` to False as it returns. If
+`busy` was set, then a call has raised, or another call is under way, of this thread or another: `take_gate` looks at
+the stacks, and raises RuntimeError in the second case. The first line is atomic: between its two halves CPython neither
+switches threads nor runs a signal handler, as the line jumps nowhere and calls nothing (tests/tree/test_threads.py).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -26,6 +32,7 @@ from flatradix.inspect.content import Content, Paths, Saved
 from flatradix.results import EvictResult, InsertResult, MatchResult
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 _calls: set[CodeType] = set()
 
 
@@ -35,29 +42,61 @@ def public_call(method: F) -> F:
     return method
 
 
-def _is_under_way(home: object, frame: FrameType | None, besides: int) -> bool:
-    """Return whether more than `besides` calls of `home` are on the stack, from `frame` outwards."""
+_looking = threading.RLock()  # held by the thread that looks for calls under way
+
+
+def _renew_lock() -> None:
+    """In a forked child, forget a thread of the parent that held the lock."""
+    global _looking
+    _looking = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def take_gate(home: Any) -> None:
+    """Let a call pass whose gate was busy: the last call has raised, or a call is under way.
+
+    Inspects the stacks of all threads: nothing else can tell whether that call was interrupted for good, is paused
+    while a signal handler runs, or is of another thread. Raises RuntimeError if a call of `home` is under way. A call
+    that ends meanwhile opens the gate, and one more may pass. So `busy` gets a value of its own before the inspection.
+    If it still has this value afterwards, nobody has passed.
+    """
+    waiting = True
+    with _looking:
+        while waiting:
+            token = home.busy = object()
+            _refuse_calls_under_way(home)
+            waiting = home.busy is not token
+
+
+def _is_under_way(home: Any, frame: FrameType | None) -> bool:
+    """Return whether a call of `home` is on a stack, from `frame` outwards. One that waits in `take_gate` is not."""
+    waits = False
     while frame is not None:
-        if frame.f_code in _calls and frame.f_locals.get("self") is home:
-            besides -= 1
-            if besides < 0:
-                return True
+        if frame.f_code is take_gate.__code__:
+            waits |= frame.f_locals["home"] is home and frame.f_locals.get("waiting", True)
+        elif frame.f_code in _calls:
+            of = frame.f_locals.get("self")
+            if of is home or getattr(of, "gate", None) is home:
+                if not waits:
+                    return True
+                waits = False
         frame = frame.f_back
     return False
 
 
-def refuse_reentry(home: object) -> None:
-    """Raise RuntimeError if a call of `home` other than the caller's is under way.
-
-    Inspects the stacks of all threads. It runs only when a recorded call has not ended. Nothing else can tell whether
-    that call was interrupted for good, or is paused while a signal handler runs.
-    """
-    if _is_under_way(home, sys._getframe(1), besides=1):
+def _refuse_calls_under_way(home: Any) -> None:
+    if _is_under_way(home, sys._getframe(1)):
         raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
     me = threading.get_ident()
     for thread, frame in sys._current_frames().items():
-        if thread != me and _is_under_way(home, frame, besides=0):
-            raise RuntimeError("called while another thread is in a call of the same object: one thread at a time")
+        if thread != me and _is_under_way(home, frame):
+            raise RuntimeError(
+                "another thread is in a call of the same object: hold a lock of your own around each call, or make all "
+                "calls in one thread"
+            )
 
 
 class Index(ABC):
@@ -66,6 +105,7 @@ class Index(ABC):
     options: Options
     device: torch.device
     _keeper: weakref.ref[Any] | None = None
+    busy: object = False  # whether a call has begun and not returned: it runs, or has raised
     last_result: MatchResult | InsertResult | EvictResult | None = None
 
     @abstractmethod
@@ -122,12 +162,33 @@ class Index(ABC):
     def unwant(self, places: Any) -> None: ...
 
     @abstractmethod
-    def settle(self) -> None:
+    def recover(self) -> None:
         """Undo an interrupted call, if there is one. Raises RuntimeError if a call is under way."""
 
-    @abstractmethod
+    def _settle(self) -> None:
+        """Do what `recover` does, for a call that only reads."""
+        self.recover()
+        self.busy = False
+
+    @public_call
+    def settle(self) -> None:
+        """Undo an interrupted call, if there is one. Raises RuntimeError if a call is under way."""
+        if self.busy:
+            self._settle()
+
+    @public_call
     def paths(self) -> Paths:
         """Return the columns of the tree that lead from a row to the root. Do not write to them."""
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        found = self.read_paths()
+        self.busy = False
+        return found
+
+    @abstractmethod
+    def read_paths(self) -> Paths:
+        """Do what `paths` does, for a call that is under way already."""
 
     def keep_for(self, keeper: Any) -> None:
         """Let every later eviction spare what a waiting queue wants, as long as the queue lives.
@@ -180,9 +241,18 @@ class Index(ABC):
     @abstractmethod
     def changes(self) -> int: ...
 
-    @abstractmethod
+    @public_call
     def compact(self) -> None:
         """Move all edges to the front of the pools, without gaps. O(cached tokens)."""
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        self.pack()
+        self.busy = False
+
+    @abstractmethod
+    def pack(self) -> None:
+        """Do what `compact` does, for a call that is under way already."""
 
     @abstractmethod
     def digest(self) -> str: ...
@@ -193,9 +263,28 @@ class Index(ABC):
     @abstractmethod
     def raise_pending(self) -> None: ...
 
-    @abstractmethod
     def content(self, slots: bool = True) -> Content:
         """Return everything the tree holds, read-only; without `slots`, all but the slots. Waits for the device."""
+        return self.look_at(lambda content: content, slots)
+
+    @public_call
+    def look_at(self, work: Callable[[Content], R], slots: bool = True, compacted: bool = False) -> R:
+        """Return what `work` makes of the content, in one call: nobody changes the tree meanwhile.
+
+        compacted: compact the pools first.
+        """
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        if compacted:
+            self.pack()
+        result = work(self.read_content(slots))
+        self.busy = False
+        return result
+
+    @abstractmethod
+    def read_content(self, slots: bool) -> Content:
+        """Do what `content` does, for a call that is under way already."""
 
     @abstractmethod
     def restore(self, saved: Saved) -> None:

@@ -18,17 +18,24 @@ from flatradix.inputs.options import OnEvict, read_options
 from flatradix.inputs.policy import Policy, Score
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, saved_of
+from flatradix.layout.numbers import CLOCK, LAST_CALL
 from flatradix.results import EvictResult, InsertResult, MatchResult
 
 # Bound to each tree from its index: one more Python call would be a visible part of the time of a short match.
 _HOT = ("match", "match_array", "path_slots", "lock", "unlock", "insert", "evict", "changes")
 
 
+def _uses(content: Content) -> tuple[int, int]:
+    """Return numbers that are different after each call that uses a tree in host memory, whose arrays these are."""
+    return content.number(CLOCK), content.number(LAST_CALL)
+
+
 class RadixTree:
     """A radix tree over token ids. It holds a KV slot for each cached token.
 
     Every operation takes a batch and means the same as single calls in batch order. A batch of one stays cheap: on the
-    CPU, a call with a short key takes 1 us from Python to Python. Not thread-safe: one thread at a time.
+    CPU, a call with a short key takes 1 us from Python to Python. One thread at a time: a call while another thread is
+    in one raises RuntimeError (docs/guarantees.md). A lock of the caller's own around each call is enough.
 
     max_tokens: the number of tokens that can be cached; None lets the tree grow, see below. The tree commits two pools
         for 1.25 times as many tokens at once: 10 bytes for each of max_tokens (15 with bigrams), twice that on a GPU.
@@ -209,7 +216,8 @@ class RadixTree:
         places: as for `slots`. If a place lies inside an edge, the edge is split there, and the handle of the locked
         part is written to `places.handles`. Unlock with the same object. On a GPU, leave the tensors of `places`
         unchanged until the next call: if this call is interrupted, they tell what to undo. O(nodes on the paths).
-        Raises QueryError, StaleHandleError. Then nothing is locked.
+        Raises QueryError (on the CPU, also for more than 2**30 locks of a node), StaleHandleError. Then nothing is
+        locked.
         """
         self._index.lock(places)
 
@@ -372,10 +380,13 @@ class RadixTree:
         return self._index.content(slots)
 
     def check(self) -> None:
-        """Verify every invariant. Raises AssertionError for the first that does not hold. O(cached tokens), slow."""
+        """Verify every invariant, and that each slot is there once: an insert does not look at the slots of others.
+
+        Raises AssertionError for the first that does not hold. O(n log n) for n cached tokens, slow.
+        """
         from flatradix.inspect.check import check  # not wanted by most
 
-        check(self._index.content())
+        self._index.look_at(check)
 
     def digest(self) -> str:
         """Return 32 hex digits over the logical tree: paths, namespaces, slots, locks, ticks, priorities, hit counts.
@@ -405,13 +416,9 @@ class RadixTree:
             slot_dtype=self.slot_dtype, check_slots=self._index.options.check_slots, evict_by=self.evict_by,
             on_evict=self._index.options.on_evict,
         )  # fmt: skip
-        copy._index.restore(saved_of(self._compacted()))
-        return copy
-
-    def _compacted(self) -> Content:
         self._index.raise_pending()
-        self._index.compact()
-        return self._index.content()
+        copy._index.restore(self._index.look_at(saved_of, compacted=True))
+        return copy
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a RadixTree is neither pickled nor copied: use save() and RadixTree.load()")
@@ -425,15 +432,18 @@ class RadixTree:
         symbolic link stays a link. A process that is killed may leave a file `.NAME.*.part` behind. In an open file,
         the tree stands from the present position on.
 
-        Raises OSError for a path that cannot be written, RuntimeError if a signal handler changed the tree meanwhile.
+        Raises OSError for a path that cannot be written, RuntimeError if a signal handler or another thread used the
+        tree meanwhile.
         """
         from flatradix.inspect import snapshot
 
-        content = self._compacted()
-        before = self._index.changes()
+        self._index.raise_pending()
+        content, before = self._index.look_at(lambda content: (content, _uses(content)), compacted=True)
         with snapshot.writing(path, content):
-            if self._index.changes() != before:
-                raise RuntimeError("the tree was changed while it was saved, as by a signal handler: save it again")
+            if _uses(content) != before:
+                raise RuntimeError(
+                    "the tree was changed while it was saved, as by a signal handler or another thread: save it again"
+                )
 
     @staticmethod
     def load(

@@ -22,7 +22,7 @@ from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
 from flatradix.errors import QueryError
-from flatradix.index import public_call, refuse_reentry
+from flatradix.index import public_call, take_gate
 from flatradix.inputs import devices
 from flatradix.inputs.arguments import positive
 from flatradix.inputs.options import OnEvict, read_options
@@ -66,17 +66,20 @@ def _repaired(method: F) -> F:
 
     @wraps(method)
     def call(self: PrefixCache, *arguments: Any, **keywords: Any) -> Any:
-        if self._open is not None:
+        busy, self.busy = self.busy, True
+        if busy:
             self._recover()
         self._open = recover.READING
         try:
             result = method(self, *arguments, **keywords)
             self._open = None
+            self.busy = False
             return result
         except BaseException:
             if self._open is not None:
                 with suppress(Exception):  # then the next call tries again
                     self._recover()
+                    self.busy = False
             raise
 
     return public_call(call)  # type: ignore[return-value]
@@ -113,7 +116,8 @@ class PrefixCache:
     `num_tokens`, `committed` and `state` tell which. A call from a signal handler within another call raises
     RuntimeError.
 
-    Not thread-safe. Raises ValueError for arguments out of range, DeviceUnavailableError.
+    One thread at a time: a call while another thread is in one raises RuntimeError. Raises ValueError for arguments out
+    of range, DeviceUnavailableError.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class PrefixCache:
             pages = home.make_pages(self.tree, slots, columns, kv)
         self._state = State(self.tree, pages, columns)
         self._open: UnderWay | None = None  # the call that has begun and not ended
+        self.busy: object = False  # whether a call has begun and not returned
 
     @property
     def kv_device(self) -> torch.device:
@@ -173,10 +178,9 @@ class PrefixCache:
 
     def _recover(self) -> None:
         """Repair the cache after an interrupted call. Raises RuntimeError if that call is still under way."""
-        refuse_reentry(self)
+        take_gate(self)
         cut = self._open
-        assert cut is not None
-        if cut is not recover.READING:
+        if cut is not None and cut is not recover.READING:
             recover.repair(self._state, cut)
         self._open = None
 

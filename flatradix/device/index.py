@@ -29,7 +29,7 @@ from flatradix.device.names import Names
 from flatradix.device.results import Awaited, Batch, OnDevice, Results
 from flatradix.device.stages import Stages
 from flatradix.errors import TooLargeForDeviceError
-from flatradix.index import Index, public_call, refuse_reentry
+from flatradix.index import Index, public_call, take_gate
 from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import check_write_table, token_count
 from flatradix.inputs.devices import interpreted
@@ -120,14 +120,15 @@ class DeviceIndex(Index):
 
     # Interrupted calls, and waiting
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Undo what an interrupted call did. Raises RuntimeError if that call is still under way.
 
         Depends only on what the device has done, so this method may itself be interrupted.
         """
-        refuse_reentry(self)
+        take_gate(self)
         cut = self._open
-        assert cut is not None
+        if cut is None:
+            return
         self._move_in()
         if self._calls.is_capturing():
             if cut is not _NOTHING_YET:
@@ -172,9 +173,11 @@ class DeviceIndex(Index):
 
     @public_call
     def raise_pending(self) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._finish_all()
+        self.busy = False
 
     # Growth
 
@@ -227,8 +230,9 @@ class DeviceIndex(Index):
         start: Any = None,
         split: bool = False,
     ) -> MatchResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         locks = bool(lock or split)
         key = read_host_key(q, "tokens") if start is None else None
         if key is None:
@@ -244,26 +248,30 @@ class DeviceIndex(Index):
         elif split:
             self._unlock(self._places(result))
         self._open = None
+        self.busy = False
         return result
 
     @public_call
     def lock_prompts(self, prompts: Ragged, namespace: Any) -> MatchResult:
         """Match prompts on the device without their last tokens and without a touch, and lock them. One launch."""
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         keys = read_values(prompts, self.device, "tokens")._replace(left_out=1)
         self._open = _NOTHING_YET
         self.last_result = result = self._match_values(keys, namespace, False, True, None)
         self._changes += 1
         self._open = None
+        self.busy = False
         return result
 
     @public_call
     def match_array(
         self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
     ) -> MatchResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         if tokens.typecode != "q":
             raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
         key = read_one(tokens if limit is None else memoryview(tokens)[: max(limit, 0)], "tokens")
@@ -272,6 +280,7 @@ class DeviceIndex(Index):
         if split:
             self._unlock(self._places(result))
         self._open = None
+        self.busy = False
         return result
 
     def _match_key(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
@@ -343,14 +352,16 @@ class DeviceIndex(Index):
 
     @public_call
     def lock(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._renew(places, self._lock)
 
     @public_call
     def split(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._renew(places, self._split)
 
     def _renew(self, places: Any, operation: Callable[[PlaceAddresses], None]) -> None:
@@ -365,9 +376,11 @@ class DeviceIndex(Index):
             renewed = handles.contiguous()
             operation(PlaceAddresses(renewed.data_ptr(), lengths.data_ptr(), len(handles), (lengths, renewed)))
             if renewed is not handles:
-                handles.copy_(renewed)
+                with torch.inference_mode(handles.is_inference()):  # else torch refuses to write to such a tensor
+                    handles.copy_(renewed)
         self._changes += 1
         self._open = None
+        self.busy = False
 
     def _lock(self, places: PlaceAddresses) -> None:
         if places.batch:
@@ -393,8 +406,9 @@ class DeviceIndex(Index):
 
     @public_call
     def unlock(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         found = self._places(places)
         if found.batch:
             self._ensure_scratch(found.batch)
@@ -405,13 +419,15 @@ class DeviceIndex(Index):
             self._calls.enqueued(call, True, captured)
             self._changes += 1
             self._open = None
+        self.busy = False
 
     # Waiting queues and soft pins
 
     @public_call
     def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         keys = read_values(q, self.device, "tokens")
         names = self._names.find(namespace, keys.batch)
         old = self._starts(places, keys.batch)
@@ -424,22 +440,26 @@ class DeviceIndex(Index):
             gpu.rematch(self._arrays, keys, names, old, late.output(), call)
             self._calls.enqueued(call, False, captured)
         self._open = None
+        self.busy = False
         return late_match(late)
 
     @public_call
     def alive(self, places: Any) -> torch.Tensor:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         found = self._places(places)
         out = torch.zeros(found.batch, dtype=torch.int32, device=self.device)
         if found.batch:
             gpu.alive(self._arrays, found, out.data_ptr())
+        self.busy = False
         return out != 0
 
     @public_call
     def want(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._pinned = True
         self._renew(places, self._want)
 
@@ -453,8 +473,9 @@ class DeviceIndex(Index):
 
     @public_call
     def unwant(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         found = self._places(places)
         if found.batch:
             self._ensure_scratch(found.batch)
@@ -464,11 +485,7 @@ class DeviceIndex(Index):
             self._calls.enqueued(call)
             self._changes += 1
             self._open = None
-
-    @public_call
-    def settle(self) -> None:
-        if self._open:
-            self._recover()
+        self.busy = False
 
     def names(self) -> Namespaces:
         """Return the codes of the namespaces, for a waiting queue to read."""
@@ -489,7 +506,7 @@ class DeviceIndex(Index):
         """Wait for all calls so far. Does not tell whether one was refused."""
         self._wait()
 
-    def paths(self) -> Paths:
+    def read_paths(self) -> Paths:
         """Return the columns that lead from a row to the root, copied to the host. Waits for the device."""
         self._finish_all()
         s, rows = self._state, int(self._state.numbers[numbers.ROWS])
@@ -503,15 +520,20 @@ class DeviceIndex(Index):
 
     @public_call
     def slots(self, places: Any) -> Ragged:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        return self._slots_of(places)
+
+    def _slots_of(self, places: Any) -> Ragged:
         ragged = self._gather(places, self._pool)
         return ragged if self.options.slot_device is None else ragged.to(self.options.slot_device)
 
     @public_call
     def tokens(self, places: Any) -> Ragged:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         return self._gather(places, self._state.tokens)
 
     def _gather(self, places: Any, pool: torch.Tensor) -> Ragged:
@@ -531,15 +553,21 @@ class DeviceIndex(Index):
             self._calls.enqueued(call, False)
             self._finish_all()
         self._open = None
+        self.busy = False
         return Ragged.trusted(values, offsets)
 
+    @public_call
     def path_slots(self, place: Any) -> torch.Tensor:
-        return self.slots(place).values
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        return self._slots_of(place).values
 
     @public_call
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         found = self._places(places)
         where = self.options.slot_device
         if where is not None and torch.empty(0, device=where).device != self.device:
@@ -555,22 +583,23 @@ class DeviceIndex(Index):
 
         All are on the device.
         """
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         height, width = table.shape
         into = SlotTable(table.data_ptr(), False, width, height, width * self.options.page_size)
         self._write(self._places(places), rows, into, True)
 
     def _write(self, places: PlaceAddresses, rows: torch.Tensor, table: SlotTable, pages: bool) -> None:
-        if places.batch == 0:
-            return
-        self._open = _NOTHING_YET
-        self._ensure_scratch(places.batch)
-        captured = self._calls.is_capturing()
-        call = self._calls.next()
-        gpu.write_slots(self._arrays, places, rows.data_ptr(), table, call, pages)
-        self._calls.enqueued(call, False, captured)
-        self._open = None
+        if places.batch:
+            self._open = _NOTHING_YET
+            self._ensure_scratch(places.batch)
+            captured = self._calls.is_capturing()
+            call = self._calls.next()
+            gpu.write_slots(self._arrays, places, rows.data_ptr(), table, call, pages)
+            self._calls.enqueued(call, False, captured)
+            self._open = None
+        self.busy = False
 
     # Insert
 
@@ -584,8 +613,9 @@ class DeviceIndex(Index):
         start: Any = None,
         inserted_lengths: Any = 0,
     ) -> InsertResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         device = self.device
         keys = self._read_keys(q)
         source = read_slots(slots, keys, device)
@@ -594,6 +624,7 @@ class DeviceIndex(Index):
         starts = self._starts(start, keys.batch)
         if keys.batch == 0:
             namespaces.spread(namespace, 0)  # raises for a bad namespace
+            self.busy = False
             return late_insert(self._results.many(self, 0, 0))
         if self._calls.is_capturing():
             raise RuntimeError(
@@ -616,6 +647,7 @@ class DeviceIndex(Index):
         self.last_result = result = late_insert(late)
         self._changes += 1
         self._open = None
+        self.busy = False
         return result
 
     def _read_keys(self, q: Any) -> Values:
@@ -636,8 +668,9 @@ class DeviceIndex(Index):
 
     @public_call
     def evict(self, num_tokens: int) -> EvictResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         wanted = token_count(num_tokens)
         self._finish_all()
         self._open = _NOTHING_YET
@@ -680,6 +713,7 @@ class DeviceIndex(Index):
         self._unreturned = None
         self._changes += 1
         self._open = None
+        self.busy = False
         return result
 
     def _empty_slots(self, count: int) -> torch.Tensor:
@@ -734,8 +768,8 @@ class DeviceIndex(Index):
 
     def _counters(self, *places: int) -> int:
         """Wait for all calls so far, and return the sum of these sizes."""
-        if self._open:
-            self._recover()
+        if self.busy:
+            self._settle()
         self._finish_all()
         return sum([self.mailbox.counter(place) for place in places])
 
@@ -761,23 +795,21 @@ class DeviceIndex(Index):
 
     @public_call
     def changes(self) -> int:
-        if self._open:
-            self._recover()
+        if self.busy:
+            self._settle()
         return self._changes
 
     # The whole tree
 
-    @public_call
-    def compact(self) -> None:
-        if self._open:
-            self._recover()
+    def pack(self) -> None:
         gpu.compact(self._arrays, True)
         self._calls.tell(self._tell)
 
     @public_call
     def digest(self) -> str:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._finish_all()
         self._open = _NOTHING_YET
         items = self._names.known.items()
@@ -786,12 +818,14 @@ class DeviceIndex(Index):
         self._state.namespace_hash[codes] = torch.from_numpy(hashes).to(self.device)
         lanes = gpu.digest(self._arrays)
         self._open = None
+        self.busy = False
         return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
 
     @public_call
     def reset(self) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         call = self._calls.next()
         self._open = OpenCall(interrupted.RESET, call, self._changes, before=self._unreturned)
         gpu.reset(self._arrays, call)
@@ -805,11 +839,9 @@ class DeviceIndex(Index):
             self._listener.forget()
         self._changes += 1
         self._open = None
+        self.busy = False
 
-    @public_call
-    def content(self, slots: bool = True) -> Content:
-        if self._open:
-            self._recover()
+    def read_content(self, slots: bool) -> Content:
         self._finish_all()
         first = int(self._state.numbers[numbers.POOL_END]) - pool_units(self.options.max_tokens, self.options.page_size)
         sizes = (self.mailbox.counter(place) for place in (mail.EVICTABLE, mail.PROTECTED, mail.NODES))

@@ -12,7 +12,7 @@ from flatradix.host.freed import freed_last
 from flatradix.host.growth import Larger, has_moved, larger_than, move
 from flatradix.host.slots import EvictionMemory, HostSlots, SlotBatch, SlotPool
 from flatradix.host.slots_apart import SlotsApart
-from flatradix.index import Index, public_call, refuse_reentry
+from flatradix.index import Index, public_call, take_gate
 from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import check_counts, check_write_table, per_query, to_int64, token_count
 from flatradix.inputs.namespaces import Namespaces
@@ -101,12 +101,14 @@ class HostIndex(Index):
         self._results = call, handles, lengths, prefix_lengths
         return call
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Undo what an interrupted call did, or finish it. Raise RuntimeError if that call is still running.
 
         Only the state of the tree decides, so this can start again if it is interrupted itself.
         """
-        refuse_reentry(self)
+        take_gate(self)
+        if self._open == 0:
+            return
         self._move_in()
         if self._numbers[_LAST_CALL] == self._open:
             self._take_back(self._numbers[numbers.LAST_OPERATION])
@@ -152,11 +154,13 @@ class HostIndex(Index):
         assert reason == 0, "an interrupted lock or unlock could not be undone"
 
     def _refuse(self, operation: str, reason: int) -> NoReturn:
-        self._open = 0
         query, value = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
+        evictable, protected = self._numbers[_EVICTABLE], self._numbers[_PROTECTED]
+        max_tokens = most_tokens(self.options.page_size) if self.options.grows else self.options.max_tokens
+        self._open = 0
+        self.busy = False
         if reason == reasons.NO_CAPACITY:
-            max_tokens = most_tokens(self.options.page_size) if self.options.grows else self.options.max_tokens
-            refuse_capacity(value, max_tokens - self.total_tokens, self.evictable_tokens, max_tokens)
+            refuse_capacity(value, max_tokens - evictable - protected, evictable, max_tokens)
         refuse(operation, reason, query, value)
 
     # Growth
@@ -206,8 +210,9 @@ class HostIndex(Index):
         start: Any = None,
         split: bool = False,
     ) -> MatchResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         key = read_host_key(q, "tokens") if start is None else None
         if key is None:
             return self._match_batch(read_batch(q, "tokens"), namespace, touch, lock, start, split)
@@ -218,8 +223,9 @@ class HostIndex(Index):
     def match_array(
         self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
     ) -> MatchResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         address, count = tokens.buffer_info()
         if tokens.typecode != "q":
             raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
@@ -254,6 +260,7 @@ class HostIndex(Index):
         if lock:
             self.last_result = result
         self._open = 0
+        self.busy = False
         return result
 
     def _match_batch(
@@ -276,14 +283,16 @@ class HostIndex(Index):
         if lock:
             self.last_result = result
         self._open = 0
+        self.busy = False
         return result
 
     # Slots
 
     @public_call
     def slots(self, places: Any) -> Ragged:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         if isinstance(places, Places) and places.late is None:
             values = self._slots_of(places.handle, places.length)
             return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
@@ -293,12 +302,14 @@ class HostIndex(Index):
         if isinstance(found, int):
             self._refuse("slots", found)
         self._open = 0
+        self.busy = False
         return found
 
     @public_call
     def tokens(self, places: Any) -> Ragged:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
         self._open = NOTHING_TO_UNDO
         total, _nodes = cpu.count_paths(self._addresses, handles, lengths)
@@ -309,12 +320,14 @@ class HostIndex(Index):
         tokens = self._state.tokens.data_ptr()
         cpu.path_slots(self._addresses, handles, lengths, tokens, False, address_of(out))
         self._open = 0
+        self.busy = False
         return Ragged.trusted(torch.from_numpy(out), torch.from_numpy(offsets))
 
     @public_call
     def path_slots(self, place: Any) -> torch.Tensor:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         return self._slots_of(place.handle, place.length)
 
     def _slots_of(self, handle: int, length: int) -> torch.Tensor:
@@ -323,12 +336,14 @@ class HostIndex(Index):
         if isinstance(found, int):
             self._refuse("slots", found)
         self._open = 0
+        self.busy = False
         return found
 
     @public_call
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
         pool = self._slots
         numbered = check_write_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
@@ -341,13 +356,15 @@ class HostIndex(Index):
         if reason < 0:
             self._refuse("write_slots", reason)
         self._open = 0
+        self.busy = False
 
     # Lock
 
     @public_call
     def lock(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         try:
             late = places.late
         except AttributeError:  # not a result of this library; isinstance would take longer
@@ -359,6 +376,7 @@ class HostIndex(Index):
                 self._refuse("lock", handle)
             places.handle = handle
             self._open = 0
+            self.busy = False
             return
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
@@ -370,11 +388,13 @@ class HostIndex(Index):
         if renewed is not handles:
             handles.numpy()[:] = renewed.numpy()
         self._open = 0
+        self.busy = False
 
     @public_call
     def unlock(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         try:
             late = places.late
         except AttributeError:  # not a result of this library; isinstance would take longer
@@ -389,11 +409,13 @@ class HostIndex(Index):
         if reason < 0:
             self._refuse("unlock", reason)
         self._open = 0
+        self.busy = False
 
     @public_call
     def split(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
         renewed = contiguous(handles)
@@ -404,13 +426,15 @@ class HostIndex(Index):
         if renewed is not handles:
             handles.numpy()[:] = renewed.numpy()
         self._open = 0
+        self.busy = False
 
     # Waiting queues and soft pins
 
     @public_call
     def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         keys = read_batch(q, "tokens")
         old_handles, old_lengths = read_starts(places, len(keys))
         self._open = NOTHING_TO_UNDO
@@ -424,21 +448,25 @@ class HostIndex(Index):
         if reason < 0:
             self._refuse("rematch", reason)
         self._open = 0
+        self.busy = False
         return MatchResult(lengths, handles)
 
     @public_call
     def alive(self, places: Any) -> torch.Tensor:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         lengths, handles = read_places(places)
         found = torch.empty(len(handles), dtype=torch.bool, device="cpu")
         cpu.alive(self._addresses, contiguous(handles).numpy(), lengths.numpy(), found.numpy())
+        self.busy = False
         return found
 
     @public_call
     def want(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
         renewed = contiguous(handles)
@@ -449,24 +477,22 @@ class HostIndex(Index):
         if renewed is not handles:
             handles.numpy()[:] = renewed.numpy()
         self._open = 0
+        self.busy = False
 
     @public_call
     def unwant(self, places: Any) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
         call = self._begin(handles.copy(), kept := lengths.copy(), kept)
         reason = cpu.unwant(self._addresses, call, handles, lengths)
         if reason < 0:
             self._refuse("unwant", reason)
         self._open = 0
+        self.busy = False
 
-    @public_call
-    def settle(self) -> None:
-        if self._open:
-            self._recover()
-
-    def paths(self) -> Paths:
+    def read_paths(self) -> Paths:
         s, rows = self._arrays, self._numbers[_ROWS]
         sizes = self._numbers[_EVICTABLE], self._numbers[_PROTECTED]
         return Paths(s.parent[:rows], s.length[:rows], s.end[:rows], s.lock_ref[:rows], *sizes)
@@ -488,8 +514,9 @@ class HostIndex(Index):
         start: Any = None,
         inserted_lengths: Any = 0,
     ) -> InsertResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         priority = 0 if priority is None else priority
         single = start is None or (isinstance(start, Places) and start.late is None)
         if single and isinstance(priority, int) and isinstance(inserted_lengths, int) and not is_batch(q):
@@ -535,6 +562,7 @@ class HostIndex(Index):
             pool.store_one(source, prefix - start, length - start, pool_start)
         self.last_result = result = one_insert(prefix, length, end)
         self._open = 0
+        self.busy = False
         return result
 
     def _insert_batch(
@@ -557,6 +585,7 @@ class HostIndex(Index):
         self._insert_arrays(keys, source, namespace, (priorities, inserted), starts, out, slots)
         self.last_result = result
         self._open = 0
+        self.busy = False
         return result
 
     def _insert_arrays(
@@ -608,8 +637,9 @@ class HostIndex(Index):
         """Forget the namespace codes that the insert gave out, and raise its error. slots: one sequence per query."""
         self._namespaces.forget(self._fresh, self._arrays.namespace_children)
         if reason == reasons.BAD_SLOT:
-            self._open = 0
             query, position = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
+            self._open = 0
+            self.busy = False
             refuse_slot(int(slots[query][position]), query, position, self.options.slot_dtype)
         self._refuse("insert", reason)
 
@@ -617,8 +647,9 @@ class HostIndex(Index):
 
     @public_call
     def evict(self, num_tokens: int) -> EvictResult:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         wanted = token_count(num_tokens)
         self._open = call = self._calls = self._calls + 1
         before = self._unreturned
@@ -645,7 +676,8 @@ class HostIndex(Index):
             self._listener.tell()
         self._unreturned = None
         self._open = 0
-        self._eviction = None  # last: until then, it may have to be returned by the next eviction
+        self._eviction = None  # now: until then, it may have to be returned by the next eviction
+        self.busy = False
         return result
 
     def _allocate_eviction(self, before: torch.Tensor | None, wanted: int) -> EvictionMemory:
@@ -689,29 +721,29 @@ class HostIndex(Index):
     @property
     @public_call
     def evictable_tokens(self) -> int:
-        if self._open:
-            self._recover()
+        if self.busy:
+            self._settle()
         return self._numbers[_EVICTABLE]
 
     @property
     @public_call
     def protected_tokens(self) -> int:
-        if self._open:
-            self._recover()
+        if self.busy:
+            self._settle()
         return self._numbers[_PROTECTED]
 
     @property
     @public_call
     def total_tokens(self) -> int:
-        if self._open:
-            self._recover()
+        if self.busy:
+            self._settle()
         return self._numbers[_EVICTABLE] + self._numbers[_PROTECTED]
 
     @property
     @public_call
     def num_nodes(self) -> int:
-        if self._open:
-            self._recover()
+        if self.busy:
+            self._settle()
         return self._numbers[_NODES]
 
     @property
@@ -720,50 +752,48 @@ class HostIndex(Index):
 
     @public_call
     def changes(self) -> int:
-        if self._open:
-            self._recover()
+        if self.busy:
+            self._settle()
         return self._numbers[_LAST_CALL]
 
     # The whole tree
 
-    @public_call
-    def compact(self) -> None:
-        if self._open:
-            self._recover()
+    def pack(self) -> None:
         self._open = call = self._calls = self._calls + 1
         self._slots.compact(call, self._numbers[_NODES])
         self._open = 0
 
     @public_call
     def digest(self) -> str:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._open = NOTHING_TO_UNDO
         slots = self._slots.values.cpu()
         lanes = [cpu.digest(self._addresses, slots.data_ptr(), slots.dtype == torch.int64, lane) for lane in (0, 1)]
         self._open = 0
+        self.busy = False
         return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
 
     @public_call
     def reset(self) -> None:
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._open = call = self._calls = self._calls + 1
         cpu.reset(self._addresses, call)
         self._namespaces.clear()
         self._unreturned = None
         self._forget_victims()
         self._open = 0
+        self.busy = False
 
     @public_call
     def raise_pending(self) -> None:
-        if self._open:
-            self._recover()
+        if self.busy:
+            self._settle()
 
-    @public_call
-    def content(self, slots: bool = True) -> Content:
-        if self._open:
-            self._recover()
+    def read_content(self, slots: bool) -> Content:
         sizes = self._numbers[_EVICTABLE], self._numbers[_PROTECTED], self._numbers[_NODES]
         pool = self._slots.values if slots else self._slots.values[:0]
         return Content(self.options, self._arrays, pool.numpy(force=True), 0, self._namespaces.items(), *sizes)

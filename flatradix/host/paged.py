@@ -187,8 +187,9 @@ class PagedIndex(HostIndex):
 
         found: int64 [3, B], gets the cached lengths, the lengths with slots and the handles.
         """
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._open = NOTHING_TO_UNDO  # PrefixCache undoes locks
         codes = _NO_CODES if names is None else self._codes(names, len(prompts))[0]
         self._calls += 1
@@ -198,6 +199,7 @@ class PagedIndex(HostIndex):
         if needed < 0:
             self._refuse("begin", needed)
         self._open = 0
+        self.busy = False
         return needed
 
     @public_call
@@ -209,8 +211,9 @@ class PagedIndex(HostIndex):
         names: of each request that has committed nothing; None if none has a name. Returns int64 [3, K]: the rows that
         got other pages, and from where to where.
         """
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._open = NOTHING_TO_UNDO
         codes = _NO_CODES
         if names is not None:
@@ -229,32 +232,39 @@ class PagedIndex(HostIndex):
         if names is not None:  # those that inserted no page
             self._namespaces.forget(self._fresh, self._arrays.namespace_children)
         self._open = 0
+        self.busy = False
         return replaced[:, :others]
 
     @public_call
     def release_requests(self, cache: int, rows: np.ndarray, begins: np.ndarray) -> None:
         """End requests; see `kernels.cpu.release`."""
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         self._open = NOTHING_TO_UNDO
         self._calls += 1
         cpu.release.call(self._addresses, cache, self._calls, rows, begins)
         self._open = 0
+        self.busy = False
 
     @public_call
     def admit_prompts(self, cache: int, prompts: Batch, arrays: tuple[np.ndarray, ...]) -> tuple[int, int]:
         """Let prompts run; see `kernels.cpu.admit`. arrays: rows, cached, begins, lengths, handles, priorities."""
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         rows, *others = arrays
         found: tuple[int, int] = cpu.admit.call(
             self._addresses, cache, rows, prompts.addresses, prompts.wide, prompts.counts, *others
         )
+        self.busy = False
         return found
 
     @public_call
     def write_pages(self, cache: int, handles: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> None:
         """Write the pages of good places to rows; see `kernels.cpu.write_pages`."""
-        if self._open:
-            self._recover()
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
         cpu.write_pages(self._addresses, cache, handles, lengths, rows)
+        self.busy = False

@@ -22,6 +22,7 @@ def check(content: Content) -> None:
     _check_relations(content, a)
     _check_table(content, a)
     _check_pool(content, a)
+    _check_slots(content, a)
     _check_rows(content, a)
     if content.is_on_host:
         _check_queue(content, a)
@@ -140,6 +141,27 @@ def _check_pool(content: Content, a: Any) -> None:
     words = content.state.used
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:pages]
     equal(np.flatnonzero(bits != owners).tolist(), [], "pool pages whose mark is wrong")
+
+
+def _check_slots(content: Content, a: Any) -> None:
+    """Check that no two units of the tree have the same slot: it would come back twice, and serve two requests."""
+    live = a.live
+    lengths = a.length[live].astype(np.int64)
+    ends = np.cumsum(lengths)
+    within = np.arange(ends[-1] if len(live) else 0) - np.repeat(ends - lengths, lengths)
+    slots = content.slots[np.repeat(a.start[live].astype(np.int64), lengths) + within]
+    order = np.argsort(slots, kind="stable")
+    twice = np.flatnonzero(slots[order[1:]] == slots[order[:-1]])
+    if len(twice):
+        units = order[twice[0] : twice[0] + 2]
+        rows = live[np.searchsorted(ends, units, side="right")]
+        where = [
+            f"at path length {a.end[row] - a.length[row] + within[unit]} of row {row}"
+            for row, unit in zip(rows.tolist(), units.tolist(), strict=True)
+        ]
+        raise AssertionError(
+            f"slot {slots[units[0]]} is there twice: {where[0]} and {where[1]}; give each token its own"
+        )
 
 
 def _check_rows(content: Content, a: Any) -> None:

@@ -138,7 +138,6 @@ class DeviceWatch(Watch):
         self._index.follow(self._addresses, int(arrays.counts[waiting.ENTRIES]))
 
     def look(self) -> None:
-        self._index.settle()
         known = (self._index.names().version, self.prompts.names_version) == self._names_seen
         arrays: Any = self.prompts.arrays
         if known and arrays.counts[waiting.TODO] == 0 and self._read_at == self._index.last_call is not None:

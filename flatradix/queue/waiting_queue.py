@@ -12,6 +12,7 @@ import torch
 
 from flatradix.errors import QueryError
 from flatradix.host.index import HostIndex
+from flatradix.index import public_call
 from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import per_query, to_int64
 from flatradix.inputs.ragged import read_batch
@@ -50,21 +51,29 @@ class WaitingQueue:
     changes concern, never the prompts' tokens again. Results are CPU tensors, one value for each waiting prompt, the
     oldest first, as `ids` tells. No call of a queue changes what the tree holds.
 
-    Not thread-safe. Raises ValueError if another queue keeps in this tree already.
+    One thread at a time, for the queue and its tree together: a call while another thread is in one of either raises
+    RuntimeError. Raises ValueError if another queue keeps in this tree already.
     """
 
     def __init__(self, tree: RadixTree, keep: bool = False, *, compute_last: bool = False) -> None:
         if not isinstance(tree, RadixTree):
             raise ValueError(f"a waiting queue stands beside a RadixTree, not beside a {type(tree).__name__}")
         self.tree = tree
+        self.gate = tree.index  # the calls of a queue count as calls of the index: both have one gate
         self._keep = keep
         self._watch = _watch_of(tree, keep, compute_last)
         self._known: np.ndarray | None = None  # entries by age, until the next add or remove
 
+    @public_call
     def close(self) -> None:
         """Keep nothing from now on, as if the queue were deleted: another queue can then keep in this tree."""
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
         self._watch.close()
         self._keep = False
+        index.busy = False
 
     @property
     def keep(self) -> bool:
@@ -77,6 +86,7 @@ class WaitingQueue:
     def _prompts(self) -> Any:
         return self._watch.prompts
 
+    @public_call
     def add(self, prompts: Any, namespace: Any = None, priority: Any = 0, arrival: Any = None) -> torch.Tensor:
         """Add prompts, in order; return their ids: int64 [B], rising, never used again.
 
@@ -87,10 +97,16 @@ class WaitingQueue:
 
         O(tokens). Raises QueryError (a token out of range), ValueError. Then nothing was added.
         """
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
         priority = 0 if priority is None else priority
         key = read_host_key(prompts, "tokens") if isinstance(priority, int) else None
         if key is not None and not isinstance(namespace, list | tuple) and (arrival is None or type(arrival) is float):
-            return self._add_one(key, namespace, priority, arrival)
+            one = self._add_one(key, namespace, priority, arrival)
+            index.busy = False
+            return one
         keys = read_batch(prompts, "tokens")
         names = namespaces.spread(namespace, len(keys))
         priorities = per_query(priority, len(keys), "priority")
@@ -100,6 +116,7 @@ class WaitingQueue:
         found = self._prompts.add(keys, spaces, priorities, arrivals)
         if isinstance(found, int):
             _refuse_token((int(keys.addresses[found]), int(keys.counts[found]), keys.wide, keys.owner), found)
+        index.busy = False
         return torch.from_numpy(found)
 
     def _add_one(self, key: Buffer, namespace: Any, priority: int, arrival: float | None) -> torch.Tensor:
@@ -117,18 +134,23 @@ class WaitingQueue:
             _refuse_token(key, 0)
         return torch.from_numpy(np.array([number]))  # torch.tensor takes four times as long
 
+    @public_call
     def remove(self, ids: Any) -> None:
         """Remove prompts that wait: an id, or several (a sequence, an array, a tensor).
 
         O(nodes on their paths). Raises QueryError (an id that does not wait, or is given twice). Then all stay.
         """
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
         self._known = None
-        if type(ids) is int and 0 <= ids < _NO_LIMIT and self._watch.remove_one(ids):
-            return
-        numbers = _read_ids(ids)
-        self._find(numbers, "remove")
-        _refuse_twice(numbers, "remove")
-        self._watch.remove(numbers)
+        if not (type(ids) is int and 0 <= ids < _NO_LIMIT and self._watch.remove_one(ids)):
+            numbers = _read_ids(ids)
+            self._find(numbers, "remove")
+            _refuse_twice(numbers, "remove")
+            self._watch.remove(numbers)
+        index.busy = False
 
     def _find(self, numbers: np.ndarray, operation: str) -> np.ndarray:
         entries, missing = self._prompts.find(numbers)
@@ -141,21 +163,35 @@ class WaitingQueue:
         found: np.ndarray = entries
         return found
 
+    @public_call
     def prompt(self, id: int) -> torch.Tensor:
         """Return a copy of the tokens of a waiting prompt: int32 [length]. Raises QueryError."""
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
         entries = self._find(_read_ids(id), "prompt")
         if len(entries) != 1:
             raise ValueError(f"prompt takes one id, not {len(entries)}")
         entry = int(entries[0])
-        return torch.from_numpy(self._prompts.tokens(entry))
+        tokens = torch.from_numpy(self._prompts.tokens(entry))
+        index.busy = False
+        return tokens
 
     def __len__(self) -> int:
         return len(self._prompts)
 
+    @public_call
     def __contains__(self, id: object) -> bool:
         if not isinstance(id, int | np.integer) or not 0 <= id < _NO_LIMIT:
             return False
-        return bool(self._prompts.find(np.array([id], np.int64))[1] < 0)
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
+        missing = self._prompts.find(np.array([id], np.int64))[1]
+        index.busy = False
+        return bool(missing < 0)
 
     @property
     def nbytes(self) -> int:
@@ -174,29 +210,57 @@ class WaitingQueue:
     def _column(self, name: str) -> torch.Tensor:
         return torch.from_numpy(getattr(self._prompts.arrays, name)[self._entries()])
 
+    @public_call
     def ids(self) -> torch.Tensor:
         """Return the ids of all waiting prompts, the oldest first: int64 [N]."""
-        return self._column("id")
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
+        found = self._column("id")
+        index.busy = False
+        return found
 
+    @public_call
     def lengths(self) -> torch.Tensor:
         """Return the tokens of each waiting prompt: int32 [N]."""
-        return self._column("tokens")
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
+        found = self._column("tokens")
+        index.busy = False
+        return found
 
+    @public_call
     def cached_lengths(self) -> torch.Tensor:
         """Return what `tree.match(prompt, namespace, touch=False)` would say of each waiting prompt now: int32 [N].
 
         On the CPU: O(what the tree's changes since the last look concern + N).
         """
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
         self._watch.look()
-        return self._column("length")
+        found = self._column("length")
+        index.busy = False
+        return found
 
+    @public_call
     def shared_lengths(self) -> torch.Tensor:
         """Return how many tokens of each prompt are not cached, and are known from an older waiting prompt: int32 [N].
 
         Counted from the cached length on, in whole pages, within a namespace, by tokens. O(N + nodes of the prompts).
         """
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
         self._watch.look()
-        return self._shared()
+        found = self._shared()
+        index.busy = False
+        return found
 
     def _shared(self) -> torch.Tensor:
         self._prompts.tidy()
@@ -205,6 +269,7 @@ class WaitingQueue:
 
     # Order
 
+    @public_call
     def order(
         self,
         policy: str | OrderFunction = "fcfs",
@@ -234,17 +299,24 @@ class WaitingQueue:
         The order is also that by which `keep` gives up nodes. Raises ValueError.
         """
         _check_order(policy, now, patience, every)
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
         if policy == "lpm" and not defer_shared:
             self._watch.look()
             ids = np.empty(len(self), np.int64)
             if cpu.order_by_longest.call(self._prompts.address, self.tree.page_size, ids):
                 self._watch.order_changed()
+                index.busy = False
                 return torch.from_numpy(ids)
         positions = self._order(policy, now, patience, every, defer_shared)
         entries = self._entries()[positions]
         cpu.set_order(self._prompts.address, entries)
         self._watch.order_changed()
-        return torch.from_numpy(self._prompts.arrays.id[entries])
+        found = torch.from_numpy(self._prompts.arrays.id[entries])
+        index.busy = False
+        return found
 
     def _order(
         self, policy: str | OrderFunction, now: float | None, patience: float, every: int, defer_shared: bool
@@ -255,11 +327,9 @@ class WaitingQueue:
         if policy == "fcfs":
             positions = np.arange(len(entries))
         elif policy == "dfs-weight":
-            positions = orders.depth_first(self.tree.index.paths().parents, self._prompts.arrays.row[entries])
+            positions = orders.depth_first(self.gate.read_paths().parents, self._prompts.arrays.row[entries])
         else:
             scores = orders.scores_of(policy, columns, patience)
-            if self._known is not entries:
-                raise RuntimeError("the function of the order has changed the queue; it may only look at the columns")
             positions = orders.by_scores(scores, len(entries))
         if policy == "k-lpm":
             positions = orders.with_oldest(orders.in_classes(positions, columns, False), columns, every)
@@ -275,15 +345,23 @@ class WaitingQueue:
             cached, length, self._shared() if shared else cached, torch.from_numpy(waited), priority, arrival
         )
 
+    @public_call
     def turns(self) -> torch.Tensor:
         """Return the ids in the order of the last `order` call, those added since at the end: int64 [N].
 
         With `keep`, an eviction gives up prompts from the end of this order on.
         """
-        return torch.from_numpy(self._prompts.arrays.id[self._prompts.in_order()])
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
+        found = torch.from_numpy(self._prompts.arrays.id[self._prompts.in_order()])
+        index.busy = False
+        return found
 
     # Plan
 
+    @public_call
     def plan(
         self,
         order: str | OrderFunction | torch.Tensor | Sequence[int] = "fcfs",
@@ -316,6 +394,10 @@ class WaitingQueue:
         """
         budget, most = read_limit(token_budget, "token_budget"), read_limit(max_requests, "max_requests")
         reserve = read_limit(reserve, "reserve")
+        index = self.gate
+        busy, index.busy = index.busy, True
+        if busy:
+            index.recover()
         self._watch.look()
         if isinstance(order, str) or callable(order):
             _check_order(order, None, _PATIENCE, _EVERY)
@@ -326,7 +408,7 @@ class WaitingQueue:
             _refuse_twice(numbers, "plan")
         ids, rows, cached, leaves = self._prompts.columns(entries, "id", "row", "length", "leaf")
         tokens = self._prompts.arrays.tokens[entries].astype(np.int64)
-        paths = self.tree.index.paths()
+        paths = self.gate.read_paths()
         free = (self.tree.max_tokens or MAX_UNITS) - paths.evictable - paths.protected
         if free_tokens is not None:
             free = read_limit(free_tokens, "free_tokens", -_NO_LIMIT)
@@ -338,6 +420,7 @@ class WaitingQueue:
             *paths[:4], rows, cached, tokens, free + paths.evictable, budget, most, reserve, skip,
             np.zeros(len(paths.parents), np.int32), chosen, bool(share), leaves, *self._prompts.paths(),
         )  # fmt: skip
+        index.busy = False
         chosen = chosen[:count]
         return Plan(torch.from_numpy(ids[chosen]), torch.from_numpy(cached[chosen]), int(total))
 

@@ -15,7 +15,7 @@ from flatradix.queue.prompts import Prompts
 
 
 class Watch(ABC):
-    """The places of waiting prompts in one tree."""
+    """The places of waiting prompts in one tree. Its methods run within a call of the tree's index."""
 
     prompts: Prompts
 
@@ -68,10 +68,6 @@ class HostWatch(Watch):
         self.prompts.arrays.counts[waiting.KEEP] = 0
 
     def look(self) -> None:
-        self._index.settle()
-        self._look()
-
-    def _look(self) -> None:
         prompts, tree = self.prompts, self._tree
         prompts.ensure_rows(tree.numbers[numbers.ROW_CAPACITY])
         if (tree.namespaces.version, prompts.names_version) != self._names_seen:
@@ -91,16 +87,14 @@ class HostWatch(Watch):
 
     def wanted_table(self) -> int:
         """Bring the wants up to date, within an eviction. Return the address of the queue's table."""
-        self._look()
+        self.look()
         return self.prompts.address
 
     def order_changed(self) -> None:
         return  # an eviction reads the order itself
 
     def remove(self, ids: np.ndarray) -> None:
-        self._index.settle()
         self.prompts.remove(ids, self._tree.addresses)
 
     def remove_one(self, number: int) -> bool:
-        self._index.settle()
         return self.prompts.remove_one(number, self._tree.addresses)

@@ -9,8 +9,8 @@ the queue's arrays, and removed from its front. The others go to a min-heap in t
 mostly O(1) per node and O(log n) at worst, whatever the size of the tree.
 
 If much of the tree has been used since it was entered, an eviction finds one entry after another that has to go back.
-After the first of them it fills the queue anew instead, from all rows, and sorts the entries digit by digit: O(rows), and
-20 to 30 ms for 500,000 leaves that were all used in random order, where it took 40 to 700 ms (one core of an EPYC).
+After the first of them it fills the queue anew instead, from all rows, and sorts the entries digit by digit. That is
+O(rows): 20 to 30 ms for 500,000 leaves that were all used in random order, instead of 40 to 700 (one core of an EPYC).
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from flatradix.layout.queries import Output, PerQuery, Values
 LANES = tl.constexpr(32)
 QUERIES = tl.constexpr(128)
 COPIED = tl.constexpr(1024)
+MAX_HITS = tl.constexpr(numbers.MAX_HITS)
+NEAR = tl.constexpr(1 << 30)  # more than a batch can add
 
 
 @triton.jit
@@ -138,6 +140,19 @@ def _numbers(many, one, query, active, MANY: tl.constexpr):
 
 
 @triton.jit
+def _count_hits(s, row, on):
+    """Add a hit to the rows of lanes that are `on`, up to MAX_HITS.
+
+    The sum of a row near the limit may pass the limit. As a number without a sign it does not overflow, and each lane
+    that may have passed the limit then lowers it to the limit.
+    """
+    near = on & (tl.load(s.hit_count + row, mask=on, other=0) >= MAX_HITS - NEAR)
+    hits = (s.hit_count + row).to(tl.pointer_type(tl.uint32))
+    tl.atomic_add(hits, tl.zeros_like(row).to(tl.uint32) + 1, mask=on, sem="relaxed")
+    tl.atomic_min(hits, tl.zeros_like(row).to(tl.uint32) + MAX_HITS, mask=near, sem="relaxed")
+
+
+@triton.jit
 def _use_path(s, row, time, priority, inserted):
     """Update the ticks, priorities and hits of the nodes on each lane's path.
 
@@ -153,7 +168,7 @@ def _use_path(s, row, time, priority, inserted):
         parent = tl.load(s.parent + row, mask=on, other=0).to(tl.int64)
         tl.atomic_max(s.tick + row, time, mask=on, sem="relaxed")
         tl.atomic_max(s.priority + row, priority, mask=on, sem="relaxed")
-        tl.atomic_add(s.hit_count + row, 1, mask=on & (end > inserted), sem="relaxed")
+        _count_hits(s, row, on & (end > inserted))
         row = tl.where(on, tl.maximum(parent, 0), 0)
 
 

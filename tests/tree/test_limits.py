@@ -1,4 +1,4 @@
-"""Limits of the numbers in a tree: counts and clocks near their largest values, deep trees, full trees, large batches."""
+"""Limits of the numbers in a tree: large counts and clocks, deep trees, full trees, large batches."""
 
 from __future__ import annotations
 

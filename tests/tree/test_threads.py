@@ -1,0 +1,243 @@
+"""Several threads on one tree without a lock: each call either works or says that another thread is in a call."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+
+import flatradix
+from flatradix import CapacityError, PrefixCache, QueryError, RadixTree, WaitingQueue
+from flatradix.host.index import HostIndex
+from flatradix.host.paged import PagedIndex
+from tests.support.devices import interpreted
+
+THREADS = 8
+TOLD = "another thread is in a call of the same object"
+
+
+@pytest.fixture(autouse=True)
+def frequent_switches() -> Iterator[None]:
+    """Switch threads a thousand times as often as usual."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class Load:
+    """Threads that make random calls at once. done: how often each call worked. refused: how often one was refused."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.done: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.wrong: list[BaseException] = []
+        self.least = 200
+
+    def attempt(self, name: str, call: Callable[[], Any]) -> Any:
+        """Return what a call returns, or None if it was refused."""
+        try:
+            found = call()
+        except RuntimeError as error:
+            if isinstance(error, CapacityError):
+                return None
+            if TOLD not in str(error):
+                raise
+            self.refused[name] += 1
+            return None
+        except QueryError:  # as a place that another thread has evicted
+            return None
+        self.done[name] += 1
+        return found
+
+    def run(self, act: Callable[[Random], None]) -> None:
+        """Let all threads act until the time is over, and longer if few calls have been refused by then."""
+
+        def work(number: int) -> None:
+            random = Random(number)
+            try:
+                while not self.wrong and (time.monotonic() < self.end or self.few()):
+                    act(random)
+            except BaseException as error:
+                self.wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.wrong:
+            raise self.wrong[0]
+
+    def few(self) -> bool:
+        """Return whether too few calls were refused for a test, unless that is hopeless."""
+        return self.refused.total() < self.least and time.monotonic() < self.end + 60
+
+
+def keys_of(random: Random) -> list[list[int]]:
+    return [[random.randint(0, 2) for _ in range(2 * random.randint(0, 12))] for _ in range(random.randint(1, 4))]
+
+
+def use_tree(tree: RadixTree, load: Load, random: Random, new_slots: Callable[[int], list[int]]) -> None:
+    """Make one random call; unlock what was locked, as soon as the tree lets us."""
+    keys, name = keys_of(random), random.choice([None, "a", "b"])
+    kind = random.random()
+    if kind < 0.3:
+        slots = [new_slots(len(key)) for key in keys]
+        load.attempt("insert", lambda: tree.insert(keys, slots, namespace=name))
+    elif kind < 0.4:
+        load.attempt("insert one", lambda: tree.insert(keys[0], new_slots(len(keys[0])), namespace=name))
+    elif kind < 0.5:
+        load.attempt("match", lambda: tree.match(keys, name))
+    elif kind < 0.6:
+        load.attempt("match one", lambda: tree.match(keys[0], name))
+    elif kind < 0.75:
+        held = load.attempt("lock", lambda: tree.match(keys, name, lock=True))
+        while held is not None and load.attempt("unlock", lambda: tree.unlock(held) or True) is None:
+            time.sleep(0)
+    elif kind < 0.9:
+        load.attempt("evict", lambda: tree.evict(random.randint(0, 40)))
+    else:
+        call = random.choice([
+            lambda: tree.total_tokens, lambda: tree.digest(), lambda: tree.compact(), lambda: tree.check(),
+            lambda: tree.slots(tree.match(keys, name)), lambda: tree.split(tree.match(keys, name)),
+            lambda: tree.changes(), lambda: tree.last_result, lambda: tree.evict(0),
+        ])  # fmt: skip
+        load.attempt("others", call)
+
+
+@pytest.mark.parametrize("max_tokens", [600, None])
+def test_threads_on_a_tree(max_tokens: int | None, device: str) -> None:
+    flatradix.warm_up(device, page_size=2)
+    tree = RadixTree(max_tokens, page_size=2, device=device)
+    load = Load(3)
+    if interpreted(device):
+        load.least = 3
+    counter = iter(range(2**31 - 1))
+    once = threading.Lock()
+
+    def new_slots(count: int) -> list[int]:
+        with once:
+            return [next(counter) for _ in range(count)]
+
+    load.run(lambda random: use_tree(tree, load, random, new_slots))
+    tree.check()
+    assert tree.protected_tokens == 0
+    assert load.refused.total() >= load.least
+    assert {"insert", "match", "lock", "unlock", "evict"} <= set(load.done)
+    tree.evict(10**6)
+    tree.check()
+    assert tree.total_tokens == 0
+
+
+def test_threads_with_a_lock_of_their_own(device: str) -> None:
+    """A caller's lock around each call is enough, whatever thread holds it."""
+    tree = RadixTree(600, page_size=2, device=device)
+    load = Load(2)
+    load.least = 0
+    own = threading.RLock()
+    counter = iter(range(2**31 - 1))
+
+    def act(random: Random) -> None:
+        with own:
+            use_tree(tree, load, random, lambda count: [next(counter) for _ in range(count)])
+
+    load.run(act)
+    tree.check()
+    assert load.refused.total() == 0
+    assert load.done.total() > 8
+    assert tree.protected_tokens == 0
+
+
+def test_threads_on_a_queue_and_its_tree() -> None:
+    tree = RadixTree(600, page_size=2, device="cpu")
+    queue = WaitingQueue(tree, keep=True)
+    load = Load(3)
+    counter = iter(range(2**31 - 1))
+    once = threading.Lock()
+
+    def new_slots(count: int) -> list[int]:
+        with once:
+            return [next(counter) for _ in range(count)]
+
+    def act(random: Random) -> None:
+        if random.random() < 0.5:
+            return use_tree(tree, load, random, new_slots)
+        call: Any = random.choice([
+            lambda: queue.add(keys_of(random), namespace=random.choice([None, "a"])),
+            lambda: queue.add(keys_of(random)[0]),
+            lambda: queue.remove(random.choice(queue.ids().tolist() or [0])),
+            lambda: queue.cached_lengths(), lambda: queue.shared_lengths(),
+            lambda: queue.order(random.choice(["lpm", "fcfs", "dfs-weight", "aged"])),
+            lambda: queue.plan(token_budget=50), lambda: queue.turns(), lambda: 0 in queue,
+        ])  # fmt: skip
+        load.attempt("queue", call)
+        if len(queue) > 200:
+            load.attempt("queue", lambda: queue.remove(queue.ids()))
+        return None
+
+    load.run(act)
+    tree.check()
+    prompts = [queue.prompt(id).tolist() for id in queue.ids().tolist()]
+    assert len(prompts) == len(queue)
+    assert load.refused.total() >= load.least
+    lengths = queue.cached_lengths().tolist()
+    assert [max(0, length) for length in lengths] == lengths
+    queue.remove(queue.ids())
+    tree.evict(10**6)
+    tree.check()
+    assert tree.total_tokens == 0
+
+
+def test_threads_on_a_prefix_cache() -> None:
+    cache = PrefixCache(400, page_size=2, max_requests=32, max_length=64)
+    load = Load(3)
+    owned: dict[int, Any] = {}
+
+    def act(random: Random) -> None:
+        prompts = [key or [1] for key in keys_of(random)]
+        requests = load.attempt("begin", lambda: cache.begin(prompts, random.choice([None, "a"])))
+        if requests is None:
+            return
+        running = requests.only_running()
+        for call in (lambda: cache.commit(running), lambda: cache.extend(running), lambda: cache.counts()):
+            load.attempt("others", call)
+        while load.attempt("finish", lambda: cache.finish(running) or True) is None:
+            if not any(request.state == "running" for request in running):
+                break  # QueryError: done by the call that was cut short
+            time.sleep(0)
+
+    load.run(act)
+    cache.check()
+    assert len(cache.running) == 0
+    assert not owned
+    assert load.refused.total() >= load.least
+    counts = cache.counts()
+    assert counts.free + counts.evictable == 400
+
+
+GATED: list[Any] = [HostIndex.match, HostIndex.lock, HostIndex.insert, HostIndex.evict, PagedIndex.find_prompts]
+
+
+@pytest.mark.parametrize("method", GATED, ids=lambda method: method.__name__)
+def test_the_gate_is_atomic(method: Any) -> None:
+    """From its first bytecode to the store of `busy`, a call jumps nowhere and calls nothing.
+
+    CPython switches threads and runs signal handlers at jumps and calls only, so nobody comes in between.
+    """
+    harmless = ("RESUME", "COPY_FREE_VARS", "MAKE_CELL", "CACHE", "NOP", "SWAP", "ROT_TWO", "COPY")
+    simple = ("LOAD_FAST", "LOAD_CONST", "LOAD_ATTR", "STORE_FAST")
+    for at in dis.get_instructions(method):
+        if at.opname == "STORE_ATTR" and at.argval == "busy":
+            break
+        assert at.opname in harmless or at.opname.startswith(simple), at
+    assert "busy, self.busy = self.busy, True" in inspect.getsource(method)
