@@ -380,7 +380,7 @@ class RadixTree:
         return self._index.content(slots)
 
     def check(self) -> None:
-        """Verify every invariant, and that each slot is there once: an insert does not look at the slots of others.
+        """Verify every invariant, and that no path has a slot twice: no insert looks for slots that it brings twice.
 
         Raises AssertionError for the first that does not hold. O(n log n) for n cached tokens, slow.
         """

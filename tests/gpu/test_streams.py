@@ -214,7 +214,7 @@ def test_graphs(gpu: str, at_once: bool, count: int) -> None:
         leaving.replay()
         assert pair.tree.protected_tokens == 0
         pair.compare()
-        pair.insert([[*keys[0], seed]], [[0] * 7])
+        pair.insert([[*keys[0], seed]], numbered([[*keys[0], seed]]))
         pair.evict(3)
     q.values[6] = -1
     entering.replay()

@@ -381,3 +381,29 @@ def test_devices_of_slots() -> None:
     for device in ("nope", "meta", 1.5):
         with pytest.raises(ValueError, match="slot_device"):
             RadixTree(8, slot_device=device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("evict_by", ["node", "page"])
+def test_check_finds_a_slot_that_is_twice_on_a_path(device: str, evict_by: str) -> None:
+    tree = RadixTree(64, page_size=2, device=device, evict_by=evict_by)
+    tree.insert([[7, 8], [1, 2, 3, 4]], [[4, 5], [0, 1, 2, 3]])
+    tree.insert([1, 2, 3, 4], [9, 9, 9, 9])  # all of it is cached: these slots are not stored
+    tree.evict(2)  # what was freed is still in the pools
+    tree.insert([5, 5, 6, 6], [4, 3, 8, 9])  # another key may have slot 3 as well
+    tree.check()
+    place = tree.insert([1, 2, 9, 9], [0, 1, 7, 7])
+    with pytest.raises(
+        AssertionError,
+        match=r"slot 7 is twice on a path, at path length 2 of row (\d+) and at path length 3 of row \1:",
+    ):
+        tree.check()
+    assert tree.slots(place).to_list() == [[0, 1, 7, 7]]
+    tree.reset()
+    tree.insert([1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 0, 5])
+    tree.split(tree.match([1, 2]))
+    with pytest.raises(
+        AssertionError, match=r"slot 0 is twice on a path, at path length 0 of row \d+ and at path length 4 of row \d+:"
+    ):
+        tree.check()
+    tree.reset()
+    tree.check()
