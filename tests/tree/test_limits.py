@@ -43,9 +43,9 @@ def raise_locks(saved: dict[str, Any], to: int) -> None:
         row = int(saved["parent"][row])
 
 
-def locked_often(device: str, locks: int) -> tuple[RadixTree, Any]:
+def locked_often(locks: int) -> tuple[RadixTree, Any]:
     """Return a tree with three nodes, two of them on a path that has so many locks, and the place of the lower one."""
-    tree = RadixTree(64, PAGE, device)
+    tree = RadixTree(64, PAGE, "cpu")
     tree.insert([[1, 2, 3, 4], [1, 2, 5, 6]], [[0, 1, 2, 3], [0, 1, 4, 5]])
     place = tree.match([[1, 2, 3, 4]], lock=True)
     return changed(tree, lambda saved: raise_locks(saved, locks)), place
@@ -65,8 +65,8 @@ def refuses_locks(tree: RadixTree, call: Callable[[], Any], query: int) -> None:
     assert (tree.digest(), tree.num_nodes) == (before, nodes)
 
 
-def test_locks_stop_at_their_limit(device: str) -> None:
-    tree, place = locked_often(device, MAX_LOCKS - 2)
+def test_locks_stop_at_their_limit() -> None:
+    tree, place = locked_often(MAX_LOCKS - 2)
     other = tree.match([1, 2, 5, 6], touch=False)
     settled(tree, lambda: tree.lock(place))
     settled(tree, lambda: tree.lock(other))
@@ -85,8 +85,8 @@ def test_locks_stop_at_their_limit(device: str) -> None:
 
 
 @pytest.mark.parametrize(("batch", "room"), [(3, 1), (40, 20)])
-def test_a_batch_that_exceeds_the_limit_locks_nothing(batch: int, room: int, device: str) -> None:
-    tree, _place = locked_often(device, MAX_LOCKS - room)
+def test_a_batch_that_exceeds_the_limit_locks_nothing(batch: int, room: int) -> None:
+    tree, _place = locked_often(MAX_LOCKS - room)
     keys = [[[1, 2, 3, 4], [1, 2], [7, 7]][query % 3] for query in range(batch)]
     exceeds = [query for query, key in enumerate(keys) if key[0] == 1][room]
     places = tree.match(keys, touch=False)
@@ -98,8 +98,8 @@ def test_a_batch_that_exceeds_the_limit_locks_nothing(batch: int, room: int, dev
     refuses_locks(tree, lambda: tree.match(keys, touch=False, lock=True), 0)
 
 
-def test_a_refused_lock_cuts_no_edge(device: str) -> None:
-    tree = RadixTree(64, PAGE, device)
+def test_a_refused_lock_cuts_no_edge() -> None:
+    tree = RadixTree(64, PAGE, "cpu")
     tree.insert([1, 2, 3, 4], range(4))
     place = tree.match([[1, 2, 3, 4]], lock=True)
     tree = changed(tree, lambda saved: raise_locks(saved, MAX_LOCKS - 1))
