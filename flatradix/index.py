@@ -90,9 +90,10 @@ def _is_under_way(home: Any, frame: FrameType | None) -> bool:
 def _refuse_calls_under_way(home: Any) -> None:
     if _is_under_way(home, sys._getframe(1)):
         raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
-    me = threading.get_ident()
-    for thread, frame in sys._current_frames().items():
-        if thread != me and _is_under_way(home, frame):
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)  # a frame that holds itself would keep alive what its callers hold
+    for frame in frames.values():
+        if _is_under_way(home, frame):
             raise RuntimeError(
                 "another thread is in a call of the same object: hold a lock of your own around each call, or make all "
                 "calls in one thread"
