@@ -86,7 +86,9 @@ class DeviceIndex(Index):
         )  # (call, units) of inserts after the last known FREE_UNITS word
         self._retired: list[Scratch] = []
         self._state = state
-        scratch = enlarge(allocate_scratch(len(state.parent), self.mailbox.words, device), _SMALLEST_BATCH)
+        scratch = enlarge(
+            allocate_scratch(len(state.parent), options.max_tokens, self.mailbox.words, device), _SMALLEST_BATCH
+        )
         self._arrays = gpu.arrays_of(state, scratch, self._pool, options.page_size, options.bigram)
         self._open: OpenCall | None = None  # the call that has begun and not ended
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return

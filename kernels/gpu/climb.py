@@ -43,7 +43,7 @@ def _levels(row):
 
 
 @triton.jit
-def _hints(w, row):
+def hints_of(w, row):
     """Return (LEVELS rows from each path's row up, the row above the last of them) according to the hints."""
     level = _levels(row)
     place = w.above + LEVELS * row.to(tl.int64)
@@ -52,8 +52,8 @@ def _hints(w, row):
 
 
 @triton.jit
-def _look(s, w, row, on):
-    """Load from the tree, row after row, what `_hints` returns, for the paths that are `on`; renew their hints."""
+def look_up(s, w, row, on):
+    """Load from the tree, row after row, what `hints_of` returns, for the paths that are `on`; renew their hints."""
     level = _levels(row)
     rows = row
     above = row
@@ -71,18 +71,18 @@ def _add(s, w, row, rows, after, weight):
     """Add `weight` to the lock counts of LEVELS rows of each path, from `row` up.
 
     rows, after: these rows and the row above them, according to the hints. Returns (true row above them, its two hints
-    as from `_hints`, true rows, their old counts).
+    as from `hints_of`, true rows, their old counts).
     """
     level = _levels(row)
     parent = parent_of(s, rows, rows > 0)
-    next_rows, next_after = _hints(w, after)
+    next_rows, next_after = hints_of(w, after)
     above = tl.where(level < LEVELS - 1, tl.gather(rows, tl.minimum(level + 1, LEVELS - 1), axis=1), after)
     wrong = tl.max((parent != above).to(tl.int32), axis=1)[:, None] + tl.zeros_like(row) > 0
     if tl.max(wrong.to(tl.int32)) > 0:
-        seen_rows, seen_after = _look(s, w, row, wrong)
+        seen_rows, seen_after = look_up(s, w, row, wrong)
         rows = tl.where(wrong, seen_rows, rows)
         after = tl.where(wrong, seen_after, after)
-        next_rows, next_after = _hints(w, after)
+        next_rows, next_after = hints_of(w, after)
     before = tl.atomic_add(s.lock_ref + rows, weight, mask=rows > 0, sem="relaxed")
     return after, next_rows, next_after, rows, before
 
@@ -105,7 +105,7 @@ def add_locks(s, w, row, weight):
     zero = tl.zeros_like(row)
     moved = zero
     a, b, old_a, old_b = zero, zero, zero, zero
-    rows, after = _hints(w, row)
+    rows, after = hints_of(w, row)
     while tl.max(row) > 0:
         moved += _moved(s, a, old_a, low)
         row, rows, after, a, old_a = _add(s, w, row, rows, after, weight)

@@ -16,9 +16,10 @@ import triton.language as tl
 from flatradix.kernels.gpu.build import build
 from flatradix.kernels.gpu.claim import claim
 from flatradix.kernels.gpu.compact import compact
-from flatradix.kernels.gpu.cut import note_cut, put
+from flatradix.kernels.gpu.cut import column, note_cut, put
 from flatradix.kernels.gpu.finish import refuse
 from flatradix.kernels.gpu.launch import Arrays, Kernel
+from flatradix.kernels.gpu.long import is_long, match_long
 from flatradix.kernels.gpu.settle import settle
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
@@ -48,11 +49,12 @@ def plan_kernel(
     s, w, values, offsets, names, start_handles, start_lengths, slots, slot_offsets, stage, total: tl.int64,
     slot_total: tl.int64, limit: tl.int64, name: tl.int64, batch: tl.int32, mask: tl.int32,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-    STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr,
+    STAGED: tl.constexpr, NAMES: tl.constexpr, START: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Walk and check one key: where it leaves the tree, whether its tokens and slots are valid; and join a group.
 
     STAGED: the key is in pinned memory, and this kernel copies it to `stage` for itself and for the next launches.
+    LONG: `match_long` has stored where the key leaves the tree.
     """
     query = tl.program_id(0)
     place, count, good = key_range(offsets, query, batch, total, SINGLE)
@@ -77,9 +79,16 @@ def plan_kernel(
         units = units * 0
         row = row * 0
     else:
+        known = units * 0
+        if LONG:
+            row = tl.load(column(w, batch, scratch.Q_EDGE) + query)
+            known = tl.load(column(w, batch, scratch.Q_AT) + query)
+            tl.debug_barrier()  # all warps have read the columns that are set below
         row, done, left, _newly, _old = walk(
-            s, w, key, units, code, row, start, value, value, PAGE, WIDTH, BIGRAM, BLOCK, False, False
-        )
+            s, w, key + known, units - known, code, row, start + known, value, value, PAGE, WIDTH, BIGRAM, BLOCK,
+            False, False,
+        )  # fmt: skip
+        done += known
         length = start + done
         bad = first_outside(key, done, count - done, MAX_TOKEN, CHECKED)
         if bad >= 0:
@@ -115,13 +124,16 @@ def insert(
     arrays: Arrays, keys: Values, slots: Values, names: PerQuery, starts: PlaceAddresses, priorities: PerQuery,
     inserted: PerQuery, out: Output, call: int, may_compact: bool,
 ) -> None:  # fmt: skip
-    """Insert a batch, all or nothing, in three launches, and a fourth for a compaction if one may be needed.
+    """Insert a batch, all or nothing, in three launches, one more for long keys, and one if a compaction may be needed.
 
     names: as for `match`. slots: as many sequences as `keys`. inserted: the length up to which the same request has
     inserted before. Fills `out`, with -1 if the call is refused.
     """
     sizes = page_constants(arrays.page, arrays.bigram, 512)
     single = keys.offsets == 0
+    long = starts.handles == 0 and is_long(keys)
+    if long:
+        match_long(arrays, keys, names, out, call, False, False, plan=True)
     _plan(
         arrays, keys.batch,
         (
@@ -129,7 +141,7 @@ def insert(
             0 if single else slots.offsets, keys.stage, keys.total, slots.total, _LARGEST[arrays.pool_wide],
             names.number, keys.batch, arrays.scratch.claims.shape[1] - 1,
         ),
-        (*sizes, single, keys.stage != 0, names.address != 0, starts.handles != 0),
+        (*sizes, single, keys.stage != 0, names.address != 0, starts.handles != 0, long),
         (keys.wide, slots.wide, keys.wide),
     )  # fmt: skip
     if keys.stage:

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from flatradix.kernels import native
-from flatradix.kernels.gpu.climb import take_back_locks
-from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
-from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, move_protected, publish, publish_done, refuse
+from flatradix.kernels.gpu.cut import column
+from flatradix.kernels.gpu.finish import answer, arrive, refuse
+from flatradix.kernels.gpu.finish_match import finish_match
 from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
-from flatradix.kernels.gpu.lock import row_or_above
+from flatradix.kernels.gpu.long import is_long, match_long
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
@@ -25,7 +25,6 @@ from flatradix.kernels.gpu.walk import (
     key_range,
     name_of,
     page_constants,
-    undo_touches,
     visit,
     visit_up,
     walk,
@@ -33,54 +32,6 @@ from flatradix.kernels.gpu.walk import (
 )
 from flatradix.layout import mail, numbers, reasons, scratch
 from flatradix.layout.queries import Desk, Output, PerQuery, PlaceAddresses, Values
-
-LANES = tl.constexpr(128)
-
-
-@triton.jit
-def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.constexpr):
-    """Undo all that a refused call did, and set its lengths and handles to -1."""
-    first = tl.zeros([], tl.int32)
-    while first < batch:
-        query = first + tl.arange(0, LANES)
-        if TOUCH or LOCK:
-            row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=query < batch, other=0)
-            if LOCK:
-                cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=query < batch, other=0)
-                tl.atomic_add(s.own_locks + row, -1, mask=(row > 0) & (cut == 0), sem="relaxed")
-                take_back_locks(s, row_or_above(s, row, cut), tl.zeros_like(row) + 1)
-            if TOUCH:
-                undo_touches(s, w, row, clock, row > 0)
-        tl.store(lengths + query, -1, mask=query < batch)
-        tl.store(handles + query, -1, mask=query < batch)
-        first += LANES
-
-
-@triton.jit
-def _finish(
-    s, w, lengths, handles, batch, rows, call, clock, errors, bad,
-    PAGE: tl.constexpr, BIGRAM: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr,
-):  # fmt: skip
-    """Finish a match: undo a refused call, or cut edges and update the counters. Only the last program calls this."""
-    if bad:
-        _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
-        if LOCK:
-            tl.store(w.counters + scratch.MOVED_TOKENS, 0)
-            tl.store(w.counters + scratch.CUTS, 0)
-        publish(s, w, call, first_refusal(w), mail.MATCH)
-    else:
-        if LOCK:
-            if tl.load(w.counters + scratch.CUTS, volatile=True) > 0:
-                cut_locked(s, w, handles, batch, rows, clock, 0, 1, PAGE, BIGRAM, 2 * TOUCH)
-                tl.debug_barrier()
-                finish_cuts(s, w)
-            move_protected(s, w, 1)
-        if TOUCH:
-            tl.store(s.numbers + numbers.CLOCK, clock + 2 * batch)
-        if LOCK:
-            publish(s, w, call, tl.zeros([], tl.int64) + scratch.NO_ERROR, mail.MATCH)
-        else:
-            publish_done(w, call, errors)
 
 
 @triton.jit(
@@ -154,7 +105,7 @@ def match_kernel(
     tl.store(handles + query, handle)
     if SINGLE:
         tl.debug_barrier()  # one thread stores the refusal and the results, all threads read them
-        _finish(s, w, lengths, handles, batch, rows, call, clock, errors, bad, PAGE, BIGRAM, TOUCH, LOCK)
+        finish_match(s, w, lengths, handles, batch, rows, call, clock, errors, bad, PAGE, BIGRAM, TOUCH, LOCK)
         if LOCK:
             tl.debug_barrier()
             handle = tl.load(handles)
@@ -164,7 +115,7 @@ def match_kernel(
         tl.store(w.mail + mail.FIRST_TOLD + told + query, word, mask=told >= 0)
         last, any_bad = arrive(w, tl.num_programs(0), bad)
         if last:
-            _finish(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
+            finish_match(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
 
 
 _match = Kernel(
@@ -206,6 +157,9 @@ def match(
     refused. The last `keys.left_out` tokens of each key are not looked up. Tells the lengths in the mail from
     `out.told` on, if that is not negative and the call is not refused.
     """
+    if starts.handles == 0 and is_long(keys):
+        match_long(arrays, keys, names, out, call, touch, lock)
+        return
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
     _match(
         arrays, keys.batch,

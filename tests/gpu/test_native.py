@@ -35,7 +35,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 @pytest.mark.parametrize("kernel", Kernel.all_kernels, ids=lambda kernel: kernel.function.__name__)
 def test_the_driver_gets_what_the_kernel_is_called_with(kernel: Kernel, driver: FakeDriver) -> None:
     state = allocate_device(64, 1, False, 0, CPU)
-    scratch = allocate_scratch(len(state.parent), torch.zeros(mail.SIZE, dtype=torch.int64), CPU)
+    scratch = allocate_scratch(len(state.parent), 1000, torch.zeros(mail.SIZE, dtype=torch.int64), CPU)
     pool = torch.zeros(8, dtype=torch.int32)
     with_tree = kernel.function.arg_names[0] == "s"
     arrays = arrays_of(state, scratch, pool, 1, False) if with_tree else no_arrays(CPU)
