@@ -55,7 +55,8 @@ LEAST_TOKENS = 8192
 MOST_KEYS = 128
 # Bits of a tag that are compared. Tests compare fewer, so that anchors are wrong.
 TAG_MASK = 0xFFFFFFFF
-_WARPS, _PROGRAMS = 4, 4  # warps a program, programs a multiprocessor
+# Warps a program, programs a multiprocessor, registers a thread or 0 for no limit.
+SHAPE = (4, 4, 0)
 
 # Boundaries before a chunk at which its climb may end.
 WINDOW = tl.constexpr(4)
@@ -346,7 +347,6 @@ def long_kernel(
 _long = Kernel(
     long_kernel,
     ["*w", "*i64", "*i64", "*i32", "*i64", "i64", "i64", "i32", "i32", "i64", "i32", "i64", "i32", "i64"],
-    warps=_WARPS,
     cooperative=True,
 )
 
@@ -365,7 +365,7 @@ def _programs(arrays: Arrays, keys: Values, chunk: int) -> int:
     if INTERPRETED:
         return 1
     longest = keys.total // keys.batch if keys.counts is None else int(keys.counts.max())
-    fitting = cooperative_programs(arrays, keys.batch * -(-longest // chunk), _PROGRAMS)
+    fitting = cooperative_programs(arrays, keys.batch * -(-longest // chunk), SHAPE[1])
     return max(fitting // keys.batch, 1)
 
 
@@ -391,5 +391,5 @@ def match_long(
             page, width, bigram, max(block, 1 << (chunk - 1).bit_length()), chunk, TAG_MASK, touch, lock,
             keys.offsets == 0, names.address != 0, plan,
         ),
-        (keys.wide,),
+        (keys.wide,), SHAPE[0], SHAPE[2],
     )  # fmt: skip
