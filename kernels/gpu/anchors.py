@@ -24,28 +24,22 @@ mix = device_function(hashing.mix)
 WAYS = tl.constexpr(scratch.ANCHOR_WAYS)
 LOW32 = tl.constexpr(0xFFFFFFFF)
 # Words that a program reads at once, and entries that it writes at once.
-LOOK = tl.constexpr(256)
+LOOK = tl.constexpr(1024)
 NOTED = tl.constexpr(64)
-# The parts of `Scratch.words`: of each chunk its hash, what is known of its prefix, and the row at its end.
+# The parts of `Scratch.words`: of each chunk its hash, what is known of its prefix, and a number that only the program
+# of the chunk reads again.
 HASHES = tl.constexpr(0)
 FOUND = tl.constexpr(scratch.CHUNK_WORDS)
-ROWS = tl.constexpr(2 * scratch.CHUNK_WORDS)
+OWN = tl.constexpr(2 * scratch.CHUNK_WORDS)
 
 
 @triton.jit
-def hash_chunk(s, tokens, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Return a hash of CHUNK tokens, 32 bits in an int64. It differs from tree to tree."""
+def hash_chunks(s, key, chunk, there, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a hash of each of these chunks of a key, 32 bits in an int64; lanes. It differs from tree to tree."""
     j = tl.arange(0, BLOCK)
-    token = tl.load(tokens + j, mask=j < CHUNK, other=0).to(tl.int64)
-    factor = mix(tl.load(s.multipliers) + j.to(tl.int64))
-    total = tl.sum(tl.where(j < CHUNK, token * (factor | 1), 0))
-    return (total >> 32) & LOW32
-
-
-@triton.jit
-def write_word(words, epoch, value):
-    """Write a number of 32 bits for other programs of the launch to await."""
-    tl.store(words, (epoch << 32) | value)
+    token = tl.load(key + (chunk * CHUNK)[:, None] + j[None, :], mask=there[:, None] & (j < CHUNK)[None, :], other=0)
+    factor = mix(tl.load(s.multipliers) + j.to(tl.int64)) | 1
+    return (tl.sum(token.to(tl.int64) * factor[None, :], axis=1) >> 32) & LOW32
 
 
 @triton.jit
@@ -65,9 +59,9 @@ def weight_of(chunk_hash, chunk):
 
 @triton.jit
 def sum_before(words, chunk, code, epoch):
-    """Return the fingerprint, unmixed, of the prefix before a chunk: a sum over the chunks before it."""
+    """Return the fingerprint, unmixed, of the prefix before a chunk: a sum over the chunks before it; scalar."""
     total = mix(code.to(tl.int64))
-    first = tl.zeros([], tl.int32)
+    first = chunk * 0
     while first < chunk:
         j = first + tl.arange(0, LOOK)
         found = await_words(words + HASHES + j, j < chunk, epoch)
@@ -131,29 +125,37 @@ def stand_on(s, row, at):
 
 
 @triton.jit
-def first_group(w, row):
-    """Return (rows, row after) of the group of LEVELS rows that begins with a row, according to the hints; [1, LEVELS].
+def hinted_group(w, row):
+    """Return (rows, the row after them) of the group that begins with each path's row, as hinted; [N, LEVELS].
 
-    row: scalar. `climb` must check the group.
+    row: int32 [N]. `check_group` must follow.
     """
-    return hints_of(w, tl.zeros([1, LEVELS], tl.int32) + row)
+    return hints_of(w, row[:, None] + tl.zeros([1, LEVELS], tl.int32))
+
+
+@triton.jit
+def next_group(w, after, going):
+    """Return what `hinted_group` does for the paths that are `going`, from the row after their last group."""
+    return hints_of(w, tl.where(going[:, None], after, 0))
 
 
 @triton.jit
 def check_group(s, w, rows, after):
-    """Return (true rows, true row after them, their parents, ends, lengths) of a group; hints may be wrong.
+    """Return (rows, the row after them, their parents, ends, lengths), true whatever was hinted; [N, LEVELS].
 
-    rows: int32 [1, LEVELS], the first of them true. Parents are as stored: ~namespace at the top.
+    The first row of each path must be true. Parents are as stored: ~namespace at the top.
     """
-    level = tl.arange(0, LEVELS)[None, :]
+    level = tl.zeros_like(rows) + tl.arange(0, LEVELS)[None, :]
     parent = tl.load(s.parent + rows, mask=rows > 0, other=0)
     end = tl.load(s.end + rows, mask=rows > 0, other=0)
     length = tl.load(s.length + rows, mask=rows > 0, other=0)
-    next_level = tl.zeros([1, LEVELS], tl.int32) + tl.minimum(level + 1, LEVELS - 1)
-    above = tl.where(level < LEVELS - 1, tl.gather(rows, next_level, axis=1), after)
-    if tl.max((tl.maximum(parent, 0) != above).to(tl.int32)) > 0:
-        row = tl.zeros_like(rows) + tl.max(tl.where(level == 0, rows, 0))
-        rows, after = look_up(s, w, row, row > 0)
+    above = tl.where(level < LEVELS - 1, tl.gather(rows, tl.minimum(level + 1, LEVELS - 1), axis=1), after)
+    wrong = tl.max((tl.maximum(parent, 0) != above).to(tl.int32), axis=1)[:, None] + level * 0 > 0
+    if tl.max(wrong.to(tl.int32)) > 0:
+        row = tl.max(tl.where(level == 0, rows, 0), axis=1)[:, None] + level * 0
+        seen, seen_after = look_up(s, w, row, wrong)
+        rows = tl.where(wrong, seen, rows)
+        after = tl.where(wrong, seen_after, after)
         parent = tl.load(s.parent + rows, mask=rows > 0, other=0)
         end = tl.load(s.end + rows, mask=rows > 0, other=0)
         length = tl.load(s.length + rows, mask=rows > 0, other=0)
@@ -163,7 +165,8 @@ def check_group(s, w, rows, after):
 @triton.jit
 def _mark_rows(s, w, words, row, first, last, CHUNK: tl.constexpr):
     """Store the row at the end of each of the chunks `first` to `last` - 1, all on the path up from a row; scalar."""
-    rows, after = first_group(w, row)
+    path = tl.zeros([1], tl.int32) + row
+    rows, after = hinted_group(w, path)
     going = (row > 0) & (first < last)
     while going:
         rows, after, _parent, end, length = check_group(s, w, rows, after)
@@ -171,10 +174,10 @@ def _mark_rows(s, w, words, row, first, last, CHUNK: tl.constexpr):
         boundary = tl.where(rows > 0, tl.minimum(end // CHUNK, last), 0)
         lowest = tl.where(rows > 0, tl.maximum(begin // CHUNK, first), 0)
         while tl.max((boundary > lowest).to(tl.int32)) > 0:
-            tl.store(words + ROWS + boundary - 1, rows.to(tl.int64), mask=boundary > lowest)
+            tl.store(words + OWN + boundary - 1, rows.to(tl.int64), mask=boundary > lowest)
             boundary -= 1
         going = (tl.min(tl.where(rows > 0, begin, 0)) > first * CHUNK) & (tl.max(after) > 0)
-        rows, after = hints_of(w, after)
+        rows, after = next_group(w, after, path > 0)
     tl.debug_barrier()
 
 
@@ -187,7 +190,7 @@ def note_anchors(s, w, words, row, first, last, code, epoch, mask, CHUNK: tl.con
         j = first + tl.arange(0, NOTED)
         there = j < last
         weight = tl.where(there, weight_of(await_words(words + HASHES + j, there, epoch), j), 0)
-        noted = tl.load(words + ROWS + j, mask=there, other=0)
+        noted = tl.load(words + OWN + j, mask=there, other=0)
         _note(w, total + tl.cumsum(weight), noted, there & (noted > 0), mask)
         total += tl.sum(weight)
         first += NOTED

@@ -18,18 +18,19 @@ from flatradix.kernels.gpu.anchors import (
     FOUND,
     HASHES,
     LOOK,
+    OWN,
     await_words,
     check_group,
     find_anchors,
-    first_group,
-    hash_chunk,
+    hash_chunks,
+    hinted_group,
+    next_group,
     note_anchors,
     stand_on,
     sum_before,
     weight_of,
-    write_word,
 )
-from flatradix.kernels.gpu.climb import LEVELS, hints_of
+from flatradix.kernels.gpu.climb import LEVELS
 from flatradix.kernels.gpu.cut import column, put
 from flatradix.kernels.gpu.finish import answer, arrive, refuse
 from flatradix.kernels.gpu.finish_match import finish_match
@@ -55,10 +56,10 @@ LEAST_TOKENS = 8192
 MOST_KEYS = 128
 # Bits of a tag that are compared. Tests compare fewer, so that anchors are wrong.
 TAG_MASK = 0xFFFFFFFF
-# Warps a program, programs a multiprocessor, registers a thread or 0 for no limit.
-SHAPE = (4, 4, 0)
+# Chunks that a program handles at once, warps a program, programs a multiprocessor, registers a thread or 0.
+SHAPE = (1, 4, 4, 0)
 
-# Boundaries before a chunk at which its climb may end.
+# Boundaries before a program's chunks at which their climb may end.
 WINDOW = tl.constexpr(4)
 # What is known of a chunk: the row at its end if its tokens are equal from the boundary before, else one of these.
 WRONG = tl.constexpr(0)
@@ -67,107 +68,145 @@ FAR = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _differ(s, key, at, end, rows, begins, ends, starts, BIGRAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return whether a unit from `at` to `end` differs from the key; the rows hold these units; [1, LEVELS]."""
-    differs = False
-    while at < end:
-        unit = at + tl.arange(0, BLOCK)
-        inside = unit < end
-        holds = (rows > 0) & (begins <= unit[:, None]) & (unit[:, None] < ends)
-        place = unit + tl.sum(tl.where(holds, starts - begins, 0), axis=1)
+def _differ(s, key, begin, end, begins, ends, starts, depth, BIGRAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Return of each path whether a unit from `begin` to `end` differs from the key; lanes.
+
+    begins, ends, starts: of the `depth` first rows of each path, [N, LEVELS], which hold these units.
+    """
+    j = tl.arange(0, BLOCK)[None, :]
+    level = tl.arange(0, LEVELS)[None, :]
+    differs = begin < 0
+    while tl.max((~differs & (begin < end)).to(tl.int32)) > 0:
+        unit = begin[:, None] + j
+        inside = (unit < end[:, None]) & ~differs[:, None]
+        place = unit
+        row = depth * 0
+        while row < depth:
+            own_begin = tl.sum(tl.where(level == row, begins, 0), axis=1)[:, None]
+            own_end = tl.sum(tl.where(level == row, ends, 0), axis=1)[:, None]
+            own_start = tl.sum(tl.where(level == row, starts, 0), axis=1)[:, None]
+            place += tl.where((unit >= own_begin) & (unit < own_end), own_start - own_begin, 0)
+            row += 1
         ours = tl.load(key + unit, mask=inside, other=0)
         different = inside & (ours != tl.load(s.tokens + place, mask=inside, other=0))
         if BIGRAM:
             second = tl.load(key + 1 + unit, mask=inside, other=0)
             different = different | (inside & (second != tl.load(s.seconds + place, mask=inside, other=0)))
-        differs = differs | (tl.max(different.to(tl.int32)) > 0)
-        at = tl.where(differs, end, at + BLOCK)
+        differs = differs | (tl.max(different.to(tl.int32), axis=1) > 0)
+        begin += BLOCK
     return differs
 
 
 @triton.jit
-def _climbs_to(s, w, key, row, high, foot, low, BIGRAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return whether the units from `low` to `high` above a row equal the key's, and `foot` is where `low` stands.
+def _climb_to(s, w, key, row, high, foot, low, BIGRAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Return of each path whether its units from `low` to `high` equal the key's, and `low` stands on `foot`; lanes.
 
-    row: it holds the path length `high`. foot: a row, or ~namespace for the root.
+    row: it holds the path length `high`; 0 for no path. foot: a row, or ~namespace for the root.
     """
-    same = True
     going = row > 0
-    rows, after = first_group(w, row)
-    while going:
+    same = going
+    rows, after = hinted_group(w, row)
+    while tl.max(going.to(tl.int32)) > 0:
         rows, after, parents, ends, lengths = check_group(s, w, rows, after)
         begins = ends - lengths
-        rows = tl.where(ends > low, rows, 0)
-        starts = tl.load(s.start + rows, mask=rows > 0, other=0)
-        begin = tl.maximum(tl.min(tl.where(rows > 0, begins, FAR)), low)
-        end = tl.minimum(tl.max(tl.where(rows > 0, ends, 0)), high)
-        same = not _differ(s, key, begin, end, rows, begins, ends, starts, BIGRAM, BLOCK)
-        lands = (rows > 0) & (begins <= low)
-        landed = tl.max(lands.to(tl.int32)) > 0
-        if landed:
-            found = tl.max(tl.where(lands, tl.where(begins == low, parents, rows), FREE))
-            same = same & (found == foot)
-        going = same & (not landed) & (tl.max(after) > 0)
-        same = same & (landed | going)
-        rows, after = hints_of(w, after)
+        on = (rows > 0) & (ends > low[:, None])
+        starts = tl.load(s.start + rows, mask=on, other=0)
+        begin = tl.maximum(tl.min(tl.where(on, begins, FAR), axis=1), low)
+        end = tl.minimum(tl.max(tl.where(on, ends, 0), axis=1), high)
+        depth = tl.max(tl.sum(on.to(tl.int32), axis=1))
+        differs = _differ(s, key, begin, end, begins, tl.where(on, ends, 0), starts, depth, BIGRAM, BLOCK)
+        lands = on & (begins <= low[:, None])
+        landed = tl.max(lands.to(tl.int32), axis=1) > 0
+        stand = tl.max(tl.where(lands, tl.where(begins == low[:, None], parents, rows), FREE), axis=1)
+        same = same & (~going | (~differs & (~landed | (stand == foot))))
+        ended = tl.max(after, axis=1) <= 0
+        same = same & ~(going & ~landed & ended)
+        going = going & same & ~landed
+        rows, after = next_group(w, after, going)
     return same
 
 
 @triton.jit
-def _look_at(s, w, key, words, chunk, code, epoch, mask, CHUNK: tl.constexpr, BIGRAM: tl.constexpr,
-             BLOCK: tl.constexpr, TAG: tl.constexpr):  # fmt: skip
-    """Return what is known of a chunk: the row at its end, UNANCHORED or WRONG; int64."""
-    back = tl.arange(0, WINDOW)
-    before = chunk - back
-    weight = weight_of(await_words(words + HASHES + before, before >= 0, epoch), before)
-    weight = tl.where(before >= 0, weight, 0)
-    total = sum_before(words, chunk + 1, code, epoch) - (tl.cumsum(weight) - weight)
-    anchors = find_anchors(w, total, before >= 0, mask, TAG)
-    rows = stand_on(s, anchors, (before + 1) * CHUNK)
-    row = tl.max(tl.where(back == 0, rows, 0))
-    known = (back > 0) & ((rows > 0) | (before == -1))
-    nearest = tl.min(tl.where(known, back, WINDOW))
-    found = tl.zeros([], tl.int64) + UNANCHORED
-    if row > 0:
-        found = tl.zeros([], tl.int64) + WRONG
-        if nearest < WINDOW:
-            foot = tl.max(tl.where(back == nearest, rows, 0))
-            foot = tl.where(foot > 0, foot, ~code)
-            low = (chunk + 1 - nearest) * CHUNK
-            if _climbs_to(s, w, key, row, (chunk + 1) * CHUNK, foot, low, BIGRAM, BLOCK):
-                found = row.to(tl.int64)
-    return found
+def _rows_at(s, w, total, chunk, there, mask, CHUNK: tl.constexpr, TAG: tl.constexpr):
+    """Return the rows on which the ends of chunks stand, according to anchors; 0 where there is none. Lanes."""
+    return stand_on(s, find_anchors(w, total, there, mask, TAG), (chunk + 1) * CHUNK)
+
+
+@triton.jit
+def _weights(words, chunk, there, epoch):
+    return tl.where(there, weight_of(await_words(words + HASHES + chunk, there, epoch), chunk), 0)
+
+
+@triton.jit
+def _look_at(
+    s, w, key, words, first, chunks, code, epoch, mask,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, TAG: tl.constexpr,
+):  # fmt: skip
+    """Write what is known of the GROUP chunks from `first` on: the row at the end of each, UNANCHORED or WRONG.
+
+    Also keeps, for each with a row, the boundary to which its tokens were compared.
+    """
+    lane = tl.arange(0, GROUP)
+    chunk = first + lane
+    there = chunk < chunks
+    earlier = first - 1 - tl.arange(0, WINDOW)
+    before = sum_before(words, first, code, epoch)
+    weight = _weights(words, earlier, earlier >= 0, epoch)
+    rows_before = _rows_at(s, w, before + weight - tl.cumsum(weight), earlier, earlier >= 0, mask, CHUNK, TAG)
+    total = before + tl.cumsum(_weights(words, chunk, there, epoch))
+    row = _rows_at(s, w, total, chunk, there, mask, CHUNK, TAG)
+
+    nearest = tl.max(tl.where((rows_before > 0) | (earlier == -1), earlier, -2))
+    foot = tl.max(tl.where(earlier == nearest, rows_before, 0))
+    foot = tl.where(foot > 0, foot, ~code)
+    leads = (row > 0)[None, :] & (lane[None, :] < lane[:, None])
+    previous = tl.max(tl.where(leads, lane[None, :], -1), axis=1)
+    their_row = tl.sum(tl.where(lane[None, :] == previous[:, None], row[None, :], 0), axis=1)
+    foot = tl.where(previous >= 0, their_row, foot)
+    low = (tl.where(previous >= 0, first + previous, nearest) + 1) * CHUNK
+
+    same = _climb_to(s, w, key, tl.where(low >= 0, row, 0), (chunk + 1) * CHUNK, foot, low, BIGRAM, BLOCK)
+    found = tl.where(row == 0, UNANCHORED, tl.where(same, row, WRONG).to(tl.int64))
+    tl.store(words + OWN + chunk, low.to(tl.int64), mask=there)
+    tl.store(words + FOUND + chunk, (epoch << 32) | found, mask=there)
 
 
 @triton.jit
 def _verified(words, count, epoch):
-    """Return (how many of `count` chunks the tree holds for sure, the first chunk without an anchor or `count`)."""
+    """Return how many of `count` chunks the tree holds for sure: all up to the last one with a row before a WRONG."""
     wrong = count
-    hole = count
     last = count * 0
-    first = tl.zeros([], tl.int32)
+    first = count * 0
     while first < count:
         j = first + tl.arange(0, LOOK)
         there = j < count
         found = await_words(words + FOUND + j, there, epoch)
         wrong = tl.minimum(wrong, tl.min(tl.where(there & (found == WRONG), j, count)))
-        hole = tl.minimum(hole, tl.min(tl.where(found == UNANCHORED, j, count)))
         sure = there & (j < wrong) & (found != UNANCHORED)
         last = tl.maximum(last, tl.max(tl.where(sure, j + 1, 0)))
         first += LOOK
-    return last, hole
+    return last
 
 
 @triton.jit
-def _use_rows(s, w, row, low, high, clock, tick, TOUCH: tl.constexpr, LOCK: tl.constexpr):
-    """Touch and lock the rows that end above path length `low`, up to `high`, on the path of a row.
+def _use_rows(
+    s, w, words, first, chunks, epoch, clock, tick,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr,
+):  # fmt: skip
+    """Touch and lock the rows that end in the chunks of the match from `first` on, GROUP chunks.
 
-    Returns the newly protected tokens, in lanes.
+    Returns the newly protected tokens. A chunk with an anchor stands for those without before it.
     """
-    newly = tl.zeros([1, LEVELS], tl.int64)
-    rows, after = first_group(w, row)
+    newly = tl.zeros([GROUP, LEVELS], tl.int64)
+    chunk = first + tl.arange(0, GROUP)
+    there = chunk < chunks
+    row = await_words(words + FOUND + chunk, there, epoch)
+    row = tl.where(row == UNANCHORED, 0, row).to(tl.int32)
+    low = tl.load(words + OWN + chunk, mask=there, other=0).to(tl.int32)[:, None]
+    high = ((chunk + 1) * CHUNK)[:, None]
     going = row > 0
-    while going:
+    rows, after = hinted_group(w, row)
+    while tl.max(going.to(tl.int32)) > 0:
         rows, after, _parents, ends, lengths = check_group(s, w, rows, after)
         on = (rows > 0) & (ends > low) & (ends <= high)
         if TOUCH:
@@ -175,28 +214,12 @@ def _use_rows(s, w, row, low, high, clock, tick, TOUCH: tl.constexpr, LOCK: tl.c
             tl.store(w.old_tick + rows, old, mask=on & (old <= clock))
             tl.atomic_max(s.tick + rows, tl.zeros_like(old) + tick, mask=on, sem="relaxed")
         if LOCK:
-            before = tl.atomic_add(s.lock_ref + rows, 1, mask=on, sem="relaxed")
+            before = tl.atomic_add(s.lock_ref + rows, tl.zeros_like(rows) + 1, mask=on, sem="relaxed")
             newly += tl.where(on & (before == 0), lengths, 0)
-        going = (tl.min(tl.where(rows > 0, ends - lengths, 0)) > low) & (tl.max(after) > 0)
-        rows, after = hints_of(w, after)
-    return newly
-
-
-@triton.jit
-def _use_chunk(
-    s, w, words, chunk, epoch, clock, tick, CHUNK: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr
-):  # fmt: skip
-    """Touch and lock the rows that end in a chunk of the match, or in chunks without anchors before."""
-    back = tl.arange(0, WINDOW)
-    before = chunk - back
-    found = await_words(words + FOUND + before, before >= 0, epoch)
-    row = tl.max(tl.where(back == 0, found, 0))
-    newly = tl.zeros([1, LEVELS], tl.int64)
-    if row != UNANCHORED:
-        known = (back > 0) & (found != UNANCHORED)
-        low = (chunk + 1 - tl.min(tl.where(known, back, WINDOW))) * CHUNK
-        newly = _use_rows(s, w, row.to(tl.int32), low, (chunk + 1) * CHUNK, clock, tick, TOUCH, LOCK)
-    return newly
+        lowest = tl.min(tl.where(rows > 0, ends - lengths, 0), axis=1)
+        going = going & (lowest > tl.max(low, axis=1)) & (tl.max(after, axis=1) > 0)
+        rows, after = next_group(w, after, going)
+    return tl.sum(newly)
 
 
 @triton.jit
@@ -252,8 +275,8 @@ def long_kernel(
     s, w, values, offsets, names, lengths, handles, total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32,
     call: tl.int64, told: tl.int32, left_out: tl.int64, share: tl.int32, mask: tl.int64,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    TAG: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr,
-    PLAN: tl.constexpr,
+    GROUP: tl.constexpr, TAG: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr, SINGLE: tl.constexpr,
+    NAMES: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Match keys with `share` programs each. PLAN: store only where each key ends, for the plan of an insert."""
     query = tl.program_id(0) // share
@@ -271,27 +294,28 @@ def long_kernel(
     chunks = tl.where(code >= 0, units // CHUNK, 0)
     words = w.words + begin // CHUNK + query
 
-    chunk = lane
-    while chunk < chunks:
-        write_word(words + HASHES + chunk, epoch, hash_chunk(s, key + chunk * CHUNK, CHUNK, BLOCK))
-        chunk += share
-    chunk = lane
-    while chunk < chunks:
-        found = _look_at(s, w, key, words, chunk, code, epoch, mask, CHUNK, BIGRAM, BLOCK, TAG)
-        write_word(words + FOUND + chunk, epoch, found)
-        chunk += share
+    first = lane * GROUP
+    while first < chunks:
+        chunk = first + tl.arange(0, GROUP)
+        there = chunk < chunks
+        hashed = hash_chunks(s, key, chunk, there, CHUNK, BLOCK)
+        tl.store(words + HASHES + chunk, (epoch << 32) | hashed, mask=there)
+        first += share * GROUP
+    first = lane * GROUP
+    while first < chunks:
+        _look_at(s, w, key, words, first, chunks, code, epoch, mask, CHUNK, GROUP, BIGRAM, BLOCK, TAG)
+        first += share * GROUP
 
     newly = tl.zeros([], tl.int64)
     walks_on = lane == share - 1
     sure = chunks * 0
-    hole = chunks
     if TOUCH or LOCK or walks_on:
-        sure, hole = _verified(words, chunks, epoch)
+        sure = _verified(words, chunks, epoch)
     if TOUCH or LOCK:
-        chunk = lane
-        while chunk < sure:
-            newly += tl.sum(_use_chunk(s, w, words, chunk, epoch, clock, tick, CHUNK, TOUCH, LOCK))
-            chunk += share
+        first = lane * GROUP
+        while first < sure:
+            newly += _use_rows(s, w, words, first, sure, epoch, clock, tick, CHUNK, GROUP, TOUCH, LOCK)
+            first += share * GROUP
     bad = False
     if walks_on:
         if not good:
@@ -302,10 +326,8 @@ def long_kernel(
             s, w, key, units, code, words, sure, clock, tick, epoch, PAGE, WIDTH, BIGRAM, BLOCK, CHUNK, TOUCH, LOCK
         )
         newly += more
-        ends = length // CHUNK
-        noted = tl.minimum(sure, hole)
-        if (noted < ends) & (code >= 0):
-            note_anchors(s, w, words, row, noted, ends, code, epoch, mask, CHUNK)
+        if (sure < length // CHUNK) & (code >= 0):
+            note_anchors(s, w, words, row, sure, length // CHUNK, code, epoch, mask, CHUNK)
         if PLAN:
             put(w, batch, query, row, scratch.Q_EDGE)
             put(w, batch, query, length, scratch.Q_AT)
@@ -351,35 +373,35 @@ _long = Kernel(
 )
 
 
-def is_long(keys: Values) -> bool:
-    """Return whether anchors match keys from the root faster than a walk would, as measured (bench/RESULTS.md)."""
-    return (
-        keys.batch <= MOST_KEYS
-        and keys.total >= LEAST_TOKENS * keys.batch
-        and keys.total // TOKENS_A_CHUNK + keys.batch < scratch.CHUNK_WORDS
-    )
+def share_of(arrays: Arrays, keys: Values) -> int:
+    """Return how many programs match each key of a batch by anchors; 0 if walks are faster (bench/RESULTS.md).
 
-
-def _programs(arrays: Arrays, keys: Values, chunk: int) -> int:
-    """Return how many programs match each key. Interpreted programs run one after another, so none may wait."""
+    Interpreted programs run one after another, so each key gets one that waits for no other.
+    """
+    chunks = keys.total // TOKENS_A_CHUNK + keys.batch
+    if keys.batch > MOST_KEYS or keys.total < LEAST_TOKENS * keys.batch or chunks > scratch.CHUNK_WORDS:
+        return 0
     if INTERPRETED:
         return 1
+    group, _warps, most, _registers = SHAPE
     longest = keys.total // keys.batch if keys.counts is None else int(keys.counts.max())
-    fitting = cooperative_programs(arrays, keys.batch * -(-longest // chunk), SHAPE[1])
-    return max(fitting // keys.batch, 1)
+    programs = -(-longest // (TOKENS_A_CHUNK * group))
+    return cooperative_programs(arrays, keys.batch * programs, most) // keys.batch
 
 
 def match_long(
-    arrays: Arrays, keys: Values, names: PerQuery, out: Output, call: int, touch: bool, lock: bool, plan: bool = False
-) -> None:
+    arrays: Arrays, keys: Values, share: int, names: PerQuery, out: Output, call: int, touch: bool, lock: bool,
+    plan: bool = False,
+) -> None:  # fmt: skip
     """Match a batch of long keys in one launch: arguments and results as for `match`, without starts.
 
+    share: as from `share_of`, above 0.
     plan: store only the row and the path length at which each key ends, in the columns Q_EDGE and Q_AT of
     `scratch.query`, and refuse nothing: the plan of an insert goes on from there.
     """
     page, width, bigram, block = page_constants(arrays.page, arrays.bigram, TOKENS_A_CHUNK)
     chunk = max(TOKENS_A_CHUNK // page, 1) * page
-    share = _programs(arrays, keys, chunk)
+    group, warps, _most, registers = SHAPE
     mask = arrays.scratch.anchors.shape[0] // scratch.ANCHOR_WAYS - 1
     _long(
         arrays, keys.batch * share,
@@ -388,8 +410,8 @@ def match_long(
             arrays.rows, call, out.told, keys.left_out, share, mask,
         ),
         (
-            page, width, bigram, max(block, 1 << (chunk - 1).bit_length()), chunk, TAG_MASK, touch, lock,
+            page, width, bigram, max(block, 1 << (chunk - 1).bit_length()), chunk, group, TAG_MASK, touch, lock,
             keys.offsets == 0, names.address != 0, plan,
         ),
-        (keys.wide,), SHAPE[0], SHAPE[2],
+        (keys.wide,), warps, registers,
     )  # fmt: skip

@@ -16,8 +16,8 @@ from tests.support.devices import interpreted
 from tests.support.inside import arrays_of
 from tests.tree.test_machine import Machine
 
-# Bits of a tag that are compared: all, or so few that many anchors are wrong.
-TAGS = pytest.mark.parametrize("tag", [0xFFFFFFFF, 1], ids=["tags", "short-tags"])
+# Chunks that a program handles at once, and bits of a tag that are compared: all, or so few that anchors are wrong.
+SETTINGS = pytest.mark.parametrize(("group", "tag"), [(1, 0xFFFFFFFF), (4, 0xFFFFFFFF), (4, 1)])
 
 
 @pytest.fixture
@@ -27,12 +27,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long, "TOKENS_A_CHUNK", 4)
 
 
-@TAGS
+@SETTINGS
 @pytest.mark.parametrize(("page_size", "bigram"), [(1, False), (2, True), (16, False)])
 def test_random_programs(
-    cuda: str, short: None, tag: int, page_size: int, bigram: bool, monkeypatch: pytest.MonkeyPatch
+    cuda: str, short: None, group: int, tag: int, page_size: int, bigram: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long, "TAG_MASK", tag)
+    monkeypatch.setattr(long, "SHAPE", (group, 4, 3, 0))
     run_state_machine_as_test(lambda: Machine(cuda, page_size, bigram))  # type: ignore[arg-type]
 
 
@@ -87,12 +88,13 @@ class Pair:
         self.trees[1].check()
 
 
-@TAGS
+@SETTINGS
 @pytest.mark.parametrize(("page_size", "bigram"), [(1, False), (1, True), (3, False)])
 def test_deep_paths(
-    cuda: str, short: None, tag: int, page_size: int, bigram: bool, monkeypatch: pytest.MonkeyPatch
+    cuda: str, short: None, group: int, tag: int, page_size: int, bigram: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long, "TAG_MASK", tag)
+    monkeypatch.setattr(long, "SHAPE", (group, 4, 3, 0))
     for seed in range(1 if interpreted(cuda) else 30):
         Pair(cuda, page_size, bigram, seed).run(20 if interpreted(cuda) else 150)
 
@@ -117,15 +119,12 @@ def test_a_match_notes_what_the_next_one_finds(cuda: str, short: None) -> None:
     assert statuses(tree, 7) == [long.UNANCHORED.value] * 7
     assert tree.match([key]).lengths.tolist() == [30]
     found = statuses(tree, 7)
-    assert all(row not in (long.UNANCHORED.value, long.WRONG.value) for row in found)
+    assert long.WRONG.value not in found
+    assert found.count(long.UNANCHORED.value) < 4  # anchors that fall together may be lost
     other = key.copy()
     other[17] = 99
     assert tree.match([other]).lengths.tolist() == [17]
-    assert statuses(tree, 4) == found[:4]
-    arrays_of(tree).scratch.anchors.fill_(0)
-    assert tree.match([key[:20]]).lengths.tolist() == [20]
-    assert tree.match([key]).lengths.tolist() == [30]
-    assert statuses(tree, 7) == [*found[:5], *[long.UNANCHORED.value] * 2]
+    assert statuses(tree, 7) == [*found[:4], *[long.UNANCHORED.value] * 3]
 
 
 def test_old_words_are_not_taken_for_new_ones(cuda: str, short: None) -> None:
