@@ -231,20 +231,18 @@ class DeviceIndex(Index):
     ) -> MatchResult:
         if self._open:
             self._recover()
-        locks = bool(lock or split)
+        hold = 1 if lock else 2 * bool(split)
         key = read_host_key(q, "tokens") if start is None else None
         if key is None:
             keys = read_values(q, self.device, "tokens")
             self._open = _NOTHING_YET
-            result = self._match_values(keys, namespace, bool(touch), locks, start)
+            result = self._match_values(keys, namespace, bool(touch), hold, start)
         else:
             self._open = _NOTHING_YET
-            result = self._match_key(key, namespace, bool(touch), locks)
+            result = self._match_key(key, namespace, bool(touch), hold)
         if lock:
             self.last_result = result
             self._changes += 1
-        elif split:
-            self._unlock(self._places(result))
         self._open = None
         return result
 
@@ -255,7 +253,7 @@ class DeviceIndex(Index):
             self._recover()
         keys = read_values(prompts, self.device, "tokens")._replace(left_out=1)
         self._open = _NOTHING_YET
-        self.last_result = result = self._match_values(keys, namespace, False, True, None)
+        self.last_result = result = self._match_values(keys, namespace, False, 1, None)
         self._changes += 1
         self._open = None
         return result
@@ -270,30 +268,28 @@ class DeviceIndex(Index):
             raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
         key = read_one(tokens if limit is None else memoryview(tokens)[: max(limit, 0)], "tokens")
         self._open = _NOTHING_YET
-        result = self._match_key(key, namespace, True, split)
-        if split:
-            self._unlock(self._places(result))
+        result = self._match_key(key, namespace, True, 2 * bool(split))
         self._open = None
         return result
 
-    def _match_key(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
-        """Match one key in host memory. The kernel reads a short key from pinned memory."""
+    def _match_key(self, key: Buffer, namespace: Any, touch: bool, hold: int) -> MatchResult:
+        """Match one key in host memory. Its kernel reads a short key from pinned memory. hold: `lock` of gpu.match."""
         if key[1] > STAGED_TOKENS:
-            return self._match_values(of_key(key, self.device), namespace, touch, lock, None)
+            return self._match_values(of_key(key, self.device), namespace, touch, hold, None)
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
         if self._calls.is_capturing():
             raise RuntimeError(HOST_IN_GRAPH)
         call = self._calls.next()
         awaited = self._results.one(self, call)
         place, stages = awaited.place(), self._stages
-        if lock:
+        if hold == 1:
             self._open = OpenCall(interrupted.LOCK, call, self._changes, place)
-        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, lock):
+        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, hold):
             stages.wait()
-        self._calls.enqueued_outside(call, lock)
+        self._calls.enqueued_outside(call, hold > 0)
         return late_match(awaited)
 
-    def _match_values(self, keys: Values, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
+    def _match_values(self, keys: Values, namespace: Any, touch: bool, hold: int, start: Any) -> MatchResult:
         if namespace is not None and self._calls.is_capturing():
             raise RuntimeError("a CUDA graph cannot hold a namespace: what it is called inside changes as others go")
         names = self._names.find(namespace, keys.batch)
@@ -307,10 +303,10 @@ class DeviceIndex(Index):
         call = self._calls.next()
         told = -1 if captured or keys.offsets == 0 else self.mailbox.reserve_lengths(keys.batch)
         late = self._late_result(keys, call, told, captured)
-        if lock:
+        if hold == 1:
             self._open = OpenCall(interrupted.LOCK, call, self._changes, late.place())
-        gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, lock)
-        self._calls.enqueued(call, lock, captured)
+        gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, hold)
+        self._calls.enqueued(call, hold > 0, captured)
         return late_match(late)
 
     def _late_result(self, keys: Values, call: int, told: int = -1, captured: bool = False) -> Awaited | Batch:

@@ -60,7 +60,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_insert_keys, key=one, started=started, names=[None, None])
         yield partial(_insert_keys, key=one, started=started, names=["a", "b"])
     yield from (partial(_insert_batch, kind=kind, tokens=tokens) for kind in _KINDS)
-    for how in ({}, {"touch": False}, {"lock": True}, {"touch": False, "lock": True}):
+    for how in ({}, {"touch": False}, {"lock": True}, {"touch": False, "lock": True}, {"split": True}):
         yield partial(_match, how=how, key=one)
         yield from (partial(_match_batch, how=how, kind=kind, tokens=tokens) for kind in _KINDS)
     yield partial(_match, how={"touch": False, "lock": True, "namespace": [None, "a"]}, key=[one, one])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix.kernels.gpu.climb import LEVELS, hints_of, look_up
+from flatradix.kernels.gpu.climb import check_group, hinted_group, next_group
 from flatradix.kernels.gpu.launch import device_function
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.layout import hashing, scratch
@@ -122,44 +122,6 @@ def stand_on(s, row, at):
         length = tl.load(s.length + row, mask=beyond, other=0)
         beyond = beyond & (end - length >= at)
     return row
-
-
-@triton.jit
-def hinted_group(w, row):
-    """Return (rows, the row after them) of the group that begins with each path's row, as hinted; [N, LEVELS].
-
-    row: int32 [N]. `check_group` must follow.
-    """
-    return hints_of(w, row[:, None] + tl.zeros([1, LEVELS], tl.int32))
-
-
-@triton.jit
-def next_group(w, after, going):
-    """Return what `hinted_group` does for the paths that are `going`, from the row after their last group."""
-    return hints_of(w, tl.where(going[:, None], after, 0))
-
-
-@triton.jit
-def check_group(s, w, rows, after):
-    """Return (rows, the row after them, their parents, ends, lengths), true whatever was hinted; [N, LEVELS].
-
-    The first row of each path must be true. Parents are as stored: ~namespace at the top.
-    """
-    level = tl.zeros_like(rows) + tl.arange(0, LEVELS)[None, :]
-    parent = tl.load(s.parent + rows, mask=rows > 0, other=0)
-    end = tl.load(s.end + rows, mask=rows > 0, other=0)
-    length = tl.load(s.length + rows, mask=rows > 0, other=0)
-    above = tl.where(level < LEVELS - 1, tl.gather(rows, tl.minimum(level + 1, LEVELS - 1), axis=1), after)
-    wrong = tl.max((tl.maximum(parent, 0) != above).to(tl.int32), axis=1)[:, None] + level * 0 > 0
-    if tl.max(wrong.to(tl.int32)) > 0:
-        row = tl.max(tl.where(level == 0, rows, 0), axis=1)[:, None] + level * 0
-        seen, seen_after = look_up(s, w, row, wrong)
-        rows = tl.where(wrong, seen, rows)
-        after = tl.where(wrong, seen_after, after)
-        parent = tl.load(s.parent + rows, mask=rows > 0, other=0)
-        end = tl.load(s.end + rows, mask=rows > 0, other=0)
-        length = tl.load(s.length + rows, mask=rows > 0, other=0)
-    return rows, after, parent, end, length
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def _levels(row):
 
 
 @triton.jit
-def hints_of(w, row):
+def _hints(w, row):
     """Return (LEVELS rows from each path's row up, the row above the last of them) according to the hints."""
     level = _levels(row)
     place = w.above + LEVELS * row.to(tl.int64)
@@ -52,8 +52,8 @@ def hints_of(w, row):
 
 
 @triton.jit
-def look_up(s, w, row, on):
-    """Load from the tree, row after row, what `hints_of` returns, for the paths that are `on`; renew their hints."""
+def _look(s, w, row, on):
+    """Load from the tree, row after row, what `_hints` returns, for the paths that are `on`; renew their hints."""
     level = _levels(row)
     rows = row
     above = row
@@ -67,22 +67,68 @@ def look_up(s, w, row, on):
 
 
 @triton.jit
+def hinted_group(w, row):
+    """Return (rows, the row after them) of the group that begins with each path's row, as hinted; [N, LEVELS].
+
+    row: int32 [N]. `check_group` must follow.
+    """
+    return _hints(w, row[:, None] + tl.zeros([1, LEVELS], tl.int32))
+
+
+@triton.jit
+def next_group(w, after, going):
+    """Return what `hinted_group` does for the paths that are `going`, from the row after their last group."""
+    return _hints(w, tl.where(going[:, None], after, 0))
+
+
+@triton.jit
+def check_group(s, w, rows, after):
+    """Return (rows, the row after them, their parents, ends, lengths), true whatever was hinted; [N, LEVELS].
+
+    The first row of each path must be true. Parents are as stored: ~namespace at the top.
+    """
+    level = tl.zeros_like(rows) + tl.arange(0, LEVELS)[None, :]
+    parent = tl.load(s.parent + rows, mask=rows > 0, other=0)
+    end = tl.load(s.end + rows, mask=rows > 0, other=0)
+    length = tl.load(s.length + rows, mask=rows > 0, other=0)
+    above = tl.where(level < LEVELS - 1, tl.gather(rows, tl.minimum(level + 1, LEVELS - 1), axis=1), after)
+    wrong = tl.max((tl.maximum(parent, 0) != above).to(tl.int32), axis=1)[:, None] + level * 0 > 0
+    if tl.max(wrong.to(tl.int32)) > 0:
+        row = tl.max(tl.where(level == 0, rows, 0), axis=1)[:, None] + level * 0
+        seen, seen_after = _look(s, w, row, wrong)
+        rows = tl.where(wrong, seen, rows)
+        after = tl.where(wrong, seen_after, after)
+        parent = tl.load(s.parent + rows, mask=rows > 0, other=0)
+        end = tl.load(s.end + rows, mask=rows > 0, other=0)
+        length = tl.load(s.length + rows, mask=rows > 0, other=0)
+    return rows, after, parent, end, length
+
+
+@triton.jit
+def hint_leaf(w, leaf, above, active):
+    """Store the hints of new leaves from those of the rows above them; lanes."""
+    rows, _after = hinted_group(w, above)
+    place = w.above + LEVELS * leaf[:, None] + tl.arange(0, LEVELS)[None, :]
+    tl.store(place, rows, mask=active[:, None])
+
+
+@triton.jit
 def _add(s, w, row, rows, after, weight):
     """Add `weight` to the lock counts of LEVELS rows of each path, from `row` up.
 
     rows, after: these rows and the row above them, according to the hints. Returns (true row above them, its two hints
-    as from `hints_of`, true rows, their old counts).
+    as from `_hints`, true rows, their old counts).
     """
     level = _levels(row)
     parent = parent_of(s, rows, rows > 0)
-    next_rows, next_after = hints_of(w, after)
+    next_rows, next_after = _hints(w, after)
     above = tl.where(level < LEVELS - 1, tl.gather(rows, tl.minimum(level + 1, LEVELS - 1), axis=1), after)
     wrong = tl.max((parent != above).to(tl.int32), axis=1)[:, None] + tl.zeros_like(row) > 0
     if tl.max(wrong.to(tl.int32)) > 0:
-        seen_rows, seen_after = look_up(s, w, row, wrong)
+        seen_rows, seen_after = _look(s, w, row, wrong)
         rows = tl.where(wrong, seen_rows, rows)
         after = tl.where(wrong, seen_after, after)
-        next_rows, next_after = hints_of(w, after)
+        next_rows, next_after = _hints(w, after)
     before = tl.atomic_add(s.lock_ref + rows, weight, mask=rows > 0, sem="relaxed")
     return after, next_rows, next_after, rows, before
 
@@ -105,7 +151,7 @@ def add_locks(s, w, row, weight):
     zero = tl.zeros_like(row)
     moved = zero
     a, b, old_a, old_b = zero, zero, zero, zero
-    rows, after = hints_of(w, row)
+    rows, after = _hints(w, row)
     while tl.max(row) > 0:
         moved += _moved(s, a, old_a, low)
         row, rows, after, a, old_a = _add(s, w, row, rows, after, weight)

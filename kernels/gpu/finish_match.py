@@ -12,6 +12,8 @@ from flatradix.kernels.gpu.lock import row_or_above
 from flatradix.kernels.gpu.walk import undo_touches
 from flatradix.layout import mail, numbers, scratch
 
+# What LOCK says of a match: to lock the places (1), only to split the edges on which they end (2), or neither (0).
+LOCKS = tl.constexpr(1)
 # Queries that are undone at once.
 UNDONE = tl.constexpr(128)
 
@@ -22,9 +24,9 @@ def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.co
     first = tl.zeros([], tl.int32)
     while first < batch:
         query = first + tl.arange(0, UNDONE)
-        if TOUCH or LOCK:
+        if TOUCH or LOCK == LOCKS:
             row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=query < batch, other=0)
-            if LOCK:
+            if LOCK == LOCKS:
                 cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=query < batch, other=0)
                 tl.atomic_add(s.own_locks + row, -1, mask=(row > 0) & (cut == 0), sem="relaxed")
                 take_back_locks(s, row_or_above(s, row, cut), tl.zeros_like(row) + 1)
@@ -43,20 +45,21 @@ def finish_match(
     """Finish a match: undo a refused call, or cut edges and update the counters. Only the last program calls this."""
     if bad:
         _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
-        if LOCK:
+        if LOCK != 0:
             tl.store(w.counters + scratch.MOVED_TOKENS, 0)
             tl.store(w.counters + scratch.CUTS, 0)
         publish(s, w, call, first_refusal(w), mail.MATCH)
     else:
-        if LOCK:
+        if LOCK != 0:
             if tl.load(w.counters + scratch.CUTS, volatile=True) > 0:
-                cut_locked(s, w, handles, batch, rows, clock, 0, 1, PAGE, BIGRAM, 2 * TOUCH)
+                cut_locked(s, w, handles, batch, rows, clock, 0, 1, PAGE, BIGRAM, 2 * TOUCH, LOCK == LOCKS)
                 tl.debug_barrier()
                 finish_cuts(s, w)
-            move_protected(s, w, 1)
+            if LOCK == LOCKS:
+                move_protected(s, w, 1)
         if TOUCH:
             tl.store(s.numbers + numbers.CLOCK, clock + 2 * batch)
-        if LOCK:
+        if LOCK != 0:
             publish(s, w, call, tl.zeros([], tl.int64) + scratch.NO_ERROR, mail.MATCH)
         else:
             publish_done(w, call, errors)

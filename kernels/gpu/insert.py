@@ -133,7 +133,7 @@ def insert(
     single = keys.offsets == 0
     share = share_of(arrays, keys) if starts.handles == 0 else 0
     if share:
-        match_long(arrays, keys, share, names, out, call, False, False, plan=True)
+        match_long(arrays, keys, share, names, out, call, False, 0, plan=True)
     _plan(
         arrays, keys.batch,
         (

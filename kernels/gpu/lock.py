@@ -98,7 +98,7 @@ def _finish_lock(
         _renew(s, w, handles, batch, program, programs)
     if cuts:
         clock = tl.load(s.numbers + numbers.CLOCK)
-        cut_locked(s, w, handles, batch, rows, clock, program, programs, PAGE, BIGRAM, 0)
+        cut_locked(s, w, handles, batch, rows, clock, program, programs, PAGE, BIGRAM, 0, True)
     last = program == 0
     if not ALONE:
         if cuts | (error != scratch.NO_ERROR):

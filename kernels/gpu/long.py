@@ -20,20 +20,17 @@ from flatradix.kernels.gpu.anchors import (
     LOOK,
     OWN,
     await_words,
-    check_group,
     find_anchors,
     hash_chunks,
-    hinted_group,
-    next_group,
     note_anchors,
     stand_on,
     sum_before,
     weight_of,
 )
-from flatradix.kernels.gpu.climb import LEVELS
+from flatradix.kernels.gpu.climb import LEVELS, check_group, hinted_group, next_group
 from flatradix.kernels.gpu.cut import column, put
 from flatradix.kernels.gpu.finish import answer, arrive, refuse
-from flatradix.kernels.gpu.finish_match import finish_match
+from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
 from flatradix.kernels.gpu.launch import INTERPRETED, Arrays, Kernel, cooperative_programs
 from flatradix.kernels.gpu.rows import FREE, handle_of
 from flatradix.kernels.gpu.walk import (
@@ -111,8 +108,8 @@ def _climb_to(s, w, key, row, high, foot, low, BIGRAM: tl.constexpr, BLOCK: tl.c
         begins = ends - lengths
         on = (rows > 0) & (ends > low[:, None])
         starts = tl.load(s.start + rows, mask=on, other=0)
-        begin = tl.maximum(tl.min(tl.where(on, begins, FAR), axis=1), low)
         end = tl.minimum(tl.max(tl.where(on, ends, 0), axis=1), high)
+        begin = tl.minimum(tl.maximum(tl.min(tl.where(on, begins, FAR), axis=1), low), end)
         depth = tl.max(tl.sum(on.to(tl.int32), axis=1))
         differs = _differ(s, key, begin, end, begins, tl.where(on, ends, 0), starts, depth, BIGRAM, BLOCK)
         lands = on & (begins <= low[:, None])
@@ -238,7 +235,21 @@ def _walk_on(
         first = tl.load(words + FOUND + chunks - 1, volatile=True).to(tl.int32)
     open_units = tl.where(first > 0, tl.load(s.end + first) - at, 0)
     row, done, left, newly, old = walk(
-        s, w, key + at, units - at, code, first, at, clock, tick, PAGE, WIDTH, BIGRAM, BLOCK, TOUCH, LOCK
+        s,
+        w,
+        key + at,
+        units - at,
+        code,
+        first,
+        at,
+        clock,
+        tick,
+        PAGE,
+        WIDTH,
+        BIGRAM,
+        BLOCK,
+        TOUCH,
+        LOCK == LOCKS,
     )
     if (left > 0) & (row != first) & (not LOCK):
         visit(s, w, row, old, clock, tick, TOUCH)
@@ -246,7 +257,7 @@ def _walk_on(
         passed = (row != first) | (left == 0)
         if passed | (not LOCK):
             visit(s, w, first, tl.load(s.tick + first), clock, tick, TOUCH)
-        if LOCK:
+        if LOCK == LOCKS:
             if passed:
                 if tl.atomic_add(s.lock_ref + first, 1, sem="relaxed") == 0:
                     newly += tl.load(s.length + first)
@@ -309,12 +320,12 @@ def long_kernel(
     newly = tl.zeros([], tl.int64)
     walks_on = lane == share - 1
     sure = chunks * 0
-    if TOUCH or LOCK or walks_on:
+    if TOUCH or LOCK == LOCKS or walks_on:
         sure = _verified(words, chunks, epoch)
-    if TOUCH or LOCK:
+    if TOUCH or LOCK == LOCKS:
         first = lane * GROUP
         while first < sure:
-            newly += _use_rows(s, w, words, first, sure, epoch, clock, tick, CHUNK, GROUP, TOUCH, LOCK)
+            newly += _use_rows(s, w, words, first, sure, epoch, clock, tick, CHUNK, GROUP, TOUCH, LOCK == LOCKS)
             first += share * GROUP
     bad = False
     if walks_on:
@@ -340,8 +351,8 @@ def long_kernel(
             if LOCK:
                 if left > 0:
                     tl.atomic_add(w.counters + scratch.CUTS, 1, sem="relaxed")
-                elif row > 0:
-                    tl.atomic_add(s.own_locks + row, 1, sem="relaxed")
+                elif LOCK == LOCKS:
+                    tl.atomic_add(s.own_locks + row, 1, mask=row > 0, sem="relaxed")
             if TOUCH or LOCK:
                 tl.store(column(w, batch, scratch.Q_ROW) + query, row)
                 tl.store(column(w, batch, scratch.Q_CUT) + query, tl.where(left > 0, length, 0))
@@ -350,7 +361,7 @@ def long_kernel(
             if not SINGLE:
                 word = ((call & mail.CALL_MASK) << 32) | length.to(tl.int64)
                 tl.store(w.mail + mail.FIRST_TOLD + told + query, word, mask=told >= 0)
-    if LOCK:
+    if LOCK == LOCKS:
         if newly > 0:
             tl.atomic_add(w.counters + scratch.MOVED_TOKENS, newly, sem="relaxed")
     last, any_bad = arrive(w, tl.num_programs(0), bad)
@@ -390,7 +401,7 @@ def share_of(arrays: Arrays, keys: Values) -> int:
 
 
 def match_long(
-    arrays: Arrays, keys: Values, share: int, names: PerQuery, out: Output, call: int, touch: bool, lock: bool,
+    arrays: Arrays, keys: Values, share: int, names: PerQuery, out: Output, call: int, touch: bool, lock: int,
     plan: bool = False,
 ) -> None:  # fmt: skip
     """Match a batch of long keys in one launch: arguments and results as for `match`, without starts.

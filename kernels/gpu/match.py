@@ -13,7 +13,7 @@ import triton.language as tl
 from flatradix.kernels import native
 from flatradix.kernels.gpu.cut import column
 from flatradix.kernels.gpu.finish import answer, arrive, refuse
-from flatradix.kernels.gpu.finish_match import finish_match
+from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
 from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
 from flatradix.kernels.gpu.long import match_long, share_of
 from flatradix.kernels.gpu.rows import handle_of
@@ -73,7 +73,7 @@ def match_kernel(
     else:
         units = whole_pages(count, PAGE, BIGRAM)
         row, done, left, newly, old = walk(
-            s, w, key, units, code, row, start, clock, tick, PAGE, WIDTH, BIGRAM, BLOCK, TOUCH, LOCK
+            s, w, key, units, code, row, start, clock, tick, PAGE, WIDTH, BIGRAM, BLOCK, TOUCH, LOCK == LOCKS
         )
         length = start + done
         if done < units:
@@ -84,17 +84,17 @@ def match_kernel(
         if LOCK:
             if left > 0:
                 tl.atomic_add(w.counters + scratch.CUTS, 1, sem="relaxed")
-            elif row > 0:
-                tl.atomic_add(s.own_locks + row, 1, sem="relaxed")
+            elif LOCK == LOCKS:
+                tl.atomic_add(s.own_locks + row, 1, mask=row > 0, sem="relaxed")
         elif (left > 0) & (row != first_row):
             visit(s, w, row, old, clock, tick, TOUCH)
-        if START and (TOUCH or LOCK):
+        if START and (TOUCH or LOCK == LOCKS):
             from_row = first_row
             if LOCK:
                 if (row == first_row) & (left > 0):
                     from_row = tl.maximum(tl.load(s.parent + first_row), 0)
-            newly += visit_up(s, w, from_row, clock, tick, TOUCH, LOCK)
-    if LOCK:
+            newly += visit_up(s, w, from_row, clock, tick, TOUCH, LOCK == LOCKS)
+    if LOCK == LOCKS:
         if newly > 0:
             tl.atomic_add(w.counters + scratch.MOVED_TOKENS, newly, sem="relaxed")
     if TOUCH or LOCK:
@@ -124,7 +124,7 @@ _match = Kernel(
 )
 
 
-def shape(batch: int, average: int, lock: bool) -> tuple[int, int, int]:
+def shape(batch: int, average: int, lock: int) -> tuple[int, int, int]:
     """Return (tokens a block, warps a program, registers a thread or 0 for no limit), as measured on an H200.
 
     A few long keys need many loads in flight; many keys need many programs on a multiprocessor. 8,192 keys of 4,096
@@ -149,10 +149,11 @@ def match(
     out: Output,
     call: int,
     touch: bool,
-    lock: bool,
+    lock: int,
 ) -> None:
     """Match a batch in one launch.
 
+    lock: 1 to lock the places, 2 to split the edges on which they end, else 0.
     names: code * 2 + (1 if the caller gave a name). Fills the handles and lengths of `out`, with -1 if the call is
     refused. The last `keys.left_out` tokens of each key are not looked up. Tells the lengths in the mail from
     `out.told` on, if that is not negative and the call is not refused.
@@ -179,7 +180,7 @@ def match(
 
 
 @functools.cache
-def _single(page: int, bigram: bool, touch: bool, lock: bool) -> Variant:
+def _single(page: int, bigram: bool, touch: bool, lock: int) -> Variant:
     """Return the variant of `match_kernel` for one key in pinned memory, where it has 32 bits a token."""
     constants = *page_constants(page, bigram, 512), touch, lock, True, True, False, False
     return _match.variant(constants, (False, False))
@@ -187,12 +188,12 @@ def _single(page: int, bigram: bool, touch: bool, lock: bool) -> Variant:
 
 def match_one(
     arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, out: PlaceAddresses, call: int,
-    touch: bool, lock: bool,
+    touch: bool, lock: int,
 ) -> bool:  # fmt: skip
     """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
     key: (address, number of tokens, whether they are int64, their owner), at most
-    STAGED_TOKENS. name, out: as for `match`.
+    STAGED_TOKENS. name, out, lock: as for `match`.
     """
     address, count, wide, _owner = key
     variant = _single(arrays.page, arrays.bigram, touch, lock)
