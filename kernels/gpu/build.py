@@ -187,13 +187,15 @@ def _use(
         inserted_here = _numbers(inserteds, inserted, query, active, INSERTEDS)
         is_new = active & (leaf >= 0)
         tl.atomic_add(s.hit_count + leaf, one, mask=is_new & (end > inserted_here), sem="relaxed")
-        above = tl.where(active, above, 0).to(tl.int32)
-        hint_leaf(w, leaf, above, is_new)
+        # Another query of the batch may have cut the new leaf: pieces then lie between the leaf and the known part.
+        parent = tl.maximum(tl.load(s.parent + leaf, mask=is_new, other=0), 0)
+        next_above = tl.where(is_new, parent, tl.where(active, above, 0).to(tl.int32))
+        hint_leaf(w, leaf, next_above, is_new)
         _use_path(
-            s, w, above, tl.where(is_new, end, NO_END), clock + 2 * (query.to(tl.int64) + 1),
+            s, w, next_above, tl.where(is_new, end, NO_END), clock + 2 * (query.to(tl.int64) + 1),
             _numbers(priorities, priority, query, active, PRIORITIES), inserted_here,
         )  # fmt: skip
-        row = tl.where(active, tl.where(leaf >= 0, leaf, above.to(tl.int64)), 0)
+        row = tl.where(active, tl.where(leaf >= 0, leaf, above), 0)
         at = tl.load(column(w, batch, scratch.Q_AT) + query, mask=active, other=0)
         tl.store(prefix_lengths + query, at, mask=active)
         tl.store(lengths + query, end, mask=active)
