@@ -19,7 +19,7 @@ from flatradix.kernels.gpu.compact import compact
 from flatradix.kernels.gpu.cut import column, note_cut, put
 from flatradix.kernels.gpu.finish import refuse
 from flatradix.kernels.gpu.launch import Arrays, Kernel
-from flatradix.kernels.gpu.long import match_long, share_of
+from flatradix.kernels.gpu.long import match_long, shares_of
 from flatradix.kernels.gpu.settle import settle
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
@@ -131,9 +131,9 @@ def insert(
     """
     sizes = page_constants(arrays.page, arrays.bigram, 512)
     single = keys.offsets == 0
-    share = share_of(arrays, keys) if starts.handles == 0 else 0
-    if share:
-        match_long(arrays, keys, share, names, out, call, False, 0, plan=True)
+    shares = shares_of(arrays, keys) if starts.handles == 0 else None
+    if shares:
+        match_long(arrays, keys, shares, names, out, call, False, 0, plan=True)
     _plan(
         arrays, keys.batch,
         (
@@ -141,7 +141,7 @@ def insert(
             0 if single else slots.offsets, keys.stage, keys.total, slots.total, _LARGEST[arrays.pool_wide],
             names.number, keys.batch, arrays.scratch.claims.shape[1] - 1,
         ),
-        (*sizes, single, keys.stage != 0, names.address != 0, starts.handles != 0, share > 0),
+        (*sizes, single, keys.stage != 0, names.address != 0, starts.handles != 0, shares is not None),
         (keys.wide, slots.wide, keys.wide),
     )  # fmt: skip
     if keys.stage:

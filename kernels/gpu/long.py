@@ -11,13 +11,14 @@ A key of 131,072 tokens on 256 edges waits for some ten dependent loads instead 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.anchors import (
     FOUND,
     HASHES,
-    LOOK,
     OWN,
     await_words,
     find_anchors,
@@ -48,13 +49,15 @@ from flatradix.layout.queries import Output, PerQuery, Values
 
 # Tokens a chunk, or the pages of one that fit.
 TOKENS_A_CHUNK = 512
-# Keys on average at least this long, and at most this many, are matched by anchors.
+# Keys are matched by anchors if there are at most MOST_KEYS, of LEAST_TOKENS or more on average, or of twice as many
+# where there are more than a few keys.
 LEAST_TOKENS = 8192
+FEW_KEYS = 32
 MOST_KEYS = 128
 # Bits of a tag that are compared. Tests compare fewer, so that anchors are wrong.
 TAG_MASK = 0xFFFFFFFF
-# Chunks that a program handles at once, warps a program, programs a multiprocessor, registers a thread or 0.
-SHAPE = (1, 4, 4, 0)
+# Programs of 4 warps on a multiprocessor, and the registers a thread with which they fit.
+PROGRAMS, REGISTERS = 4, 128
 
 # Boundaries before a program's chunks at which their climb may end.
 WINDOW = tl.constexpr(4)
@@ -62,15 +65,16 @@ WINDOW = tl.constexpr(4)
 WRONG = tl.constexpr(0)
 UNANCHORED = tl.constexpr(0xFFFFFFFF)
 FAR = tl.constexpr(2**31 - 1)
+CLEARED = tl.constexpr(1024)
 
 
 @triton.jit
-def _differ(s, key, begin, end, begins, ends, starts, depth, BIGRAM: tl.constexpr, BLOCK: tl.constexpr):
+def _differ(s, key, begin, end, begins, ends, starts, depth, BIGRAM: tl.constexpr, PART: tl.constexpr):
     """Return of each path whether a unit from `begin` to `end` differs from the key; lanes.
 
     begins, ends, starts: of the `depth` first rows of each path, [N, LEVELS], which hold these units.
     """
-    j = tl.arange(0, BLOCK)[None, :]
+    j = tl.arange(0, PART)[None, :]
     level = tl.arange(0, LEVELS)[None, :]
     differs = begin < 0
     while tl.max((~differs & (begin < end)).to(tl.int32)) > 0:
@@ -90,12 +94,12 @@ def _differ(s, key, begin, end, begins, ends, starts, depth, BIGRAM: tl.constexp
             second = tl.load(key + 1 + unit, mask=inside, other=0)
             different = different | (inside & (second != tl.load(s.seconds + place, mask=inside, other=0)))
         differs = differs | (tl.max(different.to(tl.int32), axis=1) > 0)
-        begin += BLOCK
+        begin += PART
     return differs
 
 
 @triton.jit
-def _climb_to(s, w, key, row, high, foot, low, BIGRAM: tl.constexpr, BLOCK: tl.constexpr):
+def _climb_to(s, w, key, row, high, foot, low, BIGRAM: tl.constexpr, PART: tl.constexpr):
     """Return of each path whether its units from `low` to `high` equal the key's, and `low` stands on `foot`; lanes.
 
     row: it holds the path length `high`; 0 for no path. foot: a row, or ~namespace for the root.
@@ -111,7 +115,7 @@ def _climb_to(s, w, key, row, high, foot, low, BIGRAM: tl.constexpr, BLOCK: tl.c
         end = tl.minimum(tl.max(tl.where(on, ends, 0), axis=1), high)
         begin = tl.minimum(tl.maximum(tl.min(tl.where(on, begins, FAR), axis=1), low), end)
         depth = tl.max(tl.sum(on.to(tl.int32), axis=1))
-        differs = _differ(s, key, begin, end, begins, tl.where(on, ends, 0), starts, depth, BIGRAM, BLOCK)
+        differs = _differ(s, key, begin, end, begins, tl.where(on, ends, 0), starts, depth, BIGRAM, PART)
         lands = on & (begins <= low[:, None])
         landed = tl.max(lands.to(tl.int32), axis=1) > 0
         stand = tl.max(tl.where(lands, tl.where(begins == low[:, None], parents, rows), FREE), axis=1)
@@ -137,7 +141,8 @@ def _weights(words, chunk, there, epoch):
 @triton.jit
 def _look_at(
     s, w, key, words, first, chunks, code, epoch, mask,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, TAG: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, LOOK: tl.constexpr, BIGRAM: tl.constexpr,
+    TAG: tl.constexpr,
 ):  # fmt: skip
     """Write what is known of the GROUP chunks from `first` on: the row at the end of each, UNANCHORED or WRONG.
 
@@ -147,7 +152,7 @@ def _look_at(
     chunk = first + lane
     there = chunk < chunks
     earlier = first - 1 - tl.arange(0, WINDOW)
-    before = sum_before(words, first, code, epoch)
+    before = sum_before(words, first, code, epoch, LOOK)
     weight = _weights(words, earlier, earlier >= 0, epoch)
     rows_before = _rows_at(s, w, before + weight - tl.cumsum(weight), earlier, earlier >= 0, mask, CHUNK, TAG)
     total = before + tl.cumsum(_weights(words, chunk, there, epoch))
@@ -162,14 +167,14 @@ def _look_at(
     foot = tl.where(previous >= 0, their_row, foot)
     low = (tl.where(previous >= 0, first + previous, nearest) + 1) * CHUNK
 
-    same = _climb_to(s, w, key, tl.where(low >= 0, row, 0), (chunk + 1) * CHUNK, foot, low, BIGRAM, BLOCK)
+    same = _climb_to(s, w, key, tl.where(low >= 0, row, 0), (chunk + 1) * CHUNK, foot, low, BIGRAM, PART)
     found = tl.where(row == 0, UNANCHORED, tl.where(same, row, WRONG).to(tl.int64))
     tl.store(words + OWN + chunk, low.to(tl.int64), mask=there)
     tl.store(words + FOUND + chunk, (epoch << 32) | found, mask=there)
 
 
 @triton.jit
-def _verified(words, count, epoch):
+def _verified(words, count, epoch, LOOK: tl.constexpr):
     """Return how many of `count` chunks the tree holds for sure: all up to the last one with a row before a WRONG."""
     wrong = count
     last = count * 0
@@ -270,9 +275,8 @@ def _next_epoch(w, epoch):
     if epoch == scratch.EPOCH_MASK:
         first = tl.zeros([], tl.int32)
         while first < 3 * scratch.CHUNK_WORDS:
-            j = first + tl.arange(0, LOOK)
-            tl.store(w.words + j, tl.zeros([LOOK], tl.int64))
-            first += LOOK
+            tl.store(w.words + first + tl.arange(0, CLEARED), tl.zeros([CLEARED], tl.int64))
+            first += CLEARED
     tl.store(w.counters + scratch.EPOCH, epoch % scratch.EPOCH_MASK)
 
 
@@ -286,8 +290,8 @@ def long_kernel(
     s, w, values, offsets, names, lengths, handles, total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32,
     call: tl.int64, told: tl.int32, left_out: tl.int64, share: tl.int32, mask: tl.int64,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, TAG: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr, SINGLE: tl.constexpr,
-    NAMES: tl.constexpr, PLAN: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr, LOOK: tl.constexpr, TAG: tl.constexpr, TOUCH: tl.constexpr,
+    LOCK: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Match keys with `share` programs each. PLAN: store only where each key ends, for the plan of an insert."""
     query = tl.program_id(0) // share
@@ -309,19 +313,19 @@ def long_kernel(
     while first < chunks:
         chunk = first + tl.arange(0, GROUP)
         there = chunk < chunks
-        hashed = hash_chunks(s, key, chunk, there, CHUNK, BLOCK)
+        hashed = hash_chunks(s, key, chunk, there, CHUNK, PART)
         tl.store(words + HASHES + chunk, (epoch << 32) | hashed, mask=there)
         first += share * GROUP
     first = lane * GROUP
     while first < chunks:
-        _look_at(s, w, key, words, first, chunks, code, epoch, mask, CHUNK, GROUP, BIGRAM, BLOCK, TAG)
+        _look_at(s, w, key, words, first, chunks, code, epoch, mask, CHUNK, GROUP, PART, LOOK, BIGRAM, TAG)
         first += share * GROUP
 
     newly = tl.zeros([], tl.int64)
     walks_on = lane == share - 1
     sure = chunks * 0
     if TOUCH or LOCK == LOCKS or walks_on:
-        sure = _verified(words, chunks, epoch)
+        sure = _verified(words, chunks, epoch, LOOK)
     if TOUCH or LOCK == LOCKS:
         first = lane * GROUP
         while first < sure:
@@ -384,35 +388,58 @@ _long = Kernel(
 )
 
 
-def share_of(arrays: Arrays, keys: Values) -> int:
-    """Return how many programs match each key of a batch by anchors; 0 if walks are faster (bench/RESULTS.md).
+class Shares(NamedTuple):
+    """How the programs of a launch share its keys.
+
+    share: programs a key. group: chunks that a program handles at once. part: tokens of each that it reads at once.
+    look: words that a program reads at once.
+    """
+
+    share: int
+    group: int
+    part: int
+    look: int
+
+
+def group_of(chunks: int, programs: int) -> tuple[int, int]:
+    """Return (group, part) for a launch of so many chunks, of which so many programs may run at once.
+
+    A chunk more at once takes longer, but less than a turn more: see bench/RESULTS.md.
+    """
+    if chunks <= programs:
+        return 1, TOKENS_A_CHUNK
+    return (4, TOKENS_A_CHUNK) if chunks <= 4 * programs else (8, TOKENS_A_CHUNK // 2)
+
+
+def shares_of(arrays: Arrays, keys: Values) -> Shares | None:
+    """Return how to match a batch by anchors; None if walks are faster (bench/RESULTS.md).
 
     Interpreted programs run one after another, so each key gets one that waits for no other.
     """
+    least = LEAST_TOKENS if keys.batch <= FEW_KEYS else 2 * LEAST_TOKENS
     chunks = keys.total // TOKENS_A_CHUNK + keys.batch
-    if keys.batch > MOST_KEYS or keys.total < LEAST_TOKENS * keys.batch or chunks > scratch.CHUNK_WORDS:
-        return 0
-    if INTERPRETED:
-        return 1
-    group, _warps, most, _registers = SHAPE
+    if keys.batch > MOST_KEYS or keys.total < least * keys.batch or chunks > scratch.CHUNK_WORDS:
+        return None
     longest = keys.total // keys.batch if keys.counts is None else int(keys.counts.max())
-    programs = -(-longest // (TOKENS_A_CHUNK * group))
-    return cooperative_programs(arrays, keys.batch * programs, most) // keys.batch
+    most = cooperative_programs(arrays, keys.batch * -(-longest // TOKENS_A_CHUNK), PROGRAMS)
+    group, part = group_of(chunks, most)
+    programs = cooperative_programs(arrays, keys.batch * -(-longest // (TOKENS_A_CHUNK * group)), PROGRAMS)
+    share = 1 if INTERPRETED else programs // keys.batch
+    return Shares(share, group, part, 256 if longest <= 256 * TOKENS_A_CHUNK else 1024) if share else None
 
 
 def match_long(
-    arrays: Arrays, keys: Values, share: int, names: PerQuery, out: Output, call: int, touch: bool, lock: int,
+    arrays: Arrays, keys: Values, shares: Shares, names: PerQuery, out: Output, call: int, touch: bool, lock: int,
     plan: bool = False,
 ) -> None:  # fmt: skip
     """Match a batch of long keys in one launch: arguments and results as for `match`, without starts.
 
-    share: as from `share_of`, above 0.
-    plan: store only the row and the path length at which each key ends, in the columns Q_EDGE and Q_AT of
-    `scratch.query`, and refuse nothing: the plan of an insert goes on from there.
+    shares: as from `shares_of`. plan: store only the row and the path length at which each key ends, in the columns
+    Q_EDGE and Q_AT of `scratch.query`, and refuse nothing: the plan of an insert goes on from there.
     """
     page, width, bigram, block = page_constants(arrays.page, arrays.bigram, TOKENS_A_CHUNK)
     chunk = max(TOKENS_A_CHUNK // page, 1) * page
-    group, warps, _most, registers = SHAPE
+    share, group, part, look = shares
     mask = arrays.scratch.anchors.shape[0] // scratch.ANCHOR_WAYS - 1
     _long(
         arrays, keys.batch * share,
@@ -421,8 +448,8 @@ def match_long(
             arrays.rows, call, out.told, keys.left_out, share, mask,
         ),
         (
-            page, width, bigram, max(block, 1 << (chunk - 1).bit_length()), chunk, group, TAG_MASK, touch, lock,
-            keys.offsets == 0, names.address != 0, plan,
+            page, width, bigram, block, chunk, group, part, look, TAG_MASK, touch, lock, keys.offsets == 0,
+            names.address != 0, plan,
         ),
-        (keys.wide,), warps, registers,
+        (keys.wide,), 4, REGISTERS,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from flatradix.kernels.gpu.cut import column
 from flatradix.kernels.gpu.finish import answer, arrive, refuse
 from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
 from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
-from flatradix.kernels.gpu.long import match_long, share_of
+from flatradix.kernels.gpu.long import match_long, shares_of
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
@@ -158,9 +158,9 @@ def match(
     refused. The last `keys.left_out` tokens of each key are not looked up. Tells the lengths in the mail from
     `out.told` on, if that is not negative and the call is not refused.
     """
-    share = share_of(arrays, keys) if starts.handles == 0 else 0
-    if share:
-        match_long(arrays, keys, share, names, out, call, touch, lock)
+    shares = shares_of(arrays, keys) if starts.handles == 0 else None
+    if shares:
+        match_long(arrays, keys, shares, names, out, call, touch, lock)
         return
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
     _match(

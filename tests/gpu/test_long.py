@@ -33,7 +33,7 @@ def test_random_programs(
     cuda: str, short: None, group: int, tag: int, page_size: int, bigram: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long, "TAG_MASK", tag)
-    monkeypatch.setattr(long, "SHAPE", (group, 4, 3, 0))
+    monkeypatch.setattr(long, "group_of", lambda chunks, programs: (group, 2 if group > 1 else 4))
     run_state_machine_as_test(lambda: Machine(cuda, page_size, bigram))  # type: ignore[arg-type]
 
 
@@ -94,7 +94,7 @@ def test_deep_paths(
     cuda: str, short: None, group: int, tag: int, page_size: int, bigram: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long, "TAG_MASK", tag)
-    monkeypatch.setattr(long, "SHAPE", (group, 4, 3, 0))
+    monkeypatch.setattr(long, "group_of", lambda chunks, programs: (group, 2 if group > 1 else 4))
     for seed in range(1 if interpreted(cuda) else 30):
         Pair(cuda, page_size, bigram, seed).run(20 if interpreted(cuda) else 150)
 
