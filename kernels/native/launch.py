@@ -50,6 +50,16 @@ def launch(record, programs, stream):
     return _start(record, programs, stream)
 
 
+@fixed_types("(int64, int64, int64, int64, int64)", nogil=True)
+def start_lock(record, stream, handles, lengths, call):
+    """Launch a lock or unlock of one place. Return the driver's code. handles, lengths: addresses of the place."""
+    cells = int64_at(int64_at(record)[_CELLS])
+    cells[0] = handles
+    cells[1] = lengths
+    cells[2] = call
+    return _start(record, 1, stream)
+
+
 @fixed_types("(int64, int64, int64, int64, int64, boolean, int64, int64, int64, int64, int64)", nogil=True)
 def start_match(record, stream, desk, key, tokens, wide, name, rows, call, lengths, handles):
     """Copy a key to a pinned buffer and launch its match. Return the driver's code; -1 if no buffer is free.
