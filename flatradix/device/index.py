@@ -19,6 +19,7 @@ from flatradix.device.input import (
     as_batch,
     of_key,
     places_on,
+    read_keys,
     read_numbers,
     read_slots,
     read_values,
@@ -88,7 +89,7 @@ class DeviceIndex(Index):
         self._state = state
         scratch = enlarge(allocate_scratch(len(state.parent), self.mailbox.words, device), _SMALLEST_BATCH)
         self._arrays = gpu.arrays_of(state, scratch, self._pool, options.page_size, options.bigram)
-        self._open: OpenCall | None = None  # the call that has begun and not ended
+        self._open: tuple[Any, ...] | None = None  # the fields of an OpenCall that has begun and not ended
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
         self._pinned = False  # whether `want` was ever called
@@ -126,11 +127,12 @@ class DeviceIndex(Index):
         Depends only on what the device has done, so this method may itself be interrupted.
         """
         refuse_reentry(self)
-        cut = self._open
-        assert cut is not None
+        assert self._open is not None
+        changed_nothing = self._open is _NOTHING_YET
+        cut = OpenCall(*self._open)
         self._move_in()
         if self._calls.is_capturing():
-            if cut is not _NOTHING_YET:
+            if not changed_nothing:
                 raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
             self._names.doubt()  # a name that it was given may be in use by nothing
             self._open = None
@@ -145,7 +147,7 @@ class DeviceIndex(Index):
                     self._listener.note(cut.freed)
             counts = done and cut.operation == interrupted.RESET
             self._open = cut = cut._replace(operation=NOTHING, changes=cut.changes + counts)
-        if cut is not _NOTHING_YET:
+        if not changed_nothing:
             self._changes = cut.changes
         self._stages.free_all()
         self._calls.tell(self._tell)
@@ -283,9 +285,9 @@ class DeviceIndex(Index):
             raise RuntimeError(HOST_IN_GRAPH)
         call = self._calls.next()
         awaited = self._results.one(self, call)
-        place, stages = awaited.place(), self._stages
+        place, stages = awaited.places, self._stages
         if lock:
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, place)
+            self._open = interrupted.LOCK, call, self._changes, place
         while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, lock):
             stages.wait()
         self._calls.enqueued_outside(call, lock)
@@ -306,7 +308,7 @@ class DeviceIndex(Index):
         told = -1 if captured or keys.offsets == 0 else self.mailbox.reserve_lengths(keys.batch)
         late = self._late_result(keys, call, told, captured)
         if lock:
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, late.place())
+            self._open = interrupted.LOCK, call, self._changes, late.places
         gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, lock)
         self._calls.enqueued(call, lock, captured)
         return late_match(late)
@@ -326,12 +328,12 @@ class DeviceIndex(Index):
     def _late(self, places: Any) -> OnDevice | None:
         """Return the source of a result of this device, whose places are read where its kernel leaves them."""
         late = getattr(places, "late", None)
-        return late if isinstance(late, OnDevice) and late.device == self.device else None
+        return late if isinstance(late, OnDevice) and late.is_on(self.device) else None
 
     def _places(self, places: Any) -> PlaceAddresses:
         """Return the addresses of places."""
         late = self._late(places)
-        return places_on(places, self.device) if late is None else late.place()
+        return places_on(places, self.device) if late is None else late.places
 
     def _starts(self, start: Any, batch: int) -> PlaceAddresses:
         """Return the addresses of the places to continue from."""
@@ -357,7 +359,7 @@ class DeviceIndex(Index):
         """Run an operation that may renew the handles of places, and write the new handles back."""
         late = self._late(places)
         if late is not None:
-            operation(late.place())
+            operation(late.places)
             late.forget_handle()
         else:
             lengths, handles = read_places(places, self.device)
@@ -374,7 +376,7 @@ class DeviceIndex(Index):
             self._ensure_scratch(places.batch)
             captured = self._calls.is_capturing()
             call = self._calls.next()
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, places)
+            self._open = interrupted.LOCK, call, self._changes, places
             gpu.lock(self._arrays, places, call)
             self._calls.enqueued(call, True, captured)
 
@@ -400,7 +402,7 @@ class DeviceIndex(Index):
             self._ensure_scratch(found.batch)
             captured = self._calls.is_capturing()
             call = self._calls.next()
-            self._open = OpenCall(interrupted.UNLOCK, call, self._changes, found)
+            self._open = interrupted.UNLOCK, call, self._changes, found
             gpu.unlock(self._arrays, found, call)
             self._calls.enqueued(call, True, captured)
             self._changes += 1
@@ -587,8 +589,8 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         device = self.device
-        keys = self._read_keys(q)
-        source = read_slots(slots, keys, device)
+        keys = read_keys(q, device)
+        source = read_slots(slots, keys, device, self._arrays.pool_wide)
         priorities = read_numbers(priority, keys.batch, device, "priority")
         inserted = read_numbers(inserted_lengths, keys.batch, device, "inserted_lengths")
         starts = self._starts(start, keys.batch)
@@ -608,22 +610,17 @@ class DeviceIndex(Index):
         call = self._calls.next()
         late = self._late_result(keys, call)
         self._open = OpenCall(interrupted.INSERT, call, self._changes, batch=keys.batch)
-        gpu.insert(self._arrays, keys, source, names, starts, priorities, inserted, late.output(), call, may_compact)
-        if keys.stage:
-            self._stages.commit(call)
+        arrays, stages, out = self._arrays, self._stages, late.output()
+        while not gpu.insert(
+            arrays, stages.desk, keys, source, names, starts, priorities, inserted, out, call, may_compact
+        ):
+            stages.wait()
         self._calls.enqueued_outside(call, True)
         self._unseen_inserts.append((call, keys.total))
         self.last_result = result = late_insert(late)
         self._changes += 1
         self._open = None
         return result
-
-    def _read_keys(self, q: Any) -> Values:
-        """Read the keys of an insert. A short key in host memory goes to a pinned buffer, which its kernel reads."""
-        key = read_host_key(q, "tokens")
-        if key is None:
-            return read_values(q, self.device, "tokens")
-        return of_key(key, self.device) if key[1] > STAGED_TOKENS else self._stages.put(key)
 
     def _may_compact(self, total: int) -> bool:
         """Return whether the pools may lack space for `total` units, as far as the host knows now."""

@@ -44,38 +44,38 @@ class Home(Protocol):
 
 
 class OnDevice:
-    """The numbers of B keys, in a part of a chunk to which a kernel writes them."""
+    """The numbers of B keys, in a part of a chunk to which a kernel writes them.
 
-    __slots__ = ("_at", "_batch", "_chunk")
+    places: the addresses of the handles and lengths; their owner is the chunk.
+    """
+
+    __slots__ = ("_at", "_chunk", "places")
 
     def __init__(self, chunk: Chunk, at: int, batch: int) -> None:
         self._chunk = chunk
         self._at = at
-        self._batch = batch
-
-    def place(self) -> PlaceAddresses:
-        """Return the addresses of the handles and lengths on the device."""
-        at, chunk = self._at, self._chunk
-        return PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, self._batch, chunk)
+        self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, batch, chunk)
 
     def output(self, told: int = -1) -> Output:
         """Return the addresses of the numbers on the device. told: as in `Output`."""
-        at, chunk = self._at, self._chunk
-        lengths = chunk.length_address + 4 * at
-        return Output(chunk.handle_address + 8 * at, lengths, lengths + 4 * chunk.size, told)
+        handles, lengths, _batch, _owner = self.places
+        return Output(handles, lengths, lengths + 4 * self._chunk.size, told)
 
-    @property
-    def device(self) -> torch.device:
-        return self._chunk.device
+    def is_on(self, device: torch.device) -> bool:
+        found = self._chunk.device
+        return found is device or found == device
+
+    def _range(self) -> slice:
+        return slice(self._at, self._at + self.places.batch)
 
     def lengths(self) -> torch.Tensor:
-        return self._chunk.lengths[0, self._at : self._at + self._batch]
+        return self._chunk.lengths[0, self._range()]
 
     def handles(self) -> torch.Tensor:
-        return self._chunk.handles[self._at : self._at + self._batch]
+        return self._chunk.handles[self._range()]
 
     def prefix_lengths(self) -> torch.Tensor:
-        return self._chunk.lengths[1, self._at : self._at + self._batch]
+        return self._chunk.lengths[1, self._range()]
 
     def forget_handle(self) -> None:
         """Note that a lock may have renewed handles on the device."""
@@ -89,7 +89,7 @@ class Awaited(OnDevice):
     def __init__(self, home: Home, call: int, chunk: Chunk, at: int) -> None:
         self._chunk = chunk
         self._at = at
-        self._batch = 1
+        self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, 1, chunk)
         self._home = home
         self._call = call
         self._answer: tuple[int, int, int] | None = None
@@ -119,13 +119,13 @@ class Awaited(OnDevice):
         return torch.tensor([self._await()[0]], dtype=torch.int32, device="cpu")
 
     def length(self) -> int:
-        return self._await()[0]
+        return (self._answer or self._await())[0]
 
     def handle(self) -> int:
         return self._read_handle() if self._renewed else self._await()[1]
 
     def prefix_length(self) -> int:
-        return self._await()[2]
+        return (self._answer or self._await())[2]
 
 
 class Batch(OnDevice):
@@ -146,7 +146,7 @@ class Batch(OnDevice):
     def host_lengths(self) -> torch.Tensor:
         found = None
         if self._told >= 0:
-            found = self._home.told_lengths(self._call, self._told, self._batch, self._refusals)
+            found = self._home.told_lengths(self._call, self._told, self.places.batch, self._refusals)
         return self.lengths().cpu() if found is None else torch.from_numpy(found)
 
     def _tensors(self) -> Tensors:

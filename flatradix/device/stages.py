@@ -1,4 +1,7 @@
-"""The desk of a tree: pinned buffers for single keys. Kernels read them in place: a copy would need its own launch."""
+"""The desk of a tree: pinned buffers for single keys and their slots.
+
+Kernels read them in place: a copy would need its own launch.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,8 @@ import numpy as np
 import torch
 
 from flatradix.device.mailbox import Mailbox
-from flatradix.inputs.sequences import Buffer
-from flatradix.kernels import native
 from flatradix.layout import desk
-from flatradix.layout.queries import Desk, Values
+from flatradix.layout.queries import Desk
 
 
 class Stages:
@@ -29,24 +30,12 @@ class Stages:
         self.desk = Desk(self._words.ctypes.data, self._staged.data_ptr())
         self._mailbox = mailbox
 
-    def put(self, key: Buffer) -> Values:
-        """Return one key in host memory, of at most STAGED_TOKENS, in the next buffer. `commit` must follow its launch.
-
-        Waits until no kernel reads that buffer.
-        """
-        address, count, wide, owner = key
-        while not (staged := native.stage_key.call(self.desk.address, address, count, wide)):
-            self.wait()
-        return Values(staged, False, 0, count, 1, None, owner, self.desk.staging)
-
-    def commit(self, call: int) -> None:
-        """Reserve the buffer of the last `put` until the kernel of `call` has answered."""
-        native.commit_key.call(self.desk.address, call)
-
     def wait(self) -> None:
-        """Wait until no kernel reads the buffer that is next in turn."""
+        """Wait until no kernel reads the two buffers that are next in turn: an insert may take both."""
         # A kernel answers after it has read its buffer.
-        self._mailbox.await_answer(int(self._words[desk.FIRST_CALL + self._words[desk.NEXT]]))
+        for ahead in range(2):
+            at = (self._words[desk.NEXT] + ahead) % desk.COUNT
+            self._mailbox.await_answer(int(self._words[desk.FIRST_CALL + at]))
 
     def free_all(self) -> None:
         """Mark all buffers as free. No kernel may be under way."""

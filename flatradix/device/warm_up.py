@@ -16,6 +16,7 @@ import torch
 from flatradix.host.warm_up import grow, use_cache, use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
+from flatradix.kernels import native
 from flatradix.layout import numbers
 from flatradix.layout.desk import STAGED_TOKENS
 from flatradix.layout.handles import pack_handle
@@ -31,6 +32,7 @@ def warm_up_device(device: torch.device, page_size: int, bigram: bool) -> None:
     device: with its index. Operations run in as many threads as there are cores: compilers work without the GIL.
     Interpreted kernels run in one thread.
     """
+    native.prepare()
     tokens = page_size + bigram
     in_python = interpreted()
 

@@ -73,6 +73,7 @@ class DirectLaunch:
 
 
 def raise_driver(code: int) -> NoReturn:
+    """Raise the error of a launch that the driver has refused with `code`."""
     raise RuntimeError(f"the CUDA driver refused to launch a kernel: error {code}")
 
 
@@ -183,9 +184,9 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-def is_current(device: int) -> bool:
-    """Return whether a device is torch's current one, as it must be for a direct launch."""
-    return torch._C._cuda_getDevice() == device
+def direct_stream(device: int) -> int:
+    """Return what `current_stream` does, or -1 if the device is not torch's current one, as direct launches need."""
+    return torch._C._cuda_getCurrentRawStream(device) if torch._C._cuda_getDevice() == device else -1
 
 
 class Variant:
@@ -257,8 +258,8 @@ class Kernel:
         direct = arrays.direct.get(variant)
         if direct is None:
             self._start(arrays, programs, arguments, variant)
-        elif is_current(arrays.device):
-            direct(programs, current_stream(arrays.device), arguments)
+        elif (stream := direct_stream(arrays.device)) >= 0:
+            direct(programs, stream, arguments)
         else:
             with torch.cuda.device(arrays.device):
                 direct(programs, current_stream(arrays.device), arguments)
@@ -325,9 +326,9 @@ def cooperative_programs(arrays: Arrays, wanted: int, most: int = 4) -> int:
     most: how many programs certainly fit on a multiprocessor. With 4 warps a program, 4 programs leave each thread 128
     registers, 8 programs leave 64. Interpreted programs run one after the other, so none could wait for another.
     """
-    if INTERPRETED:
+    if wanted <= 1 or INTERPRETED:
         return 1
-    return max(1, min(wanted, most * multi_processors(arrays.device), scratch.MOST_PROGRAMS))
+    return min(wanted, most * multi_processors(arrays.device), scratch.MOST_PROGRAMS)
 
 
 @triton.jit

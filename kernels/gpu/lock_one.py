@@ -16,7 +16,7 @@ from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import LEVELS, parent_of
 from flatradix.kernels.gpu.cut import cut_locked, finish_cuts, put
 from flatradix.kernels.gpu.finish import move_protected, publish, read_sizes, tell_sizes
-from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, direct_stream, raise_driver
 from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.layout import handles as packing
 from flatradix.layout import mail, numbers, reasons, scratch
@@ -193,11 +193,7 @@ def unlock_one(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
 
 def _start(kernel: Kernel, variant: Variant, arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     direct = arrays.direct.get(variant)
-    if direct is not None and is_current(arrays.device):
-        code = native.start_lock.call(
-            direct.record, current_stream(arrays.device), places.handles, places.lengths, call
-        )  # fmt: skip
-        if code:
-            raise_driver(code)
-    else:
+    if direct is None or (stream := direct_stream(arrays.device)) < 0:
         kernel(arrays, 1, (places.handles, places.lengths, call), variant.constants)
+    elif code := native.start_lock.call(direct.record, stream, places.handles, places.lengths, call):
+        raise_driver(code)

@@ -14,7 +14,7 @@ from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import take_back_locks
 from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
 from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, move_protected, publish, publish_done, refuse
-from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, direct_stream, raise_driver
 from flatradix.kernels.gpu.lock import row_or_above
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
@@ -207,20 +207,34 @@ def match(
     `out.told` on, if that is not negative and the call is not refused.
     """
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
-    _match(
-        arrays, keys.batch,
-        (
-            keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
-            keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
-        ),
-        (
-            *page_constants(arrays.page, arrays.bigram, block), touch, lock, keys.offsets == 0, False,
-            names.address != 0, starts.handles != 0,
-        ),
-        (keys.wide, keys.wide),
-        warps,
-        registers,
+    variant = _variant(
+        arrays.page, arrays.bigram, block, warps, registers, touch, lock, keys.offsets == 0, names.address != 0,
+        starts.handles != 0, keys.wide,
     )  # fmt: skip
+    direct = arrays.direct.get(variant)
+    if direct is None or (stream := direct_stream(arrays.device)) < 0:
+        _match(
+            arrays, keys.batch,
+            (
+                keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
+                keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
+            ),
+            variant.constants, variant.wide, warps, registers,
+        )  # fmt: skip
+    elif code := native.start_matches.call(
+        direct.record, keys.batch, stream, keys.address, keys.offsets, names.address, starts.handles, starts.lengths,
+        out.lengths, out.handles, keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
+    ):  # fmt: skip
+        raise_driver(code)
+
+
+@functools.cache
+def _variant(
+    page: int, bigram: bool, block: int, warps: int, registers: int, touch: bool, lock: bool, single: bool,
+    names: bool, starts: bool, wide: bool,
+) -> Variant:  # fmt: skip
+    constants = *page_constants(page, bigram, block), touch, lock, single, False, names, starts
+    return _match.variant(constants, (wide, wide), warps, registers)
 
 
 @functools.cache
@@ -242,15 +256,14 @@ def match_one(
     address, count, wide, _owner = key
     variant = _single(arrays.page, arrays.bigram, touch, lock)
     direct = arrays.direct.get(variant)
-    if direct is not None and is_current(arrays.device):
+    if direct is not None and (stream := direct_stream(arrays.device)) >= 0:
         code = native.start_match.call(
-            direct.record, current_stream(arrays.device), desk.address, address, count, wide, name, arrays.rows, call,
-            out.lengths, out.handles,
-        )  # fmt: skip
+            direct.record, stream, desk.address, address, count, wide, name, arrays.rows, call, out.lengths, out.handles
+        )
         if code > 0:
             raise_driver(code)
         return code == 0
-    staged = native.stage_key.call(desk.address, address, count, wide)
+    staged = native.stage.call(desk.address, 0, address, count, wide)
     if staged == 0:
         return False
     _match(
@@ -258,5 +271,5 @@ def match_one(
         (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0),
         variant.constants, variant.wide,
     )  # fmt: skip
-    native.commit_key.call(desk.address, call)
+    native.commit.call(desk.address, call)
     return True
