@@ -281,14 +281,14 @@ class DeviceIndex(Index):
         if key[1] > STAGED_TOKENS:
             return self._match_values(of_key(key, self.device), namespace, touch, lock, None)
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
-        if self._calls.is_capturing():
+        call, stream, captured = self._calls.begin()
+        if captured:
             raise RuntimeError(HOST_IN_GRAPH)
-        call = self._calls.next()
         awaited = self._results.one(self, call)
         place, stages = awaited.places, self._stages
         if lock:
             self._open = interrupted.LOCK, call, self._changes, place
-        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, lock):
+        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, lock, stream):
             stages.wait()
         self._calls.enqueued_outside(call, lock)
         return late_match(awaited)
@@ -372,21 +372,21 @@ class DeviceIndex(Index):
         self._open = None
 
     def _lock(self, places: PlaceAddresses) -> None:
-        if places.batch:
-            self._ensure_scratch(places.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
+        batch = places.batch
+        if batch:
+            if batch > self._arrays.batch:
+                self._ensure_scratch(batch)
+            call, stream, captured = self._calls.begin()
             self._open = interrupted.LOCK, call, self._changes, places
-            gpu.lock(self._arrays, places, call)
+            gpu.lock(self._arrays, places, call, stream)
             self._calls.enqueued(call, True, captured)
 
     def _unlock(self, places: PlaceAddresses) -> None:
         """Unlock places without a record of how to undo it: `_open` still describes the lock that this call removes."""
         if places.batch:
             self._ensure_scratch(places.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
-            gpu.unlock(self._arrays, places, call)
+            call, stream, captured = self._calls.begin()
+            gpu.unlock(self._arrays, places, call, stream)
             self._calls.enqueued(call, True, captured)
 
     def _split(self, places: PlaceAddresses) -> None:
@@ -398,12 +398,13 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         found = self._places(places)
-        if found.batch:
-            self._ensure_scratch(found.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
+        batch = found.batch
+        if batch:
+            if batch > self._arrays.batch:
+                self._ensure_scratch(batch)
+            call, stream, captured = self._calls.begin()
             self._open = interrupted.UNLOCK, call, self._changes, found
-            gpu.unlock(self._arrays, found, call)
+            gpu.unlock(self._arrays, found, call, stream)
             self._calls.enqueued(call, True, captured)
             self._changes += 1
             self._open = None

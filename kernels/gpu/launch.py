@@ -31,6 +31,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 _DTYPES = {"*i32": torch.int32, "*i64": torch.int64}
 _CTYPES = {"*i32": ctypes.c_int32, "*i64": ctypes.c_int64}
+_C: Any = torch._C
 Constants = tuple[int | bool, ...]
 
 
@@ -181,12 +182,12 @@ def _typed(address: int, kind: str, arrays: Arrays) -> Any:
 
 def current_stream(device: int) -> int:
     """Return the handle of torch's current stream; takes 0.1 us."""
-    return torch._C._cuda_getCurrentRawStream(device)
+    return _C._cuda_getCurrentRawStream(device)
 
 
 def direct_stream(device: int) -> int:
     """Return what `current_stream` does, or -1 if the device is not torch's current one, as direct launches need."""
-    return torch._C._cuda_getCurrentRawStream(device) if torch._C._cuda_getDevice() == device else -1
+    return _C._cuda_getCurrentRawStream(device) if _C._cuda_getDevice() == device else -1
 
 
 class Variant:

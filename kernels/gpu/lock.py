@@ -260,10 +260,13 @@ def _programs(batch: int) -> tuple[int, bool]:
     return 1 if alone else -(-batch // LANES.value) * (LANES.value // PATHS.value), alone
 
 
-def lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
-    """Lock a batch of places and renew their handles, all or nothing. One launch for up to 8 places, else two."""
+def lock(arrays: Arrays, places: PlaceAddresses, call: int, stream: int = -1) -> None:
+    """Lock a batch of places and renew their handles, all or nothing. One launch for up to 8 places, else two.
+
+    stream: torch's current stream if the tree's device is torch's current device; else, or where unknown, -1.
+    """
     if places.batch == 1:
-        lock_one(arrays, places, call)
+        lock_one(arrays, places, call, stream)
         return
     programs, alone = _programs(places.batch)
     _lock(
@@ -280,10 +283,10 @@ def finish_lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     _finish_locks(arrays, programs, (places.handles, places.batch, arrays.rows, call), (arrays.page, arrays.bigram))
 
 
-def unlock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
-    """Unlock a batch of places, all or nothing. One launch for up to 8 places, else two."""
+def unlock(arrays: Arrays, places: PlaceAddresses, call: int, stream: int = -1) -> None:
+    """Unlock a batch of places, all or nothing. One launch for up to 8 places, else two. stream: as for `lock`."""
     if places.batch == 1:
-        unlock_one(arrays, places, call)
+        unlock_one(arrays, places, call, stream)
         return
     programs, alone = _programs(places.batch)
     _unlock(arrays, programs, (places.handles, places.lengths, places.batch, call), (arrays.page, alone))

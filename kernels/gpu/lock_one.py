@@ -16,7 +16,7 @@ from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import LEVELS, parent_of
 from flatradix.kernels.gpu.cut import cut_locked, finish_cuts, put
 from flatradix.kernels.gpu.finish import move_protected, publish, read_sizes, tell_sizes
-from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, direct_stream, raise_driver
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, raise_driver
 from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.layout import handles as packing
 from flatradix.layout import mail, numbers, reasons, scratch
@@ -172,28 +172,23 @@ _unlock = Kernel(unlock_one_kernel, ["*i64", "*i32", "i64"], warps=1)
 
 
 @functools.cache
-def _lock_variant(page: int, bigram: bool) -> Variant:
-    return _lock.variant((page, bigram))
+def _variant(kernel: Kernel, *constants: int | bool) -> Variant:
+    return kernel.variant(constants)
 
 
-@functools.cache
-def _unlock_variant(page: int) -> Variant:
-    return _unlock.variant((page,))
+def lock_one(arrays: Arrays, places: PlaceAddresses, call: int, stream: int) -> None:
+    """Lock one place and renew its handle, in one launch. stream: as for `lock`."""
+    direct = arrays.direct.get(_variant(_lock, arrays.page, arrays.bigram))
+    if direct is None or stream < 0:
+        _lock(arrays, 1, (places.handles, places.lengths, call), (arrays.page, arrays.bigram))
+    elif code := native.start_lock.call(direct.record, stream, places.handles, places.lengths, call):
+        raise_driver(code)
 
 
-def lock_one(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
-    """Lock one place and renew its handle, in one launch."""
-    _start(_lock, _lock_variant(arrays.page, arrays.bigram), arrays, places, call)
-
-
-def unlock_one(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
-    """Unlock one place, in one launch."""
-    _start(_unlock, _unlock_variant(arrays.page), arrays, places, call)
-
-
-def _start(kernel: Kernel, variant: Variant, arrays: Arrays, places: PlaceAddresses, call: int) -> None:
-    direct = arrays.direct.get(variant)
-    if direct is None or (stream := direct_stream(arrays.device)) < 0:
-        kernel(arrays, 1, (places.handles, places.lengths, call), variant.constants)
+def unlock_one(arrays: Arrays, places: PlaceAddresses, call: int, stream: int) -> None:
+    """Unlock one place, in one launch. stream: as for `lock`."""
+    direct = arrays.direct.get(_variant(_unlock, arrays.page))
+    if direct is None or stream < 0:
+        _unlock(arrays, 1, (places.handles, places.lengths, call), (arrays.page,))
     elif code := native.start_lock.call(direct.record, stream, places.handles, places.lengths, call):
         raise_driver(code)

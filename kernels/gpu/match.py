@@ -246,17 +246,18 @@ def _single(page: int, bigram: bool, touch: bool, lock: bool) -> Variant:
 
 def match_one(
     arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, out: PlaceAddresses, call: int,
-    touch: bool, lock: bool,
+    touch: bool, lock: bool, stream: int,
 ) -> bool:  # fmt: skip
     """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
     key: (address, number of tokens, whether they are int64, their owner), at most
-    STAGED_TOKENS. name, out: as for `match`.
+    STAGED_TOKENS. name, out: as for `match`. stream: torch's current stream if the tree's device is torch's current
+    device; else, or where unknown, -1.
     """
     address, count, wide, _owner = key
     variant = _single(arrays.page, arrays.bigram, touch, lock)
     direct = arrays.direct.get(variant)
-    if direct is not None and (stream := direct_stream(arrays.device)) >= 0:
+    if direct is not None and stream >= 0:
         code = native.start_match.call(
             direct.record, stream, desk.address, address, count, wide, name, arrays.rows, call, out.lengths, out.handles
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from flatradix.device.calls import Calls
 from flatradix.kernels.gpu import launch
 from flatradix.kernels.gpu.launch import Arrays, DirectLaunch, Kernel, Variant
 
@@ -87,4 +88,5 @@ def interpret_launches(patch: pytest.MonkeyPatch) -> FakeDriver:
         arrays.direct[variant] = driver.ready(arrays, kernel, variant, run)
 
     patch.setattr(Kernel, "_start", start_and_prepare)
+    patch.setattr(Calls, "begin", lambda calls: (calls.next(), STREAM, False))
     return driver
