@@ -71,8 +71,10 @@ class Calls:
         """
         if self.is_capturing() if captured is None else captured:
             self.captured = True
-        else:
-            self.enqueued_outside(call, changes)
+            return
+        self.mailbox.last = call
+        if changes:
+            self.mailbox.last_change = call
 
     def enqueued_outside(self, call: int, changes: bool) -> None:
         """Do what `enqueued` does, if no graph is being captured."""

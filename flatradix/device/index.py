@@ -328,7 +328,9 @@ class DeviceIndex(Index):
     def _late(self, places: Any) -> OnDevice | None:
         """Return the source of a result of this device, whose places are read where its kernel leaves them."""
         late = getattr(places, "late", None)
-        return late if isinstance(late, OnDevice) and late.is_on(self.device) else None
+        if isinstance(late, OnDevice) and (late.device is self.device or late.device == self.device):
+            return late
+        return None
 
     def _places(self, places: Any) -> PlaceAddresses:
         """Return the addresses of places."""
@@ -347,7 +349,14 @@ class DeviceIndex(Index):
     def lock(self, places: Any) -> None:
         if self._open:
             self._recover()
-        self._renew(places, self._lock)
+        late = self._late(places)
+        if late is None:
+            self._renew(places, self._lock)
+            return
+        self._lock(late.places)
+        late.forget_handle()
+        self._changes += 1
+        self._open = None
 
     @public_call
     def split(self, places: Any) -> None:

@@ -49,21 +49,18 @@ class OnDevice:
     places: the addresses of the handles and lengths; their owner is the chunk.
     """
 
-    __slots__ = ("_at", "_chunk", "places")
+    __slots__ = ("_at", "_chunk", "device", "places")
 
     def __init__(self, chunk: Chunk, at: int, batch: int) -> None:
         self._chunk = chunk
         self._at = at
+        self.device = chunk.device
         self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, batch, chunk)
 
     def output(self, told: int = -1) -> Output:
         """Return the addresses of the numbers on the device. told: as in `Output`."""
         handles, lengths, _batch, _owner = self.places
         return Output(handles, lengths, lengths + 4 * self._chunk.size, told)
-
-    def is_on(self, device: torch.device) -> bool:
-        found = self._chunk.device
-        return found is device or found == device
 
     def _range(self) -> slice:
         return slice(self._at, self._at + self.places.batch)
@@ -89,6 +86,7 @@ class Awaited(OnDevice):
     def __init__(self, home: Home, call: int, chunk: Chunk, at: int) -> None:
         self._chunk = chunk
         self._at = at
+        self.device = chunk.device
         self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, 1, chunk)
         self._home = home
         self._call = call

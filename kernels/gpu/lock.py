@@ -12,11 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import LEVELS, PATHS, add_locks, parent_of, take_back_locks
 from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
 from flatradix.kernels.gpu.finish import arrive, first_refusal, move_protected, publish, refuse_lanes
-from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
-from flatradix.kernels.gpu.lock_one import lock_one, unlock_one
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs, raise_driver
+from flatradix.kernels.gpu.lock_one import lock_one, lock_variant, unlock_one, unlock_variant
 from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.layout import mail, numbers, reasons, scratch
 from flatradix.layout.queries import PlaceAddresses
@@ -265,12 +266,17 @@ def lock(arrays: Arrays, places: PlaceAddresses, call: int, stream: int = -1) ->
 
     stream: torch's current stream if the tree's device is torch's current device; else, or where unknown, -1.
     """
-    if places.batch == 1:
-        lock_one(arrays, places, call, stream)
+    handles, lengths, batch, _owner = places
+    if batch == 1:
+        direct = arrays.direct.get(lock_variant(arrays.page, arrays.bigram))
+        if direct is None or stream < 0:
+            lock_one(arrays, places, call)
+        elif code := native.start_lock.call(direct.record, stream, handles, lengths, call):
+            raise_driver(code)
         return
-    programs, alone = _programs(places.batch)
+    programs, alone = _programs(batch)
     _lock(
-        arrays, programs, (places.handles, places.lengths, places.batch, arrays.rows, call),
+        arrays, programs, (handles, lengths, batch, arrays.rows, call),
         (arrays.page, arrays.bigram, alone),
     )  # fmt: skip
     if not alone:
@@ -285,11 +291,16 @@ def finish_lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
 
 def unlock(arrays: Arrays, places: PlaceAddresses, call: int, stream: int = -1) -> None:
     """Unlock a batch of places, all or nothing. One launch for up to 8 places, else two. stream: as for `lock`."""
-    if places.batch == 1:
-        unlock_one(arrays, places, call, stream)
+    handles, lengths, batch, _owner = places
+    if batch == 1:
+        direct = arrays.direct.get(unlock_variant(arrays.page))
+        if direct is None or stream < 0:
+            unlock_one(arrays, places, call)
+        elif code := native.start_lock.call(direct.record, stream, handles, lengths, call):
+            raise_driver(code)
         return
-    programs, alone = _programs(places.batch)
-    _unlock(arrays, programs, (places.handles, places.lengths, places.batch, call), (arrays.page, alone))
+    programs, alone = _programs(batch)
+    _unlock(arrays, programs, (handles, lengths, batch, call), (arrays.page, alone))
     if not alone:
         finish_unlock(arrays, places, call)
 

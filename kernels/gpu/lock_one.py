@@ -12,11 +12,10 @@ import functools
 import triton
 import triton.language as tl
 
-from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import LEVELS, parent_of
 from flatradix.kernels.gpu.cut import cut_locked, finish_cuts, put
 from flatradix.kernels.gpu.finish import move_protected, publish, read_sizes, tell_sizes
-from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, raise_driver
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant
 from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.layout import handles as packing
 from flatradix.layout import mail, numbers, reasons, scratch
@@ -172,23 +171,20 @@ _unlock = Kernel(unlock_one_kernel, ["*i64", "*i32", "i64"], warps=1)
 
 
 @functools.cache
-def _variant(kernel: Kernel, *constants: int | bool) -> Variant:
-    return kernel.variant(constants)
+def lock_variant(page: int, bigram: bool) -> Variant:
+    return _lock.variant((page, bigram))
 
 
-def lock_one(arrays: Arrays, places: PlaceAddresses, call: int, stream: int) -> None:
-    """Lock one place and renew its handle, in one launch. stream: as for `lock`."""
-    direct = arrays.direct.get(_variant(_lock, arrays.page, arrays.bigram))
-    if direct is None or stream < 0:
-        _lock(arrays, 1, (places.handles, places.lengths, call), (arrays.page, arrays.bigram))
-    elif code := native.start_lock.call(direct.record, stream, places.handles, places.lengths, call):
-        raise_driver(code)
+@functools.cache
+def unlock_variant(page: int) -> Variant:
+    return _unlock.variant((page,))
 
 
-def unlock_one(arrays: Arrays, places: PlaceAddresses, call: int, stream: int) -> None:
-    """Unlock one place, in one launch. stream: as for `lock`."""
-    direct = arrays.direct.get(_variant(_unlock, arrays.page))
-    if direct is None or stream < 0:
-        _unlock(arrays, 1, (places.handles, places.lengths, call), (arrays.page,))
-    elif code := native.start_lock.call(direct.record, stream, places.handles, places.lengths, call):
-        raise_driver(code)
+def lock_one(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
+    """Lock one place and renew its handle, in one launch, from Python."""
+    _lock(arrays, 1, (places.handles, places.lengths, call), (arrays.page, arrays.bigram))
+
+
+def unlock_one(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
+    """Unlock one place, in one launch, from Python."""
+    _unlock(arrays, 1, (places.handles, places.lengths, call), (arrays.page,))
