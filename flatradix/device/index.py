@@ -557,7 +557,8 @@ class DeviceIndex(Index):
         if where is not None and torch.empty(0, device=where).device != self.device:
             raise ValueError(f"write_slots: the slots are returned on {where}, and the tree is not there")
         numbered = check_write_table(table, rows, found.batch, self.device, self.options.slot_dtype)
-        numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
+        if numbered.device != self.device:
+            numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
         into = SlotTable(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
         self._write(found, numbered, into, False)
 
@@ -619,7 +620,7 @@ class DeviceIndex(Index):
         may_compact = self._may_compact(keys.total)
         call = self._calls.next()
         late = self._late_result(keys, call)
-        self._open = OpenCall(interrupted.INSERT, call, self._changes, batch=keys.batch)
+        self._open = interrupted.INSERT, call, self._changes, None, keys.batch
         arrays, stages, out = self._arrays, self._stages, late.output()
         while not gpu.insert(
             arrays, stages.desk, keys, source, names, starts, priorities, inserted, out, call, may_compact
@@ -637,7 +638,7 @@ class DeviceIndex(Index):
         told, room = self.mailbox.latest(mail.FREE_UNITS)
         while self._unseen_inserts and not is_later(self._unseen_inserts[0][0], told):
             self._unseen_inserts.popleft()
-        return room - sum(count for _, count in self._unseen_inserts) < total
+        return room - sum([count for _, count in self._unseen_inserts]) < total
 
     # Evict
 

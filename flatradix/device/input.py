@@ -18,6 +18,8 @@ from flatradix.inputs.upload import upload, upload_numbers
 from flatradix.layout.desk import STAGED_TOKENS
 from flatradix.layout.queries import PerQuery, PlaceAddresses, Values
 
+_ZERO = PerQuery(0, 0)
+
 
 def known_counts(values: Values) -> np.ndarray | None:
     """Return the counts of a batch or of a single sequence, None if only the device knows them."""
@@ -162,7 +164,7 @@ def read_slots(slots: Any, keys: Values, device: torch.device, wide: bool) -> Va
 def read_numbers(value: Any, batch: int, device: torch.device, what: str) -> PerQuery:
     """Read one integer, or one a query, such as priorities. A tensor on the device is not copied to the host."""
     if type(value) is int:
-        return PerQuery(0, to_int64(value, what))
+        return PerQuery(0, to_int64(value, what)) if value else _ZERO
     if isinstance(value, torch.Tensor) and not value.is_cpu:
         if value.shape != (batch,) or value.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{what} must be an integer, or {batch} integers, one a query")

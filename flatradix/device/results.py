@@ -49,11 +49,10 @@ class OnDevice:
     places: the addresses of the handles and lengths; their owner is the chunk.
     """
 
-    __slots__ = ("_at", "_chunk", "device", "places")
+    __slots__ = ("_chunk", "device", "places")
 
     def __init__(self, chunk: Chunk, at: int, batch: int) -> None:
         self._chunk = chunk
-        self._at = at
         self.device = chunk.device
         self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, batch, chunk)
 
@@ -63,7 +62,9 @@ class OnDevice:
         return Output(handles, lengths, lengths + 4 * self._chunk.size, told)
 
     def _range(self) -> slice:
-        return slice(self._at, self._at + self.places.batch)
+        _handles, lengths, batch, _owner = self.places
+        at = (lengths - self._chunk.length_address) // 4
+        return slice(at, at + batch)
 
     def lengths(self) -> torch.Tensor:
         return self._chunk.lengths[0, self._range()]
@@ -85,7 +86,6 @@ class Awaited(OnDevice):
 
     def __init__(self, home: Home, call: int, chunk: Chunk, at: int) -> None:
         self._chunk = chunk
-        self._at = at
         self.device = chunk.device
         self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, 1, chunk)
         self._home = home
@@ -98,8 +98,7 @@ class Awaited(OnDevice):
         if self._answer is None:
             answer = self._home.mailbox.answer(self._call)
             if answer is None:
-                lengths = self._chunk.lengths[:, self._at].tolist()
-                answer = (lengths[0], self._read_handle(), lengths[1])
+                answer = (int(self.lengths()), self._read_handle(), int(self.prefix_lengths()))
             if answer[0] in (-1, 0xFFFFFFFF):
                 self._home.raise_pending()
                 raise ValueError("this call was refused, as was told before; it has no result")
@@ -107,7 +106,7 @@ class Awaited(OnDevice):
         return self._answer
 
     def _read_handle(self) -> int:
-        return int(self._chunk.handles[self._at])
+        return int(self.handles())
 
     def forget_handle(self) -> None:
         """Read the handle from the device from now on: a lock may have renewed it there."""
@@ -181,7 +180,11 @@ class Results:
 
     def one(self, home: Home, call: int) -> Awaited:
         """Reserve device memory for the numbers of one key."""
-        return Awaited(home, call, *self._reserve(1))
+        at = self._used
+        if at == _CHUNK:
+            return Awaited(home, call, *self._reserve(1))
+        self._used = at + 1
+        return Awaited(home, call, self._chunks[-1], at)
 
     def many(self, home: Home, call: int, batch: int, told: int = -1, captured: bool = False) -> Batch:
         """Reserve device memory for the numbers of a batch. told: as for `Batch`.
