@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from flatradix.device.mailbox import Mailbox
@@ -40,7 +39,7 @@ class Home(Protocol):
 
     def raise_pending(self) -> None: ...
 
-    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None: ...
+    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None: ...
 
 
 class OnDevice:
@@ -144,7 +143,7 @@ class Batch(OnDevice):
         found = None
         if self._told >= 0:
             found = self._home.told_lengths(self._call, self._told, self.places.batch, self._refusals)
-        return self.lengths().cpu() if found is None else torch.from_numpy(found)
+        return self.lengths().cpu() if found is None else found
 
     def _tensors(self) -> Tensors:
         return Tensors(self.lengths(), self.handles(), self.prefix_lengths())
