@@ -349,14 +349,18 @@ class DeviceIndex(Index):
     def lock(self, places: Any) -> None:
         if self._open:
             self._recover()
-        late = self._late(places)
-        if late is None:
+        late = getattr(places, "late", None)
+        if type(late) is Awaited and late.device is self.device:  # the quick way, for the result of one key
+            calls, place = self._calls, late.places
+            call, stream, captured = calls.begin()
+            self._open = interrupted.LOCK, call, self._changes, place
+            gpu.lock_one(self._arrays, place, call, stream)
+            calls.enqueued(call, True, captured)
+            late.forget_handle()
+            self._changes += 1
+            self._open = None
+        else:
             self._renew(places, self._lock)
-            return
-        self._lock(late.places)
-        late.forget_handle()
-        self._changes += 1
-        self._open = None
 
     @public_call
     def split(self, places: Any) -> None:
@@ -385,17 +389,17 @@ class DeviceIndex(Index):
         if batch:
             if batch > self._arrays.batch:
                 self._ensure_scratch(batch)
-            call, stream, captured = self._calls.begin()
+            call, _stream, captured = self._calls.begin()
             self._open = interrupted.LOCK, call, self._changes, places
-            gpu.lock(self._arrays, places, call, stream)
+            gpu.lock(self._arrays, places, call)
             self._calls.enqueued(call, True, captured)
 
     def _unlock(self, places: PlaceAddresses) -> None:
         """Unlock places without a record of how to undo it: `_open` still describes the lock that this call removes."""
         if places.batch:
             self._ensure_scratch(places.batch)
-            call, stream, captured = self._calls.begin()
-            gpu.unlock(self._arrays, places, call, stream)
+            call, _stream, captured = self._calls.begin()
+            gpu.unlock(self._arrays, places, call)
             self._calls.enqueued(call, True, captured)
 
     def _split(self, places: PlaceAddresses) -> None:
@@ -406,17 +410,23 @@ class DeviceIndex(Index):
     def unlock(self, places: Any) -> None:
         if self._open:
             self._recover()
-        found = self._places(places)
+        late = getattr(places, "late", None)
+        found = late.places if isinstance(late, OnDevice) and late.device is self.device else self._places(places)
         batch = found.batch
-        if batch:
-            if batch > self._arrays.batch:
-                self._ensure_scratch(batch)
-            call, stream, captured = self._calls.begin()
-            self._open = interrupted.UNLOCK, call, self._changes, found
-            gpu.unlock(self._arrays, found, call, stream)
-            self._calls.enqueued(call, True, captured)
-            self._changes += 1
-            self._open = None
+        if batch == 0:
+            return
+        if batch > self._arrays.batch:
+            self._ensure_scratch(batch)
+        calls = self._calls
+        call, stream, captured = calls.begin()
+        self._open = interrupted.UNLOCK, call, self._changes, found
+        if batch == 1:
+            gpu.unlock_one(self._arrays, found, call, stream)
+        else:
+            gpu.unlock(self._arrays, found, call)
+        calls.enqueued(call, True, captured)
+        self._changes += 1
+        self._open = None
 
     # Waiting queues and soft pins
 

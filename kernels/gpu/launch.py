@@ -119,7 +119,8 @@ class Arrays(NamedTuple):
 
     device: CUDA index, -1 where kernels are interpreted. rows: row capacity. batch: the largest batch. pool: address of
     the slot pool, [2 P] of int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: the direct
-    launches so far, which hold these addresses. The tensors must outlive the Arrays.
+    launches so far, which hold these addresses; of a kernel that a tree needs in one variant, also by the kernel. The
+    tensors must outlive the Arrays.
     """
 
     device: int
@@ -133,7 +134,7 @@ class Arrays(NamedTuple):
     scratch: Scratch
     tensors: tuple[Any, ...]
     addresses: tuple[Any, ...]
-    direct: dict[Variant, DirectLaunch]
+    direct: dict[Variant | Kernel, DirectLaunch]
 
 
 def _index(device: torch.device) -> int:
@@ -264,6 +265,13 @@ class Kernel:
         else:
             with torch.cuda.device(arrays.device):
                 direct(programs, current_stream(arrays.device), arguments)
+
+    def only(self, arrays: Arrays, programs: int, arguments: Sequence[int], constants: Constants) -> None:
+        """Do what a call does, for a kernel whose constants follow from the tree. Makes `arrays.direct[self]` valid."""
+        self(arrays, programs, arguments, constants)
+        direct = arrays.direct.get(self.variant(constants))
+        if direct is not None:
+            arrays.direct[self] = direct
 
     def _start(self, arrays: Arrays, programs: int, arguments: Sequence[int], variant: Variant) -> None:
         """Launch through Triton: the first launches, and all where there is no direct launch."""

@@ -12,12 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import LEVELS, PATHS, add_locks, parent_of, take_back_locks
 from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
 from flatradix.kernels.gpu.finish import arrive, first_refusal, move_protected, publish, refuse_lanes
-from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs, raise_driver
-from flatradix.kernels.gpu.lock_one import lock_one, lock_variant, unlock_one, unlock_variant
+from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.lock_one import lock_one, unlock_one
 from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.layout import mail, numbers, reasons, scratch
 from flatradix.layout.queries import PlaceAddresses
@@ -261,18 +260,11 @@ def _programs(batch: int) -> tuple[int, bool]:
     return 1 if alone else -(-batch // LANES.value) * (LANES.value // PATHS.value), alone
 
 
-def lock(arrays: Arrays, places: PlaceAddresses, call: int, stream: int = -1) -> None:
-    """Lock a batch of places and renew their handles, all or nothing. One launch for up to 8 places, else two.
-
-    stream: torch's current stream if the tree's device is torch's current device; else, or where unknown, -1.
-    """
+def lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
+    """Lock a batch of places and renew their handles, all or nothing. One launch for up to 8 places, else two."""
     handles, lengths, batch, _owner = places
     if batch == 1:
-        direct = arrays.direct.get(lock_variant(arrays.page, arrays.bigram))
-        if direct is None or stream < 0:
-            lock_one(arrays, places, call)
-        elif code := native.start_lock.call(direct.record, stream, handles, lengths, call):
-            raise_driver(code)
+        lock_one(arrays, places, call, -1)
         return
     programs, alone = _programs(batch)
     _lock(
@@ -289,15 +281,11 @@ def finish_lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     _finish_locks(arrays, programs, (places.handles, places.batch, arrays.rows, call), (arrays.page, arrays.bigram))
 
 
-def unlock(arrays: Arrays, places: PlaceAddresses, call: int, stream: int = -1) -> None:
-    """Unlock a batch of places, all or nothing. One launch for up to 8 places, else two. stream: as for `lock`."""
+def unlock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
+    """Unlock a batch of places, all or nothing. One launch for up to 8 places, else two."""
     handles, lengths, batch, _owner = places
     if batch == 1:
-        direct = arrays.direct.get(unlock_variant(arrays.page))
-        if direct is None or stream < 0:
-            unlock_one(arrays, places, call)
-        elif code := native.start_lock.call(direct.record, stream, handles, lengths, call):
-            raise_driver(code)
+        unlock_one(arrays, places, call, -1)
         return
     programs, alone = _programs(batch)
     _unlock(arrays, programs, (handles, lengths, batch, call), (arrays.page, alone))

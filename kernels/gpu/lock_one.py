@@ -7,15 +7,14 @@ than eight nodes takes one load more for each eight.
 
 from __future__ import annotations
 
-import functools
-
 import triton
 import triton.language as tl
 
+from flatradix.kernels import native
 from flatradix.kernels.gpu.climb import LEVELS, parent_of
 from flatradix.kernels.gpu.cut import cut_locked, finish_cuts, put
 from flatradix.kernels.gpu.finish import move_protected, publish, read_sizes, tell_sizes
-from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant
+from flatradix.kernels.gpu.launch import Arrays, Kernel, raise_driver
 from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.layout import handles as packing
 from flatradix.layout import mail, numbers, reasons, scratch
@@ -170,21 +169,24 @@ _lock = Kernel(lock_one_kernel, ["*i64", "*i32", "i64"], warps=1)
 _unlock = Kernel(unlock_one_kernel, ["*i64", "*i32", "i64"], warps=1)
 
 
-@functools.cache
-def lock_variant(page: int, bigram: bool) -> Variant:
-    return _lock.variant((page, bigram))
+def lock_one(arrays: Arrays, places: PlaceAddresses, call: int, stream: int) -> None:
+    """Lock one place and renew its handle, in one launch.
+
+    stream: torch's current stream if the tree's device is torch's current device; else, or where unknown, -1.
+    """
+    handles, lengths, _batch, _owner = places
+    direct = arrays.direct.get(_lock)
+    if direct is None or stream < 0:
+        _lock.only(arrays, 1, (handles, lengths, call), (arrays.page, arrays.bigram))
+    elif code := native.start_lock.call(direct.record, stream, handles, lengths, call):
+        raise_driver(code)
 
 
-@functools.cache
-def unlock_variant(page: int) -> Variant:
-    return _unlock.variant((page,))
-
-
-def lock_one(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
-    """Lock one place and renew its handle, in one launch, from Python."""
-    _lock(arrays, 1, (places.handles, places.lengths, call), (arrays.page, arrays.bigram))
-
-
-def unlock_one(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
-    """Unlock one place, in one launch, from Python."""
-    _unlock(arrays, 1, (places.handles, places.lengths, call), (arrays.page,))
+def unlock_one(arrays: Arrays, places: PlaceAddresses, call: int, stream: int) -> None:
+    """Unlock one place, in one launch. stream: as for `lock_one`."""
+    handles, lengths, _batch, _owner = places
+    direct = arrays.direct.get(_unlock)
+    if direct is None or stream < 0:
+        _unlock.only(arrays, 1, (handles, lengths, call), (arrays.page,))
+    elif code := native.start_lock.call(direct.record, stream, handles, lengths, call):
+        raise_driver(code)

@@ -107,8 +107,8 @@ OUT = Output(7 << 40, 8 << 40, 9 << 40, 77)
 TABLE = SlotTable(4 << 40, True, 7, 8, 6)
 ONE, EACH = PerQuery(0, -(2**40)), PerQuery(3 << 40, 0)
 CASES: dict[str, Callable[[Home], object]] = {
-    "lock": lambda home: gpu.lock(home.arrays, PLACES, 9, STREAM),
-    "unlock": lambda home: gpu.unlock(home.arrays, PLACES, 9, STREAM),
+    "lock": lambda home: gpu.lock_one(home.arrays, PLACES, 9, STREAM),
+    "unlock": lambda home: gpu.unlock_one(home.arrays, PLACES, 9, STREAM),
     "slots": lambda home: gpu.gather(home.arrays, MANY, home.arrays.state.tokens, 3 << 40, 4 << 40, 9),
 }
 for kind in (False, True):
