@@ -284,14 +284,16 @@ class DeviceIndex(Index):
         call, stream, captured = self._calls.begin()
         if captured:
             raise RuntimeError(HOST_IN_GRAPH)
-        awaited = self._results.one(self, call)
-        place, stages = awaited.places, self._stages
+        chunk, at = self._results.reserve()
+        lengths, handles, desk = chunk.length_address + 4 * at, chunk.handle_address + 8 * at, self._stages.desk
         if lock:
+            place = PlaceAddresses(handles, lengths, 1, chunk)
             self._open = interrupted.LOCK, call, self._changes, place
-        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, lock, stream):
-            stages.wait()
+        while not gpu.match_one(self._arrays, desk, key, name, lengths, handles, call, touch, lock, stream):
+            self._stages.wait()
+        # The result is made while the kernel runs.
         self._calls.enqueued_outside(call, lock)
-        return late_match(awaited)
+        return late_match(Awaited(self, call, chunk, at))
 
     def _match_values(self, keys: Values, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
         if namespace is not None and self._calls.is_capturing():

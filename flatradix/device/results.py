@@ -167,23 +167,20 @@ class Results:
         # The last chunks are kept: torch must not reuse their memory while a stream may still write to it.
         self._chunks: deque[Chunk] = deque(maxlen=4)
 
-    def _reserve(self, count: int, alone: bool = False) -> tuple[Chunk, int]:
+    def reserve(self, count: int = 1, alone: bool = False) -> tuple[Chunk, int]:
         """Return a chunk, and where `count` places begin in it that are not in use yet. alone: in a new chunk."""
         if alone or count > _MOST:
             return _new_chunk(self._device, count), 0
-        if self._used + count > _CHUNK or not self._chunks:
+        at = self._used
+        if at + count > _CHUNK or not self._chunks:
             self._chunks.append(_new_chunk(self._device, _CHUNK))
-            self._used = 0
-        self._used += count
-        return self._chunks[-1], self._used - count
+            at = 0
+        self._used = at + count
+        return self._chunks[-1], at
 
     def one(self, home: Home, call: int) -> Awaited:
         """Reserve device memory for the numbers of one key."""
-        at = self._used
-        if at == _CHUNK:
-            return Awaited(home, call, *self._reserve(1))
-        self._used = at + 1
-        return Awaited(home, call, self._chunks[-1], at)
+        return Awaited(home, call, *self.reserve())
 
     def many(self, home: Home, call: int, batch: int, told: int = -1, captured: bool = False) -> Batch:
         """Reserve device memory for the numbers of a batch. told: as for `Batch`.
@@ -191,4 +188,4 @@ class Results:
         captured: by a CUDA graph, which may be replayed when the result is gone. Memory that torch allocates during the
         capture stays the graph's own.
         """
-        return Batch(home, call, *self._reserve(batch, captured), batch, told)
+        return Batch(home, call, *self.reserve(batch, captured), batch, told)

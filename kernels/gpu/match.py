@@ -245,13 +245,13 @@ def _single(page: int, bigram: bool, touch: bool, lock: bool) -> Variant:
 
 
 def match_one(
-    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, out: PlaceAddresses, call: int,
+    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, lengths: int, handles: int, call: int,
     touch: bool, lock: bool, stream: int,
 ) -> bool:  # fmt: skip
     """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
-    key: (address, number of tokens, whether they are int64, their owner), at most
-    STAGED_TOKENS. name, out: as for `match`. stream: torch's current stream if the tree's device is torch's current
+    key: (address, number of tokens, whether they are int64, their owner), at most STAGED_TOKENS. name: as for `match`.
+    lengths, handles: addresses for the result. stream: torch's current stream if the tree's device is torch's current
     device; else, or where unknown, -1.
     """
     address, count, wide, _owner = key
@@ -259,7 +259,7 @@ def match_one(
     direct = arrays.direct.get(variant)
     if direct is not None and stream >= 0:
         code = native.start_match.call(
-            direct.record, stream, desk.address, address, count, wide, name, arrays.rows, call, out.lengths, out.handles
+            direct.record, stream, desk.address, address, count, wide, name, arrays.rows, call, lengths, handles
         )
         if code > 0:
             raise_driver(code)
@@ -269,7 +269,7 @@ def match_one(
         return False
     _match(
         arrays, 1,
-        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0),
+        (staged, 0, 0, 0, 0, lengths, handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0),
         variant.constants, variant.wide,
     )  # fmt: skip
     native.commit.call(desk.address, call)

@@ -123,7 +123,7 @@ for kind in (False, True):
         key = KEY64 if kind else KEY32
         one = (key.ctypes.data, len(key), kind, key)
         CASES[f"match one {kind} {touch}"] = lambda home, one=one, touch=touch: gpu.match_one(
-            home.arrays, home.desk, one, -8, PLACES, 9, touch, not touch, STREAM
+            home.arrays, home.desk, one, -8, 6 << 40, 5 << 40, 9, touch, not touch, STREAM
         )
 
 
