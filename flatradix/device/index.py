@@ -19,6 +19,7 @@ from flatradix.device.input import (
     as_batch,
     of_key,
     places_on,
+    read_keys,
     read_numbers,
     read_slots,
     read_values,
@@ -90,7 +91,7 @@ class DeviceIndex(Index):
             allocate_scratch(len(state.parent), options.max_tokens, self.mailbox.words, device), _SMALLEST_BATCH
         )
         self._arrays = gpu.arrays_of(state, scratch, self._pool, options.page_size, options.bigram)
-        self._open: OpenCall | None = None  # the call that has begun and not ended
+        self._open: tuple[Any, ...] | None = None  # the fields of an OpenCall that has begun and not ended
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
         self._pinned = False  # whether `want` was ever called
@@ -128,11 +129,12 @@ class DeviceIndex(Index):
         Depends only on what the device has done, so this method may itself be interrupted.
         """
         refuse_reentry(self)
-        cut = self._open
-        assert cut is not None
+        assert self._open is not None
+        changed_nothing = self._open is _NOTHING_YET
+        cut = OpenCall(*self._open)
         self._move_in()
         if self._calls.is_capturing():
-            if cut is not _NOTHING_YET:
+            if not changed_nothing:
                 raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
             self._names.doubt()  # a name that it was given may be in use by nothing
             self._open = None
@@ -147,7 +149,7 @@ class DeviceIndex(Index):
                     self._listener.note(cut.freed)
             counts = done and cut.operation == interrupted.RESET
             self._open = cut = cut._replace(operation=NOTHING, changes=cut.changes + counts)
-        if cut is not _NOTHING_YET:
+        if not changed_nothing:
             self._changes = cut.changes
         self._stages.free_all()
         self._calls.tell(self._tell)
@@ -277,17 +279,19 @@ class DeviceIndex(Index):
         if key[1] > STAGED_TOKENS:
             return self._match_values(of_key(key, self.device), namespace, touch, hold, None)
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
-        if self._calls.is_capturing():
+        call, stream, captured = self._calls.begin()
+        if captured:
             raise RuntimeError(HOST_IN_GRAPH)
-        call = self._calls.next()
-        awaited = self._results.one(self, call)
-        place, stages = awaited.place(), self._stages
+        chunk, at = self._results.reserve()
+        lengths, handles, desk = chunk.length_address + 4 * at, chunk.handle_address + 8 * at, self._stages.desk
         if hold == 1:
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, place)
-        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, hold):
-            stages.wait()
+            place = PlaceAddresses(handles, lengths, 1, chunk)
+            self._open = interrupted.LOCK, call, self._changes, place
+        while not gpu.match_one(self._arrays, desk, key, name, lengths, handles, call, touch, hold, stream):
+            self._stages.wait()
+        # The result is made while the kernel runs.
         self._calls.enqueued_outside(call, hold > 0)
-        return late_match(awaited)
+        return late_match(Awaited(self, call, chunk, at))
 
     def _match_values(self, keys: Values, namespace: Any, touch: bool, hold: int, start: Any) -> MatchResult:
         if namespace is not None and self._calls.is_capturing():
@@ -304,7 +308,7 @@ class DeviceIndex(Index):
         told = -1 if captured or keys.offsets == 0 else self.mailbox.reserve_lengths(keys.batch)
         late = self._late_result(keys, call, told, captured)
         if hold == 1:
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, late.place())
+            self._open = interrupted.LOCK, call, self._changes, late.places
         gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, hold)
         self._calls.enqueued(call, hold > 0, captured)
         return late_match(late)
@@ -315,7 +319,7 @@ class DeviceIndex(Index):
             return self._results.one(self, call)
         return self._results.many(self, call, keys.batch, told, captured)
 
-    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None:
+    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None:
         """Return the lengths that a match has told the host, or None if the host cannot know whether they are right."""
         return None if self._calls.captured else self.mailbox.lengths(call, place, batch, refusals)
 
@@ -324,12 +328,14 @@ class DeviceIndex(Index):
     def _late(self, places: Any) -> OnDevice | None:
         """Return the source of a result of this device, whose places are read where its kernel leaves them."""
         late = getattr(places, "late", None)
-        return late if isinstance(late, OnDevice) and late.device == self.device else None
+        if isinstance(late, OnDevice) and (late.device is self.device or late.device == self.device):
+            return late
+        return None
 
     def _places(self, places: Any) -> PlaceAddresses:
         """Return the addresses of places."""
         late = self._late(places)
-        return places_on(places, self.device) if late is None else late.place()
+        return places_on(places, self.device) if late is None else late.places
 
     def _starts(self, start: Any, batch: int) -> PlaceAddresses:
         """Return the addresses of the places to continue from."""
@@ -343,7 +349,18 @@ class DeviceIndex(Index):
     def lock(self, places: Any) -> None:
         if self._open:
             self._recover()
-        self._renew(places, self._lock)
+        late = getattr(places, "late", None)
+        if type(late) is Awaited and late.device is self.device:  # the quick way, for the result of one key
+            calls, place = self._calls, late.places
+            call, stream, captured = calls.begin()
+            self._open = interrupted.LOCK, call, self._changes, place
+            gpu.lock_one(self._arrays, place, call, stream)
+            calls.enqueued(call, True, captured)
+            late.forget_handle()
+            self._changes += 1
+            self._open = None
+        else:
+            self._renew(places, self._lock)
 
     @public_call
     def split(self, places: Any) -> None:
@@ -355,7 +372,7 @@ class DeviceIndex(Index):
         """Run an operation that may renew the handles of places, and write the new handles back."""
         late = self._late(places)
         if late is not None:
-            operation(late.place())
+            operation(late.places)
             late.forget_handle()
         else:
             lengths, handles = read_places(places, self.device)
@@ -368,11 +385,12 @@ class DeviceIndex(Index):
         self._open = None
 
     def _lock(self, places: PlaceAddresses) -> None:
-        if places.batch:
-            self._ensure_scratch(places.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, places)
+        batch = places.batch
+        if batch:
+            if batch > self._arrays.batch:
+                self._ensure_scratch(batch)
+            call, _stream, captured = self._calls.begin()
+            self._open = interrupted.LOCK, call, self._changes, places
             gpu.lock(self._arrays, places, call)
             self._calls.enqueued(call, True, captured)
 
@@ -380,8 +398,7 @@ class DeviceIndex(Index):
         """Unlock places without a record of how to undo it: `_open` still describes the lock that this call removes."""
         if places.batch:
             self._ensure_scratch(places.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
+            call, _stream, captured = self._calls.begin()
             gpu.unlock(self._arrays, places, call)
             self._calls.enqueued(call, True, captured)
 
@@ -393,16 +410,23 @@ class DeviceIndex(Index):
     def unlock(self, places: Any) -> None:
         if self._open:
             self._recover()
-        found = self._places(places)
-        if found.batch:
-            self._ensure_scratch(found.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
-            self._open = OpenCall(interrupted.UNLOCK, call, self._changes, found)
+        late = getattr(places, "late", None)
+        found = late.places if isinstance(late, OnDevice) and late.device is self.device else self._places(places)
+        batch = found.batch
+        if batch == 0:
+            return
+        if batch > self._arrays.batch:
+            self._ensure_scratch(batch)
+        calls = self._calls
+        call, stream, captured = calls.begin()
+        self._open = interrupted.UNLOCK, call, self._changes, found
+        if batch == 1:
+            gpu.unlock_one(self._arrays, found, call, stream)
+        else:
             gpu.unlock(self._arrays, found, call)
-            self._calls.enqueued(call, True, captured)
-            self._changes += 1
-            self._open = None
+        calls.enqueued(call, True, captured)
+        self._changes += 1
+        self._open = None
 
     # Waiting queues and soft pins
 
@@ -543,7 +567,8 @@ class DeviceIndex(Index):
         if where is not None and torch.empty(0, device=where).device != self.device:
             raise ValueError(f"write_slots: the slots are returned on {where}, and the tree is not there")
         numbered = check_write_table(table, rows, found.batch, self.device, self.options.slot_dtype)
-        numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
+        if numbered.device != self.device:
+            numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
         into = SlotTable(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
         self._write(found, numbered, into, False)
 
@@ -585,8 +610,8 @@ class DeviceIndex(Index):
         if self._open:
             self._recover()
         device = self.device
-        keys = self._read_keys(q)
-        source = read_slots(slots, keys, device)
+        keys = read_keys(q, device)
+        source = read_slots(slots, keys, device, self._arrays.pool_wide)
         priorities = read_numbers(priority, keys.batch, device, "priority")
         inserted = read_numbers(inserted_lengths, keys.batch, device, "inserted_lengths")
         starts = self._starts(start, keys.batch)
@@ -605,10 +630,12 @@ class DeviceIndex(Index):
         may_compact = self._may_compact(keys.total)
         call = self._calls.next()
         late = self._late_result(keys, call)
-        self._open = OpenCall(interrupted.INSERT, call, self._changes, batch=keys.batch)
-        gpu.insert(self._arrays, keys, source, names, starts, priorities, inserted, late.output(), call, may_compact)
-        if keys.stage:
-            self._stages.commit(call)
+        self._open = interrupted.INSERT, call, self._changes, None, keys.batch
+        arrays, stages, out = self._arrays, self._stages, late.output()
+        while not gpu.insert(
+            arrays, stages.desk, keys, source, names, starts, priorities, inserted, out, call, may_compact
+        ):
+            stages.wait()
         self._calls.enqueued_outside(call, True)
         self._unseen_inserts.append((call, keys.total))
         self.last_result = result = late_insert(late)
@@ -616,19 +643,12 @@ class DeviceIndex(Index):
         self._open = None
         return result
 
-    def _read_keys(self, q: Any) -> Values:
-        """Read the keys of an insert. A short key in host memory goes to a pinned buffer, which its kernel reads."""
-        key = read_host_key(q, "tokens")
-        if key is None:
-            return read_values(q, self.device, "tokens")
-        return of_key(key, self.device) if key[1] > STAGED_TOKENS else self._stages.put(key)
-
     def _may_compact(self, total: int) -> bool:
         """Return whether the pools may lack space for `total` units, as far as the host knows now."""
         told, room = self.mailbox.latest(mail.FREE_UNITS)
         while self._unseen_inserts and not is_later(self._unseen_inserts[0][0], told):
             self._unseen_inserts.popleft()
-        return room - sum(count for _, count in self._unseen_inserts) < total
+        return room - sum([count for _, count in self._unseen_inserts]) < total
 
     # Evict
 

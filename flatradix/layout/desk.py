@@ -1,4 +1,4 @@
-"""Indices into a tree's desk, int64: where its single keys wait in pinned memory. Used as `desk.NEXT`.
+"""Indices into a tree's desk, int64: where single keys, and their slots, wait in pinned memory. Used as `desk.NEXT`.
 
 MAIL: address of the mail. STAGES: address of COUNT pinned buffers, used in turn, each int32 [STAGED_TOKENS]. STAGING:
 address of device memory of that size, to which a kernel copies its key. NEXT: the buffer for the next key. FIRST_CALL:

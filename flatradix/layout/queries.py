@@ -12,9 +12,9 @@ class Values(NamedTuple):
 
     address: of int64 (`wide`) or int32 values. offsets: address of int64 [B + 1], 0 for a single sequence.
     counts: int64 [B] on the host, None if only the device knows them, and for a single sequence (`total` is its count).
-    owner: keeps the memory alive until the kernels are enqueued. stage: 0, or the values are a key in pinned memory,
-    which the first kernel copies to this address on the device. left_out: tokens at the end of each sequence that a
-    match does not look up.
+    owner: keeps the memory alive until the kernels are enqueued. left_out: tokens at the end of each sequence that a
+    match does not look up. on_host: whether this is a single sequence of at most STAGED_TOKENS that is still in host
+    memory: an insert copies it to pinned memory, with 32 bits a value.
     """
 
     address: int
@@ -24,8 +24,8 @@ class Values(NamedTuple):
     batch: int
     counts: np.ndarray | None
     owner: Any
-    stage: int = 0
     left_out: int = 0
+    on_host: bool = False
 
 
 class PerQuery(NamedTuple):

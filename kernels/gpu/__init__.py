@@ -11,6 +11,7 @@ from flatradix.kernels.gpu.free import free
 from flatradix.kernels.gpu.insert import insert
 from flatradix.kernels.gpu.launch import Arrays, arrays_of, no_arrays
 from flatradix.kernels.gpu.lock import finish_lock, finish_unlock, lock, unlock
+from flatradix.kernels.gpu.lock_one import lock_one, unlock_one
 from flatradix.kernels.gpu.match import match, match_one
 from flatradix.kernels.gpu.ranges import copy_ranges
 from flatradix.kernels.gpu.rematch import rematch
@@ -35,6 +36,7 @@ __all__ = [
     "gather",
     "insert",
     "lock",
+    "lock_one",
     "match",
     "match_one",
     "no_arrays",
@@ -46,6 +48,7 @@ __all__ = [
     "set_victims",
     "tell",
     "unlock",
+    "unlock_one",
     "unwant",
     "want",
     "want_again",

@@ -13,7 +13,7 @@ from flatradix.kernels.gpu.children import enter, tags_of_lanes
 from flatradix.kernels.gpu.climb import LEVELS, check_group, hint_leaf, hinted_group, next_group
 from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
 from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, publish, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, cooperative_programs
 from flatradix.kernels.gpu.rows import handle_of, take_rows
 from flatradix.kernels.gpu.runs import outer_owners, owners, share
 from flatradix.layout import mail, numbers, scratch
@@ -287,12 +287,22 @@ _build = Kernel(
 )  # fmt: skip
 
 
+def build_variant(
+    page: int, bigram: bool, single: bool, names: bool, priorities: bool, inserted: bool, wide: tuple[bool, bool, bool]
+) -> Variant:
+    """Return the variant of `build_kernel`. wide: of the keys, the slots, and the pool."""
+    return _build.variant((page, bigram, single, names, priorities, inserted), wide)
+
+
+def build_programs(arrays: Arrays, batch: int, total: int) -> int:
+    return cooperative_programs(arrays, max(-(-batch // LANES.value), -(-total // COPIED.value)))
+
+
 def build(
-    arrays: Arrays, keys: Values, slots: Values, names: PerQuery, priorities: PerQuery, inserted: PerQuery,
-    out: Output, call: int,
+    arrays: Arrays, variant: Variant, programs: int, keys: Values, slots: Values, names: PerQuery,
+    priorities: PerQuery, inserted: PerQuery, out: Output, call: int,
 ) -> None:  # fmt: skip
     """Write the result of `settle` to the tree. Arguments as for `insert`."""
-    programs = cooperative_programs(arrays, max(-(-keys.batch // LANES.value), -(-keys.total // COPIED.value)))
     _build(
         arrays, programs,
         (
@@ -300,9 +310,5 @@ def build(
             inserted.address, arrays.pool, out.prefix_lengths, out.lengths, out.handles, names.number,
             priorities.number, inserted.number, keys.batch, arrays.rows, call,
         ),
-        (
-            arrays.page, arrays.bigram, keys.offsets == 0, names.address != 0, priorities.address != 0,
-            inserted.address != 0,
-        ),
-        (keys.wide, slots.wide, arrays.pool_wide),
+        variant.constants, variant.wide,
     )  # fmt: skip

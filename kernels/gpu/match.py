@@ -14,7 +14,7 @@ from flatradix.kernels import native
 from flatradix.kernels.gpu.cut import column
 from flatradix.kernels.gpu.finish import answer, arrive, refuse
 from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
-from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, direct_stream, raise_driver
 from flatradix.kernels.gpu.long import match_long, shares_of
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
@@ -163,20 +163,34 @@ def match(
         match_long(arrays, keys, shares, names, out, call, touch, lock)
         return
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
-    _match(
-        arrays, keys.batch,
-        (
-            keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
-            keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
-        ),
-        (
-            *page_constants(arrays.page, arrays.bigram, block), touch, lock, keys.offsets == 0, False,
-            names.address != 0, starts.handles != 0,
-        ),
-        (keys.wide, keys.wide),
-        warps,
-        registers,
+    variant = _variant(
+        arrays.page, arrays.bigram, block, warps, registers, touch, lock, keys.offsets == 0, names.address != 0,
+        starts.handles != 0, keys.wide,
     )  # fmt: skip
+    direct = arrays.direct.get(variant)
+    if direct is None or (stream := direct_stream(arrays.device)) < 0:
+        _match(
+            arrays, keys.batch,
+            (
+                keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
+                keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
+            ),
+            variant.constants, variant.wide, warps, registers,
+        )  # fmt: skip
+    elif code := native.start_matches.call(
+        direct.record, keys.batch, stream, keys.address, keys.offsets, names.address, starts.handles, starts.lengths,
+        out.lengths, out.handles, keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
+    ):  # fmt: skip
+        raise_driver(code)
+
+
+@functools.cache
+def _variant(
+    page: int, bigram: bool, block: int, warps: int, registers: int, touch: bool, lock: int, single: bool,
+    names: bool, starts: bool, wide: bool,
+) -> Variant:  # fmt: skip
+    constants = *page_constants(page, bigram, block), touch, lock, single, False, names, starts
+    return _match.variant(constants, (wide, wide), warps, registers)
 
 
 @functools.cache
@@ -187,32 +201,32 @@ def _single(page: int, bigram: bool, touch: bool, lock: int) -> Variant:
 
 
 def match_one(
-    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, out: PlaceAddresses, call: int,
-    touch: bool, lock: int,
+    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, lengths: int, handles: int, call: int,
+    touch: bool, lock: int, stream: int,
 ) -> bool:  # fmt: skip
     """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
-    key: (address, number of tokens, whether they are int64, their owner), at most
-    STAGED_TOKENS. name, out, lock: as for `match`.
+    key: (address, number of tokens, whether they are int64, their owner), at most STAGED_TOKENS. name, lock:
+    as for `match`. lengths, handles: addresses for the result. stream: torch's current stream if the tree's device is
+    torch's current device; else, or where unknown, -1.
     """
     address, count, wide, _owner = key
     variant = _single(arrays.page, arrays.bigram, touch, lock)
     direct = arrays.direct.get(variant)
-    if direct is not None and is_current(arrays.device):
+    if direct is not None and stream >= 0:
         code = native.start_match.call(
-            direct.record, current_stream(arrays.device), desk.address, address, count, wide, name, arrays.rows, call,
-            out.lengths, out.handles,
-        )  # fmt: skip
+            direct.record, stream, desk.address, address, count, wide, name, arrays.rows, call, lengths, handles
+        )
         if code > 0:
             raise_driver(code)
         return code == 0
-    staged = native.stage_key.call(desk.address, address, count, wide)
+    staged = native.stage.call(desk.address, 0, address, count, wide)
     if staged == 0:
         return False
     _match(
         arrays, 1,
-        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0),
+        (staged, 0, 0, 0, 0, lengths, handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0),
         variant.constants, variant.wide,
     )  # fmt: skip
-    native.commit_key.call(desk.address, call)
+    native.commit.call(desk.address, call)
     return True

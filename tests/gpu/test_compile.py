@@ -137,8 +137,10 @@ def use_everything(tree: RadixTree, few: bool) -> None:
         tree.insert(sequence, single)
         tree.insert(np.tile(sequence, 2), torch.cat((single, single)))
     found = tree.match(single.numpy())
-    tree.lock(found)
-    tree.unlock(found)
+    pair = SimpleNamespace(handles=places.handles[:2], lengths=places.lengths[:2])
+    for one in (found, pair):
+        tree.lock(one)
+        tree.unlock(one)
     use_queue(tree, many, places)
     if few:
         return
