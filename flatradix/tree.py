@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from typing import IO, Any, NoReturn
+from collections.abc import Callable
+from typing import IO, Any, NoReturn, TypeVar, overload
 
 import torch
 
@@ -18,7 +19,9 @@ from flatradix.inputs.options import OnEvict, read_options
 from flatradix.inputs.policy import Policy, Score
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, saved_of
-from flatradix.results import EvictResult, InsertResult, MatchResult
+from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
+
+T = TypeVar("T")
 
 # Bound to each tree from its index: one more Python call would be a visible part of the time of a short match.
 _HOT = ("match", "match_array", "path_slots", "lock", "unlock", "insert", "evict", "changes")
@@ -290,12 +293,25 @@ class RadixTree:
         """
         return self._index.insert(q, slots, namespace, priority, start, inserted_lengths)
 
-    def evict(self, num_tokens: int) -> EvictResult:
+    @overload
+    def evict(self, num_tokens: Any) -> EvictResult: ...
+
+    @overload
+    def evict(self, num_tokens: Any, out: torch.Tensor) -> EvictIntoResult: ...
+
+    def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult:
         """Free whole nodes, in the order of the policy, until `num_tokens` tokens are freed or the rest is locked.
 
         With `evict_by="page"` the last of these nodes loses only as many pages from its end as are still needed, if it
         has more. It stays a node with its tick, priority and hit count, and its handle stays good. Places beyond its
         new end are stale.
+
+        With `out`, a contiguous tensor [M] of slot_dtype on the slot device, the freed slots are written to its
+        beginning, and the result is an `EvictIntoResult`, with `num_tokens` as a tensor. If they do not fit, nothing is
+        evicted, and the call is refused: a GPU needs M to be at least what is freed, which exceeds `num_tokens` by less
+        than the last node, or than a page. On a GPU such a call does not wait, may be part of a CUDA graph, and takes
+        `num_tokens` also as an int64 tensor of one element on the device, which the kernel reads. Leave `out` unchanged
+        until the next call. With `on_evict` the call waits, and no graph can hold it.
 
         Nodes that are wanted go last: first those that a `WaitingQueue` with `keep=True` wants, then those of `want`.
 
@@ -317,7 +333,7 @@ class RadixTree:
         Raises ValueError for a negative number. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
         the returned slots, which can exceed `num_tokens` by the longest node, or by a page. Then nothing has changed.
         """
-        return self._index.evict(num_tokens)
+        return self._index.evict(num_tokens, out)
 
     @property
     def evictable_tokens(self) -> int:
@@ -353,7 +369,7 @@ class RadixTree:
         return self._index.changes()
 
     @property
-    def last_result(self) -> MatchResult | InsertResult | EvictResult | None:
+    def last_result(self) -> MatchResult | InsertResult | EvictResult | EvictIntoResult | None:
         """The result of the last `insert`, `evict` or `match` with `lock=True`.
 
         For a caller that was interrupted before it received the result. `changes` tells whether there is a new result.
@@ -384,6 +400,23 @@ class RadixTree:
         do not count. O(cached tokens).
         """
         return self._index.digest()
+
+    def capture(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Return a function `step`: each `step()` runs `function()` once, on a GPU as a CUDA graph.
+
+        For a step of an engine in which the same calls come again and again, with the same shapes, on the same tensors:
+        the GPU then runs all of their kernels without Python between. `function` takes nothing and calls torch and this
+        tree: match, lock, unlock, insert, write_slots, and evict with `out`. Its inputs are tensors on the device,
+        which the caller fills before each step; no namespaces. The first two steps run `function` as it is, to compile
+        what it needs. The third captures it. From then on its Python does not run, and each step returns the result of
+        the capture, in whose tensors the numbers are new. Steps enqueue their work on torch's current stream and
+        return; errors come with the next call that waits.
+
+        On the CPU, and with interpreted kernels, each step runs `function`. On a GPU, an insert needs a tree with
+        `max_tokens`, and an eviction one without `on_evict` and without a WaitingQueue that keeps. The third step
+        raises RuntimeError for what a graph cannot hold, and has then run nothing.
+        """
+        return self._index.capture(function)
 
     def reset(self) -> None:
         """Drop everything, including locked nodes. All handles but the root's become stale. The clock goes on."""

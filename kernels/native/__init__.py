@@ -6,7 +6,18 @@ the GIL.
 """
 
 from flatradix.kernels.native.answers import await_answer, await_lengths, await_word
+from flatradix.kernels.native.evict import start_evict
 from flatradix.kernels.native.launch import Record, launch, start_match
 from flatradix.kernels.native.stage import commit_key, stage_key
 
-__all__ = ["Record", "await_answer", "await_lengths", "await_word", "commit_key", "launch", "stage_key", "start_match"]
+__all__ = [
+    "Record",
+    "await_answer",
+    "await_lengths",
+    "await_word",
+    "commit_key",
+    "launch",
+    "stage_key",
+    "start_evict",
+    "start_match",
+]

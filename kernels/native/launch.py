@@ -35,7 +35,8 @@ _LAUNCH, _LAUNCH_COOPERATIVE, _COOPERATIVE, _FUNCTION, _THREADS, _SHARED, _PARAM
 
 
 @helper
-def _start(record, programs, stream):
+def start(record, programs, stream):
+    """Launch a kernel whose cells are filled in. Return the driver's code, 0 for success."""
     r = int64_at(record)
     if r[_COOPERATIVE] and programs > 1:
         return call_cooperative(
@@ -44,10 +45,16 @@ def _start(record, programs, stream):
     return call_launch(r[_LAUNCH], r[_FUNCTION], programs, r[_THREADS], r[_SHARED], stream, r[_PARAMETERS])
 
 
+@helper
+def cells_of(record):
+    """Return the parameters of a kernel that change from launch to launch, to be filled in."""
+    return int64_at(int64_at(record)[_CELLS])
+
+
 @fixed_types("(int64, int64, int64)", nogil=True)
 def launch(record, programs, stream):
     """Launch a kernel whose cells are filled in. Return the driver's code, 0 for success."""
-    return _start(record, programs, stream)
+    return start(record, programs, stream)
 
 
 @fixed_types("(int64, int64, int64, int64, int64, boolean, int64, int64, int64, int64, int64)", nogil=True)
@@ -59,7 +66,7 @@ def start_match(record, stream, desk, key, tokens, wide, name, rows, call, lengt
     staged = put(desk, key, tokens, wide)
     if staged == 0:
         return -1
-    cells = int64_at(int64_at(record)[_CELLS])
+    cells = cells_of(record)
     cells[0] = staged
     for cell in range(1, 5):
         cells[cell] = 0
@@ -73,7 +80,7 @@ def start_match(record, stream, desk, key, tokens, wide, name, rows, call, lengt
     cells[12] = call
     cells[13] = -1
     cells[14] = 0
-    code = _start(record, 1, stream)
+    code = start(record, 1, stream)
     if code == 0:
         reserve(desk, call)
     return code
