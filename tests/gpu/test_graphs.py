@@ -69,7 +69,7 @@ def random_keys(rng: random.Random) -> list[list[int]]:
 @pytest.mark.parametrize("page", [1, 2])
 @pytest.mark.parametrize("policy", ["lru", "lfu", "mru"])
 def test_many_steps(gpu: str, policy: str, page: int, evict_by: str) -> None:
-    """The tree is full, so each step evicts, and the pools are compacted again and again. Equal to a tree on the CPU."""
+    """The tree is full, so each step evicts, and pools are compacted now and then. Equal to a tree on the CPU."""
     size = 2 * KEYS * TOKENS
     pair = Pair(gpu, size, page, policy=policy, evict_by=evict_by)
     there, here = inputs_on(pair.tree.device, size), inputs_on(pair.host.device, size)
@@ -92,8 +92,8 @@ def test_many_steps(gpu: str, policy: str, page: int, evict_by: str) -> None:
             pair.compare()
             ends.add(index_of(pair.tree).content().first)
         if turn % 20 == 19:  # calls outside the graph, between its steps
-            pair.insert([[9, turn, 1]], [[1, 2, 3]], namespace="x")
             pair.evict(5)
+            pair.insert([[9, turn, 1]], [[1, 2, 3]], namespace="x")
             pair.compare()
     pair.tree.raise_pending()
     pair.compare()
@@ -168,7 +168,7 @@ def test_a_single_key(gpu: str) -> None:
         slots.copy_(torch.arange(3) + 10 * turn)
         inserted, found = step()
         assert inserted.prefix_lengths.tolist() == [2 if turn else 0]
-        assert tree.slots(found).to_list() == [[0, 1, 2] if turn == 0 else [0, 1, 10 * turn + 2]]
+        assert tree.slots(found).to_list() == [[0, 1, 10 * turn + 2]]
     tree.check()
 
 
@@ -222,7 +222,7 @@ def test_names_that_replays_have_emptied(gpu: str) -> None:
     pair.host.evict(1)
     pair.insert([[4]], [[4]], namespace="c")
     pair.compare()
-    assert names_of(pair.tree) == names_of(pair.host) == [None, "b", "c"]
+    assert set(names_of(pair.tree)) == set(names_of(pair.host)) == {None, "b", "c"}
     pair.match([[1], [3]], namespace=["a", "b"])
     pair.compare()
 
@@ -251,12 +251,13 @@ def test_wants_and_queues_after_a_capture(gpu: str) -> None:
 
 
 def test_a_graph_of_torch_itself(gpu: str) -> None:
-    """`torch.cuda.graph` holds the same calls, once their kernels are compiled, as for batches and with a compaction."""
+    """`torch.cuda.graph` holds the same calls, once their kernels are compiled: those of batches and of `compact`."""
     pair = Pair(gpu, 16)
     q, slots = ragged([[1, 2, 3, 4]], pair.tree), ragged([[1, 2, 3, 4]], pair.tree)
     out = torch.zeros(16, dtype=torch.int32, device=gpu)
     for _ in range(2):
-        pair.insert([[1, 2, 3, 4]], [[1, 2, 3, 4]])
+        pair.tree.insert(q, slots)
+        pair.host.insert([[1, 2, 3, 4]], [[1, 2, 3, 4]])
         pair.tree.evict(4, out=out)
         pair.host.evict(4)
         pair.tree.compact()
