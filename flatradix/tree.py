@@ -58,12 +58,11 @@ class RadixTree:
         an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
         are always checked.
 
-    On a GPU, match, lock, unlock, split, insert and write_slots enqueue their kernels on torch's current stream and
-    return. Their results are tensors on the device. Some errors in a query are found only by the kernels. A call with
-    such an error has no effect, and its lengths and handles are -1. The next operation that waits for the device raises
-    the error: `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and `length`, `handle` and
-    `prefix_length` of a result. A CUDA graph can hold match, lock and unlock, after a batch of the same size has run
-    outside the graph.
+    On a GPU, match, lock, unlock, split, insert, write_slots and evict with `out` enqueue their kernels on torch's
+    current stream and return. Their results are tensors on the device. Some errors in a query are found only by the
+    kernels. A call with such an error has no effect, and its lengths and handles are -1. The next operation that waits
+    for the device raises the error: `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and
+    `length`, `handle` and `prefix_length` of a result. `capture` runs such calls as a CUDA graph.
 
     A tree without `max_tokens` begins with space for 4096 tokens. An insert that needs more moves the tree to arrays at
     least twice as large: O(cached tokens), so O(1) for each token that was ever inserted. Meanwhile the old and the new
@@ -306,12 +305,13 @@ class RadixTree:
         has more. It stays a node with its tick, priority and hit count, and its handle stays good. Places beyond its
         new end are stale.
 
-        With `out`, a contiguous tensor [M] of slot_dtype on the slot device, the freed slots are written to its
-        beginning, and the result is an `EvictIntoResult`, with `num_tokens` as a tensor. If they do not fit, nothing is
-        evicted, and the call is refused: a GPU needs M to be at least what is freed, which exceeds `num_tokens` by less
-        than the last node, or than a page. On a GPU such a call does not wait, may be part of a CUDA graph, and takes
-        `num_tokens` also as an int64 tensor of one element on the device, which the kernel reads. Leave `out` unchanged
-        until the next call. With `on_evict` the call waits, and no graph can hold it.
+        out: a contiguous tensor [M] of slot_dtype on the slot device. The freed slots are written to its beginning, the
+        rest stays, and the result is an `EvictIntoResult`, whose numbers are tensors. If the slots do not fit, nothing
+        is evicted; they are at most `num_tokens` and those of the longest node, or by page, `num_tokens` in whole
+        pages. On a GPU such a call does not wait and may be part of a CUDA graph, but with `on_evict` it waits; on the
+        CPU, it is rehearsed on a copy of the nodes, O(max_tokens / page_size), unless M is larger than may be needed.
+        num_tokens: with `out`, a tree on a GPU also takes an int64 tensor of one element there, which its kernel reads.
+        Leave both unchanged until the next call: if this call is interrupted, the slots are read from `out`.
 
         Nodes that are wanted go last: first those that a `WaitingQueue` with `keep=True` wants, then those of `want`.
 
@@ -330,7 +330,7 @@ class RadixTree:
         interrupts the call, the next eviction also tells the victims that were not told, and the one that was under way
         again. A reset tells nothing. Costs what the paths of the victims have in tokens; on a GPU, a copy of the nodes.
 
-        Raises ValueError for a negative number. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
+        Raises ValueError for a negative number, and for an `out` that is too small or of the wrong kind. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
         the returned slots, which can exceed `num_tokens` by the longest node, or by a page. Then nothing has changed.
         """
         return self._index.evict(num_tokens, out)
