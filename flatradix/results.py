@@ -227,7 +227,10 @@ class EvictIntoResult(NamedTuple):
 
 def written(out: torch.Tensor, slots: torch.Tensor, num_nodes: int) -> EvictIntoResult:
     """Write the slots of an eviction by an index in host memory to the caller's tensor, and return the result."""
-    out[: len(slots)].copy_(slots)
+    if out.is_cpu:
+        out.numpy()[: len(slots)] = slots.numpy()  # threads of torch do not survive a fork
+    else:
+        out[: len(slots)].copy_(slots)
     return EvictIntoResult(out, torch.tensor(len(slots), device="cpu"), torch.tensor(num_nodes, device="cpu"))
 
 

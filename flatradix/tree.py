@@ -330,8 +330,9 @@ class RadixTree:
         interrupts the call, the next eviction also tells the victims that were not told, and the one that was under way
         again. A reset tells nothing. Costs what the paths of the victims have in tokens; on a GPU, a copy of the nodes.
 
-        Raises ValueError for a negative number, and for an `out` that is too small or of the wrong kind. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
-        the returned slots, which can exceed `num_tokens` by the longest node, or by a page. Then nothing has changed.
+        Raises ValueError for a negative number, and for an `out` that is too small or of the wrong kind. Raises
+        MemoryError or torch.OutOfMemoryError if there is no memory for the returned slots, which can exceed
+        `num_tokens` by the longest node, or by a page. Then nothing has changed.
         """
         return self._index.evict(num_tokens, out)
 

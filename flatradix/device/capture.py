@@ -55,7 +55,7 @@ def _capture(function: Callable[[], T], device: torch.device) -> tuple[torch.cud
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        graph.capture_begin()
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads may use the GPU meanwhile
         try:
             result = function()
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from flatradix.kernels import cpu
 from flatradix.layout import numbers
@@ -16,12 +17,13 @@ def _copy_of(state: TreeState) -> TreeState:
     """Return a copy of a state. The arrays that no eviction writes to are shared. O(nodes + capacity)."""
     rows = int(state.numbers[numbers.ROWS])
     copies = state._asdict()
-    for name in state._fields:
+    for name, tensor in state._asdict().items():
         if name in COLUMNS or name == "free_rows":
-            copies[name] = state_column = copies[name].new_empty(len(copies[name]))
-            state_column.numpy()[:rows] = getattr(state, name).numpy()[:rows]
+            column = np.empty_like(tensor.numpy())
+            column[:rows] = tensor.numpy()[:rows]
+            copies[name] = torch.from_numpy(column)
         elif name not in _READ_ONLY:
-            copies[name] = copies[name].clone()
+            copies[name] = torch.from_numpy(tensor.numpy().copy())  # threads of torch do not survive a fork
     return TreeState(**copies)
 
 

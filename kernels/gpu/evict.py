@@ -11,6 +11,8 @@ eviction then lists the nodes up to that key and compares all of them with one a
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -249,8 +251,12 @@ def select(arrays: Arrays, wanted: Wanted, by_tick: bool, call: int) -> None:
 
 
 def _selection(arrays: Arrays, wanted: Wanted, by_tick: bool) -> tuple[int, Variant]:
-    programs = cooperative_programs(arrays, -(-arrays.rows // 1024), 1)
-    return programs, _select.variant((by_tick, wanted.address != 0))
+    return cooperative_programs(arrays, -(-arrays.rows // 1024), 1), _variant(by_tick, wanted.address != 0)
+
+
+@functools.cache
+def _variant(by_tick: bool, asked: bool) -> Variant:
+    return _select.variant((by_tick, asked))
 
 
 def _comparable(wanted: Wanted) -> int:
@@ -261,7 +267,7 @@ def evict(arrays: Arrays, wanted: Wanted, by_tick: bool, into: Freeing, call: in
     """Do what `select` and `free_selected` do; once both are compiled, in one call of machine code."""
     selecting, variant = _selection(arrays, wanted, by_tick)
     first = arrays.direct.get(variant)
-    second = arrays.direct.get(free_variant(arrays, into.counts != 0))
+    second = arrays.direct.get(free_variant(arrays.page, arrays.pool_wide, into.counts != 0))
     if first is None or second is None or not is_current(arrays.device):
         select(arrays, wanted, by_tick, call)
         free_selected(arrays, into, call)

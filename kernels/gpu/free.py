@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -243,9 +245,10 @@ def _constants(page: int, counts: bool) -> Constants:
     return together, units, 1 + -(-units // page), counts
 
 
-def free_variant(arrays: Arrays, counts: bool) -> Variant:
+@functools.cache
+def free_variant(page: int, wide: bool, counts: bool) -> Variant:
     """Return the variant that `free_selected` launches. counts: whether it tells the numbers on the device."""
-    return _free.variant(_constants(arrays.page, counts), (arrays.pool_wide, arrays.pool_wide))
+    return _free.variant(_constants(page, counts), (wide, wide))
 
 
 def programs_for(arrays: Arrays, space: int) -> tuple[int, int]:
@@ -264,7 +267,7 @@ def free_selected(arrays: Arrays, into: Freeing, call: int) -> None:
     UNORDERED of GONE also says that nothing was freed. The host may then call `free`.
     """
     programs, freeing = programs_for(arrays, into.space)
-    variant = free_variant(arrays, into.counts != 0)
+    variant = free_variant(arrays.page, arrays.pool_wide, into.counts != 0)
     _free(
         arrays, programs,
         (arrays.pool, into.slots, into.counts, -1, 0, 0, into.space, into.returned, call, programs, freeing),
