@@ -14,28 +14,26 @@ from flatradix.layout.queries import Freeing
 class Room(NamedTuple):
     """Memory for the slots that an eviction returns: first those of an earlier, interrupted one, then others.
 
-    slots: on the tree's device. known: how many slots of an earlier eviction come first. returned: memory of the same
-    size on the slot device; None if that is the tree's device.
+    slots: on the tree's device. known: how many slots of an earlier eviction come first. space: how many others fit.
+    returned: memory of the same size on the slot device; None if that is the tree's device.
     """
 
     slots: torch.Tensor
     known: int
+    space: int
     returned: torch.Tensor | None = None
-
-    @property
-    def space(self) -> int:
-        """For how many slots there is space besides the known ones."""
-        return len(self.slots) - self.known
 
     def freeing(self, counts: int = 0) -> Freeing:
         """Return the addresses for kernels. counts: as in `Freeing`."""
-        slots = self.slots
-        return Freeing(slots.data_ptr() + self.known * slots.itemsize, self.space, counts, self.known)
+        address, known = self.slots.data_ptr(), self.known
+        if known:
+            address += known * self.slots.itemsize
+        return Freeing(address, self.space, counts, known)
 
     def filled(self, tokens: int) -> torch.Tensor:
         """Return the known slots and `tokens` others, on the slot device."""
         slots, returned = self.slots, self.returned
-        if len(slots) > self.known + tokens:
+        if self.space > tokens:
             slots = slots[: self.known + tokens]
             returned = None if returned is None else returned[: self.known + tokens]
         return slots if returned is None else returned.copy_(slots)
@@ -60,7 +58,7 @@ def allocate(known: torch.Tensor | None, space: int, dtype: torch.dtype, devices
     returned = torch.empty_like(slots, device=devices[1]) if len(devices) > 1 else None
     if known is not None:
         slots[:count] = known
-    return Room(slots, count, returned)
+    return Room(slots, count, space, returned)
 
 
 def found_by(mailbox: Mailbox, call: int, wanted: int, page: int, by_page: bool) -> Found:

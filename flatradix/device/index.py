@@ -733,10 +733,11 @@ class DeviceIndex(Index):
             self._listener.begin()
         missing = max(wanted - (0 if self._unreturned is None else len(self._unreturned)), 0)
         given = room is not None
+        evictable = self.mailbox.counter(mail.EVICTABLE) if missing else 0
         # Allocate all memory before the tree changes: a later failure would lose slots.
         if room is None:
-            room = self._room(self._likely_tokens(missing))
-        if missing == 0 or self.mailbox.counter(mail.EVICTABLE) == 0:
+            room = self._room(self._likely_tokens(missing, evictable))
+        if evictable == 0:
             return room, 0, 0, None
         call = self._calls.next()
         by_tick = self._prepare_keys()
@@ -752,7 +753,7 @@ class DeviceIndex(Index):
             gpu.select(self._arrays, asked, by_tick, call)
         found = found_by(self.mailbox, call, missing, self.options.page_size, self._by_page)
         if given and found.tokens > room.space:
-            refuse_out(room.known + found.tokens, len(room.slots))
+            refuse_out(room.known + found.tokens, room.known + room.space)
         if not given:
             self._beyond = min(max(self._beyond, 2 * (found.tokens - missing)), _MOST_BEYOND)
             room = self._room(found.tokens)
@@ -800,16 +801,14 @@ class DeviceIndex(Index):
         devices = (device,) if where is None else (device, where)
         return allocate(self._unreturned, space, self.options.slot_dtype, devices)
 
-    def _likely_tokens(self, missing: int) -> int:
+    def _likely_tokens(self, missing: int, evictable: int) -> int:
         """Return for how many slots to allocate memory before the device has told how many an eviction frees.
 
         That is at most so many more than are missing, up to whole pages, as earlier evictions have freed.
         """
-        if missing == 0:
-            return 0
         page = self.options.page_size
         likely = -(-missing // page) * page + (0 if self._by_page else self._beyond)
-        return min(likely, self.mailbox.counter(mail.EVICTABLE))
+        return min(likely, evictable)
 
     def _prepare_keys(self) -> bool:
         """Have the device fill in the keys by which it orders victims. Return whether the ticks are the keys."""
@@ -844,12 +843,12 @@ class DeviceIndex(Index):
         if known > len(out):
             refuse_out(known, len(out))
         if self._listener is not None:
-            return self._evict_into_and_tell(token_count(num_tokens), Room(out, known))
+            return self._evict_into_and_tell(token_count(num_tokens), Room(out, known, len(out) - known))
         self._open = _NOTHING_YET
         counts = torch.empty(2, dtype=torch.int64, device=self.device)
         result = EvictIntoResult(out, counts[0], counts[1])
         by_tick = self._prepare_keys()
-        room = Room(out, known)
+        room = Room(out, known, len(out) - known)
         if self._unreturned is not None:
             out[:known] = self._unreturned
         call = self._calls.next()
