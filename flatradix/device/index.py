@@ -672,7 +672,8 @@ class DeviceIndex(Index):
         self._calls.enqueued(call, True, captured)
         if captured:
             self._graph_inserts = True
-        else:
+            self._unseen_inserts.clear()
+        elif not self._graph_inserts:
             self._unseen_inserts.append((call, keys.total))
         self.last_result = result = late_insert(late)
         self._changes += 1

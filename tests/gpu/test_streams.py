@@ -31,6 +31,7 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
     rows = torch.arange(3, device=tree.device)
     priority = torch.arange(3, device=tree.device)
     first, first_slots = q.values[:4], slots.values[:4]
+    out, wanted = torch.zeros(8, dtype=torch.int32, device=tree.device), torch.ones(1, dtype=int, device=tree.device)
     kept: dict[str, Any] = {}
 
     def keep(name: str, value: Any) -> None:
@@ -51,6 +52,8 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
         lambda: keep("one", tree.match(first, lock=True)),
         lambda: tree.unlock(kept["one"]),
         lambda: tree.insert(first, first_slots, start=kept["one"]),
+        lambda: tree.evict(1, out=out),
+        lambda: tree.evict(wanted, out=out),
     ]
 
 
