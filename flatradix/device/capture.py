@@ -25,6 +25,8 @@ class Home(Protocol):
 class Step(Generic[T]):
     """Runs a function once in each call. The first calls run its Python; from the third on, a CUDA graph runs.
 
+    The index must outlive the graph, and does: the step holds it.
+
     A call that raises an error of the capture has run nothing. Later calls then try again.
     """
 
@@ -35,6 +37,8 @@ class Step(Generic[T]):
         self._captured: tuple[torch.cuda.CUDAGraph, T] | None = None
 
     def __call__(self) -> T:
+        if torch.cuda.is_current_stream_capturing():
+            return self._function()  # a graph of the caller is to hold the step
         if self._captured is None:
             if self._runs < _EAGER:
                 result = self._home.rehearse(self._function)

@@ -275,7 +275,7 @@ def evict(arrays: Arrays, wanted: Wanted, by_tick: bool, into: Freeing, call: in
     code = native.start_evict.call(
         first.record, second.record, current_stream(arrays.device), call, wanted.address, wanted.more,
         _comparable(wanted), selecting, arrays.pool, into.slots, into.counts, into.space, into.returned,
-        *programs_for(arrays, into.space),
+        *programs_for(arrays, into),
     )  # fmt: skip
     if code:
         raise_driver(code)

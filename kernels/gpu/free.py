@@ -251,11 +251,14 @@ def free_variant(page: int, wide: bool, counts: bool) -> Variant:
     return _free.variant(_constants(page, counts), (wide, wide))
 
 
-def programs_for(arrays: Arrays, space: int) -> tuple[int, int]:
-    """Return (programs, how many of them free rows) to free victims of unknown number, with at most `space` slots."""
-    at_once = multi_processors(arrays.device)
+def programs_for(arrays: Arrays, into: Freeing) -> tuple[int, int]:
+    """Return (programs, how many of them free rows) to free victims of unknown number.
+
+    The host expects nearly as many as there is space for. A graph has space for the most that there may ever be.
+    """
+    at_once, space = multi_processors(arrays.device), into.space
     victims = min(space // arrays.page, arrays.rows)
-    freeing = max(1, min(-(-victims // FREED.value), at_once))
+    freeing = max(1, min(-(-victims // FREED.value), at_once if into.counts else 4 * at_once))
     return freeing + min(-(-space // _tile(arrays.page)[1]), 8 * at_once), freeing
 
 
@@ -266,7 +269,7 @@ def free_selected(arrays: Arrays, into: Freeing, call: int) -> None:
     tokens (FREED) and nodes (GONE), also if they are not freed: the caller then compares them with the space. The bit
     UNORDERED of GONE also says that nothing was freed. The host may then call `free`.
     """
-    programs, freeing = programs_for(arrays, into.space)
+    programs, freeing = programs_for(arrays, into)
     variant = free_variant(arrays.page, arrays.pool_wide, into.counts != 0)
     _free(
         arrays, programs,
