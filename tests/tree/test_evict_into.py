@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from flatradix import RadixTree, WaitingQueue
+from flatradix.device.calls import Calls
 from tests.support.devices import interpreted, settled
 from tests.support.inside import index_of, names_of
 from tests.support.interrupts import bytecodes, interrupt_at
-from tests.support.pairs import Pair, numbered
+from tests.support.pairs import Pair, numbered, ragged
 
 
 def make(device: str, **options: Any) -> RadixTree:
@@ -300,6 +301,56 @@ def test_a_rehearsed_step(cuda: str) -> None:
         pair.compare()
         ends.add(index.content().first)
     assert len(ends) == 2, "the pools were compacted"
+
+
+def test_recorded_launches(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph would hold is recorded instead, and run again and again without the calls: replays."""
+    if not interpreted(cuda):
+        pytest.skip("tests/gpu/test_graphs.py does this with graphs")
+    from flatradix.kernels.gpu.launch import Kernel
+
+    launch, launches = Kernel.__call__, []
+    pair = Pair(cuda, 12, page_size=2)
+    q, slots = ragged([[0] * 4], pair.tree), ragged([[0] * 4], pair.tree)
+    wanted, out = torch.zeros(1, dtype=torch.int64), space_for(pair.tree, 8)
+    pair.insert([[5, 5]], [[8, 9]], namespace="a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Calls, "is_capturing", lambda calls: True)
+        patch.setattr(Kernel, "__call__", lambda *arguments: launches.append(arguments))
+        found = pair.tree.match(q, lock=True)
+        freed = pair.tree.evict(wanted, out=out)
+        inserted = pair.tree.insert(q, slots)
+        pair.tree.unlock(found)
+        with pytest.raises(RuntimeError, match="out="):
+            pair.tree.evict(1)
+        with pytest.raises(RuntimeError, match="waits for the device"):
+            pair.tree.raise_pending()
+    pair.compare()
+    for turn in range(6):
+        keys = [[turn % 4, 1, turn, 2]]
+        wanted.fill_(max(0, pair.host.total_tokens + 4 - 12))
+        q.values.copy_(torch.tensor(keys[0]))
+        slots.values.copy_(torch.arange(4) + 10 * turn)
+        for arguments in launches:
+            launch(*arguments)
+        locked = pair.host.match(keys, lock=True)
+        there = pair.host.evict(int(wanted), out=space_for(pair.host, 8))
+        added = pair.host.insert(keys, [[10 * turn + at for at in range(4)]])
+        pair.host.unlock(locked)
+        assert int(freed.num_tokens) == int(there.num_tokens)
+        assert out[: int(freed.num_tokens)].tolist() == there.slots[: int(there.num_tokens)].tolist()
+        assert (inserted.lengths.tolist(), found.lengths.tolist()) == (added.lengths.tolist(), locked.lengths.tolist())
+        pair.compare()
+        if turn == 3:  # calls between the replays
+            pair.evict(3)
+            pair.insert([[7, 7]], [[1, 2]])
+    assert names_of(pair.tree) == [None]
+    wanted.fill_(-3)
+    for arguments in launches:
+        launch(*arguments)
+    with pytest.raises(ValueError, match="evict: -3 tokens"):
+        pair.tree.raise_pending()
+    pair.tree.check()
 
 
 def test_capture_without_a_gpu(device: str) -> None:
