@@ -23,9 +23,10 @@ import torch
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, Paths, Saved
-from flatradix.results import EvictResult, InsertResult, MatchResult
+from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 _calls: set[CodeType] = set()
 
 
@@ -66,7 +67,7 @@ class Index(ABC):
     options: Options
     device: torch.device
     _keeper: weakref.ref[Any] | None = None
-    last_result: MatchResult | InsertResult | EvictResult | None = None
+    last_result: MatchResult | InsertResult | EvictResult | EvictIntoResult | None = None
 
     @abstractmethod
     def __init__(self, options: Options, device: torch.device, generation: int) -> None:
@@ -129,6 +130,10 @@ class Index(ABC):
     def paths(self) -> Paths:
         """Return the columns of the tree that lead from a row to the root. Do not write to them."""
 
+    def capture(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Return `function`, or what runs it as a CUDA graph."""
+        return function
+
     def keep_for(self, keeper: Any) -> None:
         """Let every later eviction spare what a waiting queue wants, as long as the queue lives.
 
@@ -155,7 +160,7 @@ class Index(ABC):
     ) -> InsertResult: ...
 
     @abstractmethod
-    def evict(self, num_tokens: int) -> EvictResult: ...
+    def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult: ...
 
     @property
     @abstractmethod

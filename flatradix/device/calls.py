@@ -20,6 +20,7 @@ class Calls:
 
     mailbox: the words that kernels write. options: of the tree, for messages. captured: whether a CUDA graph holds a
     call. The host does not see replays, so every wait must then have the device write the numbers anew (`tell`).
+    rehearsing: whether calls are to launch what they would launch during a capture.
     """
 
     def __init__(self, options: Options, device: torch.device) -> None:
@@ -28,6 +29,7 @@ class Calls:
         self._number = int(device.index) if device.type == "cuda" else -1  # of the CUDA device
         self._last = 0
         self.captured = False
+        self.rehearsing = False
 
     # Enqueueing
 

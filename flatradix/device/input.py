@@ -14,7 +14,7 @@ from flatradix.inputs.places import read_places
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.refuse import refuse_unequal
 from flatradix.inputs.sequences import Batch, Buffer, is_batch, is_on_device, read_host_key, read_one
-from flatradix.inputs.upload import upload, upload_numbers
+from flatradix.inputs.upload import refuse_in_graph, upload, upload_numbers
 from flatradix.layout.desk import STAGED_TOKENS
 from flatradix.layout.queries import PerQuery, PlaceAddresses, Values
 
@@ -84,6 +84,7 @@ def _of_tensor(values: torch.Tensor, what: str) -> Values:
 
 def _of_host_batch(batch: Batch, device: torch.device) -> Values:
     """Concatenate host sequences in pinned memory, and enqueue their copy to the device."""
+    refuse_in_graph(device)
     parts = [np.asarray(buffer[3]) for buffer in batch.owner]
     kind = torch.int64 if batch.wide else torch.int32
     pinned = torch.empty(int(batch.counts.sum()), dtype=kind, device="cpu", pin_memory=device.type == "cuda")
@@ -102,6 +103,7 @@ def _of_mixed(sequences: Sequence[Any], device: torch.device, what: str) -> Valu
             tensors.append(_in_place(part, what, query).to(device))
         else:
             tensors.append(upload(torch.from_numpy(np.asarray(read_one(part, what, query)[3])), device))
+    refuse_in_graph(device)  # the offsets are in host memory
     counts = np.array([len(part) for part in tensors], np.int64)
     kind = torch.int64 if any(part.dtype == torch.int64 for part in tensors) else torch.int32
     offsets = np.zeros(len(tensors) + 1, np.int64)
@@ -156,8 +158,7 @@ def read_slots(slots: Any, keys: Values, device: torch.device, wide: bool) -> Va
     if tokens is not None and counts is not None:
         check_counts(tokens, counts)
     if (keys.offsets == 0) != (source.offsets == 0):
-        bounds = upload_numbers(np.array([0, source.total]), device)
-        source = source._replace(offsets=bounds.data_ptr(), owner=(source.owner, bounds))
+        source = as_batch(source, device)
     return source
 
 

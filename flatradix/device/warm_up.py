@@ -75,6 +75,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_lock, count=count)
         yield partial(_unlock, count=count)
     yield lambda tree: tree.evict(1)
+    yield _evict_into
     yield lambda tree: tree.slots(_root(tree, 1))
     yield lambda tree: tree.split(_root(tree, 1))
     yield _write_slots
@@ -100,6 +101,11 @@ def _fill_and_empty(tree: RadixTree, key: np.ndarray) -> None:
     tree.compact()
     tree.digest()
     tree.evict(1)
+
+
+def _evict_into(tree: RadixTree) -> None:
+    out = torch.zeros(1, dtype=tree.slot_dtype, device=tree.device)
+    tree.evict(torch.zeros(1, dtype=torch.int64, device=tree.device), out=out)
 
 
 def _slots(tree: RadixTree, key: np.ndarray) -> torch.Tensor:

@@ -73,6 +73,32 @@ class Wants(NamedTuple):
     waiting: int
 
 
+class Wanted(NamedTuple):
+    """How many tokens an eviction is to free: `more` and, if `address` is not 0, the int64 on the device there.
+
+    in_order: have the device order the victims, however many there are. owner: as in Values.
+    """
+
+    more: int
+    address: int = 0
+    in_order: bool = False
+    owner: Any = None
+
+
+class Freeing(NamedTuple):
+    """Where an eviction writes the slots that it frees.
+
+    slots: address of the output, of the pool's dtype. space: for how many slots. counts: address of int64 [2] on the
+    device, which get the number of slots and of nodes, or -1; 0 if only the host is told. returned: slots that lie
+    before the output, which count as well.
+    """
+
+    slots: int
+    space: int
+    counts: int = 0
+    returned: int = 0
+
+
 class Desk(NamedTuple):
     """Where single keys wait for their kernels.
 

@@ -16,6 +16,9 @@ BAD_ROW = -11
 TOO_LONG = -12
 UNEQUAL = -13
 NOT_WANTED = -14
+NO_ROOM = -15
+NEGATIVE = -16
 
+# The value of a NO_ROOM refusal is (slots << 32 | slots for which there is space).
 # On a GPU, the value of a NO_CAPACITY refusal is (units needed << FREE_BITS | units free).
 FREE_BITS = 30

@@ -16,6 +16,7 @@ ERROR = 16  # the first refusal of the call: 64 * query - reason, or NO_ERROR
 MOVED_TOKENS = 24  # tokens that the call made protected, or evictable
 CUTS = 32  # above 0 if queries end inside edges, which must be cut
 OPEN = 40  # queries of an insert whose new part is not settled; its rounds use two words in turn
+SELECTED = 48  # three words that a selection leaves: the tokens of the victims, how many there are, the tokens wanted
 NEW_UNITS = 56  # units that an insert stores
 COMPACT = 64  # 1 if the pools must be compacted
 CUT_COUNT = 80  # queries that cut; in an unlock, above 0 if a row has fewer locks than unlocks
@@ -28,6 +29,7 @@ COUNTERS = 128
 NO_ERROR = 1 << 62
 
 PARTIALS = 8192
+WORK_WORDS = 8704
 MOST_PROGRAMS = PARTIALS // 2
 
 # Rows of `Scratch.query`, which has one column per query.
@@ -80,6 +82,7 @@ class Scratch(NamedTuple):
     old_start: torch.Tensor  # int64 [R]: in a compaction, (units on the edges before << 32 | old start of the edge)
     counters: torch.Tensor  # int64 [COUNTERS]: shared by the programs of a launch
     partial: torch.Tensor  # int64 [PARTIALS]: sums or extreme keys of single programs
+    work: torch.Tensor  # int64 [WORK_WORDS]: counts and sums of a selection of victims (`kernels/gpu/evict_bins.py`)
     query: torch.Tensor  # int32 [QUERY_COLUMNS, B]
     value: torch.Tensor  # int64 [B]: a number for the message of a refusal
     claims: torch.Tensor  # int32 [2, C]: two hash tables with the lowest query of each group, -1 where empty
@@ -117,6 +120,7 @@ def allocate_scratch(rows: int, max_tokens: int, mail: torch.Tensor, device: tor
         old_start=keys_or_starts,
         counters=counters,
         partial=zeros(PARTIALS),
+        work=zeros(WORK_WORDS),
         query=zeros(0, dtype=torch.int32),
         value=zeros(0),
         claims=zeros(0, dtype=torch.int32),

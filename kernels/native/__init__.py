@@ -6,12 +6,13 @@ the GIL.
 """
 
 from flatradix.kernels.native.answers import await_answer, await_lengths, await_word
+from flatradix.kernels.native.evict import start_evict
 from flatradix.kernels.native.insert import start_insert
 from flatradix.kernels.native.launch import Record, launch, start_lock, start_match, start_matches, start_slots
 from flatradix.kernels.native.stage import commit, stage
 
 FUNCTIONS = (
-    await_answer, await_lengths, await_word, commit, launch, stage, start_insert, start_lock, start_match,
+    await_answer, await_lengths, await_word, commit, launch, stage, start_evict, start_insert, start_lock, start_match,
     start_matches, start_slots,
 )  # fmt: skip
 
@@ -32,6 +33,7 @@ __all__ = [
     "launch",
     "prepare",
     "stage",
+    "start_evict",
     "start_insert",
     "start_lock",
     "start_match",

@@ -47,7 +47,7 @@ def start(record, programs, stream):
 
 @helper
 def cells_of(record):
-    """Return the cells of a kernel's record, int64."""
+    """Return the parameters of a kernel that change from launch to launch, int64, to be filled in."""
     return int64_at(int64_at(record)[_CELLS])
 
 

@@ -127,6 +127,8 @@ def use_everything(tree: RadixTree, few: bool) -> None:
     gpu.rebuild(arrays_of(tree))
     tree.reset()
     tree.evict(1)
+    for asked in (1, numbers[:1]):
+        tree.evict(asked, out=torch.zeros(200_000, dtype=tree.slot_dtype))
     tree.digest()
     gpu.tell(arrays_of(tree), 1)
     for pinned in (False, True):

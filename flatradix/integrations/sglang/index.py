@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,7 +34,7 @@ class SchedulerTree:
         self.lock = tree.lock
         self.unlock = tree.unlock
         self.slots = tree.path_slots
-        self.evict = tree.evict
+        self.evict: Callable[[int], EvictResult] = tree.evict
         self._match_array = tree.match_array
 
     def match(self, tokens: Any, limit: int | None, namespace: str | bytes | None) -> MatchResult:
