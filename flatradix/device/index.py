@@ -47,7 +47,7 @@ from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
 from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
-from flatradix.layout.desk import STAGED_TOKENS
+from flatradix.layout.desk import LONG_COUNT, LONG_TOKENS, STAGED_TOKENS
 from flatradix.layout.growth import is_too_large, most_tokens, next_capacity
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.queries import (
@@ -99,6 +99,7 @@ class DeviceIndex(Index):
         self.mailbox.words[mail.FREE_UNITS] = units
         self._names = Names(len(state.namespace_hash), options.page_size + options.bigram, device)
         self._stages = Stages(device, self.mailbox)
+        self._long_stages: Stages | None = None  # from the first long key on
         self._results = Results(device)
         self._by_tick = options.order.score is None and options.order.code == numbers.LRU
         self._unseen_inserts: deque[tuple[int, int]] = (
@@ -122,8 +123,8 @@ class DeviceIndex(Index):
         self._larger: Larger | None = None  # a growth under way
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if hasattr(self, "_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
-            abandon(self.mailbox, self._stages)
+        if hasattr(self, "_long_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
+            abandon(self.mailbox, (self._stages, self._long_stages))
 
     def _ensure_scratch(self, batch: int) -> None:
         """Make the scratch arrays large enough for a batch.
@@ -173,7 +174,9 @@ class DeviceIndex(Index):
             self._open = cut = cut._replace(operation=NOTHING, changes=cut.changes + counts)
         if not changed_nothing:
             self._changes = cut.changes
-        self._stages.free_all()
+        for stages in (self._stages, self._long_stages):
+            if stages is not None:
+                stages.free_all()
         self._calls.tell(self._tell)
         self._names.known.repair(self._state.namespace_children.cpu().numpy())
         self._names.nothing_given()
@@ -328,22 +331,28 @@ class DeviceIndex(Index):
 
     def _match_key(self, key: Buffer, namespace: Any, touch: bool, hold: int) -> MatchResult:
         """Match one key in host memory. Its kernel reads a short key from pinned memory. hold: `lock` of gpu.match."""
-        if key[1] > STAGED_TOKENS:
+        if key[1] > LONG_TOKENS:
             return self._match_values(of_key(key, self.device), namespace, touch, hold, None)
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
         call, stream, captured = self._calls.begin()
         if captured:
             raise RuntimeError(HOST_IN_GRAPH)
         chunk, at = self._results.reserve()
-        lengths, handles, desk = chunk.length_address + 4 * at, chunk.handle_address + 8 * at, self._stages.desk
+        lengths, handles = chunk.length_address + 4 * at, chunk.handle_address + 8 * at
+        stages = self._stages if key[1] <= STAGED_TOKENS else self._for_long_keys()
         if hold == 1:
             place = PlaceAddresses(handles, lengths, 1, chunk)
             self._open = interrupted.LOCK, call, self._changes, place
-        while not gpu.match_one(self._arrays, desk, key, name, lengths, handles, call, touch, hold, stream):
-            self._stages.wait()
+        while not gpu.match_one(self._arrays, stages.desk, key, name, lengths, handles, call, touch, hold, stream):
+            stages.wait()
         # The result is made while the kernel runs.
         self._calls.enqueued_outside(call, hold > 0)
         return late_match(Awaited(self, call, chunk, at))
+
+    def _for_long_keys(self) -> Stages:
+        if self._long_stages is None:
+            self._long_stages = Stages(self.device, self.mailbox, LONG_TOKENS, LONG_COUNT)
+        return self._long_stages
 
     def _match_values(self, keys: Values, namespace: Any, touch: bool, hold: int, start: Any) -> MatchResult:
         if namespace is not None and self._calls.is_capturing():

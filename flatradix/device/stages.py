@@ -14,20 +14,23 @@ from flatradix.layout.queries import Desk
 
 
 class Stages:
-    """Pinned buffers of STAGED_TOKENS, used in turn, and one device buffer to which a kernel copies its key.
+    """Pinned buffers of `tokens` tokens, used in turn, and one device buffer to which a kernel copies its key.
 
-    buffers: int32 [COUNT * STAGED_TOKENS]. words: int64 [desk.SIZE] (`layout.desk`). desk: their addresses, for the
+    buffers: int32 [count * tokens]. words: int64 [desk.SIZE] (`layout.desk`). desk: their addresses, for the
     functions that stage a key (`kernels/native/stage.py`).
     """
 
-    def __init__(self, device: torch.device, mailbox: Mailbox) -> None:
-        size = desk.COUNT * desk.STAGED_TOKENS
-        self.buffers = torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-        self._staged = torch.empty(desk.STAGED_TOKENS, dtype=torch.int32, device=device)
+    def __init__(
+        self, device: torch.device, mailbox: Mailbox, tokens: int = desk.STAGED_TOKENS, count: int = desk.COUNT
+    ) -> None:
+        self.buffers = torch.empty(count * tokens, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        self._staged = torch.empty(tokens, dtype=torch.int32, device=device)
         self.words = np.zeros(desk.SIZE, np.int64)
         self.words[desk.MAIL] = mailbox.words.data_ptr()
         self.words[desk.STAGES] = self.buffers.data_ptr()
         self.words[desk.STAGING] = self._staged.data_ptr()
+        self.words[desk.BUFFERS] = count
+        self.words[desk.TOKENS] = tokens
         self.desk = Desk(self.words.ctypes.data, self._staged.data_ptr())
         self._mailbox = mailbox
 
@@ -35,7 +38,7 @@ class Stages:
         """Wait until no kernel reads the two buffers that are next in turn: an insert may take both."""
         # A kernel answers after it has read its buffer.
         for ahead in range(2):
-            at = (self.words[desk.NEXT] + ahead) % desk.COUNT
+            at = (self.words[desk.NEXT] + ahead) % self.words[desk.BUFFERS]
             self._mailbox.await_answer(int(self.words[desk.FIRST_CALL + at]))
 
     def free_all(self) -> None:

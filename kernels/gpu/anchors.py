@@ -23,7 +23,8 @@ mix = device_function(hashing.mix)
 
 WAYS = tl.constexpr(scratch.ANCHOR_WAYS)
 LOW32 = tl.constexpr(0xFFFFFFFF)
-# Entries that a program writes at once.
+# Words that a program reads at once, and entries that it writes at once.
+LOOK = tl.constexpr(512)
 NOTED = tl.constexpr(64)
 # The parts of `Scratch.words`: of each chunk its hash, what is known of its prefix, and a number that only the program
 # of the chunk reads again.
@@ -33,17 +34,22 @@ OWN = tl.constexpr(2 * scratch.CHUNK_WORDS)
 
 
 @triton.jit
-def hash_chunks(s, key, chunk, there, CHUNK: tl.constexpr, PART: tl.constexpr):
+def hash_chunks(
+    s, key, stage, chunk, there, CHUNK: tl.constexpr, PART: tl.constexpr, STAGED: tl.constexpr
+):  # fmt: skip
     """Return a hash of each of these chunks of a key, 32 bits in an int64; lanes. It differs from tree to tree.
 
-    PART: the tokens of each chunk that are read at once.
+    PART: the tokens of each chunk that are read at once. STAGED: copy the tokens to `stage`.
     """
     total = tl.zeros_like(chunk).to(tl.int64)
     seed = tl.load(s.multipliers)
     for first in tl.static_range(0, CHUNK, PART):
         j = first + tl.arange(0, PART)
         at = (chunk * CHUNK)[:, None] + j[None, :]
-        token = tl.load(key + at, mask=there[:, None] & (j < CHUNK)[None, :], other=0)
+        inside = there[:, None] & (j < CHUNK)[None, :]
+        token = tl.load(key + at, mask=inside, other=0)
+        if STAGED:
+            tl.store(stage + at, token, mask=inside)
         total += tl.sum(token.to(tl.int64) * (mix(seed + j.to(tl.int64)) | 1)[None, :], axis=1)
     return (total >> 32) & LOW32
 
@@ -64,11 +70,8 @@ def weight_of(chunk_hash, chunk):
 
 
 @triton.jit
-def sum_before(words, chunk, code, epoch, LOOK: tl.constexpr):
-    """Return the fingerprint, unmixed, of the prefix before a chunk: a sum over the chunks before it; scalar.
-
-    LOOK: the words that are read at once.
-    """
+def sum_before(words, chunk, code, epoch):
+    """Return the fingerprint, unmixed, of the prefix before a chunk: a sum over the chunks before it; scalar."""
     total = mix(code.to(tl.int64))
     first = chunk * 0
     while first < chunk:
@@ -156,7 +159,7 @@ def _mark_rows(s, w, words, row, first, last, CHUNK: tl.constexpr):
 def note_anchors(s, w, words, row, first, last, code, epoch, mask, CHUNK: tl.constexpr):
     """Write the anchors of the chunks `first` to `last` - 1 of a key; `row`, scalar, is where the last of them ends."""
     _mark_rows(s, w, words, row, first, last, CHUNK)
-    total = sum_before(words, first, code, epoch, 1024)
+    total = sum_before(words, first, code, epoch)
     while first < last:
         j = first + tl.arange(0, NOTED)
         there = j < last

@@ -16,9 +16,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from flatradix.kernels import native
 from flatradix.kernels.gpu.anchors import (
     FOUND,
     HASHES,
+    LOOK,
     OWN,
     await_words,
     find_anchors,
@@ -32,10 +34,11 @@ from flatradix.kernels.gpu.climb import LEVELS, check_group, hinted_group, next_
 from flatradix.kernels.gpu.cut import column, put
 from flatradix.kernels.gpu.finish import answer, arrive, refuse
 from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
-from flatradix.kernels.gpu.launch import INTERPRETED, Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.launch import INTERPRETED, Arrays, Kernel, cooperative_programs, raise_driver
 from flatradix.kernels.gpu.rows import FREE, handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
+    bring,
     first_outside,
     key_range,
     name_of,
@@ -45,19 +48,20 @@ from flatradix.kernels.gpu.walk import (
     whole_pages,
 )
 from flatradix.layout import mail, numbers, reasons, scratch
-from flatradix.layout.queries import Output, PerQuery, Values
+from flatradix.layout.queries import Desk, Output, PerQuery, Values
 
 # Tokens a chunk, or the pages of one that fit.
 TOKENS_A_CHUNK = 512
 # Keys are matched by anchors if there are at most MOST_KEYS, of LEAST_TOKENS or more on average, or of twice as many
 # where there are more than a few keys.
 LEAST_TOKENS = 8192
+LEAST_STAGED = 2048  # of a single key in host memory: many programs read it side by side
 FEW_KEYS = 32
 MOST_KEYS = 128
 # Bits of a tag that are compared. Tests compare fewer, so that anchors are wrong.
 TAG_MASK = 0xFFFFFFFF
-# Programs of 4 warps on a multiprocessor, and the registers a thread with which they fit.
-PROGRAMS, REGISTERS = 4, 128
+# Warps a program, programs on a multiprocessor, and the registers a thread with which they fit.
+WARPS, PROGRAMS, REGISTERS = 4, 4, 128
 
 # Boundaries before a program's chunks at which their climb may end.
 WINDOW = tl.constexpr(4)
@@ -140,19 +144,20 @@ def _weights(words, chunk, there, epoch):
 
 @triton.jit
 def _look_at(
-    s, w, key, words, first, chunks, code, epoch, mask,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, LOOK: tl.constexpr, BIGRAM: tl.constexpr,
-    TAG: tl.constexpr,
+    s, w, key, stage, words, first, chunks, code, epoch, mask,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, BIGRAM: tl.constexpr,
+    TAG: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     """Write what is known of the GROUP chunks from `first` on: the row at the end of each, UNANCHORED or WRONG.
 
-    Also keeps, for each with a row, the boundary to which its tokens were compared.
+    Also keeps, for each with a row, the boundary to which its tokens were compared. STAGED: this program has copied
+    these chunks to `stage`.
     """
     lane = tl.arange(0, GROUP)
     chunk = first + lane
     there = chunk < chunks
     earlier = first - 1 - tl.arange(0, WINDOW)
-    before = sum_before(words, first, code, epoch, LOOK)
+    before = sum_before(words, first, code, epoch)
     weight = _weights(words, earlier, earlier >= 0, epoch)
     rows_before = _rows_at(s, w, before + weight - tl.cumsum(weight), earlier, earlier >= 0, mask, CHUNK, TAG)
     total = before + tl.cumsum(_weights(words, chunk, there, epoch))
@@ -167,14 +172,18 @@ def _look_at(
     foot = tl.where(previous >= 0, their_row, foot)
     low = (tl.where(previous >= 0, first + previous, nearest) + 1) * CHUNK
 
-    same = _climb_to(s, w, key, tl.where(low >= 0, row, 0), (chunk + 1) * CHUNK, foot, low, BIGRAM, PART)
+    source = key
+    if STAGED and not BIGRAM:
+        if tl.min(tl.where(there, low, FAR)) >= first * CHUNK:
+            source = stage
+    same = _climb_to(s, w, source, tl.where(low >= 0, row, 0), (chunk + 1) * CHUNK, foot, low, BIGRAM, PART)
     found = tl.where(row == 0, UNANCHORED, tl.where(same, row, WRONG).to(tl.int64))
     tl.store(words + OWN + chunk, low.to(tl.int64), mask=there)
     tl.store(words + FOUND + chunk, (epoch << 32) | found, mask=there)
 
 
 @triton.jit
-def _verified(words, count, epoch, LOOK: tl.constexpr):
+def _verified(words, count, epoch):
     """Return how many of `count` chunks the tree holds for sure: all up to the last one with a row before a WRONG."""
     wrong = count
     last = count * 0
@@ -282,18 +291,22 @@ def _next_epoch(w, epoch):
 
 @triton.jit(
     do_not_specialize=[
-        "values", "offsets", "names", "lengths", "handles", "total", "name", "batch", "rows", "call", "told",
+        "values", "offsets", "names", "lengths", "handles", "stage", "total", "name", "batch", "rows", "call", "told",
         "left_out", "share", "mask",
     ]
 )  # fmt: skip
 def long_kernel(
-    s, w, values, offsets, names, lengths, handles, total: tl.int64, name: tl.int64, batch: tl.int32, rows: tl.int32,
-    call: tl.int64, told: tl.int32, left_out: tl.int64, share: tl.int32, mask: tl.int64,
+    s, w, values, offsets, names, lengths, handles, stage, total: tl.int64, name: tl.int64, batch: tl.int32,
+    rows: tl.int32, call: tl.int64, told: tl.int32, left_out: tl.int64, share: tl.int32, mask: tl.int64,
     PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, PART: tl.constexpr, LOOK: tl.constexpr, TAG: tl.constexpr, TOUCH: tl.constexpr,
-    LOCK: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PLAN: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr, TAG: tl.constexpr, TOUCH: tl.constexpr,
+    LOCK: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PLAN: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
-    """Match keys with `share` programs each. PLAN: store only where each key ends, for the plan of an insert."""
+    """Match keys with `share` programs each. PLAN: store only where each key ends, for the plan of an insert.
+
+    STAGED: the only key is in pinned memory. Each program copies its chunks to `stage`, and the program that walks on
+    copies the rest. Only where the match ends elsewhere are tokens read over PCIe again.
+    """
     query = tl.program_id(0) // share
     lane = tl.program_id(0) % share
     clock = tl.load(s.numbers + numbers.CLOCK)
@@ -313,19 +326,23 @@ def long_kernel(
     while first < chunks:
         chunk = first + tl.arange(0, GROUP)
         there = chunk < chunks
-        hashed = hash_chunks(s, key, chunk, there, CHUNK, PART)
+        hashed = hash_chunks(s, key, stage, chunk, there, CHUNK, PART, STAGED)
         tl.store(words + HASHES + chunk, (epoch << 32) | hashed, mask=there)
         first += share * GROUP
+    walks_on = lane == share - 1
+    if STAGED:
+        if walks_on & (code >= 0):
+            bring(key + chunks * CHUNK, stage + chunks * CHUNK, count - chunks * CHUNK)
+        tl.debug_barrier()
     first = lane * GROUP
     while first < chunks:
-        _look_at(s, w, key, words, first, chunks, code, epoch, mask, CHUNK, GROUP, PART, LOOK, BIGRAM, TAG)
+        _look_at(s, w, key, stage, words, first, chunks, code, epoch, mask, CHUNK, GROUP, PART, BIGRAM, TAG, STAGED)
         first += share * GROUP
 
     newly = tl.zeros([], tl.int64)
-    walks_on = lane == share - 1
     sure = chunks * 0
     if TOUCH or LOCK == LOCKS or walks_on:
-        sure = _verified(words, chunks, epoch, LOOK)
+        sure = _verified(words, chunks, epoch)
     if TOUCH or LOCK == LOCKS:
         first = lane * GROUP
         while first < sure:
@@ -337,6 +354,9 @@ def long_kernel(
             if not PLAN:
                 refuse(w, query, tl.zeros([], tl.int64) + reasons.BAD_OFFSETS, tl.zeros([], tl.int64))
                 bad = True
+        if STAGED:
+            if (sure == chunks) & (code >= 0):
+                key = stage
         row, length, left, more = _walk_on(
             s, w, key, units, code, words, sure, clock, tick, epoch, PAGE, WIDTH, BIGRAM, BLOCK, CHUNK, TOUCH, LOCK
         )
@@ -383,7 +403,7 @@ def long_kernel(
 
 _long = Kernel(
     long_kernel,
-    ["*w", "*i64", "*i64", "*i32", "*i64", "i64", "i64", "i32", "i32", "i64", "i32", "i64", "i32", "i64"],
+    ["*w", "*i64", "*i64", "*i32", "*i64", "*i32", "i64", "i64", "i32", "i32", "i64", "i32", "i64", "i32", "i64"],
     cooperative=True,
 )
 
@@ -392,13 +412,11 @@ class Shares(NamedTuple):
     """How the programs of a launch share its keys.
 
     share: programs a key. group: chunks that a program handles at once. part: tokens of each that it reads at once.
-    look: words that a program reads at once.
     """
 
     share: int
     group: int
     part: int
-    look: int
 
 
 def group_of(chunks: int, programs: int) -> tuple[int, int]:
@@ -411,6 +429,14 @@ def group_of(chunks: int, programs: int) -> tuple[int, int]:
     return (4, TOKENS_A_CHUNK) if chunks <= 4 * programs else (8, TOKENS_A_CHUNK // 2)
 
 
+def _shares(arrays: Arrays, batch: int, longest: int, chunks: int) -> Shares | None:
+    most = cooperative_programs(arrays, batch * -(-longest // TOKENS_A_CHUNK), PROGRAMS)
+    group, part = group_of(chunks, most)
+    programs = cooperative_programs(arrays, batch * -(-longest // (TOKENS_A_CHUNK * group)), PROGRAMS)
+    share = 1 if INTERPRETED else programs // batch
+    return Shares(share, group, part) if share else None
+
+
 def shares_of(arrays: Arrays, keys: Values) -> Shares | None:
     """Return how to match a batch by anchors; None if walks are faster (bench/RESULTS.md).
 
@@ -421,11 +447,19 @@ def shares_of(arrays: Arrays, keys: Values) -> Shares | None:
     if keys.batch > MOST_KEYS or keys.total < least * keys.batch or chunks > scratch.CHUNK_WORDS:
         return None
     longest = keys.total // keys.batch if keys.counts is None else int(keys.counts.max())
-    most = cooperative_programs(arrays, keys.batch * -(-longest // TOKENS_A_CHUNK), PROGRAMS)
-    group, part = group_of(chunks, most)
-    programs = cooperative_programs(arrays, keys.batch * -(-longest // (TOKENS_A_CHUNK * group)), PROGRAMS)
-    share = 1 if INTERPRETED else programs // keys.batch
-    return Shares(share, group, part, 256 if longest <= 256 * TOKENS_A_CHUNK else 1024) if share else None
+    return _shares(arrays, keys.batch, longest, chunks)
+
+
+def _constants(
+    arrays: Arrays, shares: Shares, touch: bool, lock: int, single: bool, names: bool, plan: bool, staged: bool
+) -> tuple[int | bool, ...]:
+    page, width, bigram, block = page_constants(arrays.page, arrays.bigram, TOKENS_A_CHUNK)
+    chunk = max(TOKENS_A_CHUNK // page, 1) * page
+    return page, width, bigram, block, chunk, *shares[1:], TAG_MASK, touch, lock, single, names, plan, staged
+
+
+def _mask(arrays: Arrays) -> int:
+    return arrays.scratch.anchors.shape[0] // scratch.ANCHOR_WAYS - 1
 
 
 def match_long(
@@ -437,19 +471,51 @@ def match_long(
     shares: as from `shares_of`. plan: store only the row and the path length at which each key ends, in the columns
     Q_EDGE and Q_AT of `scratch.query`, and refuse nothing: the plan of an insert goes on from there.
     """
-    page, width, bigram, block = page_constants(arrays.page, arrays.bigram, TOKENS_A_CHUNK)
-    chunk = max(TOKENS_A_CHUNK // page, 1) * page
-    share, group, part, look = shares
-    mask = arrays.scratch.anchors.shape[0] // scratch.ANCHOR_WAYS - 1
     _long(
-        arrays, keys.batch * share,
+        arrays, keys.batch * shares.share,
         (
-            keys.address, keys.offsets, names.address, out.lengths, out.handles, keys.total, names.number, keys.batch,
-            arrays.rows, call, out.told, keys.left_out, share, mask,
+            keys.address, keys.offsets, names.address, out.lengths, out.handles, 0, keys.total, names.number,
+            keys.batch, arrays.rows, call, out.told, keys.left_out, shares.share, _mask(arrays),
         ),
-        (
-            page, width, bigram, block, chunk, group, part, look, TAG_MASK, touch, lock, keys.offsets == 0,
-            names.address != 0, plan,
-        ),
-        (keys.wide,), 4, REGISTERS,
+        _constants(arrays, shares, touch, lock, keys.offsets == 0, names.address != 0, plan, False),
+        (keys.wide,), WARPS, REGISTERS,
     )  # fmt: skip
+
+
+def is_long(tokens: int) -> bool:
+    """Return whether `match_long_one` matches a single key in host memory faster than one program."""
+    return tokens >= LEAST_STAGED
+
+
+def match_long_one(
+    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, lengths: int, handles: int, call: int,
+    touch: bool, lock: int, stream: int,
+) -> bool:  # fmt: skip
+    """Match one key in host memory by anchors: arguments and result as for `match_one`.
+
+    The programs read the key from pinned memory side by side: 131,072 tokens take as long as their transfer.
+    """
+    address, count, wide, _owner = key
+    shares = _shares(arrays, 1, count, -(-count // TOKENS_A_CHUNK))
+    assert shares is not None
+    variant = _long.variant(
+        _constants(arrays, shares, touch, lock, True, False, False, True), (False,), WARPS, REGISTERS
+    )
+    direct, mask = arrays.direct.get(variant), _mask(arrays)
+    if direct is not None and stream >= 0:
+        code = native.start_long.call(
+            direct.record, shares.share, stream, desk.address, address, count, wide, name, arrays.rows, call, lengths,
+            handles, mask,
+        )  # fmt: skip
+        if code > 0:
+            raise_driver(code)
+        return code == 0
+    staged = native.stage.call(desk.address, 0, address, count, wide)
+    if staged == 0:
+        return False
+    arguments = (
+        staged, 0, 0, lengths, handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0, shares.share, mask
+    )  # fmt: skip
+    _long(arrays, shares.share, arguments, variant.constants, variant.wide, WARPS, REGISTERS)
+    native.commit.call(desk.address, call)
+    return True

@@ -15,7 +15,7 @@ from flatradix.kernels.gpu.cut import column
 from flatradix.kernels.gpu.finish import answer, arrive, refuse
 from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
 from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, direct_stream, raise_driver
-from flatradix.kernels.gpu.long import match_long, shares_of
+from flatradix.kernels.gpu.long import is_long, match_long, match_long_one, shares_of
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
@@ -206,11 +206,13 @@ def match_one(
 ) -> bool:  # fmt: skip
     """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
-    key: (address, number of tokens, whether they are int64, their owner), at most STAGED_TOKENS. name, lock:
+    key: (address, number of tokens, whether they are int64, their owner); the desk's buffers must suffice. name, lock:
     as for `match`. lengths, handles: addresses for the result. stream: torch's current stream if the tree's device is
     torch's current device; else, or where unknown, -1.
     """
     address, count, wide, _owner = key
+    if is_long(count):
+        return match_long_one(arrays, desk, key, name, lengths, handles, call, touch, lock, stream)
     variant = _single(arrays.page, arrays.bigram, touch, lock)
     direct = arrays.direct.get(variant)
     if direct is not None and stream >= 0:

@@ -96,6 +96,36 @@ def start_match(record, stream, desk, key, tokens, wide, name, rows, call, lengt
     return code
 
 
+@fixed_types(
+    "(int64, int64, int64, int64, int64, int64, boolean, int64, int64, int64, int64, int64, int64)", nogil=True
+)
+def start_long(record, share, stream, desk, key, tokens, wide, name, rows, call, lengths, handles, mask):
+    """Do what `start_match` does for a long key, with `share` programs. mask: as for the kernel."""
+    staged = put(desk, 0, key, tokens, wide)
+    if staged == 0:
+        return -1
+    cells = cells_of(record)
+    cells[0] = staged
+    cells[1] = 0
+    cells[2] = 0
+    cells[3] = lengths
+    cells[4] = handles
+    cells[5] = int64_at(desk)[STAGING]
+    cells[6] = tokens
+    cells[7] = name
+    cells[8] = 1
+    cells[9] = rows
+    cells[10] = call
+    cells[11] = -1
+    cells[12] = 0
+    cells[13] = share
+    cells[14] = mask
+    code = start(record, share, stream)
+    if code == 0:
+        reserve(desk, call)
+    return code
+
+
 @fixed_types(f"({'int64, ' * 17})", nogil=True)
 def start_matches(
     record, programs, stream, values, offsets, names, start_handles, start_lengths, lengths, handles, total, name,

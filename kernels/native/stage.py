@@ -25,15 +25,15 @@ def _narrow(target, key, tokens):
 def put(desk, ahead, values, count, wide):
     """Copy values to the buffer that is next in turn, or with `ahead` to the one after that.
 
-    Returns its address; 0 if a kernel may still read that buffer. values: address of at most STAGED_TOKENS numbers,
-    int64 if `wide`, else int32. Half as many bytes are read over PCIe as with int64.
+    Returns its address; 0 if a kernel may still read that buffer. values: address of `count` numbers, no more than a
+    buffer holds, int64 if `wide`, else int32. Half as many bytes are read over PCIe as with int64.
     """
     d = int64_at(desk)
-    at = (d[places.NEXT] + ahead) % places.COUNT
+    at = (d[places.NEXT] + ahead) % d[places.BUFFERS]
     reader = d[places.FIRST_CALL + at]
     if reader and not has_answered(d[places.MAIL], reader):
         return 0
-    target = d[places.STAGES] + at * places.STAGED_TOKENS * 4
+    target = d[places.STAGES] + at * d[places.TOKENS] * 4
     if wide:
         _narrow(target, values, count)
     else:
@@ -46,7 +46,7 @@ def reserve(desk, call):
     """Keep the next buffer until the kernel of `call` has answered."""
     d = int64_at(desk)
     d[places.FIRST_CALL + d[places.NEXT]] = call
-    d[places.NEXT] = (d[places.NEXT] + 1) % places.COUNT
+    d[places.NEXT] = (d[places.NEXT] + 1) % d[places.BUFFERS]
 
 
 @fixed_types("(int64, int64, int64, int64, boolean)", nogil=True)

@@ -87,7 +87,7 @@ class Home(NamedTuple):
 def home_of(slot_dtype: torch.dtype) -> Home:
     box = Mailbox(CPU)
     state = allocate_device(10_000, 1, False, 0, CPU)
-    scratch = enlarge(allocate_scratch(len(state.parent), box.words, CPU), 64)
+    scratch = enlarge(allocate_scratch(len(state.parent), 10_000, box.words, CPU), 64)
     pool = torch.zeros(2 * pool_units(10_000, 1), dtype=slot_dtype)
     return Home(arrays_of(state, scratch, pool, 1, False), Stages(CPU, box), box)
 
@@ -102,6 +102,7 @@ def there(wide: bool, batch: int = 0, total: int = 2000) -> Values:
 
 
 KEY32, KEY64 = np.arange(3, 12, dtype=np.int32), np.arange(3, 12)
+LONG32, LONG64 = np.arange(5000, dtype=np.int32), np.arange(5000)
 PLACES, MANY = PlaceAddresses(5 << 40, 6 << 40, 1), PlaceAddresses(5 << 40, 6 << 40, 3)
 OUT = Output(7 << 40, 8 << 40, 9 << 40, 77)
 TABLE = SlotTable(4 << 40, True, 7, 8, 6)
@@ -120,11 +121,11 @@ for kind in (False, True):
             CASES[f"match {kind} {touch} {batch}"] = lambda home, keys=keys, names=names, starts=starts, touch=touch: (
                 gpu.match(home.arrays, keys, names, starts, OUT, 9, touch, not touch)
             )
-        key = KEY64 if kind else KEY32
-        one = (key.ctypes.data, len(key), kind, key)
-        CASES[f"match one {kind} {touch}"] = lambda home, one=one, touch=touch: gpu.match_one(
-            home.arrays, home.desk, one, -8, 6 << 40, 5 << 40, 9, touch, not touch, STREAM
-        )
+        for key in (KEY64, LONG64) if kind else (KEY32, LONG32):
+            one = (key.ctypes.data, len(key), kind, key)
+            CASES[f"match one {kind} {touch} {len(key)}"] = lambda home, one=one, touch=touch: gpu.match_one(
+                home.arrays, home.desk, one, -8, 6 << 40, 5 << 40, 9, touch, not touch, STREAM
+            )
 
 
 def insert(home: Home, keys: Values, slots: Values, may_compact: bool = False) -> bool:
