@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, StaleHandleError
 from flatradix.inputs.policy import Nodes, slru
 from flatradix.inputs.ragged import Ragged
-from flatradix.results import EvictResult, InsertResult, MatchResult
+from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
 from flatradix.tree import RadixTree
 from flatradix.version import VERSION as __version__
 from flatradix.warm_up import warm_up
@@ -21,6 +21,7 @@ __all__ = [
     "CapacityError",
     "Columns",
     "DeviceUnavailableError",
+    "EvictIntoResult",
     "EvictResult",
     "InsertResult",
     "MatchResult",

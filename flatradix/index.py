@@ -29,10 +29,11 @@ import torch
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, Paths, Saved
-from flatradix.results import EvictResult, InsertResult, MatchResult
+from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
+T = TypeVar("T")
 _calls: set[CodeType] = set()
 
 
@@ -107,7 +108,7 @@ class Index(ABC):
     device: torch.device
     _keeper: weakref.ref[Any] | None = None
     busy: object = False  # whether a call has begun and not returned: it runs, or has raised
-    last_result: MatchResult | InsertResult | EvictResult | None = None
+    last_result: MatchResult | InsertResult | EvictResult | EvictIntoResult | None = None
 
     @abstractmethod
     def __init__(self, options: Options, device: torch.device, generation: int) -> None:
@@ -191,6 +192,10 @@ class Index(ABC):
     def read_paths(self) -> Paths:
         """Do what `paths` does, for a call that is under way already."""
 
+    def capture(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Return `function`, or what runs it as a CUDA graph."""
+        return function
+
     def keep_for(self, keeper: Any) -> None:
         """Let every later eviction spare what a waiting queue wants, as long as the queue lives.
 
@@ -217,7 +222,7 @@ class Index(ABC):
     ) -> InsertResult: ...
 
     @abstractmethod
-    def evict(self, num_tokens: int) -> EvictResult: ...
+    def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult: ...
 
     @property
     @abstractmethod

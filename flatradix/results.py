@@ -212,6 +212,28 @@ def late_insert(late: Late) -> InsertResult:
     return result
 
 
+class EvictIntoResult(NamedTuple):
+    """What an eviction wrote into the caller's tensor (`out`).
+
+    slots: that tensor, [M]. Its first `num_tokens` elements are the freed slots, in the order of `EvictResult.slots`;
+        the others are as they were.
+    num_tokens, num_nodes: as in `EvictResult`, as tensors int64 [] beside the index; -1 if a GPU refused the call.
+    """
+
+    slots: torch.Tensor
+    num_tokens: torch.Tensor
+    num_nodes: torch.Tensor
+
+
+def written(out: torch.Tensor, slots: torch.Tensor, num_nodes: int) -> EvictIntoResult:
+    """Write the slots of an eviction by an index in host memory to the caller's tensor, and return the result."""
+    if out.is_cpu:
+        out.numpy()[: len(slots)] = slots.numpy()  # threads of torch do not survive a fork
+    else:
+        out[: len(slots)].copy_(slots)
+    return EvictIntoResult(out, torch.tensor(len(slots), device="cpu"), torch.tensor(num_nodes, device="cpu"))
+
+
 class EvictResult(NamedTuple):
     """The KV slots that an eviction freed.
 

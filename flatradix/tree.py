@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from typing import IO, Any, NoReturn
+from collections.abc import Callable
+from typing import IO, Any, NoReturn, TypeVar, overload
 
 import torch
 
@@ -19,7 +20,9 @@ from flatradix.inputs.policy import Policy, Score
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, saved_of
 from flatradix.layout.numbers import CLOCK, LAST_CALL
-from flatradix.results import EvictResult, InsertResult, MatchResult
+from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
+
+T = TypeVar("T")
 
 # Bound to each tree from its index: one more Python call would be a visible part of the time of a short match.
 _HOT = ("match", "match_array", "path_slots", "lock", "unlock", "insert", "evict", "changes")
@@ -62,12 +65,11 @@ class RadixTree:
         an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
         are always checked.
 
-    On a GPU, match, lock, unlock, split, insert and write_slots enqueue their kernels on torch's current stream and
-    return. Their results are tensors on the device. Some errors in a query are found only by the kernels. A call with
-    such an error has no effect, and its lengths and handles are -1. The next operation that waits for the device raises
-    the error: `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and `length`, `handle` and
-    `prefix_length` of a result. A CUDA graph can hold match, lock and unlock, after a batch of the same size has run
-    outside the graph.
+    On a GPU, match, lock, unlock, split, insert, write_slots and evict with `out` enqueue their kernels on torch's
+    current stream and return. Their results are tensors on the device. Some errors in a query are found only by the
+    kernels. A call with such an error has no effect, and its lengths and handles are -1. The next operation that waits
+    for the device raises the error: `raise_pending`, the sizes, `slots`, `evict`, `check`, `digest`, `save`, `to`, and
+    `length`, `handle` and `prefix_length` of a result. `capture` runs such calls as a CUDA graph.
 
     A tree without `max_tokens` begins with space for 4096 tokens. An insert that needs more moves the tree to arrays at
     least twice as large: O(cached tokens), so O(1) for each token that was ever inserted. Meanwhile the old and the new
@@ -298,12 +300,26 @@ class RadixTree:
         """
         return self._index.insert(q, slots, namespace, priority, start, inserted_lengths)
 
-    def evict(self, num_tokens: int) -> EvictResult:
+    @overload
+    def evict(self, num_tokens: Any) -> EvictResult: ...
+
+    @overload
+    def evict(self, num_tokens: Any, out: torch.Tensor) -> EvictIntoResult: ...
+
+    def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult:
         """Free whole nodes, in the order of the policy, until `num_tokens` tokens are freed or the rest is locked.
 
         With `evict_by="page"` the last of these nodes loses only as many pages from its end as are still needed, if it
         has more. It stays a node with its tick, priority and hit count, and its handle stays good. Places beyond its
         new end are stale.
+
+        out: a contiguous tensor [M] of slot_dtype on the slot device. The freed slots are written to its beginning, the
+        rest stays, and the result is an `EvictIntoResult`, whose numbers are tensors. If the slots do not fit, nothing
+        is evicted; they are at most `num_tokens` and those of the longest node, or by page, `num_tokens` in whole
+        pages. On a GPU such a call does not wait and may be part of a CUDA graph, but with `on_evict` it waits; on the
+        CPU, it is rehearsed on a copy of the nodes, O(max_tokens / page_size), unless M is larger than may be needed.
+        num_tokens: with `out`, a tree on a GPU also takes an int64 tensor of one element there, which its kernel reads.
+        Leave both unchanged until the next call: if this call is interrupted, the slots are read from `out`.
 
         Nodes that are wanted go last: first those that a `WaitingQueue` with `keep=True` wants, then those of `want`.
 
@@ -322,10 +338,11 @@ class RadixTree:
         interrupts the call, the next eviction also tells the victims that were not told, and the one that was under way
         again. A reset tells nothing. Costs what the paths of the victims have in tokens; on a GPU, a copy of the nodes.
 
-        Raises ValueError for a negative number. Raises MemoryError or torch.OutOfMemoryError if there is no memory for
-        the returned slots, which can exceed `num_tokens` by the longest node, or by a page. Then nothing has changed.
+        Raises ValueError for a negative number, and for an `out` that is too small or of the wrong kind. Raises
+        MemoryError or torch.OutOfMemoryError if there is no memory for the returned slots, which can exceed
+        `num_tokens` by the longest node, or by a page. Then nothing has changed.
         """
-        return self._index.evict(num_tokens)
+        return self._index.evict(num_tokens, out)
 
     @property
     def evictable_tokens(self) -> int:
@@ -361,7 +378,7 @@ class RadixTree:
         return self._index.changes()
 
     @property
-    def last_result(self) -> MatchResult | InsertResult | EvictResult | None:
+    def last_result(self) -> MatchResult | InsertResult | EvictResult | EvictIntoResult | None:
         """The result of the last `insert`, `evict` or `match` with `lock=True`.
 
         For a caller that was interrupted before it received the result. `changes` tells whether there is a new result.
@@ -395,6 +412,23 @@ class RadixTree:
         do not count. O(cached tokens).
         """
         return self._index.digest()
+
+    def capture(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Return a function `step`: each `step()` runs `function()` once, on a GPU as a CUDA graph.
+
+        For a step of an engine in which the same calls come again and again, with the same shapes, on the same tensors:
+        the GPU then runs all of their kernels without Python between. `function` takes nothing and calls torch and this
+        tree: match, lock, unlock, insert, write_slots, and evict with `out`. Its inputs are tensors on the device,
+        which the caller fills before each step; no namespaces. The first two steps run `function` as it is, to compile
+        what it needs. The third captures it. From then on its Python does not run, and each step returns the result of
+        the capture, in whose tensors the numbers are new. Steps enqueue their work on torch's current stream and
+        return; errors come with the next call that waits.
+
+        On the CPU, and with interpreted kernels, each step runs `function`. On a GPU, an insert needs a tree with
+        `max_tokens`, and an eviction one without `on_evict` and without a WaitingQueue that keeps. The third step
+        raises RuntimeError for what a graph cannot hold, and has then run nothing.
+        """
+        return self._index.capture(function)
 
     def reset(self) -> None:
         """Drop everything, including locked nodes. All handles but the root's become stale. The clock goes on."""

@@ -26,12 +26,12 @@ import torch
 import triton
 
 import flatradix
-from bench.gpu import crossover, evict, kernels, wall
+from bench.gpu import crossover, evict, graph, kernels, wall
 from bench.support.gpu_harness import H200_SPEED, Measured, Row, Setup, copying_speed, number, start_afresh
 from flatradix.inputs import devices
 from flatradix.replay import plot
 
-ROWS = [*kernels.ROWS, *wall.ROWS, *evict.ROWS]
+ROWS = [*kernels.ROWS, *wall.ROWS, *evict.ROWS, *graph.ROWS]
 CROSSOVER = "crossover"
 TITLES = {"gpu": "the GPU's time, queries on the device", "wall": "wall clock from Python"}
 

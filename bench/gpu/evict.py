@@ -66,7 +66,7 @@ class Clock:
         self.sleep = 2e-3
         self.taken: dict[str, float] = {}
         self.late = False
-        self.launchers = {name: getattr(gpu, name) for name in ("effective_keys", "select", "order_victims", "free")}
+        self.launchers = {name: getattr(gpu, name) for name in ("effective_keys", "evict", "order_victims", "free")}
 
     def __enter__(self) -> None:
         self.taken, self.late = {}, False

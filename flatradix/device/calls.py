@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,12 +12,15 @@ from flatradix.inputs.options import Options
 from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_unseen_slot
 from flatradix.layout import mail, reasons
 
+_C: Any = torch._C  # two look-ups fewer in each call
+
 
 class Calls:
     """Numbers the calls of one tree, and waits for their results when a caller asks for them.
 
     mailbox: the words that kernels write. options: of the tree, for messages. captured: whether a CUDA graph holds a
     call. The host does not see replays, so every wait must then have the device write the numbers anew (`tell`).
+    rehearsing: whether calls are to launch what they would launch during a capture.
     """
 
     def __init__(self, options: Options, device: torch.device) -> None:
@@ -25,6 +29,7 @@ class Calls:
         self._number = int(device.index) if device.type == "cuda" else -1  # of the CUDA device
         self._last = 0
         self.captured = False
+        self.rehearsing = False
 
     # Enqueueing
 
@@ -35,8 +40,8 @@ class Calls:
         """
         if self._number < 0:
             return False
-        if torch._C._cuda_getDevice() == self._number:
-            return torch._C._cuda_isCurrentStreamCapturing()
+        if _C._cuda_getDevice() == self._number:
+            return _C._cuda_isCurrentStreamCapturing()
         with torch.cuda.device(self._number):
             return torch.cuda.is_current_stream_capturing()
 
@@ -44,6 +49,17 @@ class Calls:
     def last(self) -> int | None:
         """The number of the last call, or None if the host cannot know it: a CUDA graph may replay calls."""
         return None if self.captured else self._last
+
+    def begin(self) -> tuple[int, int, bool]:
+        """Return (what `next` returns, torch's current stream or -1, what `is_capturing` returns).
+
+        The stream is -1 if the tree's device is not torch's current one: kernels cannot be launched directly then.
+        """
+        self._last = call = self._last % mail.CALL_MASK + 1
+        number = self._number
+        if number >= 0 and _C._cuda_getDevice() == number:
+            return call, _C._cuda_getCurrentRawStream(number), _C._cuda_isCurrentStreamCapturing()
+        return call, -1, self.is_capturing()
 
     def next(self) -> int:
         """Return the number of a call that is about to be enqueued."""
@@ -57,8 +73,10 @@ class Calls:
         """
         if self.is_capturing() if captured is None else captured:
             self.captured = True
-        else:
-            self.enqueued_outside(call, changes)
+            return
+        self.mailbox.last = call
+        if changes:
+            self.mailbox.last_change = call
 
     def enqueued_outside(self, call: int, changes: bool) -> None:
         """Do what `enqueued` does, if no graph is being captured."""

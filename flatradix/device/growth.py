@@ -53,7 +53,7 @@ def larger_than(arrays: Arrays, pool: torch.Tensor, options: Options, max_tokens
     for source, target in ((old.tokens, new.tokens), (old.seconds, new.seconds), (pool, slots)):
         target[: len(source[first:cursor])] = source[first:cursor]
     _copy_numbers(old, new, first)
-    scratch = enlarge(allocate_scratch(len(new.parent), arrays.scratch.mail, device), arrays.scratch.batch)
+    scratch = enlarge(allocate_scratch(len(new.parent), max_tokens, arrays.scratch.mail, device), arrays.scratch.batch)
     made = gpu.arrays_of(new, scratch, slots, page, options.bigram)
     gpu.rebuild(made)
     if device.type == "cuda":

@@ -13,12 +13,15 @@ import torch
 
 from flatradix.device import interrupted
 from flatradix.device.calls import Calls
+from flatradix.device.capture import Step
+from flatradix.device.eviction import Found, Room, allocate, found_by
 from flatradix.device.freed import about_to_go
 from flatradix.device.growth import Larger, larger_than
 from flatradix.device.input import (
     as_batch,
     of_key,
     places_on,
+    read_keys,
     read_numbers,
     read_slots,
     read_values,
@@ -29,31 +32,48 @@ from flatradix.device.names import Names
 from flatradix.device.results import Awaited, Batch, OnDevice, Results
 from flatradix.device.stages import Stages
 from flatradix.errors import TooLargeForDeviceError
-from flatradix.index import Index, public_call, take_gate
+from flatradix.index import Index, T, public_call, take_gate
 from flatradix.inputs import namespaces
-from flatradix.inputs.arguments import check_write_table, token_count
+from flatradix.inputs.arguments import check_out, check_write_table, token_count
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.namespaces import Namespaces, name_hash
 from flatradix.inputs.options import Options
 from flatradix.inputs.places import check_starts, read_places, refuse_shared_handles
 from flatradix.inputs.policy import Nodes, built_in_scores, scores_of
 from flatradix.inputs.ragged import Ragged
+from flatradix.inputs.refuse import refuse_out
 from flatradix.inputs.sequences import Buffer, read_host_key, read_one
 from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
 from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
-from flatradix.layout.desk import STAGED_TOKENS
+from flatradix.layout.desk import LONG_COUNT, LONG_TOKENS, STAGED_TOKENS
 from flatradix.layout.growth import is_too_large, most_tokens, next_capacity
 from flatradix.layout.numbers import MAX_UNITS
-from flatradix.layout.queries import NO_PLACES, PlaceAddresses, PromptAddresses, SlotTable, Values, Wants
+from flatradix.layout.queries import (
+    NO_PLACES,
+    Freeing,
+    PlaceAddresses,
+    PromptAddresses,
+    SlotTable,
+    Values,
+    Wanted,
+    Wants,
+)
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
 from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
-from flatradix.results import EvictResult, InsertResult, MatchResult, late_insert, late_match
-from flatradix.victims import listener_of
+from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult, late_insert, late_match
+from flatradix.victims import Freed, listener_of
 
 _SMALLEST_BATCH = 1024
-_LIKELY_TOKENS = 1 << 16  # an eviction allocates for what it was asked for, up to this, before it knows what goes
+# An eviction allocates memory for so many slots more than it was asked for before it knows what goes: first for some,
+# later for twice as many as were needed, up to a limit. If that does not suffice, it waits twice.
+_FIRST_BEYOND, _MOST_BEYOND = 1 << 12, 1 << 16
+_EVICT_IN_GRAPH = (
+    "a CUDA graph cannot hold an eviction that returns as many slots as there are: give evict a tensor for them, out="
+)
+_WAIT_IN_GRAPH = "a CUDA graph cannot hold a call that waits for the device: read sizes and errors outside of it"
+_NAME_IN_GRAPH = "a CUDA graph cannot hold a namespace: what it is called inside changes as others go"
 _NOTHING_YET = OpenCall(NOTHING, 0, 0)
 
 
@@ -79,6 +99,7 @@ class DeviceIndex(Index):
         self.mailbox.words[mail.FREE_UNITS] = units
         self._names = Names(len(state.namespace_hash), options.page_size + options.bigram, device)
         self._stages = Stages(device, self.mailbox)
+        self._long_stages: Stages | None = None  # from the first long key on
         self._results = Results(device)
         self._by_tick = options.order.score is None and options.order.code == numbers.LRU
         self._unseen_inserts: deque[tuple[int, int]] = (
@@ -86,19 +107,24 @@ class DeviceIndex(Index):
         )  # (call, units) of inserts after the last known FREE_UNITS word
         self._retired: list[Scratch] = []
         self._state = state
-        scratch = enlarge(allocate_scratch(len(state.parent), self.mailbox.words, device), _SMALLEST_BATCH)
+        scratch = enlarge(
+            allocate_scratch(len(state.parent), options.max_tokens, self.mailbox.words, device), _SMALLEST_BATCH
+        )
         self._arrays = gpu.arrays_of(state, scratch, self._pool, options.page_size, options.bigram)
-        self._open: OpenCall | None = None  # the call that has begun and not ended
+        self._open: tuple[Any, ...] | None = None  # the fields of an OpenCall that has begun and not ended
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
         self._pinned = False  # whether `want` was ever called
+        self._beyond = _FIRST_BEYOND
+        self._graph_evicts = self._graph_inserts = False  # whether a CUDA graph holds such a call
+        self._may_be_empty = False  # whether namespaces may have lost their last nodes unseen by the host
         self._listener = listener_of(options.on_evict)
         self._most_stored = 0  # tokens that can be cached at most, as far as the host knows
         self._larger: Larger | None = None  # a growth under way
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if hasattr(self, "_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
-            abandon(self.mailbox, self._stages)
+        if hasattr(self, "_long_stages") and not is_finalizing():  # else __init__ failed, or the interpreter exits
+            abandon(self.mailbox, (self._stages, self._long_stages))
 
     def _ensure_scratch(self, batch: int) -> None:
         """Make the scratch arrays large enough for a batch.
@@ -126,19 +152,21 @@ class DeviceIndex(Index):
         Depends only on what the device has done, so this method may itself be interrupted.
         """
         take_gate(self)
-        cut = self._open
-        if cut is None:
+        opened = self._open
+        if opened is None:
             return
+        changed_nothing = opened is _NOTHING_YET
+        cut = OpenCall(*opened)
         self._move_in()
         if self._calls.is_capturing():
-            if cut is not _NOTHING_YET:
+            if not changed_nothing:
                 raise RuntimeError("a call was cut short before this graph was captured: call raise_pending() first")
             self._names.doubt()  # a name that it was given may be in use by nothing
             self._open = None
             return
         done = interrupted.undo(cut, self._arrays, self._calls)
         if cut.operation in (interrupted.EVICT, interrupted.RESET):
-            self._unreturned = cut.slots if done else cut.before
+            self._unreturned = self._left_by(cut) if done else cut.before
             if done and self._listener is not None:
                 if cut.operation == interrupted.RESET:
                     self._listener.forget()
@@ -146,24 +174,39 @@ class DeviceIndex(Index):
                     self._listener.note(cut.freed)
             counts = done and cut.operation == interrupted.RESET
             self._open = cut = cut._replace(operation=NOTHING, changes=cut.changes + counts)
-        if cut is not _NOTHING_YET:
+        if not changed_nothing:
             self._changes = cut.changes
-        self._stages.free_all()
+        for stages in (self._stages, self._long_stages):
+            if stages is not None:
+                stages.free_all()
         self._calls.tell(self._tell)
         self._names.known.repair(self._state.namespace_children.cpu().numpy())
         self._names.nothing_given()
         self._open = None
 
+    def _left_by(self, cut: OpenCall) -> torch.Tensor | None:
+        """Return the slots that an interrupted eviction has written. A reset drops them."""
+        if cut.slots is None:
+            return None
+        known = 0 if cut.before is None else len(cut.before)
+        _call, freed = self.mailbox.latest(mail.FREED)
+        return cut.slots[: known + freed].clone()  # they may be in memory of the caller
+
     def _tell(self, call: int) -> None:
         gpu.tell(self._arrays, call)
 
     def _wait(self) -> int:
-        """Wait for all calls so far. Return how many were refused. Free the namespace codes that no insert used."""
+        """Wait for all calls so far. Return how many were refused. Free the namespace codes that are not in use."""
+        if self._calls.is_capturing():
+            raise RuntimeError(_WAIT_IN_GRAPH)
         if self._calls.captured:
             self._calls.tell(self._tell)
         refused = self.mailbox.refusals()
         if self._names.given:
             self._names.look(self._state.namespace_children, refused > 0)
+        if self._may_be_empty:
+            self._names.forget_empty(self._state.namespace_children)
+            self._may_be_empty = self._graph_evicts
         return refused
 
     def _finish_all(self) -> None:
@@ -177,6 +220,31 @@ class DeviceIndex(Index):
         if busy:
             self.recover()
         self._finish_all()
+        self.busy = False
+
+    # CUDA graphs
+
+    def capture(self, function: Callable[[], T]) -> Callable[[], T]:
+        return Step(self, function) if self.device.type == "cuda" else function
+
+    def rehearse(self, function: Callable[[], T]) -> T:
+        """Run a function. Its calls launch the kernels that they would launch during a capture."""
+        self._calls.rehearsing = True
+        try:
+            return function()
+        finally:
+            self._calls.rehearsing = False
+
+    @public_call
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Run a graph that holds calls of this tree. What runs is not undone."""
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        self._open = NOTHING, 0, self._changes + 1
+        graph.replay()
+        self._changes += 1
+        self._open = None
         self.busy = False
 
     # Growth
@@ -233,20 +301,18 @@ class DeviceIndex(Index):
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
-        locks = bool(lock or split)
+        hold = 1 if lock else 2 * bool(split)
         key = read_host_key(q, "tokens") if start is None else None
         if key is None:
             keys = read_values(q, self.device, "tokens")
             self._open = _NOTHING_YET
-            result = self._match_values(keys, namespace, bool(touch), locks, start)
+            result = self._match_values(keys, namespace, bool(touch), hold, start)
         else:
             self._open = _NOTHING_YET
-            result = self._match_key(key, namespace, bool(touch), locks)
+            result = self._match_key(key, namespace, bool(touch), hold)
         if lock:
             self.last_result = result
             self._changes += 1
-        elif split:
-            self._unlock(self._places(result))
         self._open = None
         self.busy = False
         return result
@@ -259,7 +325,7 @@ class DeviceIndex(Index):
             self.recover()
         keys = read_values(prompts, self.device, "tokens")._replace(left_out=1)
         self._open = _NOTHING_YET
-        self.last_result = result = self._match_values(keys, namespace, False, True, None)
+        self.last_result = result = self._match_values(keys, namespace, False, 1, None)
         self._changes += 1
         self._open = None
         self.busy = False
@@ -276,48 +342,54 @@ class DeviceIndex(Index):
             raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
         key = read_one(tokens if limit is None else memoryview(tokens)[: max(limit, 0)], "tokens")
         self._open = _NOTHING_YET
-        result = self._match_key(key, namespace, True, split)
-        if split:
-            self._unlock(self._places(result))
+        result = self._match_key(key, namespace, True, 2 * bool(split))
         self._open = None
         self.busy = False
         return result
 
-    def _match_key(self, key: Buffer, namespace: Any, touch: bool, lock: bool) -> MatchResult:
-        """Match one key in host memory. The kernel reads a short key from pinned memory."""
-        if key[1] > STAGED_TOKENS:
-            return self._match_values(of_key(key, self.device), namespace, touch, lock, None)
+    def _match_key(self, key: Buffer, namespace: Any, touch: bool, hold: int) -> MatchResult:
+        """Match one key in host memory. Its kernel reads a short key from pinned memory. hold: `lock` of gpu.match."""
+        if key[1] > LONG_TOKENS:
+            return self._match_values(of_key(key, self.device), namespace, touch, hold, None)
         name = 0 if namespace is None else self._names.find(namespaces.only(namespace), 1).number
-        if self._calls.is_capturing():
+        call, stream, captured = self._calls.begin()
+        if captured:
             raise RuntimeError(HOST_IN_GRAPH)
-        call = self._calls.next()
-        awaited = self._results.one(self, call)
-        place, stages = awaited.place(), self._stages
-        if lock:
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, place)
-        while not gpu.match_one(self._arrays, stages.desk, key, name, place, call, touch, lock):
+        chunk, at = self._results.reserve()
+        lengths, handles = chunk.length_address + 4 * at, chunk.handle_address + 8 * at
+        stages = self._stages if key[1] <= STAGED_TOKENS else self._for_long_keys()
+        if hold == 1:
+            place = PlaceAddresses(handles, lengths, 1, chunk)
+            self._open = interrupted.LOCK, call, self._changes, place
+        while not gpu.match_one(self._arrays, stages.desk, key, name, lengths, handles, call, touch, hold, stream):
             stages.wait()
-        self._calls.enqueued_outside(call, lock)
-        return late_match(awaited)
+        # The result is made while the kernel runs.
+        self._calls.enqueued_outside(call, hold > 0)
+        return late_match(Awaited(self, call, chunk, at))
 
-    def _match_values(self, keys: Values, namespace: Any, touch: bool, lock: bool, start: Any) -> MatchResult:
+    def _for_long_keys(self) -> Stages:
+        if self._long_stages is None:
+            self._long_stages = Stages(self.device, self.mailbox, LONG_TOKENS, LONG_COUNT)
+        return self._long_stages
+
+    def _match_values(self, keys: Values, namespace: Any, touch: bool, hold: int, start: Any) -> MatchResult:
         if namespace is not None and self._calls.is_capturing():
-            raise RuntimeError("a CUDA graph cannot hold a namespace: what it is called inside changes as others go")
+            raise RuntimeError(_NAME_IN_GRAPH)
         names = self._names.find(namespace, keys.batch)
         starts = self._starts(start, keys.batch)
         if keys.batch == 0:
             return late_match(self._results.many(self, 0, 0))
         self._ensure_scratch(keys.batch)
         captured = self._calls.is_capturing()
-        if keys.offsets == 0 and captured:
+        if keys.offsets == 0 and (captured or self._calls.rehearsing):
             keys = as_batch(keys, self.device)  # a single key's kernel would write its answer again at each replay
         call = self._calls.next()
         told = -1 if captured or keys.offsets == 0 else self.mailbox.reserve_lengths(keys.batch)
         late = self._late_result(keys, call, told, captured)
-        if lock:
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, late.place())
-        gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, lock)
-        self._calls.enqueued(call, lock, captured)
+        if hold == 1:
+            self._open = interrupted.LOCK, call, self._changes, late.places
+        gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, hold)
+        self._calls.enqueued(call, hold > 0, captured)
         return late_match(late)
 
     def _late_result(self, keys: Values, call: int, told: int = -1, captured: bool = False) -> Awaited | Batch:
@@ -326,7 +398,7 @@ class DeviceIndex(Index):
             return self._results.one(self, call)
         return self._results.many(self, call, keys.batch, told, captured)
 
-    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None:
+    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None:
         """Return the lengths that a match has told the host, or None if the host cannot know whether they are right."""
         return None if self._calls.captured else self.mailbox.lengths(call, place, batch, refusals)
 
@@ -335,12 +407,14 @@ class DeviceIndex(Index):
     def _late(self, places: Any) -> OnDevice | None:
         """Return the source of a result of this device, whose places are read where its kernel leaves them."""
         late = getattr(places, "late", None)
-        return late if isinstance(late, OnDevice) and late.device == self.device else None
+        if isinstance(late, OnDevice) and (late.device is self.device or late.device == self.device):
+            return late
+        return None
 
     def _places(self, places: Any) -> PlaceAddresses:
         """Return the addresses of places."""
         late = self._late(places)
-        return places_on(places, self.device) if late is None else late.place()
+        return places_on(places, self.device) if late is None else late.places
 
     def _starts(self, start: Any, batch: int) -> PlaceAddresses:
         """Return the addresses of the places to continue from."""
@@ -355,7 +429,19 @@ class DeviceIndex(Index):
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
-        self._renew(places, self._lock)
+        late = getattr(places, "late", None)
+        if type(late) is Awaited and late.device is self.device:  # the quick way, for the result of one key
+            calls, place = self._calls, late.places
+            call, stream, captured = calls.begin()
+            self._open = interrupted.LOCK, call, self._changes, place
+            gpu.lock_one(self._arrays, place, call, stream)
+            calls.enqueued(call, True, captured)
+            late.forget_handle()
+            self._changes += 1
+            self._open = None
+            self.busy = False
+        else:
+            self._renew(places, self._lock)
 
     @public_call
     def split(self, places: Any) -> None:
@@ -368,7 +454,7 @@ class DeviceIndex(Index):
         """Run an operation that may renew the handles of places, and write the new handles back."""
         late = self._late(places)
         if late is not None:
-            operation(late.place())
+            operation(late.places)
             late.forget_handle()
         else:
             lengths, handles = read_places(places, self.device)
@@ -383,11 +469,12 @@ class DeviceIndex(Index):
         self.busy = False
 
     def _lock(self, places: PlaceAddresses) -> None:
-        if places.batch:
-            self._ensure_scratch(places.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
-            self._open = OpenCall(interrupted.LOCK, call, self._changes, places)
+        batch = places.batch
+        if batch:
+            if batch > self._arrays.batch:
+                self._ensure_scratch(batch)
+            call, _stream, captured = self._calls.begin()
+            self._open = interrupted.LOCK, call, self._changes, places
             gpu.lock(self._arrays, places, call)
             self._calls.enqueued(call, True, captured)
 
@@ -395,8 +482,7 @@ class DeviceIndex(Index):
         """Unlock places without a record of how to undo it: `_open` still describes the lock that this call removes."""
         if places.batch:
             self._ensure_scratch(places.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
+            call, _stream, captured = self._calls.begin()
             gpu.unlock(self._arrays, places, call)
             self._calls.enqueued(call, True, captured)
 
@@ -409,16 +495,24 @@ class DeviceIndex(Index):
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
-        found = self._places(places)
-        if found.batch:
-            self._ensure_scratch(found.batch)
-            captured = self._calls.is_capturing()
-            call = self._calls.next()
-            self._open = OpenCall(interrupted.UNLOCK, call, self._changes, found)
+        late = getattr(places, "late", None)
+        found = late.places if isinstance(late, OnDevice) and late.device is self.device else self._places(places)
+        batch = found.batch
+        if batch == 0:
+            self.busy = False
+            return
+        if batch > self._arrays.batch:
+            self._ensure_scratch(batch)
+        calls = self._calls
+        call, stream, captured = calls.begin()
+        self._open = interrupted.UNLOCK, call, self._changes, found
+        if batch == 1:
+            gpu.unlock_one(self._arrays, found, call, stream)
+        else:
             gpu.unlock(self._arrays, found, call)
-            self._calls.enqueued(call, True, captured)
-            self._changes += 1
-            self._open = None
+        calls.enqueued(call, True, captured)
+        self._changes += 1
+        self._open = None
         self.busy = False
 
     # Waiting queues and soft pins
@@ -460,6 +554,10 @@ class DeviceIndex(Index):
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
+        if self._graph_evicts and not self._pinned:
+            raise RuntimeError(
+                "a CUDA graph holds an eviction of this tree that knows no soft pins: call want once before the capture"
+            )
         self._pinned = True
         self._renew(places, self._want)
 
@@ -573,7 +671,8 @@ class DeviceIndex(Index):
         if where is not None and torch.empty(0, device=where).device != self.device:
             raise ValueError(f"write_slots: the slots are returned on {where}, and the tree is not there")
         numbered = check_write_table(table, rows, found.batch, self.device, self.options.slot_dtype)
-        numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
+        if numbered.device != self.device:
+            numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
         into = SlotTable(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
         self._write(found, numbered, into, False)
 
@@ -617,8 +716,8 @@ class DeviceIndex(Index):
         if busy:
             self.recover()
         device = self.device
-        keys = self._read_keys(q)
-        source = read_slots(slots, keys, device)
+        keys = read_keys(q, device)
+        source = read_slots(slots, keys, device, self._arrays.pool_wide)
         priorities = read_numbers(priority, keys.batch, device, "priority")
         inserted = read_numbers(inserted_lengths, keys.batch, device, "inserted_lengths")
         starts = self._starts(start, keys.batch)
@@ -626,127 +725,265 @@ class DeviceIndex(Index):
             namespaces.spread(namespace, 0)  # raises for a bad namespace
             self.busy = False
             return late_insert(self._results.many(self, 0, 0))
-        if self._calls.is_capturing():
-            raise RuntimeError(
-                "insert cannot be part of a CUDA graph: whether it has to compact is decided anew each time"
-            )
+        captured = self._calls.is_capturing()
+        if captured:
+            self._check_graph_holds_insert(keys, source, namespace)
+        on_host = keys.on_host or source.on_host
+        if (captured or self._calls.rehearsing) and keys.offsets == 0 and not on_host:
+            # A single key's kernel would write its answer again at each replay.
+            keys, source = as_batch(keys, device), source if source.offsets else as_batch(source, device)
         self._ensure_scratch(keys.batch)
         self._open = _NOTHING_YET
         if self.options.grows:
             self._make_room(keys.total)
         names = self._names.give(namespace, keys, self._wait)
-        may_compact = self._may_compact(keys.total)
+        may_compact = captured or self._may_compact(keys.total)
         call = self._calls.next()
-        late = self._late_result(keys, call)
-        self._open = OpenCall(interrupted.INSERT, call, self._changes, batch=keys.batch)
-        gpu.insert(self._arrays, keys, source, names, starts, priorities, inserted, late.output(), call, may_compact)
-        if keys.stage:
-            self._stages.commit(call)
-        self._calls.enqueued_outside(call, True)
-        self._unseen_inserts.append((call, keys.total))
+        late = self._late_result(keys, call, captured=captured)
+        self._open = interrupted.INSERT, call, self._changes, None, keys.batch
+        arrays, stages, out = self._arrays, self._stages, late.output()
+        while not gpu.insert(
+            arrays, stages.desk, keys, source, names, starts, priorities, inserted, out, call, may_compact
+        ):
+            stages.wait()
+        self._calls.enqueued(call, True, captured)
+        if captured:
+            self._graph_inserts = True
+            self._unseen_inserts.clear()
+        elif not self._graph_inserts:
+            self._unseen_inserts.append((call, keys.total))
         self.last_result = result = late_insert(late)
         self._changes += 1
         self._open = None
         self.busy = False
         return result
 
-    def _read_keys(self, q: Any) -> Values:
-        """Read the keys of an insert. A short key in host memory goes to a pinned buffer, which its kernel reads."""
-        key = read_host_key(q, "tokens")
-        if key is None:
-            return read_values(q, self.device, "tokens")
-        return of_key(key, self.device) if key[1] > STAGED_TOKENS else self._stages.put(key)
+    def _check_graph_holds_insert(self, keys: Values, slots: Values, namespace: Any) -> None:
+        """Raise RuntimeError for an insert that needs the host."""
+        if keys.on_host or slots.on_host:
+            raise RuntimeError(HOST_IN_GRAPH)
+        if namespace is not None:
+            raise RuntimeError(_NAME_IN_GRAPH)
+        if self.options.grows:
+            raise RuntimeError(
+                "a CUDA graph cannot hold an insert into a tree without max_tokens, as that may grow: give max_tokens"
+            )
 
     def _may_compact(self, total: int) -> bool:
         """Return whether the pools may lack space for `total` units, as far as the host knows now."""
+        if self._graph_inserts or self._calls.rehearsing:
+            return True  # replays may have inserted anything
         told, room = self.mailbox.latest(mail.FREE_UNITS)
         while self._unseen_inserts and not is_later(self._unseen_inserts[0][0], told):
             self._unseen_inserts.popleft()
-        return room - sum(count for _, count in self._unseen_inserts) < total
+        return room - sum([count for _, count in self._unseen_inserts]) < total
 
     # Evict
 
     @public_call
-    def evict(self, num_tokens: int) -> EvictResult:
+    def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult:
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
+        if out is not None:
+            return self._evict_into(num_tokens, out)
         wanted = token_count(num_tokens)
+        if self._calls.is_capturing():
+            raise RuntimeError(_EVICT_IN_GRAPH)
         self._finish_all()
+        room, tokens, nodes, freed = self._evict(wanted, None)
+        result = EvictResult(room.filled(tokens), room.known + tokens, nodes)
+        self._end_eviction(result, freed)
+        return result
+
+    def _evict(self, wanted: int, room: Room | None) -> tuple[Room, int, int, Freed | None]:
+        """Evict, and wait for that. Return the memory, the tokens and nodes that went, and what the callback is told.
+
+        room: the caller's memory. Raises ValueError if it is too small.
+        """
         self._open = _NOTHING_YET
-        before = self._unreturned
-        known = 0 if before is None else len(before)
         if self._listener is not None:
             self._listener.begin()
-        keeper = None if self._keeper is None else self._keeper()
-        wants = None if keeper is None else keeper.wanted()
-        missing = max(wanted - known, 0)
-        call, by_tick = self._select(missing, wants)
-        # Allocate all memory before the tree changes: a later failure would lose slots. The device selects meanwhile.
-        page = self.options.page_size
-        slots = self._empty_slots(known + min(-(-missing // page) * page, _LIKELY_TOKENS))
-        tokens, nodes, kept = self._selected(call, by_tick, missing)
-        if len(slots) != known + tokens:
-            slots = self._empty_slots(known + tokens)
-        where = self.options.slot_device
-        returned = None if where is None else torch.empty_like(slots, device=where)
-        if before is not None:
-            slots[:known] = before
+        missing = max(wanted - (0 if self._unreturned is None else len(self._unreturned)), 0)
+        given = room is not None
+        evictable = self.mailbox.counter(mail.EVICTABLE) if missing else 0
+        # Allocate all memory before the tree changes: a later failure would lose slots.
+        if room is None:
+            room = self._room(self._likely_tokens(missing, evictable))
+        if evictable == 0:
+            return room, 0, 0, None
         call = self._calls.next()
-        listener, freed = self._listener, None
-        if listener is not None:
+        by_tick = self._prepare_keys()
+        asked = Wanted(min(missing, MAX_UNITS))
+        if self._listener is None and not given:
+            self._open = self._open_eviction(call, room)
+            self._select_and_free(asked, room.freeing(), by_tick, call)
+            tokens, nodes = self.mailbox.wait(mail.FREED, call), self.mailbox.wait(mail.GONE, call)
+            if tokens <= room.space and nodes < mail.UNORDERED:
+                self._freed(call)
+                return room, tokens, nodes, None
+        else:
+            gpu.select(self._arrays, asked, by_tick, call)
+        found = found_by(self.mailbox, call, missing, self.options.page_size, self._by_page)
+        if given and found.tokens > room.space:
+            refuse_out(room.known + found.tokens, room.known + room.space)
+        if not given:
+            self._beyond = min(max(self._beyond, 2 * (found.tokens - missing)), _MOST_BEYOND)
+            room = self._room(found.tokens)
+        return room, found.tokens, found.nodes - (found.kept > 0), self._free_found(found, by_tick, room)
+
+    def _free_found(self, found: Found, by_tick: bool, room: Room) -> Freed | None:
+        """Free the victims that the device has found, and wait. Return what the callback is told, if there is one."""
+        if not found.ordered:
+            gpu.order_victims(self._arrays, found.nodes, by_tick)
+        call, freed = self._calls.next(), None
+        if self._listener is not None:
             names = dict(self._names.known.items())
-            freed = about_to_go(self._arrays, self.options, call, (nodes, kept), names.__getitem__, slots[known:])
-        self._open = OpenCall(interrupted.EVICT, call, self._changes, slots=slots, before=before, freed=freed)
-        if nodes:
-            if self._pinned:
-                gpu.end_wants(self._arrays, nodes)
-            gpu.free(self._arrays, nodes, tokens, slots.data_ptr() + known * slots.itemsize, call, kept)
-            self._calls.enqueued(call)
-            if len(self._names.known) > 1:
-                self._forget_namespaces(self.mailbox.wait(mail.RELEASED, call))
-        result = EvictResult(slots if returned is None else returned.copy_(slots), known + tokens, nodes - (kept > 0))
+            slots = room.slots[room.known : room.known + found.tokens]
+            victims = found.nodes, found.kept
+            freed = about_to_go(self._arrays, self.options, call, victims, names.__getitem__, slots)
+        self._open = self._open_eviction(call, room, freed)
+        if self._pinned:
+            gpu.end_wants(self._arrays, found.nodes)
+        gpu.free(self._arrays, found.nodes, found.tokens, room.freeing().slots, call, found.kept)
+        self._freed(call)
+        return freed
+
+    def _open_eviction(self, call: int, room: Room, freed: Freed | None = None) -> OpenCall:
+        before = self._unreturned
+        return OpenCall(interrupted.EVICT, call, self._changes, slots=room.slots, before=before, freed=freed)
+
+    def _freed(self, call: int) -> None:
+        """Note an eviction that the device does, and forget the namespaces that are empty after it."""
+        self._calls.enqueued_outside(call, True)
+        if len(self._names.known) > 1:
+            self._forget_namespaces(self.mailbox.wait(mail.RELEASED, call))
+
+    def _end_eviction(self, result: EvictResult | EvictIntoResult, freed: Freed | None) -> None:
         self.last_result = result
-        if listener is not None and freed is not None:
-            listener.note(freed)
-            listener.tell()
+        if self._listener is not None:
+            if freed is not None:
+                self._listener.note(freed)
+            self._listener.tell()
         self._unreturned = None
         self._changes += 1
         self._open = None
         self.busy = False
-        return result
 
-    def _empty_slots(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=self.options.slot_dtype, device=self.device)
+    def _room(self, space: int) -> Room:
+        device, where = self.device, self.options.slot_device
+        devices = (device,) if where is None else (device, where)
+        return allocate(self._unreturned, space, self.options.slot_dtype, devices)
 
-    def _select(self, wanted: int, wants: Wants | None) -> tuple[int, bool]:
-        """Have the device find the nodes to evict. Return the number of the call, and whether ticks are the keys.
+    def _likely_tokens(self, missing: int, evictable: int) -> int:
+        """Return for how many slots to allocate memory before the device has told how many an eviction frees.
 
-        wants: what waiting prompts want.
+        That is at most so many more than are missing, up to whole pages, as earlier evictions have freed.
         """
+        page = self.options.page_size
+        likely = -(-missing // page) * page + (0 if self._by_page else self._beyond)
+        return min(likely, evictable)
+
+    def _prepare_keys(self) -> bool:
+        """Have the device fill in the keys by which it orders victims. Return whether the ticks are the keys."""
+        keeper = None if self._keeper is None else self._keeper()
+        wants = None if keeper is None else keeper.wanted()
         by_tick = self._by_tick
-        if wanted == 0:
-            return 0, by_tick
         if not by_tick:
             gpu.effective_keys(self._arrays, self._scores(), self._pinned)
         if wants is not None or self._pinned:
             gpu.classify(self._arrays, Wants(0, 0, 0) if wants is None else wants, by_tick)
             by_tick = False
-        call = self._calls.next()
-        gpu.select(self._arrays, min(wanted, MAX_UNITS), by_tick, call)
-        return call, by_tick
+        return by_tick
 
-    def _selected(self, call: int, by_tick: bool, wanted: int) -> tuple[int, int, int]:
-        """Return what `_select` has found: the tokens to free, the number of nodes, and what the last node keeps."""
-        if wanted == 0:
-            return 0, 0, 0
-        tokens, nodes = (self.mailbox.wait(place, call) for place in (mail.TOKENS, mail.VICTIMS))
-        if nodes & mail.UNORDERED:
-            nodes &= ~mail.UNORDERED
-            gpu.order_victims(self._arrays, nodes, by_tick)
-        page = self.options.page_size
-        kept = max(tokens - -(-wanted // page) * page, 0) if self._by_page else 0
-        return tokens - kept, nodes, kept
+    def _select_and_free(self, asked: Wanted, into: Freeing, by_tick: bool, call: int) -> None:
+        """Have the device find the victims, and free them if there is space for their slots, without a wait."""
+        if self._pinned:
+            gpu.select(self._arrays, asked, by_tick, call)
+            gpu.end_wants_selected(self._arrays, into.space)
+            gpu.free_selected(self._arrays, into, call)
+        else:
+            gpu.evict(self._arrays, asked, by_tick, into, call)
+
+    # Evict into the caller's memory
+
+    def _evict_into(self, num_tokens: Any, out: torch.Tensor) -> EvictIntoResult:
+        self._check_out(out)
+        captured = self._calls.is_capturing()
+        if captured:
+            self._check_graph_holds_eviction()
+        known = 0 if self._unreturned is None else len(self._unreturned)
+        asked = self._asked(num_tokens, known)
+        if known > len(out):
+            refuse_out(known, len(out))
+        if self._listener is not None:
+            return self._evict_into_and_tell(token_count(num_tokens), Room(out, known, len(out) - known))
+        self._open = _NOTHING_YET
+        counts = torch.empty(2, dtype=torch.int64, device=self.device)
+        result = EvictIntoResult(out, counts[0], counts[1])
+        by_tick = self._prepare_keys()
+        room = Room(out, known, len(out) - known)
+        if self._unreturned is not None:
+            out[:known] = self._unreturned
+        call = self._calls.next()
+        self._open = self._open_eviction(call, room)
+        self._select_and_free(asked, room.freeing(counts.data_ptr()), by_tick, call)
+        self._calls.enqueued(call, True, captured)
+        self._graph_evicts |= captured
+        self._may_be_empty = True
+        if known and self.mailbox.refusals() and self.mailbox.was_refused(call):
+            self._open = None
+            self.busy = False
+            return result  # the next eviction returns the known slots
+        self._end_eviction(result, None)
+        return result
+
+    def _evict_into_and_tell(self, wanted: int, room: Room) -> EvictIntoResult:
+        """Evict into the caller's memory, with a callback, which needs to know the victims before they go."""
+        self._finish_all()
+        if self._unreturned is not None:
+            room.slots[: room.known] = self._unreturned
+        room, tokens, nodes, freed = self._evict(wanted, room)
+        counts = torch.tensor([room.known + tokens, nodes], device="cpu").to(self.device)
+        result = EvictIntoResult(room.slots, counts[0], counts[1])
+        self._end_eviction(result, freed)
+        return result
+
+    def _check_out(self, out: torch.Tensor) -> None:
+        where = self.options.slot_device
+        if where is not None and torch.empty(0, device=where).device != self.device:
+            raise ValueError(f"evict: the slots are returned on {where}, and the tree is not there: leave out `out`")
+        check_out(out, self.device, self.options.slot_dtype)
+
+    def _asked(self, num_tokens: Any, known: int) -> Wanted:
+        """Return how many tokens to free, without those that are `known`. The device reads a tensor of its own."""
+        if isinstance(num_tokens, torch.Tensor) and num_tokens.device == self.device:
+            if num_tokens.numel() != 1 or num_tokens.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"evict: num_tokens on the device must be one int64, not {num_tokens.dtype} of shape "
+                    f"{tuple(num_tokens.shape)}"
+                )
+            wide = num_tokens.to(torch.int64)
+            return Wanted(-known, wide.data_ptr(), True, wide)
+        return Wanted(min(max(token_count(num_tokens) - known, 0), MAX_UNITS), 0, True)
+
+    def _check_graph_holds_eviction(self) -> None:
+        """Raise RuntimeError for an eviction that needs the host."""
+        if self._listener is not None:
+            raise RuntimeError("a CUDA graph cannot hold an eviction of a tree with on_evict, which the host calls")
+        if self._keeper is not None and self._keeper() is not None:
+            raise RuntimeError(
+                "a CUDA graph cannot hold an eviction that keeps for a WaitingQueue: the host reads what that wants"
+            )
+        if self._unreturned is not None:
+            raise RuntimeError(
+                "an eviction was interrupted before this graph was captured: call evict(0), which returns its slots"
+            )
+
+    def keep_for(self, keeper: Any) -> None:
+        if self._graph_evicts:
+            raise RuntimeError("a CUDA graph holds an eviction of this tree, which would not keep for a waiting queue")
+        super().keep_for(keeper)
 
     def _forget_namespaces(self, count: int) -> None:
         if count:
@@ -826,6 +1063,8 @@ class DeviceIndex(Index):
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
+        if self._calls.is_capturing():
+            raise RuntimeError("a CUDA graph cannot hold a reset: the host forgets the namespaces")
         call = self._calls.next()
         self._open = OpenCall(interrupted.RESET, call, self._changes, before=self._unreturned)
         gpu.reset(self._arrays, call)

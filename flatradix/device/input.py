@@ -13,9 +13,12 @@ from flatradix.inputs.arguments import check_counts, check_slot_queries, per_que
 from flatradix.inputs.places import read_places
 from flatradix.inputs.ragged import Ragged, read_batch
 from flatradix.inputs.refuse import refuse_unequal
-from flatradix.inputs.sequences import Batch, Buffer, is_batch, is_on_device, read_one
-from flatradix.inputs.upload import upload, upload_numbers
+from flatradix.inputs.sequences import Batch, Buffer, is_batch, is_on_device, read_host_key, read_one
+from flatradix.inputs.upload import refuse_in_graph, upload, upload_numbers
+from flatradix.layout.desk import STAGED_TOKENS
 from flatradix.layout.queries import PerQuery, PlaceAddresses, Values
+
+_ZERO = PerQuery(0, 0)
 
 
 def known_counts(values: Values) -> np.ndarray | None:
@@ -81,6 +84,7 @@ def _of_tensor(values: torch.Tensor, what: str) -> Values:
 
 def _of_host_batch(batch: Batch, device: torch.device) -> Values:
     """Concatenate host sequences in pinned memory, and enqueue their copy to the device."""
+    refuse_in_graph(device)
     parts = [np.asarray(buffer[3]) for buffer in batch.owner]
     kind = torch.int64 if batch.wide else torch.int32
     pinned = torch.empty(int(batch.counts.sum()), dtype=kind, device="cpu", pin_memory=device.type == "cuda")
@@ -99,6 +103,7 @@ def _of_mixed(sequences: Sequence[Any], device: torch.device, what: str) -> Valu
             tensors.append(_in_place(part, what, query).to(device))
         else:
             tensors.append(upload(torch.from_numpy(np.asarray(read_one(part, what, query)[3])), device))
+    refuse_in_graph(device)  # the offsets are in host memory
     counts = np.array([len(part) for part in tensors], np.int64)
     kind = torch.int64 if any(part.dtype == torch.int64 for part in tensors) else torch.int32
     offsets = np.zeros(len(tensors) + 1, np.int64)
@@ -119,8 +124,30 @@ def read_values(sequences: Any, device: torch.device, what: str) -> Values:
     return of_key(read_one(sequences, what), device)
 
 
-def read_slots(slots: Any, keys: Values, device: torch.device) -> Values:
-    """Read the slots of a batch. A batch of one may come as one sequence, and a single sequence as a batch of one."""
+def read_keys(queries: Any, device: torch.device) -> Values:
+    """Read the keys of an insert. A short key in host memory stays there."""
+    key = read_host_key(queries, "tokens")
+    return read_values(queries, device, "tokens") if key is None else _short_or_there(key, device)
+
+
+def _short_or_there(key: Buffer, device: torch.device) -> Values:
+    """Return one sequence in host memory as it is, or on the device if it is too long for a pinned buffer."""
+    address, count, wide, owner = key
+    if count > STAGED_TOKENS:
+        return of_key(key, device)
+    return Values(address, wide, 0, count, 1, None, owner, on_host=True)
+
+
+def read_slots(slots: Any, keys: Values, device: torch.device, wide: bool) -> Values:
+    """Read the slots of a batch. A batch of one may come as one sequence, and a single sequence as a batch of one.
+
+    Short slots of a single key stay in host memory, unless the tree's slots have 64 bits (`wide`).
+    """
+    single = read_host_key(slots, "slots") if keys.offsets == 0 and not wide else None
+    if single is not None:
+        if keys.total != single[1]:
+            refuse_unequal(0, keys.total, single[1])
+        return _short_or_there(single, device)
     source = read_values(slots, device, "slots")
     check_slot_queries(keys.batch, source.batch)
     if keys.offsets == 0 == source.offsets:
@@ -131,15 +158,14 @@ def read_slots(slots: Any, keys: Values, device: torch.device) -> Values:
     if tokens is not None and counts is not None:
         check_counts(tokens, counts)
     if (keys.offsets == 0) != (source.offsets == 0):
-        bounds = upload_numbers(np.array([0, source.total]), device)
-        source = source._replace(offsets=bounds.data_ptr(), owner=(source.owner, bounds))
+        source = as_batch(source, device)
     return source
 
 
 def read_numbers(value: Any, batch: int, device: torch.device, what: str) -> PerQuery:
     """Read one integer, or one a query, such as priorities. A tensor on the device is not copied to the host."""
     if type(value) is int:
-        return PerQuery(0, to_int64(value, what))
+        return PerQuery(0, to_int64(value, what)) if value else _ZERO
     if isinstance(value, torch.Tensor) and not value.is_cpu:
         if value.shape != (batch,) or value.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{what} must be an integer, or {batch} integers, one a query")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from flatradix.kernels import native
@@ -131,16 +130,16 @@ class Mailbox:
         """Return how many calls were refused, as far as is known now. Does not wait."""
         return self._view[mail.ERRORS] & _LOW
 
-    def lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None:
-        """Wait for the lengths that a call tells at a place: int32 [B].
+    def lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None:
+        """Wait for the lengths that a call tells at a place: int32 [B] in host memory.
 
         Return None if `refusals`, the number known before the call, has grown, or a later call has overwritten a part.
         """
         if self._word(mail.ERRORS, call) & _LOW != refusals:
             return None
-        found = np.empty(batch, np.int32)
+        found = torch.empty(batch, dtype=torch.int32, device="cpu")
         words, first = self._address + 8 * (mail.FIRST_TOLD + place), mail.FIRST_TOLD + place
-        while not (state := native.await_lengths.call(words, call, batch, found.ctypes.data, _TURNS)):
+        while not (state := native.await_lengths.call(words, call, batch, found.data_ptr(), _TURNS)):
             for query in range(batch):
                 self._check_device(first + query, call, False)
         return found if state > 0 else None

@@ -93,6 +93,18 @@ class Names:
             self.known.forget(codes, found)
         self.nothing_given()
 
+    def forget_empty(self, children: torch.Tensor) -> None:
+        """Free the codes of names in which nothing is cached any more. All calls so far must be done.
+
+        children: as for `look`.
+        """
+        if len(self.known) > 1:
+            codes = [code for code, _name in self.known.items()]
+            found = children[: codes[-1] + 1].cpu().numpy()
+            if any(code and (code >= len(found) or found[code] == 0) for code in codes):
+                self.known.repair(found)
+        self.nothing_given()
+
     def doubt(self) -> None:
         """Have the next `look` free the codes that no node uses."""
         self._unsure = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from flatradix.device.mailbox import Mailbox
@@ -40,42 +39,40 @@ class Home(Protocol):
 
     def raise_pending(self) -> None: ...
 
-    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> np.ndarray | None: ...
+    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None: ...
 
 
 class OnDevice:
-    """The numbers of B keys, in a part of a chunk to which a kernel writes them."""
+    """The numbers of B keys, in a part of a chunk to which a kernel writes them.
 
-    __slots__ = ("_at", "_batch", "_chunk")
+    places: the addresses of the handles and lengths; their owner is the chunk.
+    """
+
+    __slots__ = ("_chunk", "device", "places")
 
     def __init__(self, chunk: Chunk, at: int, batch: int) -> None:
         self._chunk = chunk
-        self._at = at
-        self._batch = batch
-
-    def place(self) -> PlaceAddresses:
-        """Return the addresses of the handles and lengths on the device."""
-        at, chunk = self._at, self._chunk
-        return PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, self._batch, chunk)
+        self.device = chunk.device
+        self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, batch, chunk)
 
     def output(self, told: int = -1) -> Output:
         """Return the addresses of the numbers on the device. told: as in `Output`."""
-        at, chunk = self._at, self._chunk
-        lengths = chunk.length_address + 4 * at
-        return Output(chunk.handle_address + 8 * at, lengths, lengths + 4 * chunk.size, told)
+        handles, lengths, _batch, _owner = self.places
+        return Output(handles, lengths, lengths + 4 * self._chunk.size, told)
 
-    @property
-    def device(self) -> torch.device:
-        return self._chunk.device
+    def _range(self) -> slice:
+        _handles, lengths, batch, _owner = self.places
+        at = (lengths - self._chunk.length_address) // 4
+        return slice(at, at + batch)
 
     def lengths(self) -> torch.Tensor:
-        return self._chunk.lengths[0, self._at : self._at + self._batch]
+        return self._chunk.lengths[0, self._range()]
 
     def handles(self) -> torch.Tensor:
-        return self._chunk.handles[self._at : self._at + self._batch]
+        return self._chunk.handles[self._range()]
 
     def prefix_lengths(self) -> torch.Tensor:
-        return self._chunk.lengths[1, self._at : self._at + self._batch]
+        return self._chunk.lengths[1, self._range()]
 
     def forget_handle(self) -> None:
         """Note that a lock may have renewed handles on the device."""
@@ -88,8 +85,8 @@ class Awaited(OnDevice):
 
     def __init__(self, home: Home, call: int, chunk: Chunk, at: int) -> None:
         self._chunk = chunk
-        self._at = at
-        self._batch = 1
+        self.device = chunk.device
+        self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, 1, chunk)
         self._home = home
         self._call = call
         self._answer: tuple[int, int, int] | None = None
@@ -100,8 +97,7 @@ class Awaited(OnDevice):
         if self._answer is None:
             answer = self._home.mailbox.answer(self._call)
             if answer is None:
-                lengths = self._chunk.lengths[:, self._at].tolist()
-                answer = (lengths[0], self._read_handle(), lengths[1])
+                answer = (int(self.lengths()), self._read_handle(), int(self.prefix_lengths()))
             if answer[0] in (-1, 0xFFFFFFFF):
                 self._home.raise_pending()
                 raise ValueError("this call was refused, as was told before; it has no result")
@@ -109,7 +105,7 @@ class Awaited(OnDevice):
         return self._answer
 
     def _read_handle(self) -> int:
-        return int(self._chunk.handles[self._at])
+        return int(self.handles())
 
     def forget_handle(self) -> None:
         """Read the handle from the device from now on: a lock may have renewed it there."""
@@ -119,13 +115,13 @@ class Awaited(OnDevice):
         return torch.tensor([self._await()[0]], dtype=torch.int32, device="cpu")
 
     def length(self) -> int:
-        return self._await()[0]
+        return (self._answer or self._await())[0]
 
     def handle(self) -> int:
         return self._read_handle() if self._renewed else self._await()[1]
 
     def prefix_length(self) -> int:
-        return self._await()[2]
+        return (self._answer or self._await())[2]
 
 
 class Batch(OnDevice):
@@ -146,8 +142,8 @@ class Batch(OnDevice):
     def host_lengths(self) -> torch.Tensor:
         found = None
         if self._told >= 0:
-            found = self._home.told_lengths(self._call, self._told, self._batch, self._refusals)
-        return self.lengths().cpu() if found is None else torch.from_numpy(found)
+            found = self._home.told_lengths(self._call, self._told, self.places.batch, self._refusals)
+        return self.lengths().cpu() if found is None else found
 
     def _tensors(self) -> Tensors:
         return Tensors(self.lengths(), self.handles(), self.prefix_lengths())
@@ -171,19 +167,20 @@ class Results:
         # The last chunks are kept: torch must not reuse their memory while a stream may still write to it.
         self._chunks: deque[Chunk] = deque(maxlen=4)
 
-    def _reserve(self, count: int, alone: bool = False) -> tuple[Chunk, int]:
+    def reserve(self, count: int = 1, alone: bool = False) -> tuple[Chunk, int]:
         """Return a chunk, and where `count` places begin in it that are not in use yet. alone: in a new chunk."""
         if alone or count > _MOST:
             return _new_chunk(self._device, count), 0
-        if self._used + count > _CHUNK or not self._chunks:
+        at = self._used
+        if at + count > _CHUNK or not self._chunks:
             self._chunks.append(_new_chunk(self._device, _CHUNK))
-            self._used = 0
-        self._used += count
-        return self._chunks[-1], self._used - count
+            at = 0
+        self._used = at + count
+        return self._chunks[-1], at
 
     def one(self, home: Home, call: int) -> Awaited:
         """Reserve device memory for the numbers of one key."""
-        return Awaited(home, call, *self._reserve(1))
+        return Awaited(home, call, *self.reserve())
 
     def many(self, home: Home, call: int, batch: int, told: int = -1, captured: bool = False) -> Batch:
         """Reserve device memory for the numbers of a batch. told: as for `Batch`.
@@ -191,4 +188,4 @@ class Results:
         captured: by a CUDA graph, which may be replayed when the result is gone. Memory that torch allocates during the
         capture stays the graph's own.
         """
-        return Batch(home, call, *self._reserve(batch, captured), batch, told)
+        return Batch(home, call, *self.reserve(batch, captured), batch, told)

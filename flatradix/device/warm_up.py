@@ -16,13 +16,14 @@ import torch
 from flatradix.host.warm_up import grow, use_cache, use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
+from flatradix.kernels import native
 from flatradix.layout import numbers
 from flatradix.layout.desk import STAGED_TOKENS
 from flatradix.layout.handles import pack_handle
 from flatradix.tree import RadixTree
 
 _KINDS = (torch.int32, torch.int64)
-_BEYOND_ONE_LAUNCH = 9  # a lock of up to 8 places takes one launch
+_BEYOND_ONE_LAUNCH = 9  # one place has its own kernel, and up to 8 places take one launch
 
 
 def warm_up_device(device: torch.device, page_size: int, bigram: bool) -> None:
@@ -31,6 +32,7 @@ def warm_up_device(device: torch.device, page_size: int, bigram: bool) -> None:
     device: with its index. Operations run in as many threads as there are cores: compilers work without the GIL.
     Interpreted kernels run in one thread.
     """
+    native.prepare()
     tokens = page_size + bigram
     in_python = interpreted()
 
@@ -60,7 +62,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_insert_keys, key=one, started=started, names=[None, None])
         yield partial(_insert_keys, key=one, started=started, names=["a", "b"])
     yield from (partial(_insert_batch, kind=kind, tokens=tokens) for kind in _KINDS)
-    for how in ({}, {"touch": False}, {"lock": True}, {"touch": False, "lock": True}):
+    for how in ({}, {"touch": False}, {"lock": True}, {"touch": False, "lock": True}, {"split": True}):
         yield partial(_match, how=how, key=one)
         yield from (partial(_match_batch, how=how, kind=kind, tokens=tokens) for kind in _KINDS)
     yield partial(_match, how={"touch": False, "lock": True, "namespace": [None, "a"]}, key=[one, one])
@@ -69,10 +71,11 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_match, how={"touch": touch, "lock": True}, key=long)
     yield partial(_insert_keys, key=one, names=None, started=True, options={"inserted_lengths": [0, 1]})
     yield partial(_insert_keys, key=one, names=None, started=True, options={"priority": [0, 1]})
-    for count in (1, _BEYOND_ONE_LAUNCH):
+    for count in (1, 2, _BEYOND_ONE_LAUNCH):
         yield partial(_lock, count=count)
         yield partial(_unlock, count=count)
     yield lambda tree: tree.evict(1)
+    yield _evict_into
     yield lambda tree: tree.slots(_root(tree, 1))
     yield lambda tree: tree.split(_root(tree, 1))
     yield _write_slots
@@ -98,6 +101,11 @@ def _fill_and_empty(tree: RadixTree, key: np.ndarray) -> None:
     tree.compact()
     tree.digest()
     tree.evict(1)
+
+
+def _evict_into(tree: RadixTree) -> None:
+    out = torch.zeros(1, dtype=tree.slot_dtype, device=tree.device)
+    tree.evict(torch.zeros(1, dtype=torch.int64, device=tree.device), out=out)
 
 
 def _slots(tree: RadixTree, key: np.ndarray) -> torch.Tensor:

@@ -10,17 +10,18 @@ import torch
 
 from flatradix.host.freed import freed_last
 from flatradix.host.growth import Larger, has_moved, larger_than, move
+from flatradix.host.rehearsal import tokens_freed
 from flatradix.host.slots import EvictionMemory, HostSlots, SlotBatch, SlotPool
 from flatradix.host.slots_apart import SlotsApart
 from flatradix.index import Index, public_call, take_gate
 from flatradix.inputs import namespaces
-from flatradix.inputs.arguments import check_counts, check_write_table, per_query, to_int64, token_count
+from flatradix.inputs.arguments import check_counts, check_out, check_write_table, per_query, to_int64, token_count
 from flatradix.inputs.namespaces import Namespaces
 from flatradix.inputs.options import Options
 from flatradix.inputs.places import contiguous, read_places, read_starts, refuse_shared_handles
 from flatradix.inputs.policy import Nodes, Score, scores_of
 from flatradix.inputs.ragged import Ragged, read_batch
-from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_slot, refuse_unequal
+from flatradix.inputs.refuse import refuse, refuse_capacity, refuse_out, refuse_slot, refuse_unequal
 from flatradix.inputs.sequences import Batch, address_of, is_batch, read_host_key, read_one
 from flatradix.inputs.upload import upload_numbers
 from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
@@ -30,7 +31,16 @@ from flatradix.layout import numbers, reasons
 from flatradix.layout.growth import most_tokens, next_capacity
 from flatradix.layout.handles import NO_HANDLE
 from flatradix.layout.state import FREE_ROW, allocate_host, pool_units
-from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_insert, one_match
+from flatradix.results import (
+    EvictIntoResult,
+    EvictResult,
+    InsertResult,
+    MatchResult,
+    Places,
+    one_insert,
+    one_match,
+    written,
+)
 from flatradix.victims import listener_of
 
 NOTHING_TO_UNDO = -1  # `_open` in a call that takes several steps and leaves nothing to undo
@@ -346,6 +356,7 @@ class HostIndex(Index):
             self.recover()
         lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
         pool = self._slots
+        pool.refuse_capture()  # before rows on a GPU are copied
         numbered = check_write_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
         self._open = NOTHING_TO_UNDO
         reason = cpu.write_slots(
@@ -646,11 +657,13 @@ class HostIndex(Index):
     # Evict
 
     @public_call
-    def evict(self, num_tokens: int) -> EvictResult:
+    def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult:
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
         wanted = token_count(num_tokens)
+        if out is not None:
+            check_out(out, self._slots.device, self.options.slot_dtype)
         self._open = call = self._calls = self._calls + 1
         before = self._unreturned
         known = 0 if before is None else len(before)
@@ -661,7 +674,10 @@ class HostIndex(Index):
         scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
         keeper = None if self._keeper is None else self._keeper()
         kept = 0 if keeper is None else keeper.wanted_table()
-        pool, room = self._slots, self._allocate_eviction(before, wanted)
+        most, most_ranges = self._most_freed(wanted)
+        if out is not None and len(out) < known + most:
+            self._refuse_overflow(out, known, wanted, scores, most_ranges)
+        pool, room = self._slots, self._slots.allocate_eviction(before, most, most_ranges)
         self._eviction = room
         tokens, nodes, ranges = cpu.evict.call(
             self._addresses, call, wanted, scores, kept, pool.pool, pool.wide, room.starts, room.lengths, room.target
@@ -670,7 +686,7 @@ class HostIndex(Index):
         self._note_victims(slots)
         if self._numbers[_RELEASED]:
             self._forget_namespaces()
-        result = EvictResult(slots, known + tokens, nodes)
+        result = EvictResult(slots, known + tokens, nodes) if out is None else written(out, slots, nodes)
         self.last_result = result
         if self._listener is not None:
             self._listener.tell()
@@ -680,8 +696,8 @@ class HostIndex(Index):
         self.busy = False
         return result
 
-    def _allocate_eviction(self, before: torch.Tensor | None, wanted: int) -> EvictionMemory:
-        """Allocate memory for `before` and for the slots of an eviction.
+    def _most_freed(self, wanted: int) -> tuple[int, int]:
+        """Return the most slots that an eviction frees, and the most pool ranges in which they lie.
 
         The eviction frees fewer tokens than `wanted` plus the longest edge, and by pages than `wanted` plus a page.
         """
@@ -692,7 +708,17 @@ class HostIndex(Index):
         elif wanted + beyond < most:
             most = wanted + beyond
             most_ranges = min(most_ranges, -(-wanted // page))
-        return self._slots.allocate_eviction(before, most, most_ranges)
+        return most, most_ranges
+
+    def _refuse_overflow(self, out: torch.Tensor, known: int, wanted: int, scores: np.ndarray, ranges: int) -> None:
+        """Raise ValueError if the slots of an eviction do not fit into `out` behind `known` others."""
+        keeper = None if self._keeper is None else self._keeper()
+        queue = None if keeper is None else keeper.prompts.arrays
+        tokens = tokens_freed(self._state, queue, wanted, scores, ranges)
+        if known + tokens > len(out):
+            self._open = 0
+            self.busy = False
+            refuse_out(known + tokens, len(out))
 
     def _note_victims(self, slots: torch.Tensor) -> None:
         """Note the victims of the last eviction for the callback. slots: what it returns, in order."""

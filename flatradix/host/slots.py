@@ -62,6 +62,10 @@ class SlotPool(ABC):
     def nbytes(self) -> int:
         return self.values.nbytes
 
+    def refuse_capture(self) -> None:
+        """Raise RuntimeError while a CUDA graph is captured, if the slots are on a GPU."""
+        return
+
     @abstractmethod
     def read_one(self, slots: Any, check: bool) -> Buffer:
         """Return the slots of one query."""

@@ -97,7 +97,7 @@ class SlotsApart(SlotPool):
             self._copy(other, one, self.values, 0, self.range_list(1))
             self._copy(self.values, one, other, 0, self.range_list(1))
 
-    def _refuse_capture(self) -> None:
+    def refuse_capture(self) -> None:
         """Raise RuntimeError while a CUDA graph is captured: the graph would hold memory of this call only."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -108,7 +108,6 @@ class SlotsApart(SlotPool):
 
     def _batch(self, values: torch.Tensor, counts: np.ndarray, check: bool) -> SlotBatch:
         """Return a batch. With `check`, wait for the slot device and raise QueryError if a slot is out of range."""
-        self._refuse_capture()
         offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
         if check and len(values):
@@ -135,6 +134,7 @@ class SlotsApart(SlotPool):
 
     def read(self, slots: Any, check: bool) -> SlotBatch:
         """Return the slots of a batch. Wait for the slot device with `check`, and for a Ragged on that device."""
+        self.refuse_capture()
         if self._is_here(slots):
             return self._batch(slots, np.array([len(slots)]), check)
         if isinstance(slots, Ragged) and self._is_here(slots.values):
@@ -215,7 +215,7 @@ class SlotsApart(SlotPool):
 
     def gather(self, ranges: Ranges) -> torch.Tensor:
         """Return the slots of the ranges, one after another, [total]."""
-        self._refuse_capture()
+        self.refuse_capture()
         if len(ranges.starts) == 1:
             start = int(ranges.starts[0])
             return self.values[start : start + ranges.total].clone()
@@ -226,7 +226,7 @@ class SlotsApart(SlotPool):
         return out
 
     def enlarged(self, units: int) -> torch.Tensor:
-        self._refuse_capture()
+        self.refuse_capture()
         values = torch.zeros(units, dtype=self.values.dtype, device=self.device)
         values[: len(self.values)] = self.values
         return values
@@ -260,7 +260,7 @@ class SlotsApart(SlotPool):
         return Ragged.trusted(self.gather(ranges), upload_numbers(offsets, self.device))
 
     def write_rows(self, handles: np.ndarray, lengths: np.ndarray, table: torch.Tensor, rows: np.ndarray) -> int:
-        self._refuse_capture()
+        self.refuse_capture()
         found = self._of_paths(handles, lengths)
         if isinstance(found, int):
             return found
@@ -282,7 +282,7 @@ class SlotsApart(SlotPool):
     # EvictionMemory and compaction
 
     def allocate_eviction(self, before: torch.Tensor | None, most: int, most_ranges: int) -> EvictionMemory:
-        self._refuse_capture()
+        self.refuse_capture()
         return ApartEvictionMemory(self, before, most, most_ranges)
 
     def compact(self, call: int, nodes: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.inputs.refuse import refuse_unequal
+from flatradix.inputs.refuse import refuse_negative, refuse_unequal
 
 _LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 
@@ -41,8 +41,17 @@ def token_count(value: Any) -> int:
     except TypeError:
         raise ValueError(f"evict: {value!r} tokens; give an integer") from None
     if count < 0:
-        raise ValueError(f"evict: {count} tokens; give a number >= 0")
+        refuse_negative(count)
     return min(count, _HIGHEST)
+
+
+def check_out(out: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `out` can take slots of this dtype, which are on this device."""
+    if not isinstance(out, torch.Tensor) or out.dim() != 1 or out.dtype != dtype or not out.is_contiguous():
+        got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
+        raise ValueError(f"evict: out must be a contiguous tensor [M] of {dtype}, not {got}")
+    if out.device != device:
+        raise ValueError(f"evict: out is on {out.device}, but the slots are on {device}")
 
 
 def positive(name: str, value: Any) -> int:

@@ -129,6 +129,8 @@ def sortable(scores: Any, count: int, who: str, what: str, live: torch.Tensor | 
         return scores.to(device, torch.int64).contiguous()
     broad = scores.to(device, torch.float64) + 0.0  # -0.0 becomes 0.0
     nan = broad.isnan() if live is None else broad.isnan() & live
+    if nan.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a CUDA graph cannot hold a search for NaN: have the {who} return integers")
     if bool(nan.any()):
         raise ValueError(f"the {who} returned NaN for {what} {int(nan.nonzero()[0])}")
     bits = broad.contiguous().view(torch.int64)

@@ -33,12 +33,28 @@ def refuse(operation: str, reason: int, query: int, value: int) -> NoReturn:
     """Raise the error of a reason. value: a length, position, row, or two counts of 32 bits, as the reason needs."""
     if reason == reasons.UNEQUAL:
         refuse_unequal(query, value >> 32, value & 0xFFFFFFFF)
+    if reason == reasons.NO_ROOM:
+        refuse_out(value >> 32, value & 0xFFFFFFFF)
+    if reason == reasons.NEGATIVE:
+        refuse_negative(value)
     if reason == reasons.NO_POOL_SPACE:
         raise AssertionError(f"{operation}: the pools have no room for {value} units, and were not to be compacted")
     if reason not in _MESSAGES:
         raise AssertionError(f"{operation}: unknown reason {reason}")
     kind = StaleHandleError if reason == reasons.STALE else QueryError
     raise kind(f"{operation}: query {query}: {_MESSAGES[reason].format(value=value)}", query)
+
+
+def refuse_out(slots: int, space: int) -> NoReturn:
+    """Raise ValueError for an eviction whose slots do not fit into the caller's tensor."""
+    raise ValueError(
+        f"evict: {slots} slots do not fit into out [{space}]: nothing was evicted; make out larger by the "
+        "longest node, or evict less at once"
+    )
+
+
+def refuse_negative(count: int) -> NoReturn:
+    raise ValueError(f"evict: {count} tokens; give a number >= 0")
 
 
 def refuse_unequal(query: int, tokens: int, slots: int) -> NoReturn:

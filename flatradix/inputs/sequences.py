@@ -51,8 +51,8 @@ def _read_array(values: array[int]) -> Buffer:
 
 
 def _read_numpy(values: np.ndarray) -> Buffer:
-    kind = values.dtype
-    if kind.char in "ilq" and kind.isnative and values.ndim == 1 and values.flags.c_contiguous and values.flags.aligned:
+    kind, flags = values.dtype, values.flags
+    if kind.char in "ilq" and kind.isnative and values.ndim == 1 and flags.c_contiguous and flags.aligned:
         return address_of(values), values.size, kind.itemsize == 8, values
     if values.ndim != 1:
         raise ValueError(f"an array of shape {values.shape}; a sequence is 1-D (for rows of a batch pass list(rows))")

@@ -6,7 +6,7 @@ whether the word has arrived.
 
 from __future__ import annotations
 
-EVICTABLE, PROTECTED, NODES, ERRORS, TOKENS, VICTIMS, RELEASED, FREE_UNITS = range(8)
+EVICTABLE, PROTECTED, NODES, ERRORS, TOKENS, VICTIMS, RELEASED, FREE_UNITS, FREED, GONE = range(10)
 
 FIRST_REFUSAL = 16
 REFUSAL_RING = 64
@@ -24,7 +24,7 @@ MOST_TOLD = 1 << 13
 SIZE = FIRST_TOLD + TOLD_RING
 CALL_MASK = 0x7FFFFFFF
 
-# A bit of the word VICTIMS: the victims are final, but not yet in the order of eviction.
+# A bit of the words VICTIMS and GONE: the victims are final, but not yet in the order of eviction.
 UNORDERED = 1 << 30
 
 OPERATIONS = ("match", "lock", "unlock", "slots", "write_slots", "insert", "evict", "want", "unwant", "rematch")

@@ -12,9 +12,9 @@ class Values(NamedTuple):
 
     address: of int64 (`wide`) or int32 values. offsets: address of int64 [B + 1], 0 for a single sequence.
     counts: int64 [B] on the host, None if only the device knows them, and for a single sequence (`total` is its count).
-    owner: keeps the memory alive until the kernels are enqueued. stage: 0, or the values are a key in pinned memory,
-    which the first kernel copies to this address on the device. left_out: tokens at the end of each sequence that a
-    match does not look up.
+    owner: keeps the memory alive until the kernels are enqueued. left_out: tokens at the end of each sequence that a
+    match does not look up. on_host: whether this is a single sequence of at most STAGED_TOKENS that is still in host
+    memory: an insert copies it to pinned memory, with 32 bits a value.
     """
 
     address: int
@@ -24,8 +24,8 @@ class Values(NamedTuple):
     batch: int
     counts: np.ndarray | None
     owner: Any
-    stage: int = 0
     left_out: int = 0
+    on_host: bool = False
 
 
 class PerQuery(NamedTuple):
@@ -71,6 +71,32 @@ class Wants(NamedTuple):
     rows: int
     order: int
     waiting: int
+
+
+class Wanted(NamedTuple):
+    """How many tokens an eviction is to free: `more` and, if `address` is not 0, the int64 on the device there.
+
+    in_order: have the device order the victims, however many there are. owner: as in Values.
+    """
+
+    more: int
+    address: int = 0
+    in_order: bool = False
+    owner: Any = None
+
+
+class Freeing(NamedTuple):
+    """Where an eviction writes the slots that it frees.
+
+    slots: address of the output, of the pool's dtype. space: for how many slots. counts: address of int64 [2] on the
+    device, which get the number of slots and of nodes, or -1; 0 if only the host is told. returned: slots that lie
+    before the output, which count as well.
+    """
+
+    slots: int
+    space: int
+    counts: int = 0
+    returned: int = 0
 
 
 class Desk(NamedTuple):

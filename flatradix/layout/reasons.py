@@ -16,8 +16,11 @@ BAD_ROW = -11
 TOO_LONG = -12
 UNEQUAL = -13
 NOT_WANTED = -14
-TOO_MANY_LOCKS = -15
-TOO_MANY_WANTS = -16
+NO_ROOM = -15
+NEGATIVE = -16
+TOO_MANY_LOCKS = -17
+TOO_MANY_WANTS = -18
 
+# The value of a NO_ROOM refusal is (slots << 32 | slots for which there is space).
 # On a GPU, the value of a NO_CAPACITY refusal is (units needed << FREE_BITS | units free).
 FREE_BITS = 30

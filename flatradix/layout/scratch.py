@@ -16,6 +16,7 @@ ERROR = 16  # the first refusal of the call: 64 * query - reason, or NO_ERROR
 MOVED_TOKENS = 24  # tokens that the call made protected, or evictable
 CUTS = 32  # above 0 if queries end inside edges, which must be cut
 OPEN = 40  # queries of an insert whose new part is not settled; its rounds use two words in turn
+SELECTED = 48  # three words that a selection leaves: the tokens of the victims, how many there are, the tokens wanted
 NEW_UNITS = 56  # units that an insert stores
 COMPACT = 64  # 1 if the pools must be compacted
 CUT_COUNT = 80  # queries that cut; in an unlock, above 0 if a row has fewer locks than unlocks
@@ -23,10 +24,12 @@ NEW_ROWS = 88  # nodes that the call makes
 EVICTION_HINT = 96  # three words that an eviction leaves as a guess for the next one
 STARTED = 104  # the last call whose first launch of two has run, negative if it unlocks
 TOLD = 112  # places of waiting prompts that were written to pinned memory; only its order with these is of use
+EPOCH = 120  # long matches so far, modulo 2**31: what tells the words of one launch from those of others
 COUNTERS = 128
 NO_ERROR = 1 << 62
 
 PARTIALS = 8192
+WORK_WORDS = 8704
 MOST_PROGRAMS = PARTIALS // 2
 
 # Rows of `Scratch.query`, which has one column per query.
@@ -53,6 +56,14 @@ Q_LEAF = 18  # the row of the query's new leaf, -1 where it makes none
 Q_OFFSET = 19  # new units of the queries before
 QUERY_COLUMNS = 20
 
+# `Scratch.anchors` has a bucket of ANCHOR_WAYS entries for each TOKENS_A_BUCKET tokens that the tree may hold, or more.
+# An anchor is noted every 512 tokens or so, so half of the entries are in use in a full tree.
+ANCHOR_WAYS = 4
+TOKENS_A_BUCKET = 1024
+FEWEST_BUCKETS = 64
+CHUNK_WORDS = 1 << 16  # chunks of all keys of a long match
+EPOCH_MASK = 0x7FFFFFFF
+
 ANCESTORS = 8  # how many rows above each row `Scratch.above` holds: 32 bytes
 
 
@@ -71,9 +82,12 @@ class Scratch(NamedTuple):
     old_start: torch.Tensor  # int64 [R]: in a compaction, (units on the edges before << 32 | old start of the edge)
     counters: torch.Tensor  # int64 [COUNTERS]: shared by the programs of a launch
     partial: torch.Tensor  # int64 [PARTIALS]: sums or extreme keys of single programs
+    work: torch.Tensor  # int64 [WORK_WORDS]: counts and sums of a selection of victims (`kernels/gpu/evict_bins.py`)
     query: torch.Tensor  # int32 [QUERY_COLUMNS, B]
     value: torch.Tensor  # int64 [B]: a number for the message of a refusal
     claims: torch.Tensor  # int32 [2, C]: two hash tables with the lowest query of each group, -1 where empty
+    anchors: torch.Tensor  # int64 [ANCHOR_WAYS * 2**k]: hints, where prefixes of long keys end (kernels/gpu/anchors.py)
+    words: torch.Tensor  # int64 [3, CHUNK_WORDS]: what the programs of a long match tell one another of each chunk
     victims: torch.Tensor  # int32 [2, R]: the rows that an eviction frees, and the rows that it may free
     mail: torch.Tensor  # int64 [mail.SIZE]: pinned memory, in which kernels leave numbers for the host
 
@@ -88,7 +102,7 @@ class Scratch(NamedTuple):
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in self if tensor.nbytes}.values())
 
 
-def allocate_scratch(rows: int, mail: torch.Tensor, device: torch.device) -> Scratch:
+def allocate_scratch(rows: int, max_tokens: int, mail: torch.Tensor, device: torch.device) -> Scratch:
     """Allocate scratch for a tree of `rows` rows, with nothing per query yet: `enlarge` adds that."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -106,9 +120,12 @@ def allocate_scratch(rows: int, mail: torch.Tensor, device: torch.device) -> Scr
         old_start=keys_or_starts,
         counters=counters,
         partial=zeros(PARTIALS),
+        work=zeros(WORK_WORDS),
         query=zeros(0, dtype=torch.int32),
         value=zeros(0),
         claims=zeros(0, dtype=torch.int32),
+        anchors=zeros(ANCHOR_WAYS << max(max_tokens // TOKENS_A_BUCKET, FEWEST_BUCKETS - 1).bit_length()),
+        words=zeros(3, CHUNK_WORDS),
         victims=zeros(2, rows, dtype=torch.int32),
         mail=mail,
     )
@@ -128,4 +145,5 @@ def clean(scratch: Scratch) -> None:
     """Clear what a call left that was interrupted between its launches. No kernel may be running."""
     scratch.counters.zero_()
     scratch.counters[ERROR] = NO_ERROR
+    scratch.words.zero_()  # the counter of epochs begins anew
     scratch.claims.fill_(-1)

@@ -55,9 +55,13 @@ class FixedTypes:
         self.call: Callable[..., Any] = self._first
         self._arguments, _result = normalize_signature(signature)
 
-    def _first(self, *arguments: Any) -> Any:
+    def prepare(self) -> None:
+        """Compile the kernel, or load it from disk."""
         self.dispatcher.compile(self._arguments)
         self.call = self.dispatcher.overloads[self._arguments].entry_point
+
+    def _first(self, *arguments: Any) -> Any:
+        self.prepare()
         return self.call(*arguments)
 
 

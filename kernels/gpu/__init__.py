@@ -2,21 +2,22 @@
 
 from flatradix.kernels.gpu.compact import compact, rebuild
 from flatradix.kernels.gpu.digest import digest
-from flatradix.kernels.gpu.evict import select
+from flatradix.kernels.gpu.evict import evict, select
 from flatradix.kernels.gpu.evict_keys import classify, effective_keys
 from flatradix.kernels.gpu.evict_order import order_victims, set_victims
 from flatradix.kernels.gpu.finish import tell
 from flatradix.kernels.gpu.follow import follow
-from flatradix.kernels.gpu.free import free
+from flatradix.kernels.gpu.free import free, free_selected
 from flatradix.kernels.gpu.insert import insert
 from flatradix.kernels.gpu.launch import Arrays, arrays_of, no_arrays
 from flatradix.kernels.gpu.lock import finish_lock, finish_unlock, lock, unlock
+from flatradix.kernels.gpu.lock_one import lock_one, unlock_one
 from flatradix.kernels.gpu.match import match, match_one
 from flatradix.kernels.gpu.ranges import copy_ranges
 from flatradix.kernels.gpu.rematch import rematch
 from flatradix.kernels.gpu.reset import reset
 from flatradix.kernels.gpu.slots import gather, write_slots
-from flatradix.kernels.gpu.wants import alive, end_wants, unwant, want, want_again
+from flatradix.kernels.gpu.wants import alive, end_wants, end_wants_selected, unwant, want, want_again
 
 __all__ = [
     "Arrays",
@@ -28,13 +29,17 @@ __all__ = [
     "digest",
     "effective_keys",
     "end_wants",
+    "end_wants_selected",
+    "evict",
     "finish_lock",
     "finish_unlock",
     "follow",
     "free",
+    "free_selected",
     "gather",
     "insert",
     "lock",
+    "lock_one",
     "match",
     "match_one",
     "no_arrays",
@@ -46,6 +51,7 @@ __all__ = [
     "set_victims",
     "tell",
     "unlock",
+    "unlock_one",
     "unwant",
     "want",
     "want_again",

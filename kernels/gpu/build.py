@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.children import enter, tags_of_lanes
+from flatradix.kernels.gpu.climb import LEVELS, check_group, hint_leaf, hinted_group, next_group
 from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
 from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, publish, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, cooperative_programs
 from flatradix.kernels.gpu.rows import handle_of, take_rows
 from flatradix.kernels.gpu.runs import outer_owners, owners, share
 from flatradix.layout import mail, numbers, scratch
@@ -23,6 +24,7 @@ QUERIES = tl.constexpr(128)
 COPIED = tl.constexpr(1024)
 MAX_HITS = tl.constexpr(numbers.MAX_HITS)
 NEAR = tl.constexpr(1 << 30)  # more than a batch can add
+NO_END = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -146,30 +148,38 @@ def _count_hits(s, row, on):
     The sum of a row near the limit may pass the limit. As a number without a sign it does not overflow, and each lane
     that may have passed the limit then lowers it to the limit.
     """
-    near = on & (tl.load(s.hit_count + row, mask=on, other=0) >= MAX_HITS - NEAR)
     hits = (s.hit_count + row).to(tl.pointer_type(tl.uint32))
+    near = on & (tl.load(hits, mask=on, other=0) >= MAX_HITS - NEAR)
     tl.atomic_add(hits, tl.zeros_like(row).to(tl.uint32) + 1, mask=on, sem="relaxed")
     tl.atomic_min(hits, tl.zeros_like(row).to(tl.uint32) + MAX_HITS, mask=near, sem="relaxed")
 
 
 @triton.jit
-def _use_path(s, row, time, priority, inserted):
-    """Update the ticks, priorities and hits of the nodes on each lane's path.
+def _use_path(s, w, row, end, time, priority, inserted):
+    """Update the ticks, priorities and hits of the nodes on each lane's path, from `row` up.
 
     A loop of single inserts counts a hit on a node that ends beyond `inserted` at the time of the query. If a later
     query of the batch has cut that node, the upper piece is created after `time`. The piece then counts with the end
-    of the next node below that existed at `time`.
+    of the next node below that existed at `time`. end: of the new leaf below `row`, or NO_END.
     """
-    end = tl.zeros_like(row)
-    while tl.max(row) > 0:
-        on = row > 0
-        created = tl.load(s.created + row, mask=on, other=0)
-        end = tl.where(on & (created <= time), tl.load(s.end + row, mask=on, other=0).to(tl.int64), end)
-        parent = tl.load(s.parent + row, mask=on, other=0).to(tl.int64)
-        tl.atomic_max(s.tick + row, time, mask=on, sem="relaxed")
-        tl.atomic_max(s.priority + row, priority, mask=on, sem="relaxed")
-        _count_hits(s, row, on & (end > inserted))
-        row = tl.where(on, tl.maximum(parent, 0), 0)
+    level = tl.arange(0, LEVELS)
+    below = (level[None, :] <= level[:, None])[None, :, :]
+    time = time[:, None]
+    going = row > 0
+    rows, after = hinted_group(w, row)
+    while tl.max(going.to(tl.int32)) > 0:
+        rows, after, _parents, ends, _lengths = check_group(s, w, rows, after)
+        on = rows > 0
+        existed = on & (tl.load(s.created + rows, mask=on, other=0) <= time)
+        own = tl.where(existed, ends, NO_END)
+        nearest = tl.minimum(tl.min(tl.where(below, own[:, None, :], NO_END), axis=2), end[:, None])
+        hit = (nearest < NO_END) & (nearest > inserted[:, None])
+        tl.atomic_max(s.tick + rows, time + tl.zeros_like(rows).to(tl.int64), mask=on, sem="relaxed")
+        tl.atomic_max(s.priority + rows, priority[:, None] + tl.zeros_like(rows), mask=on, sem="relaxed")
+        _count_hits(s, rows, on & hit)
+        end = tl.min(nearest, axis=1)
+        going = going & (tl.max(after, axis=1) > 0)
+        rows, after = next_group(w, after, going)
 
 
 @triton.jit
@@ -188,14 +198,20 @@ def _use(
         one = tl.zeros([LANES], tl.int32) + 1
         tl.atomic_add(s.children + above, one, mask=(leaf >= 0) & (above > 0), sem="relaxed")
         tl.atomic_add(s.namespace_children + code, one, mask=(leaf >= 0) & (above == 0), sem="relaxed")
-        row = tl.where(active, tl.where(leaf >= 0, leaf, above), 0)
-        _use_path(
-            s, row, clock + 2 * (query.to(tl.int64) + 1),
-            _numbers(priorities, priority, query, active, PRIORITIES),
-            _numbers(inserteds, inserted, query, active, INSERTEDS),
-        )  # fmt: skip
-        at = tl.load(column(w, batch, scratch.Q_AT) + query, mask=active, other=0)
         end = tl.load(column(w, batch, scratch.Q_END) + query, mask=active, other=0)
+        inserted_here = _numbers(inserteds, inserted, query, active, INSERTEDS)
+        is_new = active & (leaf >= 0)
+        tl.atomic_add(s.hit_count + leaf, one, mask=is_new & (end > inserted_here), sem="relaxed")
+        # Another query of the batch may have cut the new leaf: pieces then lie between the leaf and the known part.
+        parent = tl.maximum(tl.load(s.parent + leaf, mask=is_new, other=0), 0)
+        next_above = tl.where(is_new, parent, tl.where(active, above, 0).to(tl.int32))
+        hint_leaf(w, leaf, next_above, is_new)
+        _use_path(
+            s, w, next_above, tl.where(is_new, end, NO_END), clock + 2 * (query.to(tl.int64) + 1),
+            _numbers(priorities, priority, query, active, PRIORITIES), inserted_here,
+        )  # fmt: skip
+        row = tl.where(active, tl.where(leaf >= 0, leaf, above), 0)
+        at = tl.load(column(w, batch, scratch.Q_AT) + query, mask=active, other=0)
         tl.store(prefix_lengths + query, at, mask=active)
         tl.store(lengths + query, end, mask=active)
         tl.store(handles + query, handle_of(s, row), mask=active)
@@ -254,7 +270,7 @@ def build_kernel(
         _copy_new(s, w, values, offsets, slots, slot_offsets, pool, batch, units, programs, BIGRAM, SINGLE)
         if cuts > 0:
             wait_for_all(w, programs)
-            make_pieces(s, w, batch, cuts, rows, clock, program, programs, PAGE, BIGRAM, True, 2)
+            make_pieces(s, w, batch, cuts, rows, clock, program, programs, PAGE, BIGRAM, True, 2, False)
             wait_for_all(w, programs)
             shorten_edges(s, w, batch, cuts, rows, clock, program, programs, PAGE, BIGRAM, True, 2)
         wait_for_all(w, programs)
@@ -286,12 +302,22 @@ _build = Kernel(
 )  # fmt: skip
 
 
+def build_variant(
+    page: int, bigram: bool, single: bool, names: bool, priorities: bool, inserted: bool, wide: tuple[bool, bool, bool]
+) -> Variant:
+    """Return the variant of `build_kernel`. wide: of the keys, the slots, and the pool."""
+    return _build.variant((page, bigram, single, names, priorities, inserted), wide)
+
+
+def build_programs(arrays: Arrays, batch: int, total: int) -> int:
+    return cooperative_programs(arrays, max(-(-batch // LANES.value), -(-total // COPIED.value)))
+
+
 def build(
-    arrays: Arrays, keys: Values, slots: Values, names: PerQuery, priorities: PerQuery, inserted: PerQuery,
-    out: Output, call: int,
+    arrays: Arrays, variant: Variant, programs: int, keys: Values, slots: Values, names: PerQuery,
+    priorities: PerQuery, inserted: PerQuery, out: Output, call: int,
 ) -> None:  # fmt: skip
     """Write the result of `settle` to the tree. Arguments as for `insert`."""
-    programs = cooperative_programs(arrays, max(-(-keys.batch // LANES.value), -(-keys.total // COPIED.value)))
     _build(
         arrays, programs,
         (
@@ -299,9 +325,5 @@ def build(
             inserted.address, arrays.pool, out.prefix_lengths, out.lengths, out.handles, names.number,
             priorities.number, inserted.number, keys.batch, arrays.rows, call,
         ),
-        (
-            arrays.page, arrays.bigram, keys.offsets == 0, names.address != 0, priorities.address != 0,
-            inserted.address != 0,
-        ),
-        (keys.wide, slots.wide, arrays.pool_wide),
+        variant.constants, variant.wide,
     )  # fmt: skip

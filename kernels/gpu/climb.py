@@ -67,6 +67,52 @@ def _look(s, w, row, on):
 
 
 @triton.jit
+def hinted_group(w, row):
+    """Return (rows, the row after them) of the group that begins with each path's row, as hinted; [N, LEVELS].
+
+    row: int32 [N]. `check_group` must follow.
+    """
+    return _hints(w, row[:, None] + tl.zeros([1, LEVELS], tl.int32))
+
+
+@triton.jit
+def next_group(w, after, going):
+    """Return what `hinted_group` does for the paths that are `going`, from the row after their last group."""
+    return _hints(w, tl.where(going[:, None], after, 0))
+
+
+@triton.jit
+def check_group(s, w, rows, after):
+    """Return (rows, the row after them, their parents, ends, lengths), true whatever was hinted; [N, LEVELS].
+
+    The first row of each path must be true. Parents are as stored: ~namespace at the top.
+    """
+    level = tl.zeros_like(rows) + tl.arange(0, LEVELS)[None, :]
+    parent = tl.load(s.parent + rows, mask=rows > 0, other=0)
+    end = tl.load(s.end + rows, mask=rows > 0, other=0)
+    length = tl.load(s.length + rows, mask=rows > 0, other=0)
+    above = tl.where(level < LEVELS - 1, tl.gather(rows, tl.minimum(level + 1, LEVELS - 1), axis=1), after)
+    wrong = tl.max((tl.maximum(parent, 0) != above).to(tl.int32), axis=1)[:, None] + level * 0 > 0
+    if tl.max(wrong.to(tl.int32)) > 0:
+        row = tl.max(tl.where(level == 0, rows, 0), axis=1)[:, None] + level * 0
+        seen, seen_after = _look(s, w, row, wrong)
+        rows = tl.where(wrong, seen, rows)
+        after = tl.where(wrong, seen_after, after)
+        parent = tl.load(s.parent + rows, mask=rows > 0, other=0)
+        end = tl.load(s.end + rows, mask=rows > 0, other=0)
+        length = tl.load(s.length + rows, mask=rows > 0, other=0)
+    return rows, after, parent, end, length
+
+
+@triton.jit
+def hint_leaf(w, leaf, above, active):
+    """Store the hints of new leaves from those of the rows above them; lanes."""
+    rows, _after = hinted_group(w, above)
+    place = w.above + LEVELS * leaf[:, None] + tl.arange(0, LEVELS)[None, :]
+    tl.store(place, rows, mask=active[:, None])
+
+
+@triton.jit
 def _add(s, w, row, rows, after, weight):
     """Add `weight` to the lock counts of LEVELS rows of each path, from `row` up.
 

@@ -8,12 +8,14 @@ edges of 64 units and one edge of 131,072 units both keep all programs equally b
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.children import enter
 from flatradix.kernels.gpu.finish import arrive, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, cooperative_programs
 from flatradix.kernels.gpu.rows import FREE
 from flatradix.kernels.gpu.runs import outer_owners, owners, share
 from flatradix.layout import numbers, scratch
@@ -160,15 +162,23 @@ def compact_kernel(s, w, pool, programs: tl.int32, forced: tl.int32, TOGETHER: t
 _compact = Kernel(compact_kernel, ["*w", "i32", "i32"], cooperative=True)
 
 
+@functools.cache
+def compact_variant(page: int, bigram: bool, wide: bool) -> Variant:
+    """Return the variant of `compact_kernel`. wide: whether slots have 64 bits."""
+    return _compact.variant((min(page & -page, MOST_TOGETHER), bigram), (wide,))
+
+
+def compact_programs(arrays: Arrays) -> int:
+    return cooperative_programs(arrays, -(-arrays.state.tokens.shape[0] // (2 * UNITS.value)))
+
+
 def compact(arrays: Arrays, forced: bool) -> None:
     """Compact the pools if `forced`, or if an insert found too little space in them (counters[COMPACT]).
 
     Overwrites `scratch.old_start` and `scratch.partial`.
     """
-    together = min(arrays.page & -arrays.page, MOST_TOGETHER)
-    programs = cooperative_programs(arrays, -(-arrays.state.tokens.shape[0] // (2 * UNITS.value)))
-    constants = together, arrays.bigram
-    _compact(arrays, programs, (arrays.pool, programs, int(forced)), constants, (arrays.pool_wide,))
+    variant, programs = compact_variant(arrays.page, arrays.bigram, arrays.pool_wide), compact_programs(arrays)
+    _compact(arrays, programs, (arrays.pool, programs, int(forced)), variant.constants, variant.wide)
 
 
 @triton.jit(do_not_specialize=["programs"])

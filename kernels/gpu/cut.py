@@ -164,7 +164,7 @@ def _first_ones(w, batch, i, count):
 @triton.jit
 def make_pieces(
     s, w, batch, count, rows, clock, program, programs,
-    PAGE: tl.constexpr, BIGRAM: tl.constexpr, INSERT: tl.constexpr, STEP: tl.constexpr,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, INSERT: tl.constexpr, STEP: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Write all pieces but the lowest of each edge. Return the newly protected tokens, in lanes.
 
@@ -197,9 +197,10 @@ def make_pieces(
             tick = tl.where(higher, tl.maximum(tick, their_time - 1), tick)
         else:
             created = time + 1
-            own = tl.load(column(w, batch, scratch.Q_SAME) + i, mask=active, other=0)
-            newly += tl.where(active & (locks == 0), cut - begin, 0)
-            locks += tl.load(column(w, batch, scratch.Q_PASS) + i, mask=active, other=0)
+            if HOLD:
+                own = tl.load(column(w, batch, scratch.Q_SAME) + i, mask=active, other=0)
+                newly += tl.where(active & (locks == 0), cut - begin, 0)
+                locks += tl.load(column(w, batch, scratch.Q_PASS) + i, mask=active, other=0)
             if STEP > 0:
                 last = tl.load(column(w, batch, scratch.Q_LAST) + i, mask=active, other=0).to(tl.int64)
                 tick = tl.maximum(tick, clock + STEP * (last + 1))
@@ -260,9 +261,9 @@ def shorten_edges(
 @triton.jit
 def cut_locked(
     s, w, handles, batch, rows, clock, program, programs,
-    PAGE: tl.constexpr, BIGRAM: tl.constexpr, STEP: tl.constexpr,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, STEP: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
-    """Cut the edges on which locks end, and lock the pieces above the cuts. All programs of a launch call this.
+    """Cut the edges on which places lie, and with HOLD lock the pieces above. All programs of a launch call this.
 
     Replaces the handles of the queries that cut. Adds the newly protected tokens to the counter MOVED_TOKENS.
     `finish_cuts` must follow when all programs have finished.
@@ -276,7 +277,7 @@ def cut_locked(
     if program == 0:
         tl.store(w.counters + scratch.NEW_ROWS, number_cuts(s, w, batch, count))
     wait_for_all(w, programs)
-    newly = make_pieces(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP)
+    newly = make_pieces(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP, HOLD)
     tl.atomic_add(w.counters + scratch.MOVED_TOKENS, tl.sum(newly), sem="relaxed")
     wait_for_all(w, programs)
     shorten_edges(s, w, batch, count, rows, clock, program, programs, PAGE, BIGRAM, False, STEP)

@@ -11,10 +11,12 @@ eviction then lists the nodes up to that key and compares all of them with one a
 
 from __future__ import annotations
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 
+from flatradix.kernels import native
 from flatradix.kernels.gpu.evict_bins import (
     BEFORE,
     BINS,
@@ -23,7 +25,6 @@ from flatradix.kernels.gpu.evict_bins import (
     LOW32,
     PIVOTS,
     WEIGHTS,
-    WORK_WORDS,
     bin_limits,
     bound_of,
     count_bins,
@@ -43,14 +44,24 @@ from flatradix.kernels.gpu.evict_order import (
     rank_bins,
     rank_list,
 )
-from flatradix.kernels.gpu.finish import arrive, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs, current_stream
-from flatradix.layout import numbers, scratch
+from flatradix.kernels.gpu.finish import arrive, refuse, wait_for_all
+from flatradix.kernels.gpu.free import free_selected, free_variant, programs_for
+from flatradix.kernels.gpu.launch import (
+    Arrays,
+    Kernel,
+    Variant,
+    cooperative_programs,
+    direct_stream,
+    raise_driver,
+)
+from flatradix.layout import numbers, reasons, scratch
+from flatradix.layout.queries import Freeing, Wanted
 
 # The bin of the cut is divided again if it has more nodes than this.
 CROWD = tl.constexpr(2048)
 # The launch orders the victims itself if that takes at most this many comparisons, 0.2 ms. Else torch sorts, 0.6 ms.
-COMPARISONS = tl.constexpr(33554432)
+COMPARISONS = 33554432
+_ANY = 1 << 62
 # Bins are crowded if the nodes to be ordered need more comparisons than this on average.
 CROWDED = tl.constexpr(512)
 # The list of nodes that a hint selects: its capacity, and how many nodes it should hold beyond the evicted ones.
@@ -64,26 +75,6 @@ PROMISE = tl.constexpr(scratch.EVICTION_HINT + 1)
 
 # Words that a program clears at once.
 CLEARED = tl.constexpr(256)
-
-
-_bins_of_streams: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def _bins_of(device: int, stream: int) -> torch.Tensor:
-    """Return the work array of a stream. All trees share it, because launches on one stream run one after another.
-
-    Threads may ask for it at the same time; all get the same array.
-    """
-    found = _bins_of_streams.get((device, stream))
-    if found is None:
-        made = torch.zeros(WORK_WORDS, dtype=torch.int64, device="cpu" if device < 0 else f"cuda:{device}")
-        found = _bins_of_streams.setdefault((device, stream), made)
-    return found
-
-
-def _bins(arrays: Arrays) -> int:
-    stream = 0 if arrays.device < 0 else current_stream(arrays.device)
-    return _bins_of(arrays.device, stream).data_ptr()
 
 
 @triton.jit
@@ -148,7 +139,7 @@ def _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TIC
 
 
 @triton.jit
-def _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TICK: tl.constexpr):
+def _select_from_bins(s, w, work, rows, capacity, programs, wanted, comparable, call, BY_TICK: tl.constexpr):
     pivots = sample(s, w, work, rows, programs, BY_TICK)
     wait_for_all(w, programs)
     low, high, bound = bound_of(s, w, work, pivots, wanted, programs)
@@ -168,7 +159,7 @@ def _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TIC
         wait_for_all(w, programs)
         cut, size, comparisons, total = find_cut(work, bins, wanted)
         lowest, highest = bin_limits(cut, low, shift, bound)
-        sort_from = tl.where(comparisons <= COMPARISONS, 0, cut)
+        sort_from = tl.where(comparisons <= comparable, 0, cut)
         reach = tl.where(tie >= 0, tie, highest)
         # Widen a bound that was too low; divide a crowded bin of different keys; divide a bin of one key by ends.
         widen = (total < wanted) & (bound < HIGHEST)
@@ -201,38 +192,89 @@ def _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TIC
     _clear(work + WEIGHTS, 8 * PIVOTS, programs)
 
 
-@triton.jit(do_not_specialize=["work", "wanted", "call", "programs"])
-def select_kernel(s, w, work, wanted: tl.int64, call: tl.int64, programs: tl.int32, BY_TICK: tl.constexpr):
+@triton.jit
+def _tokens_asked_for(w, asked, wanted, ASKED: tl.constexpr):
+    """Return the tokens to free. With ASKED, `wanted` is added to the number at `asked`, which must not be negative."""
+    if ASKED:
+        number = tl.load(asked)
+        if (number < 0) & (tl.program_id(0) == 0):
+            refuse(w, number * 0, reasons.NEGATIVE, number)
+        wanted += number
+    return tl.minimum(tl.maximum(wanted, 0), numbers.MAX_UNITS)
+
+
+@triton.jit(do_not_specialize=["asked", "wanted", "comparable", "call", "programs"])
+def select_kernel(
+    s, w, asked, wanted: tl.int64, comparable: tl.int64, call: tl.int64, programs: tl.int32,
+    BY_TICK: tl.constexpr, ASKED: tl.constexpr,
+):  # fmt: skip
     call = call.to(tl.int64)
+    work = w.work
     rows = tl.load(s.numbers + numbers.ROWS)
     capacity = tl.load(s.numbers + numbers.ROW_CAPACITY)
-    wanted = tl.minimum(wanted.to(tl.int64), tl.load(s.numbers + numbers.EVICTABLE))
+    wanted = _tokens_asked_for(w, asked, wanted.to(tl.int64), ASKED)
+    missing = wanted
+    wanted = tl.minimum(wanted, tl.load(s.numbers + numbers.EVICTABLE))
     if wanted > 0:
         if _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TICK) == 0:
-            _select_from_bins(s, w, work, rows, capacity, programs, wanted, call, BY_TICK)
+            _select_from_bins(s, w, work, rows, capacity, programs, wanted, comparable.to(tl.int64), call, BY_TICK)
     last, _bad = arrive(w, programs)
     if last:
         if wanted <= 0:
             one = tl.arange(0, 1).to(tl.int64)
             publish_victims(w, call, one, one, one == 0)
+        tl.store(w.counters + scratch.SELECTED + 2, missing)
         tl.store(work + CONTENT, 0)
         tl.store(w.counters + scratch.ARRIVED, 0)
         tl.store(w.counters + scratch.WAITING, 0)
 
 
-_select = Kernel(select_kernel, ["*i64", "i64", "i64", "i32"], warps=16, cooperative=True)
+_select = Kernel(select_kernel, ["*i64", "i64", "i64", "i64", "i32"], warps=16, cooperative=True)
 
 
-def select(arrays: Arrays, wanted: int, by_tick: bool, call: int) -> None:
-    """Select the nodes to evict until `wanted` tokens are free, or all evictable nodes if there are fewer tokens.
+def select(arrays: Arrays, wanted: Wanted, by_tick: bool, call: int) -> None:
+    """Select the nodes to evict until enough tokens are free, or all evictable nodes if there are fewer tokens.
 
     Writes the rows of the victims to `scratch.victims[0]` in the order of eviction, the tokens of the victims before
-    each to `scratch.tokens_before`, and the number of tokens and victims to the mail. The number of victims has the bit
-    UNORDERED if `order_victims` must order them. That is so for more than about 200,000 victims, or where most have
-    nearly the same key. Overwrites `scratch.partial` and `scratch.victims[1]`; does not change the tree.
+    each to `scratch.tokens_before`, and the number of tokens and victims to the mail and to counters[SELECTED]. The
+    number of victims has the bit UNORDERED if `order_victims` must order them. That is so for more than about 200,000
+    victims, or where most have nearly the same key, unless `wanted.in_order`. Overwrites `scratch.partial` and
+    `scratch.victims[1]`; does not change the tree.
 
     by_tick: the keys are the ticks, else `scratch.eviction_key`. Among a million nodes on an H200: 15 us in a series of
     evictions of up to 100 nodes each, else 36 us, also for 1 % of the nodes.
     """
-    programs = cooperative_programs(arrays, -(-arrays.rows // 1024), 1)
-    _select(arrays, programs, (_bins(arrays), wanted, call, programs), (by_tick,))
+    programs, variant = _selection(arrays, wanted, by_tick)
+    arguments = wanted.address, wanted.more, _comparable(wanted), call, programs
+    _select(arrays, programs, arguments, variant.constants)
+
+
+def _selection(arrays: Arrays, wanted: Wanted, by_tick: bool) -> tuple[int, Variant]:
+    return cooperative_programs(arrays, -(-arrays.rows // 1024), 1), _variant(by_tick, wanted.address != 0)
+
+
+@functools.cache
+def _variant(by_tick: bool, asked: bool) -> Variant:
+    return _select.variant((by_tick, asked))
+
+
+def _comparable(wanted: Wanted) -> int:
+    return _ANY if wanted.in_order else COMPARISONS
+
+
+def evict(arrays: Arrays, wanted: Wanted, by_tick: bool, into: Freeing, call: int) -> None:
+    """Do what `select` and `free_selected` do; once both are compiled, in one call of machine code."""
+    selecting, variant = _selection(arrays, wanted, by_tick)
+    first = arrays.direct.get(variant)
+    second = arrays.direct.get(free_variant(arrays.page, arrays.pool_wide, into.counts != 0))
+    if first is None or second is None or (stream := direct_stream(arrays.device)) < 0:
+        select(arrays, wanted, by_tick, call)
+        free_selected(arrays, into, call)
+        return
+    code = native.start_evict.call(
+        first.record, second.record, stream, call, wanted.address, wanted.more,
+        _comparable(wanted), selecting, arrays.pool, into.slots, into.counts, into.space, into.returned,
+        *programs_for(arrays, into),
+    )  # fmt: skip
+    if code:
+        raise_driver(code)

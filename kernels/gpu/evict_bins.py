@@ -24,13 +24,13 @@ PIVOTS = tl.constexpr(32)
 NEIGHBOURS = tl.constexpr(8)
 BINS = tl.constexpr(2048)
 
-# The parts of the work array, int64: three sets of bins, used in turn; the sums before each bin; the weights of the
+# The parts of `Scratch.work`, int64: three sets of bins, used in turn; the sums before each bin; the weights of the
 # pivots, eight words apart so that additions to them do not wait for one another; the sums of the list. All numbers are
 # (nodes << 32 | tokens), or nodes alone where `scatter` counts. A launch leaves all parts but the second at zero.
 BEFORE = tl.constexpr(3 * BINS.value)
 WEIGHTS = tl.constexpr(4 * BINS.value + 8)
 CONTENT = tl.constexpr(WEIGHTS.value + 8 * PIVOTS.value)
-WORK_WORDS = CONTENT.value + 1
+assert CONTENT.value < scratch.WORK_WORDS
 
 # Indices into `Scratch.partial`: from 0 the lowest and from HIGHS the highest key of each program's part of the sample,
 # from MINIMA the lowest key of each block.

@@ -49,9 +49,12 @@ def _those_before(s, keys, order, row, key, end, first, size, AT_ONCE: tl.conste
 
 @triton.jit
 def publish_victims(w, call, tokens, victims, active):
+    """Tell the host, and `free`, the tokens and the number of the victims. One lane is active."""
     tag = (call & mail.CALL_MASK) << 32
     tl.store(w.mail + mail.TOKENS + tl.zeros_like(tokens), tag | tokens, mask=active)
     tl.store(w.mail + mail.VICTIMS + tl.zeros_like(tokens), tag | victims, mask=active)
+    tl.store(w.counters + scratch.SELECTED + tl.zeros_like(tokens), tokens, mask=active)
+    tl.store(w.counters + scratch.SELECTED + 1 + tl.zeros_like(tokens), victims, mask=active)
     tl.store(w.counters + SPENT + tl.zeros_like(tokens), tokens, mask=active & (tokens > 0))
 
 

@@ -111,33 +111,44 @@ def publish_done(w, call, errors):
 
 
 @triton.jit
+def read_sizes(s):
+    """Return the sizes that the host is told: (evictable, protected, nodes, free units, refusals so far), int64."""
+    free = tl.load(s.numbers + numbers.POOL_END) - tl.load(s.numbers + numbers.POOL_CURSOR)
+    evictable, protected = tl.load(s.numbers + numbers.EVICTABLE), tl.load(s.numbers + numbers.PROTECTED)
+    return evictable, protected, tl.load(s.numbers + numbers.NODES), free, tl.load(s.numbers + numbers.ERRORS)
+
+
+@triton.jit
+def tell_sizes(w, call, evictable, protected, nodes, free, errors):
+    """Tell the host that the call is done, and the tree's sizes. One store, so that PCIe carries one packet."""
+    word = tl.arange(0, 8)
+    size = tl.where(word == mail.EVICTABLE, evictable, tl.where(word == mail.PROTECTED, protected, nodes))
+    size = tl.where(word == mail.FREE_UNITS, free, tl.where(word == mail.ERRORS, errors & 0xFFFFFFFF, size))
+    told = (word <= mail.ERRORS) | (word == mail.FREE_UNITS)
+    tl.store(w.mail + word, ((call.to(tl.int64) & mail.CALL_MASK) << 32) | size, mask=told)
+
+
+@triton.jit
 def publish(s, w, call, error, OPERATION: tl.constexpr):
     """Tell the host the refusal, if any, and the tree's sizes. The last program to finish calls this at its end."""
     tl.debug_barrier()
     if error != scratch.NO_ERROR:
         _tell_refusal(s, w, call.to(tl.int64), error, OPERATION)
         tl.debug_barrier()
-    tag = (call.to(tl.int64) & mail.CALL_MASK) << 32
-    tl.store(w.mail + mail.EVICTABLE, tag | tl.load(s.numbers + numbers.EVICTABLE))
-    tl.store(w.mail + mail.PROTECTED, tag | tl.load(s.numbers + numbers.PROTECTED))
-    tl.store(w.mail + mail.NODES, tag | tl.load(s.numbers + numbers.NODES))
-    tl.store(
-        w.mail + mail.FREE_UNITS,
-        tag | (tl.load(s.numbers + numbers.POOL_END) - tl.load(s.numbers + numbers.POOL_CURSOR)),
-    )
+    evictable, protected, nodes, free, errors = read_sizes(s)
+    tell_sizes(w, call, evictable, protected, nodes, free, errors)
     tl.store(w.counters + scratch.WAITING, 0)
-    publish_done(w, call, tl.load(s.numbers + numbers.ERRORS))
+    tl.store(w.counters + scratch.ARRIVED, 0)
 
 
 @triton.jit
 def answer(w, call, length, handle, prefix_length):
-    """Write the result of a single key to the mail."""
-    tag = (call.to(tl.int64) & mail.CALL_MASK) << 32
+    """Write the result of a single key to the mail. One store, so that PCIe carries one packet."""
+    word = tl.arange(0, mail.ANSWER_WORDS)
+    value = tl.where(word == 0, length.to(tl.int64), tl.where(word == 1, handle, handle >> 32))
+    value = tl.where(word == 3, prefix_length.to(tl.int64), value)
     place = w.mail + mail.FIRST_ANSWER + (call % mail.ANSWER_RING) * mail.ANSWER_WORDS
-    tl.store(place, tag | (length.to(tl.int64) & 0xFFFFFFFF))
-    tl.store(place + 1, tag | (handle & 0xFFFFFFFF))
-    tl.store(place + 2, tag | ((handle >> 32) & 0xFFFFFFFF))
-    tl.store(place + 3, tag | (prefix_length.to(tl.int64) & 0xFFFFFFFF))
+    tl.store(place + word, ((call.to(tl.int64) & mail.CALL_MASK) << 32) | (value & 0xFFFFFFFF))
 
 
 @triton.jit

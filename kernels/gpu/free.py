@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
 from flatradix.kernels.gpu.children import add_tombstones, pack_edge
 from flatradix.kernels.gpu.evict_keys import HIGHEST
 from flatradix.kernels.gpu.evict_order import SPENT
-from flatradix.kernels.gpu.finish import arrive, publish
-from flatradix.kernels.gpu.launch import Arrays, Kernel, multi_processors
+from flatradix.kernels.gpu.finish import arrive, first_refusal, publish, refuse
+from flatradix.kernels.gpu.launch import Arrays, Constants, Kernel, Variant, multi_processors
 from flatradix.kernels.gpu.rows import FREE, next_generation
-from flatradix.layout import mail, numbers, scratch
+from flatradix.layout import mail, numbers, reasons, scratch
+from flatradix.layout.queries import Freeing
 
 # Victims that a program frees at once. With 64, comparing their parents takes 187 registers, and 15 us instead of 9.
 FREED = tl.constexpr(32)
@@ -129,6 +132,32 @@ def _shorten(s, w, victim, kept):
 
 
 @triton.jit
+def found_victims(s, w, count, tokens, kept, space):
+    """Return (victims, tokens to free, tokens that the last victim keeps, whether to free them).
+
+    If `count` is negative, the selection has left these numbers on the device. Then nothing is freed if the selection
+    was refused, if the victims are not in order, or if there is no space for so many slots.
+    """
+    good = first_refusal(w) == scratch.NO_ERROR
+    if count < 0:
+        page = tl.load(s.numbers + numbers.PAGE)
+        tokens = tl.load(w.counters + scratch.SELECTED)
+        count = tl.load(w.counters + scratch.SELECTED + 1)
+        wanted = tl.load(w.counters + scratch.SELECTED + 2)
+        kept = tl.maximum(tokens - (wanted + page - 1) // page * page, 0) * tl.load(s.numbers + numbers.BY_PAGE)
+        tokens -= kept
+        good = good & (tokens <= space) & (count < mail.UNORDERED)
+    return count, tokens, kept, good
+
+
+@triton.jit
+def _tell_victims(w, call, tokens, nodes):
+    tag = (call & mail.CALL_MASK) << 32
+    tl.store(w.mail + mail.FREED, tag | tokens)
+    tl.store(w.mail + mail.GONE, tag | nodes)
+
+
+@triton.jit
 def _update_counters(s, w, call, count, tokens):
     """Update the tree's counters, and tell the host how many namespaces were released.
 
@@ -146,26 +175,33 @@ def _update_counters(s, w, call, count, tokens):
     tl.store(s.numbers + numbers.EVICTABLE, evictable - tokens)
 
 
-@triton.jit(do_not_specialize=["pool", "slots", "count", "tokens", "kept", "call", "programs", "freeing"])
+@triton.jit(
+    do_not_specialize=[
+        "pool", "slots", "counts", "count", "tokens", "kept", "space", "returned", "call", "programs", "freeing",
+    ]
+)  # fmt: skip
 def free_kernel(
-    s, w, pool, slots, count: tl.int64, tokens: tl.int64, kept: tl.int64, call: tl.int64, programs: tl.int32,
-    freeing: tl.int32, TOGETHER: tl.constexpr, UNITS: tl.constexpr, EDGES: tl.constexpr,
+    s, w, pool, slots, counts, count: tl.int64, tokens: tl.int64, kept: tl.int64, space: tl.int64, returned: tl.int64,
+    call: tl.int64, programs: tl.int32, freeing: tl.int32,
+    TOGETHER: tl.constexpr, UNITS: tl.constexpr, EDGES: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Free victims: the first `freeing` programs free the rows while the others copy the slots, UNITS at once.
 
-    If the last victim keeps units, it is no row to free: the last program shortens it.
+    If the last victim keeps units, it is no row to free: the last program shortens it. If the victims are not to be
+    freed, see `found_victims`, this launch only tells their number. With COUNTS, that is a refusal.
     """
-    count = count.to(tl.int64)
-    tokens = tokens.to(tl.int64)
-    kept = kept.to(tl.int64)
+    call = call.to(tl.int64)
+    space = space.to(tl.int64)
+    returned = returned.to(tl.int64)
+    count, tokens, kept, good = found_victims(s, w, count.to(tl.int64), tokens.to(tl.int64), kept.to(tl.int64), space)
     gone = tl.where(kept > 0, count - 1, count)
     program = tl.program_id(0).to(tl.int64)
-    if program < freeing:
+    if good & (program < freeing):
         first = program * FREED
         while first < gone:
             _free_rows(s, w, first + tl.arange(0, FREED), gone)
             first += freeing * FREED
-    else:
+    elif good:
         tiles = (tokens + UNITS - 1) // UNITS
         each = (tiles + programs - freeing - 1) // (programs - freeing) * UNITS
         begin = (program - freeing) * each
@@ -174,13 +210,72 @@ def free_kernel(
             _copy_slots(s, w, pool, slots, begin, end, count, kept, TOGETHER, UNITS, EDGES)
     last, _bad = arrive(w, programs)
     if last:
-        if kept > 0:
-            _shorten(s, w, gone, kept)
-        _update_counters(s, w, call.to(tl.int64), gone, tokens)
-        publish(s, w, call.to(tl.int64), scratch.NO_ERROR, mail.EVICT)
+        if good:
+            if kept > 0:
+                _shorten(s, w, gone, kept)
+            _update_counters(s, w, call, gone, tokens)
+            _tell_victims(w, call, tokens, gone)
+            if COUNTS:
+                tl.store(counts, returned + tokens)
+                tl.store(counts + 1, gone)
+            publish(s, w, call, tl.zeros([], tl.int64) + scratch.NO_ERROR, mail.EVICT)
+        elif COUNTS:
+            tl.store(counts, -1)
+            tl.store(counts + 1, -1)
+            if first_refusal(w) == scratch.NO_ERROR:
+                refuse(w, tokens * 0, reasons.NO_ROOM, ((returned + tokens) << 32) | (returned + space))
+            publish(s, w, call, first_refusal(w), mail.EVICT)
+        else:
+            _tell_victims(w, call, tokens, gone)
+            tl.store(w.counters + scratch.ARRIVED, 0)
 
 
-_free = Kernel(free_kernel, ["*w", "*w", "i64", "i64", "i64", "i64", "i32", "i32"])
+_free = Kernel(free_kernel, ["*w", "*w", "*i64", "i64", "i64", "i64", "i64", "i64", "i64", "i32", "i32"])
+
+
+def _tile(page: int) -> tuple[int, int]:
+    """Return (slots that share a search, slots that a program copies at once)."""
+    together = min(page & -page, MOST_TOGETHER)
+    return together, max(GROUPS * together, LEAST_UNITS)
+
+
+def _constants(page: int, counts: bool) -> Constants:
+    together, units = _tile(page)
+    # EDGES: the edge of the slot before, and the edges of `units` slots.
+    return together, units, 1 + -(-units // page), counts
+
+
+@functools.cache
+def free_variant(page: int, wide: bool, counts: bool) -> Variant:
+    """Return the variant that `free_selected` launches. counts: whether it tells the numbers on the device."""
+    return _free.variant(_constants(page, counts), (wide, wide))
+
+
+def programs_for(arrays: Arrays, into: Freeing) -> tuple[int, int]:
+    """Return (programs, how many of them free rows) to free victims of unknown number.
+
+    The host expects nearly as many as there is space for. A graph has space for the most that there may ever be.
+    """
+    at_once, space = multi_processors(arrays.device), into.space
+    victims = min(space // arrays.page, arrays.rows)
+    freeing = max(1, min(-(-victims // FREED.value), at_once if into.counts else 4 * at_once))
+    return freeing + min(-(-space // _tile(arrays.page)[1]), 8 * at_once), freeing
+
+
+def free_selected(arrays: Arrays, into: Freeing, call: int) -> None:
+    """Free the victims of `select` and gather their slots, without the host: as `free`, with the device's numbers.
+
+    If there is too little space, nothing is freed. With `into.counts` that is a refusal. Without, the mail tells the
+    tokens (FREED) and nodes (GONE), also if they are not freed: the caller then compares them with the space. The bit
+    UNORDERED of GONE also says that nothing was freed. The host may then call `free`.
+    """
+    programs, freeing = programs_for(arrays, into)
+    variant = free_variant(arrays.page, arrays.pool_wide, into.counts != 0)
+    _free(
+        arrays, programs,
+        (arrays.pool, into.slots, into.counts, -1, 0, 0, into.space, into.returned, call, programs, freeing),
+        variant.constants, variant.wide,
+    )  # fmt: skip
 
 
 def free(arrays: Arrays, count: int, tokens: int, slots: int, call: int, kept: int = 0) -> None:
@@ -192,13 +287,11 @@ def free(arrays: Arrays, count: int, tokens: int, slots: int, call: int, kept: i
     namespaces lost their last node. The codes of these namespaces are the first entries of `state.released`, in any
     order, until the next eviction. Takes 4 us for one node and 9 us for 8,500 nodes of 64 tokens on an H200.
     """
-    page = arrays.page
     at_once = 4 * multi_processors(arrays.device)
-    together = min(page & -page, MOST_TOGETHER)
-    units = max(GROUPS * together, LEAST_UNITS)
     freeing = max(1, min(-(-count // FREED.value), at_once))
-    copying = min(-(-tokens // units), 2 * at_once)
-    # EDGES: the edge of the slot before, and the edges of `units` slots.
-    constants = (together, units, 1 + -(-units // page))
-    arguments = (arrays.pool, slots, count, tokens, kept, call, freeing + copying, freeing)
-    _free(arrays, freeing + copying, arguments, constants, (arrays.pool_wide, arrays.pool_wide))
+    copying = min(-(-tokens // _tile(arrays.page)[1]), 2 * at_once)
+    programs = freeing + copying
+    _free(
+        arrays, programs, (arrays.pool, slots, 0, count, tokens, kept, tokens, 0, call, programs, freeing),
+        _constants(arrays.page, False), (arrays.pool_wide, arrays.pool_wide),
+    )  # fmt: skip

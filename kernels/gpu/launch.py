@@ -31,6 +31,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 _DTYPES = {"*i32": torch.int32, "*i64": torch.int64}
 _CTYPES = {"*i32": ctypes.c_int32, "*i64": ctypes.c_int64}
+_C: Any = torch._C
 Constants = tuple[int | bool, ...]
 
 
@@ -73,6 +74,7 @@ class DirectLaunch:
 
 
 def raise_driver(code: int) -> NoReturn:
+    """Raise the error of a launch that the driver has refused with `code`."""
     raise RuntimeError(f"the CUDA driver refused to launch a kernel: error {code}")
 
 
@@ -117,7 +119,8 @@ class Arrays(NamedTuple):
 
     device: CUDA index, -1 where kernels are interpreted. rows: row capacity. batch: the largest batch. pool: address of
     the slot pool, [2 P] of int64 (`pool_wide`) or int32. tensors, addresses: state and scratch. direct: the direct
-    launches so far, which hold these addresses. The tensors must outlive the Arrays.
+    launches so far, which hold these addresses; of a kernel that a tree needs in one variant, also by the kernel. The
+    tensors must outlive the Arrays.
     """
 
     device: int
@@ -131,7 +134,7 @@ class Arrays(NamedTuple):
     scratch: Scratch
     tensors: tuple[Any, ...]
     addresses: tuple[Any, ...]
-    direct: dict[Variant, DirectLaunch]
+    direct: dict[Variant | Kernel, DirectLaunch]
 
 
 def _index(device: torch.device) -> int:
@@ -180,12 +183,12 @@ def _typed(address: int, kind: str, arrays: Arrays) -> Any:
 
 def current_stream(device: int) -> int:
     """Return the handle of torch's current stream; takes 0.1 us."""
-    return torch._C._cuda_getCurrentRawStream(device)
+    return _C._cuda_getCurrentRawStream(device)
 
 
-def is_current(device: int) -> bool:
-    """Return whether a device is torch's current one, as it must be for a direct launch."""
-    return torch._C._cuda_getDevice() == device
+def direct_stream(device: int) -> int:
+    """Return what `current_stream` does, or -1 if the device is not torch's current one, as direct launches need."""
+    return _C._cuda_getCurrentRawStream(device) if _C._cuda_getDevice() == device else -1
 
 
 class Variant:
@@ -257,11 +260,18 @@ class Kernel:
         direct = arrays.direct.get(variant)
         if direct is None:
             self._start(arrays, programs, arguments, variant)
-        elif is_current(arrays.device):
-            direct(programs, current_stream(arrays.device), arguments)
+        elif (stream := direct_stream(arrays.device)) >= 0:
+            direct(programs, stream, arguments)
         else:
             with torch.cuda.device(arrays.device):
                 direct(programs, current_stream(arrays.device), arguments)
+
+    def only(self, arrays: Arrays, programs: int, arguments: Sequence[int], constants: Constants) -> None:
+        """Do what a call does, for a kernel whose constants follow from the tree. Makes `arrays.direct[self]` valid."""
+        self(arrays, programs, arguments, constants)
+        direct = arrays.direct.get(self.variant(constants))
+        if direct is not None:
+            arrays.direct[self] = direct
 
     def _start(self, arrays: Arrays, programs: int, arguments: Sequence[int], variant: Variant) -> None:
         """Launch through Triton: the first launches, and all where there is no direct launch."""
@@ -325,9 +335,9 @@ def cooperative_programs(arrays: Arrays, wanted: int, most: int = 4) -> int:
     most: how many programs certainly fit on a multiprocessor. With 4 warps a program, 4 programs leave each thread 128
     registers, 8 programs leave 64. Interpreted programs run one after the other, so none could wait for another.
     """
-    if INTERPRETED:
+    if wanted <= 1 or INTERPRETED:
         return 1
-    return max(1, min(wanted, most * multi_processors(arrays.device), scratch.MOST_PROGRAMS))
+    return min(wanted, most * multi_processors(arrays.device), scratch.MOST_PROGRAMS)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Lock and unlock: lock counts on every node from a place to the root.
 
 Eight programs resolve the same 32 queries, and each climbs for four of them. For up to 8 queries one program does all
-the work. Of the 32 queries, those that end at the same node climb once, together. Otherwise 1,024 locks of one path of
-64 nodes would be 65,536 additions to 64 addresses, which take 49 us on an H200. An invalid query is found while other
-queries climb already. The second launch, or the only program, then undoes the whole call.
+the work; a single query has kernels of its own (`lock_one.py`). Of the 32 queries, those that end at the same node
+climb once, together. Otherwise 1,024 locks of one path of 64 nodes would be 65,536 additions to 64 addresses, which
+take 49 us on an H200. An invalid query is found while other queries climb already. The second launch, or the only
+program, then undoes the whole call.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from flatradix.kernels.gpu.climb import LEVELS, PATHS, add_locks, parent_of, tak
 from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
 from flatradix.kernels.gpu.finish import arrive, first_refusal, move_protected, publish, refuse_lanes
 from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.lock_one import lock_one, unlock_one
 from flatradix.kernels.gpu.rows import handle_of, resolve
 from flatradix.layout import mail, numbers, reasons, scratch
 from flatradix.layout.queries import PlaceAddresses
@@ -98,7 +100,7 @@ def _finish_lock(
         _renew(s, w, handles, batch, program, programs)
     if cuts:
         clock = tl.load(s.numbers + numbers.CLOCK)
-        cut_locked(s, w, handles, batch, rows, clock, program, programs, PAGE, BIGRAM, 0)
+        cut_locked(s, w, handles, batch, rows, clock, program, programs, PAGE, BIGRAM, 0, True)
     last = program == 0
     if not ALONE:
         if cuts | (error != scratch.NO_ERROR):
@@ -260,9 +262,13 @@ def _programs(batch: int) -> tuple[int, bool]:
 
 def lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     """Lock a batch of places and renew their handles, all or nothing. One launch for up to 8 places, else two."""
-    programs, alone = _programs(places.batch)
+    handles, lengths, batch, _owner = places
+    if batch == 1:
+        lock_one(arrays, places, call, -1)
+        return
+    programs, alone = _programs(batch)
     _lock(
-        arrays, programs, (places.handles, places.lengths, places.batch, arrays.rows, call),
+        arrays, programs, (handles, lengths, batch, arrays.rows, call),
         (arrays.page, arrays.bigram, alone),
     )  # fmt: skip
     if not alone:
@@ -277,8 +283,12 @@ def finish_lock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
 
 def unlock(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     """Unlock a batch of places, all or nothing. One launch for up to 8 places, else two."""
-    programs, alone = _programs(places.batch)
-    _unlock(arrays, programs, (places.handles, places.lengths, places.batch, call), (arrays.page, alone))
+    handles, lengths, batch, _owner = places
+    if batch == 1:
+        unlock_one(arrays, places, call, -1)
+        return
+    programs, alone = _programs(batch)
+    _unlock(arrays, programs, (handles, lengths, batch, call), (arrays.page, alone))
     if not alone:
         finish_unlock(arrays, places, call)
 

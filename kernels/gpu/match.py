@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from flatradix.kernels import native
-from flatradix.kernels.gpu.climb import take_back_locks
-from flatradix.kernels.gpu.cut import column, cut_locked, finish_cuts
-from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, move_protected, publish, publish_done, refuse
-from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, current_stream, is_current, raise_driver
-from flatradix.kernels.gpu.lock import row_or_above
+from flatradix.kernels.gpu.cut import column
+from flatradix.kernels.gpu.finish import answer, arrive, refuse
+from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, direct_stream, raise_driver
+from flatradix.kernels.gpu.long import is_long, match_long, match_long_one, shares_of
 from flatradix.kernels.gpu.rows import handle_of
 from flatradix.kernels.gpu.walk import (
     MAX_TOKEN,
@@ -25,7 +25,6 @@ from flatradix.kernels.gpu.walk import (
     key_range,
     name_of,
     page_constants,
-    undo_touches,
     visit,
     visit_up,
     walk,
@@ -33,54 +32,6 @@ from flatradix.kernels.gpu.walk import (
 )
 from flatradix.layout import mail, numbers, reasons, scratch
 from flatradix.layout.queries import Desk, Output, PerQuery, PlaceAddresses, Values
-
-LANES = tl.constexpr(128)
-
-
-@triton.jit
-def _undo(s, w, lengths, handles, batch, clock, TOUCH: tl.constexpr, LOCK: tl.constexpr):
-    """Undo all that a refused call did, and set its lengths and handles to -1."""
-    first = tl.zeros([], tl.int32)
-    while first < batch:
-        query = first + tl.arange(0, LANES)
-        if TOUCH or LOCK:
-            row = tl.load(column(w, batch, scratch.Q_ROW) + query, mask=query < batch, other=0)
-            if LOCK:
-                cut = tl.load(column(w, batch, scratch.Q_CUT) + query, mask=query < batch, other=0)
-                tl.atomic_add(s.own_locks + row, -1, mask=(row > 0) & (cut == 0), sem="relaxed")
-                take_back_locks(s, row_or_above(s, row, cut), tl.zeros_like(row) + 1)
-            if TOUCH:
-                undo_touches(s, w, row, clock, row > 0)
-        tl.store(lengths + query, -1, mask=query < batch)
-        tl.store(handles + query, -1, mask=query < batch)
-        first += LANES
-
-
-@triton.jit
-def _finish(
-    s, w, lengths, handles, batch, rows, call, clock, errors, bad,
-    PAGE: tl.constexpr, BIGRAM: tl.constexpr, TOUCH: tl.constexpr, LOCK: tl.constexpr,
-):  # fmt: skip
-    """Finish a match: undo a refused call, or cut edges and update the counters. Only the last program calls this."""
-    if bad:
-        _undo(s, w, lengths, handles, batch, clock, TOUCH, LOCK)
-        if LOCK:
-            tl.store(w.counters + scratch.MOVED_TOKENS, 0)
-            tl.store(w.counters + scratch.CUTS, 0)
-        publish(s, w, call, first_refusal(w), mail.MATCH)
-    else:
-        if LOCK:
-            if tl.load(w.counters + scratch.CUTS, volatile=True) > 0:
-                cut_locked(s, w, handles, batch, rows, clock, 0, 1, PAGE, BIGRAM, 2 * TOUCH)
-                tl.debug_barrier()
-                finish_cuts(s, w)
-            move_protected(s, w, 1)
-        if TOUCH:
-            tl.store(s.numbers + numbers.CLOCK, clock + 2 * batch)
-        if LOCK:
-            publish(s, w, call, tl.zeros([], tl.int64) + scratch.NO_ERROR, mail.MATCH)
-        else:
-            publish_done(w, call, errors)
 
 
 @triton.jit(
@@ -122,7 +73,7 @@ def match_kernel(
     else:
         units = whole_pages(count, PAGE, BIGRAM)
         row, done, left, newly, old = walk(
-            s, w, key, units, code, row, start, clock, tick, PAGE, WIDTH, BIGRAM, BLOCK, TOUCH, LOCK
+            s, w, key, units, code, row, start, clock, tick, PAGE, WIDTH, BIGRAM, BLOCK, TOUCH, LOCK == LOCKS
         )
         length = start + done
         if done < units:
@@ -133,17 +84,17 @@ def match_kernel(
         if LOCK:
             if left > 0:
                 tl.atomic_add(w.counters + scratch.CUTS, 1, sem="relaxed")
-            elif row > 0:
-                tl.atomic_add(s.own_locks + row, 1, sem="relaxed")
+            elif LOCK == LOCKS:
+                tl.atomic_add(s.own_locks + row, 1, mask=row > 0, sem="relaxed")
         elif (left > 0) & (row != first_row):
             visit(s, w, row, old, clock, tick, TOUCH)
-        if START and (TOUCH or LOCK):
+        if START and (TOUCH or LOCK == LOCKS):
             from_row = first_row
             if LOCK:
                 if (row == first_row) & (left > 0):
                     from_row = tl.maximum(tl.load(s.parent + first_row), 0)
-            newly += visit_up(s, w, from_row, clock, tick, TOUCH, LOCK)
-    if LOCK:
+            newly += visit_up(s, w, from_row, clock, tick, TOUCH, LOCK == LOCKS)
+    if LOCK == LOCKS:
         if newly > 0:
             tl.atomic_add(w.counters + scratch.MOVED_TOKENS, newly, sem="relaxed")
     if TOUCH or LOCK:
@@ -154,7 +105,7 @@ def match_kernel(
     tl.store(handles + query, handle)
     if SINGLE:
         tl.debug_barrier()  # one thread stores the refusal and the results, all threads read them
-        _finish(s, w, lengths, handles, batch, rows, call, clock, errors, bad, PAGE, BIGRAM, TOUCH, LOCK)
+        finish_match(s, w, lengths, handles, batch, rows, call, clock, errors, bad, PAGE, BIGRAM, TOUCH, LOCK)
         if LOCK:
             tl.debug_barrier()
             handle = tl.load(handles)
@@ -164,7 +115,7 @@ def match_kernel(
         tl.store(w.mail + mail.FIRST_TOLD + told + query, word, mask=told >= 0)
         last, any_bad = arrive(w, tl.num_programs(0), bad)
         if last:
-            _finish(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
+            finish_match(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)
 
 
 _match = Kernel(
@@ -173,7 +124,7 @@ _match = Kernel(
 )
 
 
-def shape(batch: int, average: int, lock: bool) -> tuple[int, int, int]:
+def shape(batch: int, average: int, lock: int) -> tuple[int, int, int]:
     """Return (tokens a block, warps a program, registers a thread or 0 for no limit), as measured on an H200.
 
     A few long keys need many loads in flight; many keys need many programs on a multiprocessor. 8,192 keys of 4,096
@@ -198,65 +149,86 @@ def match(
     out: Output,
     call: int,
     touch: bool,
-    lock: bool,
+    lock: int,
 ) -> None:
     """Match a batch in one launch.
 
+    lock: 1 to lock the places, 2 to split the edges on which they end, else 0.
     names: code * 2 + (1 if the caller gave a name). Fills the handles and lengths of `out`, with -1 if the call is
     refused. The last `keys.left_out` tokens of each key are not looked up. Tells the lengths in the mail from
     `out.told` on, if that is not negative and the call is not refused.
     """
+    shares = shares_of(arrays, keys) if starts.handles == 0 else None
+    if shares:
+        match_long(arrays, keys, shares, names, out, call, touch, lock)
+        return
     block, warps, registers = shape(keys.batch, keys.total // keys.batch, lock)
-    _match(
-        arrays, keys.batch,
-        (
-            keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
-            keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
-        ),
-        (
-            *page_constants(arrays.page, arrays.bigram, block), touch, lock, keys.offsets == 0, False,
-            names.address != 0, starts.handles != 0,
-        ),
-        (keys.wide, keys.wide),
-        warps,
-        registers,
+    variant = _variant(
+        arrays.page, arrays.bigram, block, warps, registers, touch, lock, keys.offsets == 0, names.address != 0,
+        starts.handles != 0, keys.wide,
     )  # fmt: skip
+    direct = arrays.direct.get(variant)
+    if direct is None or (stream := direct_stream(arrays.device)) < 0:
+        _match(
+            arrays, keys.batch,
+            (
+                keys.address, keys.offsets, names.address, starts.handles, starts.lengths, out.lengths, out.handles, 0,
+                keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
+            ),
+            variant.constants, variant.wide, warps, registers,
+        )  # fmt: skip
+    elif code := native.start_matches.call(
+        direct.record, keys.batch, stream, keys.address, keys.offsets, names.address, starts.handles, starts.lengths,
+        out.lengths, out.handles, keys.total, names.number, keys.batch, arrays.rows, call, out.told, keys.left_out,
+    ):  # fmt: skip
+        raise_driver(code)
 
 
 @functools.cache
-def _single(page: int, bigram: bool, touch: bool, lock: bool) -> Variant:
+def _variant(
+    page: int, bigram: bool, block: int, warps: int, registers: int, touch: bool, lock: int, single: bool,
+    names: bool, starts: bool, wide: bool,
+) -> Variant:  # fmt: skip
+    constants = *page_constants(page, bigram, block), touch, lock, single, False, names, starts
+    return _match.variant(constants, (wide, wide), warps, registers)
+
+
+@functools.cache
+def _single(page: int, bigram: bool, touch: bool, lock: int) -> Variant:
     """Return the variant of `match_kernel` for one key in pinned memory, where it has 32 bits a token."""
     constants = *page_constants(page, bigram, 512), touch, lock, True, True, False, False
     return _match.variant(constants, (False, False))
 
 
 def match_one(
-    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, out: PlaceAddresses, call: int,
-    touch: bool, lock: bool,
+    arrays: Arrays, desk: Desk, key: tuple[int, int, bool, object], name: int, lengths: int, handles: int, call: int,
+    touch: bool, lock: int, stream: int,
 ) -> bool:  # fmt: skip
     """Match one key in host memory from the root. Return False if no pinned buffer is free: nothing is launched then.
 
-    key: (address, number of tokens, whether they are int64, their owner), at most
-    STAGED_TOKENS. name, out: as for `match`.
+    key: (address, number of tokens, whether they are int64, their owner); the desk's buffers must suffice. name, lock:
+    as for `match`. lengths, handles: addresses for the result. stream: torch's current stream if the tree's device is
+    torch's current device; else, or where unknown, -1.
     """
     address, count, wide, _owner = key
+    if is_long(count):
+        return match_long_one(arrays, desk, key, name, lengths, handles, call, touch, lock, stream)
     variant = _single(arrays.page, arrays.bigram, touch, lock)
     direct = arrays.direct.get(variant)
-    if direct is not None and is_current(arrays.device):
+    if direct is not None and stream >= 0:
         code = native.start_match.call(
-            direct.record, current_stream(arrays.device), desk.address, address, count, wide, name, arrays.rows, call,
-            out.lengths, out.handles,
-        )  # fmt: skip
+            direct.record, stream, desk.address, address, count, wide, name, arrays.rows, call, lengths, handles
+        )
         if code > 0:
             raise_driver(code)
         return code == 0
-    staged = native.stage_key.call(desk.address, address, count, wide)
+    staged = native.stage.call(desk.address, 0, address, count, wide)
     if staged == 0:
         return False
     _match(
         arrays, 1,
-        (staged, 0, 0, 0, 0, out.lengths, out.handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0),
+        (staged, 0, 0, 0, 0, lengths, handles, desk.staging, count, name, 1, arrays.rows, call, -1, 0),
         variant.constants, variant.wide,
     )  # fmt: skip
-    native.commit_key.call(desk.address, call)
+    native.commit.call(desk.address, call)
     return True

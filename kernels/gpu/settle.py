@@ -11,7 +11,7 @@ import triton.language as tl
 from flatradix.kernels.gpu.claim import claim, claims_of, clear_claim, equal_tokens, key_at
 from flatradix.kernels.gpu.cut import column, compare_cuts, get, list_cuts, note_cut, number_cuts, put
 from flatradix.kernels.gpu.finish import arrive, first_refusal, refuse, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant
 from flatradix.kernels.gpu.rows import row_number
 from flatradix.kernels.gpu.walk import name_of
 from flatradix.layout import numbers, reasons, scratch
@@ -169,18 +169,22 @@ def settle_kernel(
 _settle = Kernel(settle_kernel, ["*w", "*i64", "*i64", "i64", "i32", "i32", "i32", "i32"], cooperative=True)
 
 
+def settle_variant(page: int, width: int, bigram: bool, single: bool, names: bool, wide: bool) -> Variant:
+    """Return the variant of `settle_kernel`. page, width, bigram: as from `page_constants`."""
+    return _settle.variant((page, width, bigram, single, names), (wide,))
+
+
 def settle(
-    arrays: Arrays, keys: Values, names: PerQuery, may_compact: bool, page: int, width: int, bigram: bool
+    arrays: Arrays, variant: Variant, programs: int, keys: Values, names: PerQuery, mask: int, may_compact: bool
 ) -> None:
-    """Settle a batch that `plan_kernel` has walked; page, width and bigram as from `page_constants`.
+    """Settle a batch that `plan_kernel` has walked. mask: of the tables of claims.
 
     may_compact: whether a compaction follows if the pools lack space. Without one, a batch that needs it is refused.
     """
-    mask = arrays.scratch.claims.shape[1] - 1
     _settle(
-        arrays, cooperative_programs(arrays, keys.batch),
+        arrays, programs,
         (
             keys.address, keys.offsets, names.address, names.number, keys.batch, arrays.rows, mask, int(may_compact),
         ),
-        (page, width, bigram, keys.offsets == 0, names.address != 0), (keys.wide,),
+        variant.constants, variant.wide,
     )  # fmt: skip

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from flatradix.kernels import native
 from flatradix.kernels.gpu.cut import column
 from flatradix.kernels.gpu.finish import arrive, first_refusal, publish, refuse_lanes, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, cooperative_programs
+from flatradix.kernels.gpu.launch import (
+    Arrays,
+    Kernel,
+    Variant,
+    cooperative_programs,
+    direct_stream,
+    raise_driver,
+)
 from flatradix.kernels.gpu.rows import resolve
 from flatradix.layout import mail, reasons, scratch
 from flatradix.layout.queries import PlaceAddresses, SlotTable
 
 BLOCK = tl.constexpr(512)
+_BATCH = 8  # the place of the batch among the arguments of `slots_kernel`
 
 
 @triton.jit
@@ -110,14 +121,28 @@ _slots = Kernel(
 )
 
 
+@functools.cache
+def _variant(page: int, table: bool, step: int, wide: tuple[bool, bool]) -> Variant:
+    return _slots.variant((page, table, step), wide)
+
+
+def _start(arrays: Arrays, variant: Variant, arguments: tuple[int, ...]) -> None:
+    programs = cooperative_programs(arrays, arguments[_BATCH], 8)
+    direct = arrays.direct.get(variant)
+    if direct is None or (stream := direct_stream(arrays.device)) < 0:
+        _slots(arrays, programs, arguments, variant.constants, variant.wide)
+    elif code := native.start_slots.call(direct.record, programs, stream, *arguments):
+        raise_driver(code)
+
+
 def gather(arrays: Arrays, places: PlaceAddresses, pool: torch.Tensor, offsets: int, out: int, call: int) -> None:
     """Write what a pool has for place i to `out`, from `offsets[i]` on, all or nothing, in one launch.
 
     pool: slots or tokens of the tree. offsets: address of int64 [B]. out: address of values of the pool's dtype.
     """
+    wide = pool.dtype == torch.int64
     arguments = (places.handles, places.lengths, offsets, pool.data_ptr(), out, 0, 0, 0, places.batch, call)
-    wide = (pool.dtype == torch.int64,) * 2
-    _slots(arrays, cooperative_programs(arrays, places.batch, 8), arguments, (arrays.page, False, 1), wide)
+    _start(arrays, _variant(arrays.page, False, 1, (wide, wide)), arguments)
 
 
 def write_slots(
@@ -131,10 +156,5 @@ def write_slots(
         places.handles, places.lengths, rows, arrays.pool, table.address, table.stride, table.height, table.width,
         places.batch, call,
     )  # fmt: skip
-    _slots(
-        arrays,
-        cooperative_programs(arrays, places.batch, 8),
-        arguments,
-        (arrays.page, True, arrays.page if pages else 1),
-        (arrays.pool_wide, table.wide),
-    )
+    step = arrays.page if pages else 1
+    _start(arrays, _variant(arrays.page, True, step, (arrays.pool_wide, table.wide)), arguments)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from flatradix.kernels.gpu.climb import parent_of
 from flatradix.kernels.gpu.finish import first_refusal, publish, refuse_lanes
+from flatradix.kernels.gpu.free import found_victims
 from flatradix.kernels.gpu.launch import Arrays, Kernel
 from flatradix.kernels.gpu.rows import resolve
 from flatradix.layout import mail, reasons, scratch
@@ -133,8 +134,11 @@ def want_again(arrays: Arrays, places: PlaceAddresses, call: int) -> None:
     _wants(arrays, 1, (places.handles, places.lengths, places.batch, call), (arrays.page, 1, True))
 
 
-@triton.jit(do_not_specialize=["count"])
-def end_wants_kernel(s, w, count: tl.int64):
+@triton.jit(do_not_specialize=["count", "space"])
+def end_wants_kernel(s, w, count: tl.int64, space: tl.int64):
+    zero = tl.zeros([], tl.int64)
+    count, _tokens, _kept, good = found_victims(s, w, count.to(tl.int64), zero, zero, space.to(tl.int64))
+    count = tl.where(good, count, 0)
     victim = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     row = tl.load(w.victims + victim, mask=victim < count, other=0).to(tl.int64)
     own = tl.load(s.own_wants + row, mask=row > 0, other=0)
@@ -143,7 +147,7 @@ def end_wants_kernel(s, w, count: tl.int64):
     _add_wants(s, row, -own)
 
 
-_end_wants = Kernel(end_wants_kernel, ["i64"])
+_end_wants = Kernel(end_wants_kernel, ["i64", "i64"])
 
 
 def end_wants(arrays: Arrays, count: int) -> None:
@@ -151,7 +155,13 @@ def end_wants(arrays: Arrays, count: int) -> None:
 
     That of a victim that is only shortened ends too, as its place goes.
     """
-    _end_wants(arrays, -(-count // LANES.value), (count,))
+    _end_wants(arrays, -(-count // LANES.value), (count, 0))
+
+
+def end_wants_selected(arrays: Arrays, space: int) -> None:
+    """Do what `end_wants` does, before `free_selected`, unless that frees nothing. space: of its output."""
+    victims = min(space // arrays.page, arrays.rows)
+    _end_wants(arrays, max(1, -(-victims // LANES.value)), (-1, space))
 
 
 @triton.jit(do_not_specialize=["handles", "lengths", "out", "batch"])

@@ -6,7 +6,46 @@ the GIL.
 """
 
 from flatradix.kernels.native.answers import await_answer, await_lengths, await_word
-from flatradix.kernels.native.launch import Record, launch, start_match
-from flatradix.kernels.native.stage import commit_key, stage_key
+from flatradix.kernels.native.evict import start_evict
+from flatradix.kernels.native.insert import start_insert
+from flatradix.kernels.native.launch import (
+    Record,
+    launch,
+    start_lock,
+    start_long,
+    start_match,
+    start_matches,
+    start_slots,
+)
+from flatradix.kernels.native.stage import commit, stage
 
-__all__ = ["Record", "await_answer", "await_lengths", "await_word", "commit_key", "launch", "stage_key", "start_match"]
+FUNCTIONS = (
+    await_answer, await_lengths, await_word, commit, launch, stage, start_evict, start_insert, start_lock, start_long,
+    start_match, start_matches, start_slots,
+)  # fmt: skip
+
+
+def prepare() -> None:
+    """Compile all functions, or load them from disk."""
+    for function in FUNCTIONS:
+        function.prepare()
+
+
+__all__ = [
+    "FUNCTIONS",
+    "Record",
+    "await_answer",
+    "await_lengths",
+    "await_word",
+    "commit",
+    "launch",
+    "prepare",
+    "stage",
+    "start_evict",
+    "start_insert",
+    "start_lock",
+    "start_long",
+    "start_match",
+    "start_matches",
+    "start_slots",
+]

@@ -35,7 +35,8 @@ _LAUNCH, _LAUNCH_COOPERATIVE, _COOPERATIVE, _FUNCTION, _THREADS, _SHARED, _PARAM
 
 
 @helper
-def _start(record, programs, stream):
+def start(record, programs, stream):
+    """Launch a kernel whose cells are filled in. Return the driver's code, 0 for success."""
     r = int64_at(record)
     if r[_COOPERATIVE] and programs > 1:
         return call_cooperative(
@@ -44,10 +45,26 @@ def _start(record, programs, stream):
     return call_launch(r[_LAUNCH], r[_FUNCTION], programs, r[_THREADS], r[_SHARED], stream, r[_PARAMETERS])
 
 
+@helper
+def cells_of(record):
+    """Return the parameters of a kernel that change from launch to launch, int64, to be filled in."""
+    return int64_at(int64_at(record)[_CELLS])
+
+
 @fixed_types("(int64, int64, int64)", nogil=True)
 def launch(record, programs, stream):
     """Launch a kernel whose cells are filled in. Return the driver's code, 0 for success."""
-    return _start(record, programs, stream)
+    return start(record, programs, stream)
+
+
+@fixed_types("(int64, int64, int64, int64, int64)", nogil=True)
+def start_lock(record, stream, handles, lengths, call):
+    """Launch a lock or unlock of one place. Return the driver's code. handles, lengths: addresses of the place."""
+    cells = cells_of(record)
+    cells[0] = handles
+    cells[1] = lengths
+    cells[2] = call
+    return start(record, 1, stream)
 
 
 @fixed_types("(int64, int64, int64, int64, int64, boolean, int64, int64, int64, int64, int64)", nogil=True)
@@ -56,10 +73,10 @@ def start_match(record, stream, desk, key, tokens, wide, name, rows, call, lengt
 
     desk: address of the tree's `desk`. key, wide: as for `put`. lengths, handles: addresses of the results.
     """
-    staged = put(desk, key, tokens, wide)
+    staged = put(desk, 0, key, tokens, wide)
     if staged == 0:
         return -1
-    cells = int64_at(int64_at(record)[_CELLS])
+    cells = cells_of(record)
     cells[0] = staged
     for cell in range(1, 5):
         cells[cell] = 0
@@ -73,7 +90,81 @@ def start_match(record, stream, desk, key, tokens, wide, name, rows, call, lengt
     cells[12] = call
     cells[13] = -1
     cells[14] = 0
-    code = _start(record, 1, stream)
+    code = start(record, 1, stream)
     if code == 0:
         reserve(desk, call)
     return code
+
+
+@fixed_types(
+    "(int64, int64, int64, int64, int64, int64, boolean, int64, int64, int64, int64, int64, int64)", nogil=True
+)
+def start_long(record, share, stream, desk, key, tokens, wide, name, rows, call, lengths, handles, mask):
+    """Do what `start_match` does for a long key, with `share` programs. mask: as for the kernel."""
+    staged = put(desk, 0, key, tokens, wide)
+    if staged == 0:
+        return -1
+    cells = cells_of(record)
+    cells[0] = staged
+    cells[1] = 0
+    cells[2] = 0
+    cells[3] = lengths
+    cells[4] = handles
+    cells[5] = int64_at(desk)[STAGING]
+    cells[6] = tokens
+    cells[7] = name
+    cells[8] = 1
+    cells[9] = rows
+    cells[10] = call
+    cells[11] = -1
+    cells[12] = 0
+    cells[13] = share
+    cells[14] = mask
+    code = start(record, share, stream)
+    if code == 0:
+        reserve(desk, call)
+    return code
+
+
+@fixed_types(f"({'int64, ' * 17})", nogil=True)
+def start_matches(
+    record, programs, stream, values, offsets, names, start_handles, start_lengths, lengths, handles, total, name,
+    batch, rows, call, told, left_out,
+):  # fmt: skip
+    """Launch a match of keys on the device. Return the driver's code. The other arguments are those of the kernel."""
+    cells = cells_of(record)
+    cells[0] = values
+    cells[1] = offsets
+    cells[2] = names
+    cells[3] = start_handles
+    cells[4] = start_lengths
+    cells[5] = lengths
+    cells[6] = handles
+    cells[7] = 0
+    cells[8] = total
+    cells[9] = name
+    cells[10] = batch
+    cells[11] = rows
+    cells[12] = call
+    cells[13] = told
+    cells[14] = left_out
+    return start(record, programs, stream)
+
+
+@fixed_types(f"({'int64, ' * 13})", nogil=True)
+def start_slots(
+    record, programs, stream, handles, lengths, rows, pool, target, stride, height, width, batch, call
+):  # fmt: skip
+    """Launch a copy of the slots of places. Return the driver's code. The other arguments are those of the kernel."""
+    cells = cells_of(record)
+    cells[0] = handles
+    cells[1] = lengths
+    cells[2] = rows
+    cells[3] = pool
+    cells[4] = target
+    cells[5] = stride
+    cells[6] = height
+    cells[7] = width
+    cells[8] = batch
+    cells[9] = call
+    return start(record, programs, stream)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
+from flatradix import CapacityError, EvictIntoResult, RadixTree, Ragged, StaleHandleError
 from flatradix.inputs import devices
 from tests.support.inside import pool_end
 
@@ -378,6 +378,10 @@ class Round:
         results = self.call(1, lambda: self.host.evict(num_tokens), lambda: self.tree.evict(num_tokens), same_victims)
         assert results is not None
         self.totals.evicted += results[0].num_nodes
+        self.drop_stale()
+
+    def drop_stale(self) -> None:
+        """Forget most of the places that an eviction has made stale."""
         self.held = [held for held in self.held if self.is_good(held) or self.random.random() < 0.1]
 
     def is_good(self, held: Held) -> bool:
@@ -390,6 +394,23 @@ class Round:
     def evict_some(self) -> None:
         total = self.host.total_tokens
         self.evict(self.random.choice((0, 1, self.configuration.page_size, total // 20, total // 3)))
+
+    def evict_into(self) -> None:
+        """Evict into a tensor, which may be too small, without a wait."""
+        total = self.host.total_tokens
+        wanted = self.random.choice((0, 1, self.configuration.page_size, total // 20))
+        space = wanted + self.random.choice((0, self.configuration.page_size, total))
+        here, there = (torch.zeros(space, dtype=tree.slot_dtype, device=tree.device) for tree in (self.host, self.tree))
+        asked = torch.tensor([wanted], device=self.tree.device) if self.random.random() < 0.5 else wanted
+        results = self.call(
+            1,
+            lambda: self.host.evict(wanted, out=here),
+            lambda: self.tree.evict(asked, out=there),
+            same_victims_in,
+        )
+        if results is not None:
+            self.totals.evicted += int(results[0].num_nodes)
+        self.drop_stale()
 
     def lock(self) -> None:
         if not self.held:
@@ -449,8 +470,9 @@ class Round:
 
     def run(self, operations: int, deadline: float) -> None:
         rules = (
-            [self.insert] * 30 + [self.match] * 30 + [self.single] * 8 + [self.evict_some] * 6 + [self.lock] * 8
+            [self.insert] * 30 + [self.match] * 30 + [self.single] * 8 + [self.evict_some] * 4 + [self.lock] * 8
             + [self.unlock] * 20 + [self.read_slots] * 4 + [self.check] + [self.move] + [self.compact]
+            + [self.evict_into] * 4
         )  # fmt: skip
         end = self.totals.operations + operations
         while self.totals.operations < end and time.monotonic() < deadline:
@@ -474,7 +496,9 @@ class Round:
 
 
 def refused_is_empty(result: Any) -> None:
-    if result is not None:
+    if isinstance(result, EvictIntoResult):
+        assert (int(result.num_tokens), int(result.num_nodes)) == (-1, -1), "a refused call left numbers"
+    elif result is not None:
         assert (result.lengths == -1).all(), "a refused call left lengths"
         assert (result.handles == -1).all(), "a refused call left handles"
 
@@ -512,6 +536,11 @@ def same_inserts(host: Any, tree: Any) -> None:
 def same_victims(host: Any, tree: Any) -> None:
     assert tree.slots.tolist() == host.slots.tolist(), "slots of the victims"
     assert tree[1:] == host[1:], "victims"
+
+
+def same_victims_in(host: EvictIntoResult, tree: EvictIntoResult) -> None:
+    assert [int(number) for number in tree[1:]] == [int(number) for number in host[1:]], "victims"
+    assert tree.slots.tolist() == host.slots.tolist(), "slots of the victims"
 
 
 def main() -> int:

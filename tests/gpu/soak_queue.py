@@ -53,13 +53,14 @@ def flip(random: Random) -> bool:
 
 # Each draws an argument of this name.
 DRAWS: dict[str, Callable[[Random], Any]] = {
-    **dict.fromkeys(("again", "bad", "compute_last", "defer", "everything", "less", "lock", "odd"), flip),
-    **dict.fromkeys(("serve", "split", "touch", "wide_slots"), flip),
+    **dict.fromkeys(("again", "bad", "compute_last", "defer", "everything", "less", "listens", "lock"), flip),
+    **dict.fromkeys(("odd", "serve", "split", "there", "touch", "wide_slots"), flip),
     "keep": lambda random: random.random() < 0.7,
     "pages": lambda random: random.randint(0, 6),
     "policy": lambda random: random.choice(ORDERS),
     "random": lambda random: random,
     "rounds": lambda random: random.randint(1, 4),
+    "space": lambda random: random.randint(0, 12),
     "slot_device": lambda random: random.choice((None, "cpu")),
     "steps": lambda random: random.randint(1, 5),
     "what": lambda random: random.choice(("reset", "evict", "evict -1", "unlock", "save", "load")),

@@ -127,6 +127,8 @@ def use_everything(tree: RadixTree, few: bool) -> None:
     gpu.rebuild(arrays_of(tree))
     tree.reset()
     tree.evict(1)
+    for asked in (1, numbers[:1]):
+        tree.evict(asked, out=torch.zeros(200_000, dtype=tree.slot_dtype))
     tree.digest()
     gpu.tell(arrays_of(tree), 1)
     for pinned in (False, True):
@@ -137,8 +139,10 @@ def use_everything(tree: RadixTree, few: bool) -> None:
         tree.insert(sequence, single)
         tree.insert(np.tile(sequence, 2), torch.cat((single, single)))
     found = tree.match(single.numpy())
-    tree.lock(found)
-    tree.unlock(found)
+    pair = SimpleNamespace(handles=places.handles[:2], lengths=places.lengths[:2])
+    for one in (found, pair):
+        tree.lock(one)
+        tree.unlock(one)
     use_queue(tree, many, places)
     if few:
         return
@@ -254,3 +258,17 @@ def test_every_kernel(recorder: Recorder, target: GPUTarget, tmp_path: Path) -> 
             if target.backend == "cuda" and variant.kernel.cooperative:
                 assert_they_fit(variant, compiled, tmp_path)
         done.add(variant.kernel)
+
+
+@pytest.mark.parametrize("kernel", Kernel.all_kernels, ids=lambda kernel: kernel.function.__name__)
+def test_a_kernel_is_found_on_disk_by_the_next_process(kernel: Kernel) -> None:
+    """Triton hashes the constants of a kernel in the order of (name, address of the module's globals).
+
+    So where two modules give one name two values, the hash differs from process to process, and Triton compiles anew.
+    """
+    _ = kernel.function.cache_key  # collects the constants
+    values: dict[str, set[str]] = {}
+    for (name, _module), (value, _globals) in kernel.function.used_global_vals.items():
+        if isinstance(value, triton.language.constexpr):
+            values.setdefault(name, set()).add(str(value))
+    assert [name for name, found in values.items() if len(found) > 1] == []

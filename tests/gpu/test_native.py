@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,13 +17,16 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no kern
 
 from flatradix import RadixTree
 from flatradix.device.mailbox import Mailbox
-from flatradix.kernels import native
-from flatradix.kernels.gpu.launch import Kernel, arrays_of, no_arrays
+from flatradix.device.stages import Stages
+from flatradix.kernels import gpu, native
+from flatradix.kernels.gpu import launch
+from flatradix.kernels.gpu.launch import Arrays, Kernel, arrays_of, no_arrays
 from flatradix.layout import desk, mail
-from flatradix.layout.scratch import allocate_scratch
-from flatradix.layout.state import allocate_device
+from flatradix.layout.queries import NO_PLACES, Desk, Output, PerQuery, PlaceAddresses, SlotTable, Values
+from flatradix.layout.scratch import allocate_scratch, enlarge
+from flatradix.layout.state import allocate_device, pool_units
 from tests.support.devices import interpreted
-from tests.support.fake_driver import STREAM, FakeDriver, interpret_launches
+from tests.support.fake_driver import STREAM, FakeDriver, interpret_launches, record_launches
 from tests.support.pairs import Pair, ragged, shared_prefixes, use
 
 CPU = torch.device("cpu")
@@ -35,7 +40,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 @pytest.mark.parametrize("kernel", Kernel.all_kernels, ids=lambda kernel: kernel.function.__name__)
 def test_the_driver_gets_what_the_kernel_is_called_with(kernel: Kernel, driver: FakeDriver) -> None:
     state = allocate_device(64, 1, False, 0, CPU)
-    scratch = allocate_scratch(len(state.parent), torch.zeros(mail.SIZE, dtype=torch.int64), CPU)
+    scratch = allocate_scratch(len(state.parent), 1000, torch.zeros(mail.SIZE, dtype=torch.int64), CPU)
     pool = torch.zeros(8, dtype=torch.int32)
     with_tree = kernel.function.arg_names[0] == "s"
     arrays = arrays_of(state, scratch, pool, 1, False) if with_tree else no_arrays(CPU)
@@ -62,6 +67,145 @@ def test_what_the_driver_refuses_is_raised(driver: FakeDriver) -> None:
     driver.code = 701
     with pytest.raises(RuntimeError, match="the CUDA driver refused to launch a kernel: error 701"):
         kernel(arrays, 1, (5,))
+
+
+# One call of machine code for an operation starts the same kernels as Python, one by one, would
+
+
+class Home(NamedTuple):
+    """What the functions that launch kernels take, on a tree whose kernels never run."""
+
+    arrays: Arrays
+    stages: Stages
+    box: Mailbox
+
+    @property
+    def desk(self) -> Desk:
+        return self.stages.desk
+
+
+def home_of(slot_dtype: torch.dtype) -> Home:
+    box = Mailbox(CPU)
+    state = allocate_device(10_000, 1, False, 0, CPU)
+    scratch = enlarge(allocate_scratch(len(state.parent), 10_000, box.words, CPU), 64)
+    pool = torch.zeros(2 * pool_units(10_000, 1), dtype=slot_dtype)
+    return Home(arrays_of(state, scratch, pool, 1, False), Stages(CPU, box), box)
+
+
+def on_host(values: np.ndarray) -> Values:
+    return Values(values.ctypes.data, values.dtype == np.int64, 0, len(values), 1, None, values, on_host=True)
+
+
+def there(wide: bool, batch: int = 0, total: int = 2000) -> Values:
+    """Return addresses of values on a device: of a single sequence without `batch`."""
+    return Values(1 << 40, wide, 2 << 40 if batch else 0, total, batch or 1, None, None)
+
+
+KEY32, KEY64 = np.arange(3, 12, dtype=np.int32), np.arange(3, 12)
+LONG32, LONG64 = np.arange(5000, dtype=np.int32), np.arange(5000)
+PLACES, MANY = PlaceAddresses(5 << 40, 6 << 40, 1), PlaceAddresses(5 << 40, 6 << 40, 3)
+OUT = Output(7 << 40, 8 << 40, 9 << 40, 77)
+TABLE = SlotTable(4 << 40, True, 7, 8, 6)
+ONE, EACH = PerQuery(0, -(2**40)), PerQuery(3 << 40, 0)
+CASES: dict[str, Callable[[Home], object]] = {
+    "lock": lambda home: gpu.lock_one(home.arrays, PLACES, 9, STREAM),
+    "unlock": lambda home: gpu.unlock_one(home.arrays, PLACES, 9, STREAM),
+    "slots": lambda home: gpu.gather(home.arrays, MANY, home.arrays.state.tokens, 3 << 40, 4 << 40, 9),
+}
+for kind in (False, True):
+    CASES[f"write_slots {kind}"] = lambda home, pages=kind: gpu.write_slots(home.arrays, MANY, 3, TABLE, 9, pages)
+    for touch in (False, True):
+        for batch in (0, 3):
+            keys = there(kind, batch)._replace(left_out=1)
+            names, starts = (EACH, MANY) if batch else (ONE, NO_PLACES)
+            CASES[f"match {kind} {touch} {batch}"] = lambda home, keys=keys, names=names, starts=starts, touch=touch: (
+                gpu.match(home.arrays, keys, names, starts, OUT, 9, touch, not touch)
+            )
+        for key in (KEY64, LONG64) if kind else (KEY32, LONG32):
+            one = (key.ctypes.data, len(key), kind, key)
+            CASES[f"match one {kind} {touch} {len(key)}"] = lambda home, one=one, touch=touch: gpu.match_one(
+                home.arrays, home.desk, one, -8, 6 << 40, 5 << 40, 9, touch, not touch, STREAM
+            )
+
+
+def insert(home: Home, keys: Values, slots: Values, may_compact: bool = False) -> bool:
+    starts, each = (MANY, EACH) if keys.batch == 3 else (PLACES, ONE)
+    return gpu.insert(home.arrays, home.desk, keys, slots, each, starts, each, each, OUT, 9, may_compact)
+
+
+for name, keys, slots in (
+    ("on the device", there(True), there(False)),
+    ("batch", there(False, 3), there(True, 3)),
+    ("key on the host", on_host(KEY64), there(True, total=9)),
+    ("narrow key on the host", on_host(KEY32), there(True, total=9)),
+    ("slots on the host", there(True, total=9), on_host(KEY64)),
+    ("both on the host", on_host(KEY32), on_host(KEY64)),
+):
+    for compacts in (False, True):
+        CASES[f"insert {name} {compacts}"] = partial(insert, keys=keys, slots=slots, may_compact=compacts)
+
+
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_one_call_of_machine_code(case: str, slot_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = record_launches(monkeypatch)
+    monkeypatch.setattr(launch, "multi_processors", lambda device: 132)
+    home, start = home_of(slot_dtype), CASES[case]
+    home.stages.buffers.zero_()
+    assert start(home) in (None, True)
+    from_python, words, staged = driver.launches[:], home.stages.words.copy(), home.stages.buffers.clone()
+    assert len(from_python) == (1 if not case.startswith("insert") else 4 if case.endswith("True") else 3)
+    driver.launches.clear()
+    home.stages.words[desk.NEXT :] = 0
+    home.stages.buffers.zero_()
+    monkeypatch.setattr(native.launch, "call", None)  # this would launch a single kernel
+    assert start(home) in (None, True)
+    assert driver.launches == from_python
+    assert (home.stages.words == words).all()
+    assert torch.equal(home.stages.buffers, staged)
+    if "both on the host" in case:
+        assert staged[:9].tolist() == staged[desk.STAGED_TOKENS :][:9].tolist() == list(range(3, 12))
+        assert words[desk.NEXT] == 2
+
+
+@pytest.mark.parametrize("good", range(4))
+@pytest.mark.parametrize("case", CASES)
+def test_each_launch_may_be_refused(case: str, good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launch follows the one that the driver refuses, and the buffers count as free."""
+    driver = record_launches(monkeypatch)
+    home, start = home_of(torch.int32), CASES[case]
+    start(home)
+    if good >= len(driver.launches):
+        return
+    driver.launches.clear()
+    home.stages.words[desk.NEXT :] = 0
+    driver.code, driver.good = 701, good
+    with pytest.raises(RuntimeError, match="refused to launch a kernel: error 701"):
+        start(home)
+    assert len(driver.launches) == good + 1
+    assert not home.stages.words[desk.NEXT :].any()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "on the host" in case or "match one" in case])
+def test_nothing_starts_without_a_free_buffer(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = record_launches(monkeypatch)
+    home, start = home_of(torch.int32), CASES[case]
+    for _ in range(2):  # from Python, then from machine code
+        for busy in (0, 1)[: 2 if "both" in case else 1]:
+            home.stages.words[desk.NEXT :] = 0
+            home.stages.words[desk.FIRST_CALL + busy] = 3
+            assert start(home) is False
+            with pytest.raises(RuntimeError, match="call 3 has not told its numbers"):
+                home.stages.wait()
+        assert not driver.launches
+        home.stages.words[desk.NEXT :] = 0
+        assert start(home) is True
+        driver.launches.clear()
+    home.stages.words[desk.NEXT :] = 0
+    home.stages.words[desk.FIRST_CALL] = 3
+    write(home.box, 3, [1, 2, 3, 4])
+    home.stages.wait()
+    assert start(home) is True
 
 
 # A whole tree whose launches are direct, with interpreted kernels
@@ -128,6 +272,44 @@ def test_a_refused_launch_has_no_effect(cuda: str, direct: FakeDriver) -> None:
     direct.code = 0
     pair.compare()
     assert pair.tree.match([1, 2, 3], touch=False).length == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("good", range(3))
+def test_an_insert_of_which_a_launch_was_refused(cuda: str, direct: FakeDriver, good: int) -> None:
+    """The driver runs none, one or two of its three launches."""
+    pair = Pair(cuda, 64)
+    for tree in (pair.host, pair.tree):
+        for key in range(4):
+            assert tree.insert([key, 2, 3, 4], [5, 6, 7, 8]).prefix_length == 0
+    direct.code, direct.good = 2, good
+    with pytest.raises(RuntimeError, match="refused to launch a kernel: error 2"):
+        pair.tree.insert([1, 2, 9, 9], [5, 6, 7, 8])
+    direct.code = 0
+    pair.compare()
+    for tree in (pair.host, pair.tree):
+        assert tree.insert([1, 2, 9], [5, 6, 7]).prefix_length == 2
+    pair.compare()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)
+def test_slots_in_host_memory(cuda: str, direct: FakeDriver, slot_dtype: torch.dtype) -> None:
+    tree = RadixTree(200, device=cuda, slot_dtype=slot_dtype)
+    largest = int(torch.iinfo(slot_dtype).max)
+    for first in range(4):
+        for dtype in (np.int32, np.int64):
+            key, slots = np.array([first, 1, 2], dtype), np.array([first, 8, 9], dtype)
+            assert tree.insert(key, slots).length == 3
+            assert tree.slots(tree.match(key)).to_list() == [[first, 8, 9]]
+            for bad in (-1, -(2**31)) if dtype is np.int32 else (-1, -(2**63) + 7, *((2**32 + 3,) * (largest < 2**32))):
+                with pytest.raises(ValueError, match="slot"):
+                    _ = tree.insert([first, 7], np.array([4, bad], dtype)).length
+    assert tree.insert([9, 9], [3, largest]).prefix_length == 0
+    assert tree.slots(tree.match([9, 9])).to_list() == [[3, largest]]
+    with pytest.raises(ValueError, match="2 tokens"):
+        tree.insert([1, 2], [1, 2, 3])
+    tree.check()
 
 
 @pytest.mark.gpu

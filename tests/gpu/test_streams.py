@@ -31,6 +31,7 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
     rows = torch.arange(3, device=tree.device)
     priority = torch.arange(3, device=tree.device)
     first, first_slots = q.values[:4], slots.values[:4]
+    out, wanted = torch.zeros(8, dtype=torch.int32, device=tree.device), torch.ones(1, dtype=int, device=tree.device)
     kept: dict[str, Any] = {}
 
     def keep(name: str, value: Any) -> None:
@@ -51,6 +52,8 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
         lambda: keep("one", tree.match(first, lock=True)),
         lambda: tree.unlock(kept["one"]),
         lambda: tree.insert(first, first_slots, start=kept["one"]),
+        lambda: tree.evict(1, out=out),
+        lambda: tree.evict(wanted, out=out),
     ]
 
 
@@ -176,9 +179,15 @@ def fixed_shape(seed: int, count: int) -> list[list[int]]:
 
 
 def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    """Capture a call. An error of the call is raised, not one about the capture that it leaves."""
+    graph, failed, result = torch.cuda.CUDAGraph(), [], None
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(graph):
+        try:
+            result = call()
+        except Exception as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
     return graph, result
 
 
@@ -257,16 +266,33 @@ def test_what_a_graph_cannot_hold(gpu: str) -> None:
     beside = RadixTree(64, device="cpu", slot_device=gpu)
     place = beside.insert([1, 2], [3, 4])
     table = torch.zeros((1, 2), dtype=torch.int32, device=gpu)
+    there = torch.arange(3, device=gpu)
+    grows = RadixTree(device=gpu)
+    told = RadixTree(64, device=gpu, on_evict=print)
+    out = torch.zeros(64, dtype=torch.int32, device=gpu)
     on_the_cpu = "cannot hold a call of a tree on the CPU"
     for call, message in (
         (lambda: tree.match([1, 2]), "cannot hold inputs in host memory"),
         (lambda: tree.match([[1], [2]]), "cannot hold inputs in host memory"),
         (lambda: tree.match(q, namespace="a"), "cannot hold a namespace"),
-        (lambda: tree.insert(q, q), "insert cannot be part of a CUDA graph"),
+        (lambda: tree.match([torch.tensor([1]), there]), "cannot hold inputs in host memory"),
+        (lambda: tree.insert(q, q, namespace="a"), "cannot hold a namespace"),
+        (lambda: tree.insert([1, 2], there[:2]), "cannot hold inputs in host memory"),
+        (lambda: tree.insert(q, [[1], [2]]), "cannot hold inputs in host memory"),
+        (lambda: grows.insert(q, q), "a tree without max_tokens, as that may grow"),
+        (lambda: tree.evict(1), "give evict a tensor for them, out="),
+        (lambda: told.evict(1, out=out), "a tree with on_evict"),
+        (lambda: tree.total_tokens, "cannot hold a call that waits for the device"),
+        (tree.raise_pending, "cannot hold a call that waits for the device"),
+        (lambda: tree.slots(q), "cannot hold a call that waits for the device"),
+        (tree.reset, "cannot hold a reset"),
         (lambda: beside.slots(place), on_the_cpu),
         (lambda: beside.write_slots(place, table, [0]), on_the_cpu),
-        (lambda: beside.insert([1, 2, 3], torch.arange(3, device=gpu)), on_the_cpu),
+        (lambda: beside.write_slots(place, table, there[:1]), on_the_cpu),
+        (lambda: beside.insert([1, 2, 3], there), on_the_cpu),
+        (lambda: beside.insert([1, 2, 3], [1, 2, 3]), on_the_cpu),
         (lambda: beside.evict(1), on_the_cpu),
+        (lambda: beside.evict(1, out=out), on_the_cpu),
     ):
         with pytest.raises(RuntimeError, match=message):
             captured(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,3 +59,18 @@ def test_nothing_is_compiled_after_the_warm_up(options: dict, tmp_path: Path) ->
     assert {name: count for name, count in before.items() if count != 1} == {}, "warm_up leaves something out"
     use_everything(RadixTree(64, device="cpu", **options), tmp_path)
     assert signatures() == before
+
+
+def test_machine_code_that_starts_kernels_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to start")
+    from flatradix.device import warm_up
+    from flatradix.kernels import native
+
+    monkeypatch.setattr(warm_up, "_operations", lambda tokens: iter([lambda tree: None]))
+    monkeypatch.setattr(warm_up, "RadixTree", lambda *arguments, **options: RadixTree(64, device="cpu"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    warm_up.warm_up_device(torch.device("cuda", 0), 1, False)
+    fixed = {name: function for name in native.__all__ if hasattr(function := getattr(native, name), "prepare")}
+    assert set(fixed.values()) == set(native.FUNCTIONS)
+    assert {name: len(function.dispatcher.signatures) for name, function in fixed.items()} == dict.fromkeys(fixed, 1)
+    assert {name for name, function in fixed.items() if function.call == function._first} == set()

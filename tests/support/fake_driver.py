@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from flatradix.device.calls import Calls
 from flatradix.kernels.gpu import launch
 from flatradix.kernels.gpu.launch import Arrays, DirectLaunch, Kernel, Variant
 
@@ -33,11 +34,14 @@ class Launched(NamedTuple):
 
 
 class FakeDriver:
-    """Stands in for the CUDA driver while `patch` lasts. code: what each launch returns, 0 for success."""
+    """Stands in for the CUDA driver while `patch` lasts.
+
+    code: what launches return, 0 for success. good: how many launches succeed before any returns `code`.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.launches: list[Launched] = []
-        self.code = 0
+        self.code = self.good = 0
         self._counts: dict[int, int] = {}
         self._runs: dict[int, Callable[[Launched], None]] = {}
         library = SimpleNamespace(cuLaunchKernel=_PLAIN(self._plain), cuLaunchCooperativeKernel=_COOPERATIVE(self._all))
@@ -67,9 +71,23 @@ class FakeDriver:
         cells = (ctypes.c_int64.from_address(parameters[i]).value for i in range(self._counts[function]))
         found = Launched(function, tuple(grid), stream, tuple(cells), extra)
         self.launches.append(found)
-        if self.code == 0:
-            self._runs[function](found)
-        return self.code
+        if self.code and self.good <= 0:
+            return self.code
+        self.good -= 1
+        self._runs[function](found)
+        return 0
+
+
+def record_launches(patch: pytest.MonkeyPatch) -> FakeDriver:
+    """Have kernels start as on a GPU, but run none: all launches are direct, the first of each variant from Python."""
+    driver = FakeDriver(patch)
+
+    def start(kernel: Kernel, arrays: Arrays, programs: int, arguments: Any, variant: Variant) -> None:
+        arrays.direct[variant] = driver.ready(arrays, kernel, variant)
+        arrays.direct[variant](programs, STREAM, arguments)
+
+    patch.setattr(Kernel, "_start", start)
+    return driver
 
 
 def interpret_launches(patch: pytest.MonkeyPatch) -> FakeDriver:
@@ -87,4 +105,5 @@ def interpret_launches(patch: pytest.MonkeyPatch) -> FakeDriver:
         arrays.direct[variant] = driver.ready(arrays, kernel, variant, run)
 
     patch.setattr(Kernel, "_start", start_and_prepare)
+    patch.setattr(Calls, "begin", lambda calls: (calls.next(), STREAM, False))
     return driver

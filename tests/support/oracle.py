@@ -5,6 +5,7 @@ The code is slow and obvious on purpose. A batch is validated first; then its qu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -499,9 +500,14 @@ class Oracle:
 
     # Evict
 
-    def evict(self, num_tokens: int) -> Evicted:
+    def evict(self, num_tokens: int, space: int | None = None) -> Evicted:
+        """Evict. space: of the caller's memory; nothing goes if the slots do not fit there."""
         if num_tokens < 0:
             raise ValueError("a negative number of tokens")
+        if space is not None:
+            rehearsed = copy.deepcopy(self).evict(num_tokens)
+            if rehearsed.num_tokens > space:
+                raise ValueError("out is too small")
         scores = {node: self.score(node) for node in self.nodes()}
         pinned = {node for node in self.nodes() if node.wants > 0}
         prompts = [list(node.upwards()) for node in self.keeper.nodes_to_give_up()] if self.keeper else []

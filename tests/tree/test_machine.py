@@ -99,6 +99,7 @@ START: dict[str, Any] = {
     "wide_slots": st.booleans(),
     "slot_device": SLOT_DEVICES,
     "evict_by": st.sampled_from(["node", "page"]),
+    "listens": st.booleans(),
 }
 
 
@@ -138,7 +139,9 @@ class Machine(RuleBasedStateMachine):
         wide_slots: bool,
         slot_device: str | None,
         evict_by: str,
+        listens: bool,
     ) -> None:
+        """listens: whether a callback is told the victims. Without one, a GPU evicts in another way."""
         max_tokens = None
         if pages is None:  # the tree grows from 4 pages on
             self.patches.setattr(growth, "FIRST_TOKENS", 4 * self.page_size)
@@ -146,6 +149,7 @@ class Machine(RuleBasedStateMachine):
             max_tokens = pages * self.page_size + (self.page_size - 1 if odd else 0)
         slot_dtype = torch.int64 if wide_slots else torch.int32
         self.policy = policy
+        self.listens = listens
         self.slot_device = slot_device
         self.next_slot = 2**40 if wide_slots else 0
         self.largest_slot = torch.iinfo(slot_dtype).max
@@ -163,7 +167,7 @@ class Machine(RuleBasedStateMachine):
                 bigram=self.bigram,
                 slot_dtype=slot_dtype,
                 evict_by=evict_by,
-                on_evict=recorder(told),
+                on_evict=recorder(told) if listens else None,
             )
             self.sides.append(Side(len(self.sides), tree, told))
         roots = [side.tree.match([[]], touch=False).handle for side in self.sides]
@@ -410,11 +414,15 @@ class Machine(RuleBasedStateMachine):
             random.choice([own for own in slots if own]).pop()
         self.insert(random, queries, slots, exact=False)
 
+    def compare_told(self, expected: list[Told]) -> None:
+        """Compare what the callbacks were told with what the last eviction took."""
+        assert all(side.told == (expected if self.listens else []) for side in self.sides)
+
     def evict(self, num_tokens: int) -> None:
         self.on_each(lambda side: side.told.clear())
         found = self.expect(lambda: self.oracle.evict(num_tokens), lambda side: side.tree.evict(num_tokens))
         if found is not None:
-            assert all(side.told == self.oracle.told for side in self.sides)
+            self.compare_told(self.oracle.told)
             expected, results = found
             for result in results:
                 assert result.slots.tolist() == expected.slots
@@ -425,6 +433,30 @@ class Machine(RuleBasedStateMachine):
     @rule(pages=st.integers(0, 6), less=st.booleans())
     def evict_some(self, pages: int, less: bool) -> None:
         self.evict(max(pages * self.page_size - less, 0))
+
+    @rule(pages=st.integers(-1, 6), space=st.integers(0, 12), there=st.booleans())
+    def evict_into(self, pages: int, space: int, there: bool) -> None:
+        """Evict into a tensor, which may be too small. there: the number of tokens is in a tensor, too."""
+        tokens, space = pages * self.page_size, space * self.page_size - (space % 2)
+        asked = torch.tensor([tokens]) if there else tokens
+        outs = [torch.full((max(space, 0),), -7, dtype=self.tree.slot_dtype) for _ in self.sides]
+        self.on_each(lambda side: side.told.clear())
+        found = self.expect(
+            lambda: self.oracle.evict(tokens, len(outs[0])),
+            lambda side: side.tree.evict(asked, out=outs[side.number]),
+        )
+        if found is None:
+            assert all((out == -7).all() for out in outs)
+            self.compare_told([])
+            return
+        self.compare_told(self.oracle.told)
+        expected, results = found
+        for result, out in zip(results, outs, strict=True):
+            assert result.slots is out
+            assert out.tolist() == expected.slots + [-7] * (len(out) - len(expected.slots))
+            assert (int(result.num_tokens), int(result.num_nodes)) == expected[1:]
+            assert result.num_tokens.dtype == result.num_nodes.dtype == torch.int64
+            assert result.num_tokens.shape == result.num_nodes.shape == ()
 
     @rule(random=SEEDS, rounds=st.integers(1, 4))
     def churn(self, random: Random, rounds: int) -> None:
@@ -571,7 +603,7 @@ class Machine(RuleBasedStateMachine):
         self.tree.save(file)  # type: ignore[arg-type]
         file.seek(0)
         policy = self.policy if callable(self.policy) else None
-        on_evict = recorder(self.sides[0].told)
+        on_evict = recorder(self.sides[0].told) if self.listens else None
         loaded = RadixTree.load(file, self.device, slot_device, policy, on_evict)  # type: ignore[arg-type]
         assert loaded.digest() == self.tree.digest() == digest
         assert dump_tree(loaded) == dump_tree(self.tree)

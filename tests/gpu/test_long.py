@@ -1,0 +1,143 @@
+"""Long keys by anchors: results equal those of walks, whatever the anchors say."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis.stateful import run_state_machine_as_test
+
+from flatradix import RadixTree
+from flatradix.kernels.gpu import long
+from flatradix.layout import scratch
+from tests.support.devices import interpreted
+from tests.support.inside import arrays_of
+from tests.tree.test_machine import Machine
+
+# Chunks that a program handles at once, and bits of a tag that are compared: all, or so few that anchors are wrong.
+SETTINGS = pytest.mark.parametrize(("group", "tag"), [(1, 0xFFFFFFFF), (4, 0xFFFFFFFF), (4, 1)])
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every key be long, with a chunk every four tokens."""
+    monkeypatch.setattr(long, "LEAST_TOKENS", 0)
+    monkeypatch.setattr(long, "LEAST_STAGED", 0)
+    monkeypatch.setattr(long, "TOKENS_A_CHUNK", 4)
+
+
+@SETTINGS
+@pytest.mark.parametrize(("page_size", "bigram"), [(1, False), (2, True), (16, False)])
+def test_random_programs(
+    cuda: str, short: None, group: int, tag: int, page_size: int, bigram: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long, "TAG_MASK", tag)
+    monkeypatch.setattr(long, "group_of", lambda chunks, programs: (group, 2 if group > 1 else 4))
+    run_state_machine_as_test(lambda: Machine(cuda, page_size, bigram))  # type: ignore[arg-type]
+
+
+class Pair:
+    """The same tree on both devices, and keys of up to 60 tokens that share prefixes."""
+
+    def __init__(self, cuda: str, page: int, bigram: bool, seed: int) -> None:
+        self.random = Random(seed)
+        self.trees = [RadixTree(600, page, device, bigram=bigram) for device in ("cpu", cuda)]
+        self.keys: list[list[int]] = [[]]
+        self.held: list[list[object]] = []
+
+    def key(self) -> list[int]:
+        old = self.random.choice(self.keys)
+        kept = old[: self.random.choice((len(old), self.random.randint(0, len(old))))]
+        key = kept + [self.random.randrange(4) for _ in range(self.random.randrange(12))]
+        self.keys.append(key[:60])
+        return self.keys[-1]
+
+    def match(self) -> None:
+        keys = [self.key() for _ in range(self.random.choice((1, 3)))]
+        how = {"touch": self.random.random() < 0.7, "lock": self.random.random() < 0.3}
+        name = self.random.choice((None, "a"))
+        if len(keys) == 1:
+            found = [tree.match(keys[0], name, **how) for tree in self.trees]  # a GPU reads it from pinned memory
+        else:
+            found = [tree.match(keys, [name] * len(keys), **how) for tree in self.trees]
+        assert found[0].lengths.tolist() == found[1].lengths.tolist()
+        if how["lock"]:
+            self.held.append(found)
+
+    def insert(self) -> None:
+        key = self.key()
+        name = self.random.choice((None, "a"))
+        slots = torch.arange(len(key))
+        if self.trees[0].total_tokens + len(key) <= self.trees[0].max_tokens:
+            found = [tree.insert(key, slots, name) for tree in self.trees]
+            assert found[0].prefix_length == found[1].prefix_length
+
+    def unlock(self) -> None:
+        if self.held:
+            for tree, places in zip(self.trees, self.held.pop(self.random.randrange(len(self.held))), strict=True):
+                tree.unlock(places)
+
+    def evict(self) -> None:
+        count = self.random.randrange(100)
+        freed = [tree.evict(count).slots.tolist() for tree in self.trees]
+        assert freed[0] == freed[1]
+
+    def run(self, steps: int) -> None:
+        acts = (self.match, self.match, self.match, self.insert, self.insert, self.unlock, self.evict)
+        for _ in range(steps):
+            self.random.choice(acts)()
+            assert self.trees[0].digest() == self.trees[1].digest()
+        self.trees[1].check()
+
+
+@SETTINGS
+@pytest.mark.parametrize(("page_size", "bigram"), [(1, False), (1, True), (3, False)])
+def test_deep_paths(
+    cuda: str, short: None, group: int, tag: int, page_size: int, bigram: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long, "TAG_MASK", tag)
+    monkeypatch.setattr(long, "group_of", lambda chunks, programs: (group, 2 if group > 1 else 4))
+    for seed in range(1 if interpreted(cuda) else 30):
+        Pair(cuda, page_size, bigram, seed).run(20 if interpreted(cuda) else 150)
+
+
+def statuses(tree: RadixTree, chunks: int) -> list[int]:
+    """Return what the last long match knew of the chunks of its first key."""
+    return (arrays_of(tree).scratch.words[1, :chunks] & 0xFFFFFFFF).tolist()
+
+
+def path_of(tree: RadixTree, edges: int, tokens: int) -> np.ndarray:
+    key = np.arange(edges * tokens)
+    for end in range(tokens, len(key) + 1, tokens):
+        tree.insert(key[:end], key[:end].copy())
+    return key
+
+
+def test_a_match_notes_what_the_next_one_finds(cuda: str, short: None) -> None:
+    tree = RadixTree(100, device=cuda)
+    key = path_of(tree, 6, 5)
+    arrays_of(tree).scratch.anchors.zero_()
+    assert tree.match([key]).lengths.tolist() == [30]
+    assert statuses(tree, 7) == [long.UNANCHORED.value] * 7
+    assert tree.match([key]).lengths.tolist() == [30]
+    found = statuses(tree, 7)
+    assert long.WRONG.value not in found
+    assert found.count(long.UNANCHORED.value) < 4  # anchors that fall together may be lost
+    other = key.copy()
+    other[17] = 99
+    assert tree.match([other]).lengths.tolist() == [17]
+    assert statuses(tree, 7) == [*found[:4], *[long.UNANCHORED.value] * 3]
+
+
+def test_old_words_are_not_taken_for_new_ones(cuda: str, short: None) -> None:
+    tree = RadixTree(100, device=cuda)
+    key = path_of(tree, 4, 5)
+    scratched = arrays_of(tree).scratch
+    for _ in range(3):
+        assert tree.match([key]).lengths.tolist() == [20]
+        scratched.counters[scratch.EPOCH] = scratch.EPOCH_MASK - 1
+        assert tree.match([key]).lengths.tolist() == [20]
+        assert int(scratched.counters[scratch.EPOCH]) == 0
+        assert not scratched.words.any()
