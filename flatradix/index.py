@@ -14,6 +14,7 @@ switches threads nor runs a signal handler, as the line jumps nowhere and calls 
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import threading
@@ -34,6 +35,8 @@ from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchR
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 T = TypeVar("T")
+_YIELDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_WALKS = 1000  # far more than it takes to look at a thread while none of its generators yields
 _calls: set[CodeType] = set()
 
 
@@ -72,29 +75,42 @@ def take_gate(home: Any) -> None:
             waiting = home.busy is not token
 
 
-def _is_under_way(home: Any, frame: FrameType | None) -> bool:
-    """Return whether a call of `home` is on a stack, from `frame` outwards. One that waits in `take_gate` is not."""
+def _is_under_way(home: Any, frame: FrameType | None) -> bool | None:
+    """Return whether a call of `home` is on a stack, from `frame` outwards. One that waits in `take_gate` is not.
+
+    Returns None if the walk was cut short: a generator that has yielded meanwhile does not lead outwards any more.
+    """
     waits = False
+    code = None
     while frame is not None:
-        if frame.f_code is take_gate.__code__:
+        code = frame.f_code
+        if code is take_gate.__code__:
             waits |= frame.f_locals["home"] is home and frame.f_locals.get("waiting", True)
-        elif frame.f_code in _calls:
+        elif code in _calls:
             of = frame.f_locals.get("self")
             if of is home or getattr(of, "gate", None) is home:
                 if not waits:
                     return True
                 waits = False
         frame = frame.f_back
-    return False
+    return None if code is not None and code.co_flags & _YIELDS else False
+
+
+def _is_in_thread(home: Any, thread: int) -> bool:
+    """Return whether a call of `home` is under way in a thread, or may be."""
+    for _ in range(_WALKS):
+        found = _is_under_way(home, sys._current_frames().get(thread))
+        if found is not None:
+            return found
+    return True
 
 
 def _refuse_calls_under_way(home: Any) -> None:
     if _is_under_way(home, sys._getframe(1)):
         raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
-    frames = sys._current_frames()
-    frames.pop(threading.get_ident(), None)  # a frame that holds itself would keep alive what its callers hold
-    for frame in frames.values():
-        if _is_under_way(home, frame):
+    own = threading.get_ident()
+    for thread in list(sys._current_frames()):  # no frames: one that holds itself keeps alive what its callers hold
+        if thread != own and _is_in_thread(home, thread):
             raise RuntimeError(
                 "another thread is in a call of the same object: hold a lock of your own around each call, or make all "
                 "calls in one thread"

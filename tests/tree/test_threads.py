@@ -225,6 +225,54 @@ def test_threads_on_a_prefix_cache() -> None:
     assert counts.free + counts.evictable == 400
 
 
+def parked(tree: RadixTree, inside: threading.Event, leave: threading.Event) -> threading.Thread:
+    """Return a thread that waits within a call of the tree."""
+
+    def wait(content: Any) -> None:
+        inside.set()
+        leave.wait(60)
+
+    thread = threading.Thread(target=lambda: tree._index.look_at(wait))
+    thread.start()
+    assert inside.wait(60)
+    return thread
+
+
+def suspended() -> Any:
+    """Return a frame that led outwards when it was seen, and has yielded since."""
+
+    def generator() -> Iterator[None]:
+        yield
+
+    found: Any = generator()
+    next(found)
+    assert found.gi_frame.f_back is None
+    return found
+
+
+@pytest.mark.parametrize("times", [1, 3, 10**9])
+def test_a_generator_that_yields_during_a_look(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call is seen also if the stack above it changes while another thread looks."""
+    tree = RadixTree(16, page_size=2, device="cpu")
+    inside, leave = threading.Event(), threading.Event()
+    thread = parked(tree, inside, leave)
+    generator, frames = suspended(), sys._current_frames
+    looks = []
+
+    def changing() -> dict[int, Any]:
+        looks.append(1)
+        return {**frames(), **({thread.ident: generator.gi_frame} if len(looks) <= times + 1 else {})}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "_current_frames", changing)
+        with pytest.raises(RuntimeError, match=TOLD):
+            tree.match([1, 2])
+    leave.set()
+    thread.join()
+    assert len(looks) >= min(times, 100)
+    assert tree.match([1, 2]).length == 0
+
+
 GATED: list[Any] = [HostIndex.match, HostIndex.lock, HostIndex.insert, HostIndex.evict, PagedIndex.find_prompts]
 
 
