@@ -132,7 +132,7 @@ def test_more_single_calls_than_there_are_answers(cuda: str) -> None:
     tree = RadixTree(64, device=cuda)
     key = list(range(7))
     first = tree.insert(key, key)
-    second = tree.insert([*key[:3], 9], [0] * 4)
+    second = tree.insert([*key[:3], 9], [10, 11, 12, 13])
     inside = tree.match([0])
     tree.lock(inside)
     lengths = [1 + call % 7 for call in range(mail.ANSWER_RING + 20)]
@@ -288,8 +288,9 @@ def test_everything_may_come_from_the_device(cuda: str) -> None:
     assert result.prefix_lengths.tolist() == host.prefix_lengths.tolist()
     pair.compare()
     more = [[8, 9], [8], [4], [8, 9, 9]]
-    host = pair.host.insert(more, numbered(more), start=host)
-    result = tree.insert(ragged(more, tree), ragged(numbered(more), tree, torch.int32), start=result)
+    slots = [[5000 + slot for slot in own] for own in numbered(more)]
+    host = pair.host.insert(more, slots, start=host)
+    result = tree.insert(ragged(more, tree), ragged(slots, tree, torch.int32), start=result)
     assert result.lengths.tolist() == host.lengths.tolist()
     pair.compare()
     for dtype in (torch.int16, torch.uint8):

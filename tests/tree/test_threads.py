@@ -10,12 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import flatradix
 from flatradix import CapacityError, PrefixCache, QueryError, RadixTree, WaitingQueue
+from flatradix.device.index import DeviceIndex
 from flatradix.host.index import HostIndex
 from flatradix.host.paged import PagedIndex
 from tests.support.devices import interpreted
@@ -238,6 +240,25 @@ def parked(tree: RadixTree, inside: threading.Event, leave: threading.Event) -> 
     return thread
 
 
+def test_a_replay_is_a_call(cuda: str) -> None:
+    """It is refused within another call, and undoes one that was cut short."""
+    tree = RadixTree(16, page_size=2, device=cuda)
+    index: Any = tree._index
+    tree.insert([1, 2], [3, 4])
+    graph = SimpleNamespace(replay=lambda: tree.match([1, 2]))
+    before = tree.changes()
+    with pytest.raises(RuntimeError, match="within another call"):
+        index.replay(graph)
+    assert tree.changes() == before + 1, "what ran of the graph is not known"
+    graph.replay = lambda: None
+    with pytest.raises(RuntimeError, match="within another call"):
+        index.look_at(lambda content: index.replay(graph))
+    index.replay(graph)
+    assert tree.changes() == before + 2
+    assert tree.match([1, 2]).length == 2
+    tree.check()
+
+
 def suspended() -> Any:
     """Return a frame that led outwards when it was seen, and has yielded since."""
 
@@ -273,19 +294,42 @@ def test_a_generator_that_yields_during_a_look(times: int, monkeypatch: pytest.M
     assert tree.match([1, 2]).length == 0
 
 
-GATED: list[Any] = [HostIndex.match, HostIndex.lock, HostIndex.insert, HostIndex.evict, PagedIndex.find_prompts]
+GATE = "busy, self.busy = self.busy, True"
+METHODS = [
+    method
+    for kind in (HostIndex, PagedIndex, DeviceIndex)
+    for _, method in inspect.getmembers(kind, inspect.isfunction)
+]
+GATED = {method.__qualname__: method for method in METHODS if GATE in inspect.getsource(method)}
 
 
-@pytest.mark.parametrize("method", GATED, ids=lambda method: method.__name__)
+def test_which_calls_have_the_gate() -> None:
+    """Of the methods that a tree calls, all that change something or take several steps."""
+    names = {name.split(".")[1] for name in GATED if name.startswith("DeviceIndex")}
+    assert names >= {
+        "match",
+        "match_array",
+        "lock",
+        "unlock",
+        "split",
+        "insert",
+        "evict",
+        "want",
+        "unwant",
+        "reset",
+        "replay",
+    }
+
+
+@pytest.mark.parametrize("method", GATED.values(), ids=GATED)
 def test_the_gate_is_atomic(method: Any) -> None:
     """From its first bytecode to the store of `busy`, a call jumps nowhere and calls nothing.
 
     CPython switches threads and runs signal handlers at jumps and calls only, so nobody comes in between.
     """
     harmless = ("RESUME", "COPY_FREE_VARS", "MAKE_CELL", "CACHE", "NOP", "SWAP", "ROT_TWO", "COPY")
-    simple = ("LOAD_FAST", "LOAD_CONST", "LOAD_ATTR", "STORE_FAST")
+    simple = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CONST", "LOAD_ATTR", "STORE_FAST")
     for at in dis.get_instructions(method):
         if at.opname == "STORE_ATTR" and at.argval == "busy":
             break
         assert at.opname in harmless or at.opname.startswith(simple), at
-    assert "busy, self.busy = self.busy, True" in inspect.getsource(method)
