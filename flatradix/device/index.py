@@ -952,7 +952,7 @@ class DeviceIndex(Index):
         if order.score is None:
             return built_in_scores(order, nodes)
         live = s.parent != FREE_ROW
-        live[0] = False
+        live[:1].fill_(False)  # an assignment would copy from the host, which a CUDA graph cannot
         return scores_of(order.score, nodes, live)
 
     # Sizes

@@ -232,7 +232,7 @@ def test_an_undone_insert_frees_its_own_nodes_only(cuda: str, monkeypatch: pytes
         raise Interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Calls, "enqueued_outside", interrupt)
+        patch.setattr(Calls, "enqueued", interrupt)
         with pytest.raises(Interrupt):
             insert_batch(scene)
     assert holdings(scene.tree) == before
