@@ -380,9 +380,9 @@ class DeviceIndex(Index):
             return self._results.one(self, call)
         return self._results.many(self, call, keys.batch, told, captured)
 
-    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None:
+    def told_lengths(self, call: int, place: int, batch: int) -> torch.Tensor | None:
         """Return the lengths that a match has told the host, or None if the host cannot know whether they are right."""
-        return None if self._calls.captured else self.mailbox.lengths(call, place, batch, refusals)
+        return None if self._calls.captured else self.mailbox.lengths(call, place, batch)
 
     # Lock
 
