@@ -398,9 +398,9 @@ class DeviceIndex(Index):
             return self._results.one(self, call)
         return self._results.many(self, call, keys.batch, told, captured)
 
-    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None:
+    def told_lengths(self, call: int, place: int, batch: int) -> torch.Tensor | None:
         """Return the lengths that a match has told the host, or None if the host cannot know whether they are right."""
-        return None if self._calls.captured else self.mailbox.lengths(call, place, batch, refusals)
+        return None if self._calls.captured else self.mailbox.lengths(call, place, batch)
 
     # Lock
 
@@ -998,7 +998,7 @@ class DeviceIndex(Index):
         if order.score is None:
             return built_in_scores(order, nodes)
         live = s.parent != FREE_ROW
-        live[0] = False
+        live[:1].fill_(False)  # an assignment would copy from the host, which a CUDA graph cannot
         return scores_of(order.score, nodes, live)
 
     # Sizes

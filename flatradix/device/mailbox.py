@@ -126,17 +126,12 @@ class Mailbox:
         self._next_length = place + batch
         return place
 
-    def refusals_so_far(self) -> int:
-        """Return how many calls were refused, as far as is known now. Does not wait."""
-        return self._view[mail.ERRORS] & _LOW
-
-    def lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None:
+    def lengths(self, call: int, place: int, batch: int) -> torch.Tensor | None:
         """Wait for the lengths that a call tells at a place: int32 [B] in host memory.
 
-        Return None if `refusals`, the number known before the call, has grown, or a later call has overwritten a part.
+        Return None if the call was refused, which the words of its invalid queries tell, or if a later call has
+        overwritten a part.
         """
-        if self._word(mail.ERRORS, call) & _LOW != refusals:
-            return None
         found = torch.empty(batch, dtype=torch.int32, device="cpu")
         words, first = self._address + 8 * (mail.FIRST_TOLD + place), mail.FIRST_TOLD + place
         while not (state := native.await_lengths.call(words, call, batch, found.data_ptr(), _TURNS)):

@@ -39,7 +39,7 @@ class Home(Protocol):
 
     def raise_pending(self) -> None: ...
 
-    def told_lengths(self, call: int, place: int, batch: int, refusals: int) -> torch.Tensor | None: ...
+    def told_lengths(self, call: int, place: int, batch: int) -> torch.Tensor | None: ...
 
 
 class OnDevice:
@@ -130,19 +130,18 @@ class Batch(OnDevice):
     told: the place there, or -1. refusals: the number that was known before the call.
     """
 
-    __slots__ = ("_call", "_home", "_refusals", "_told")
+    __slots__ = ("_call", "_home", "_told")
 
     def __init__(self, home: Home, call: int, chunk: Chunk, at: int, batch: int, told: int) -> None:
         super().__init__(chunk, at, batch)
         self._home = home
         self._call = call
         self._told = told
-        self._refusals = home.mailbox.refusals_so_far()
 
     def host_lengths(self) -> torch.Tensor:
         found = None
         if self._told >= 0:
-            found = self._home.told_lengths(self._call, self._told, self.places.batch, self._refusals)
+            found = self._home.told_lengths(self._call, self._told, self.places.batch)
         return self.lengths().cpu() if found is None else found
 
     def _tensors(self) -> Tensors:

@@ -152,6 +152,13 @@ def answer(w, call, length, handle, prefix_length):
 
 
 @triton.jit
+def tell_length(w, call, told, query, length, bad):
+    """Write the length of a query of a batch to the mail, from word `told` on; NO_LENGTH if the query is invalid."""
+    value = tl.where(bad, mail.NO_LENGTH, length.to(tl.int64))
+    tl.store(w.mail + mail.FIRST_TOLD + told + query, ((call & mail.CALL_MASK) << 32) | value, mask=told >= 0)
+
+
+@triton.jit
 def move_protected(s, w, sign):
     """Move the tokens that this call made protected (sign 1) or evictable (-1) between the tree's counters."""
     tl.debug_barrier()

@@ -126,7 +126,7 @@ def _lock_and_cut(s, w, handles, call, row, length, PAGE: tl.constexpr, BIGRAM: 
     tl.store(w.counters + scratch.MOVED_TOKENS, moved)
     tl.debug_barrier()
     capacity = tl.load(s.numbers + numbers.ROW_CAPACITY).to(tl.int32)
-    cut_locked(s, w, handles, 1, capacity, tl.load(s.numbers + numbers.CLOCK), 0, 1, PAGE, BIGRAM, 0)
+    cut_locked(s, w, handles, 1, capacity, tl.load(s.numbers + numbers.CLOCK), 0, 1, PAGE, BIGRAM, 0, True)
     tl.debug_barrier()
     finish_cuts(s, w)
     move_protected(s, w, 1)

@@ -32,7 +32,7 @@ from flatradix.kernels.gpu.anchors import (
 )
 from flatradix.kernels.gpu.climb import LEVELS, check_group, hinted_group, next_group
 from flatradix.kernels.gpu.cut import column, put
-from flatradix.kernels.gpu.finish import answer, arrive, refuse
+from flatradix.kernels.gpu.finish import answer, arrive, refuse, tell_length
 from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
 from flatradix.kernels.gpu.launch import INTERPRETED, Arrays, Kernel, cooperative_programs, raise_driver
 from flatradix.kernels.gpu.rows import FREE, handle_of
@@ -47,7 +47,7 @@ from flatradix.kernels.gpu.walk import (
     walk,
     whole_pages,
 )
-from flatradix.layout import mail, numbers, reasons, scratch
+from flatradix.layout import numbers, reasons, scratch
 from flatradix.layout.queries import Desk, Output, PerQuery, Values
 
 # Tokens a chunk, or the pages of one that fit.
@@ -383,8 +383,7 @@ def long_kernel(
             tl.store(lengths + query, length)
             tl.store(handles + query, handle_of(s, row))
             if not SINGLE:
-                word = ((call & mail.CALL_MASK) << 32) | length.to(tl.int64)
-                tl.store(w.mail + mail.FIRST_TOLD + told + query, word, mask=told >= 0)
+                tell_length(w, call, told, query, length, bad)
     if LOCK == LOCKS:
         if newly > 0:
             tl.atomic_add(w.counters + scratch.MOVED_TOKENS, newly, sem="relaxed")
@@ -422,11 +421,11 @@ class Shares(NamedTuple):
 def group_of(chunks: int, programs: int) -> tuple[int, int]:
     """Return (group, part) for a launch of so many chunks, of which so many programs may run at once.
 
-    A chunk more at once takes longer, but less than a turn more: see bench/RESULTS.md.
+    Four chunks at once take 1.4 times as long as one. Eight need more registers than there are (bench/RESULTS.md).
     """
     if chunks <= programs:
         return 1, TOKENS_A_CHUNK
-    return (4, TOKENS_A_CHUNK) if chunks <= 4 * programs else (8, TOKENS_A_CHUNK // 2)
+    return 4, TOKENS_A_CHUNK
 
 
 def _shares(arrays: Arrays, batch: int, longest: int, chunks: int) -> Shares | None:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from flatradix.kernels import native
 from flatradix.kernels.gpu.cut import column
-from flatradix.kernels.gpu.finish import answer, arrive, refuse
+from flatradix.kernels.gpu.finish import answer, arrive, refuse, tell_length
 from flatradix.kernels.gpu.finish_match import LOCKS, finish_match
 from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, direct_stream, raise_driver
 from flatradix.kernels.gpu.long import is_long, match_long, match_long_one, shares_of
@@ -30,7 +30,7 @@ from flatradix.kernels.gpu.walk import (
     walk,
     whole_pages,
 )
-from flatradix.layout import mail, numbers, reasons, scratch
+from flatradix.layout import numbers, reasons, scratch
 from flatradix.layout.queries import Desk, Output, PerQuery, PlaceAddresses, Values
 
 
@@ -111,8 +111,7 @@ def match_kernel(
             handle = tl.load(handles)
         answer(w, call, tl.where(bad, -1, length), handle, length * 0)
     else:
-        word = ((call & mail.CALL_MASK) << 32) | length.to(tl.int64)
-        tl.store(w.mail + mail.FIRST_TOLD + told + query, word, mask=told >= 0)
+        tell_length(w, call, told, query, length, bad)
         last, any_bad = arrive(w, tl.num_programs(0), bad)
         if last:
             finish_match(s, w, lengths, handles, batch, rows, call, clock, errors, any_bad, PAGE, BIGRAM, TOUCH, LOCK)

@@ -66,7 +66,7 @@ def await_answer(words, call, turns):
 def await_lengths(words, call, count, lengths, turns):
     """Wait for the lengths that `call` tells in `count` words, and copy them to int32 [count] at `lengths`.
 
-    Return 1, or 0 if a word has not come after `turns`, or -1 if a later call has overwritten one.
+    Return 1, or 0 if a word has not come after `turns`, or -1 if a later call has overwritten one, or one is NO_LENGTH.
     """
     out = int32_at(lengths)
     for query in range(count):
@@ -78,5 +78,7 @@ def await_lengths(words, call, count, lengths, turns):
                 return 0
             turns -= 1
             word = load_acquire(words + 8 * query)
+        if word & _LOW == mail.NO_LENGTH:
+            return -1
         out[query] = word & _LOW
     return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.router import Router
 from tests.support.sglang_engine import Plan, load_or_skip
 from tests.support.sglang_pair import Pair, default_cache, ever_later, python_cache
 
@@ -21,30 +21,6 @@ SGLANG = load_or_skip()
 def _clock() -> Iterator[None]:
     with ever_later(SGLANG):
         yield
-
-
-class Router:
-    """A router's index: the hash of each block, and how often the block is cached.
-
-    Outside Dynamo's format SGLang does not hash the extra key: a prompt has equal hashes under different extra keys.
-    """
-
-    def __init__(self) -> None:
-        self.blocks: Counter[int] = Counter()
-        self.cleared = 0
-
-    def follow(self, events: list[Any]) -> None:
-        for event in events:
-            kind = type(event).__name__
-            if kind == "AllBlocksCleared":
-                self.blocks.clear()
-                self.cleared += 1
-            elif kind == "BlockRemoved":
-                assert all(self.blocks[block] > 0 for block in event.block_hashes)
-                self.blocks -= Counter(event.block_hashes)
-            else:
-                assert event.parent_block_hash is None or self.blocks[event.parent_block_hash] > 0
-                self.blocks += Counter(event.block_hashes)
 
 
 def blocks(events: list[Any]) -> list[Any]:

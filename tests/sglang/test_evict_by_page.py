@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.sglang.test_events import Router
+from tests.support.router import Router
 from tests.support.sglang_engine import Engine, Plan, draw_work, load_or_skip
 from tests.support.sglang_home import Home
 from tests.support.sglang_pair import flat_cache, is_drained
