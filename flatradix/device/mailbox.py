@@ -133,10 +133,10 @@ class Mailbox:
         overwritten a part.
         """
         found = torch.empty(batch, dtype=torch.int32, device="cpu")
-        words, first = self._address + 8 * (mail.FIRST_TOLD + place), mail.FIRST_TOLD + place
-        while not (state := native.await_lengths.call(words, call, batch, found.data_ptr(), _TURNS)):
-            for query in range(batch):
-                self._check_device(first + query, call, False)
+        arguments = self._address + 8 * (mail.FIRST_TOLD + place), call, batch, found.data_ptr()
+        while not (state := native.await_lengths.call(*arguments, _TURNS)):
+            if self._is_idle() and not native.await_lengths.call(*arguments, 1):
+                raise RuntimeError(f"call {call} has not told its lengths: its launch failed or was interrupted")
         return found if state > 0 else None
 
     def refusals(self) -> int:

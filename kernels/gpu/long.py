@@ -55,7 +55,6 @@ TOKENS_A_CHUNK = 512
 # Keys are matched by anchors if there are at most MOST_KEYS, of LEAST_TOKENS or more on average, or of twice as many
 # where there are more than a few keys.
 LEAST_TOKENS = 8192
-LEAST_STAGED = 2048  # of a single key in host memory: many programs read it side by side
 FEW_KEYS = 32
 MOST_KEYS = 128
 # Bits of a tag that are compared. Tests compare fewer, so that anchors are wrong.
@@ -483,7 +482,7 @@ def match_long(
 
 def is_long(tokens: int) -> bool:
     """Return whether `match_long_one` matches a single key in host memory faster than one program."""
-    return tokens >= LEAST_STAGED
+    return tokens >= LEAST_TOKENS
 
 
 def match_long_one(

@@ -24,7 +24,6 @@ SETTINGS = pytest.mark.parametrize(("group", "tag"), [(1, 0xFFFFFFFF), (4, 0xFFF
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every key be long, with a chunk every four tokens."""
     monkeypatch.setattr(long, "LEAST_TOKENS", 0)
-    monkeypatch.setattr(long, "LEAST_STAGED", 0)
     monkeypatch.setattr(long, "TOKENS_A_CHUNK", 4)
 
 

@@ -102,7 +102,7 @@ def there(wide: bool, batch: int = 0, total: int = 2000) -> Values:
 
 
 KEY32, KEY64 = np.arange(3, 12, dtype=np.int32), np.arange(3, 12)
-LONG32, LONG64 = np.arange(5000, dtype=np.int32), np.arange(5000)
+LONG32, LONG64 = np.arange(8192, dtype=np.int32), np.arange(8192)
 PLACES, MANY = PlaceAddresses(5 << 40, 6 << 40, 1), PlaceAddresses(5 << 40, 6 << 40, 3)
 OUT = Output(7 << 40, 8 << 40, 9 << 40, 77)
 TABLE = SlotTable(4 << 40, True, 7, 8, 6)
