@@ -132,6 +132,29 @@ def test_events_wait_for_their_slots() -> None:
     assert events.take() == []
 
 
+def test_only_what_was_stored_is_removed() -> None:
+    """Tokens that came by `insert` are not reported, and a page that was removed is not removed again."""
+    from flatradix.integrations.sglang.events import KvEvents
+
+    allocator = SimpleNamespace(size=64, device="cpu")
+    params = SGLANG.params.CacheInitParams(
+        disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=allocator, page_size=1,
+        enable_kv_cache_events=True,
+    )  # fmt: skip
+    events = KvEvents(params)
+    tokens = array("q", [1, 2, 3])
+    req = SimpleNamespace(full_untruncated_fill_ids=tokens, extra_key=None, cache_salt=None, session_id="a chat")
+    row = torch.arange(10, 20)
+    events.removed(row)
+    assert events.take() == []
+    events.stored(req, None, SimpleNamespace(length=3, handle=5), 0, row)
+    events.removed(row[:5])
+    events.removed(row[:5])
+    *stored, removed = events.take()
+    assert {event.session_id for event in stored} == {"a chat"}
+    assert removed.block_hashes == [block for event in stored for block in event.block_hashes]
+
+
 def test_without_events_nothing_is_kept() -> None:
     pair = Pair(SGLANG, Plan(seed=7), python_cache).run()
     assert pair.ours.cache.take_events() == []

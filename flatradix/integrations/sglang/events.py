@@ -98,7 +98,7 @@ class KvEvents(KVCacheEventRecorder):
             made: list[Any] = []
             self._made = made
             try:
-                self.record_store(block)
+                self.record_store(block, session_id=getattr(req, "session_id", None))
             finally:
                 self._made = None
             self._queue_step(row[first:last:size] // size, made)
@@ -144,8 +144,12 @@ class KvEvents(KVCacheEventRecorder):
         if step.pages is None:
             super().enqueue(AllBlocksCleared())
         elif step.events is None:
-            hashes = self._hash_of_page[step.pages.numpy()].tolist()
-            super().enqueue(BlockRemoved(block_hashes=hashes, medium=StorageMedium.GPU))
+            pages = step.pages.numpy()
+            hashes = self._hash_of_page[pages]
+            self._hash_of_page[pages] = 0
+            stored = hashes[hashes != 0].tolist()  # tokens that came by FlatRadixCache.insert were never reported
+            if stored:
+                super().enqueue(BlockRemoved(block_hashes=stored, medium=StorageMedium.GPU))
         else:
             self._hash_of_page[step.pages.numpy()] = [event.block_hashes[0] for event in step.events]
             for event in step.events:
