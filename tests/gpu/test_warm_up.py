@@ -25,7 +25,7 @@ def use_everything(tree: RadixTree, tmp_path: Path) -> None:
     one = tree.insert(np.arange(8, dtype=np.int32), torch.arange(8), namespace="a", priority=np.int64(3))
     tree.insert(range(8), range(8), priority=True, inserted_lengths=np.int32(2))
     last = [7, 9] if tree.bigram else [9, 9]
-    tree.insert([last], [[1, 2]], start=one)
+    tree.insert([last], [[11, 12]], start=one)
     m = tree.match([[0, 1, 2, 3], [0, 1], []], touch=1, lock=np.False_)
     odd = SimpleNamespace(handles=m.handles[::2], lengths=m.lengths.long()[::2])
     tree.lock(odd)
