@@ -21,6 +21,10 @@ class Home(Protocol):
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None: ...
 
+    def in_graphs(self) -> tuple[bool, bool]: ...
+
+    def only_in_graphs(self, before: tuple[bool, bool]) -> None: ...
+
 
 class Step(Generic[T]):
     """Runs a function once in each call. The first calls run its Python; from the third on, a CUDA graph runs.
@@ -44,7 +48,12 @@ class Step(Generic[T]):
                 result = self._home.rehearse(self._function)
                 self._runs += 1
                 return result
-            self._captured = _capture(self._function, self._home.device)
+            before = self._home.in_graphs()
+            try:
+                self._captured = _capture(self._function, self._home.device)
+            except BaseException:
+                self._home.only_in_graphs(before)
+                raise
         graph, result = self._captured
         self._home.replay(graph)
         return result

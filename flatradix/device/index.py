@@ -235,6 +235,14 @@ class DeviceIndex(Index):
         finally:
             self._calls.rehearsing = False
 
+    def in_graphs(self) -> tuple[bool, bool]:
+        """Return whether a CUDA graph holds a call of this tree, and whether one holds an eviction."""
+        return self._calls.captured, self._graph_evicts
+
+    def only_in_graphs(self, before: tuple[bool, bool]) -> None:
+        """Take back what a capture that has failed has noted: `before` is what `in_graphs` returned before it."""
+        self._calls.captured, self._graph_evicts = before
+
     @public_call
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Run a graph that holds calls of this tree. What runs is not undone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from flatradix.errors import CapacityError
 from flatradix.host.warm_up import grow, use_cache, use_queue
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.ragged import Ragged
 from flatradix.kernels import native
+from flatradix.kernels.gpu.long import LEAST_TOKENS
 from flatradix.layout import numbers
-from flatradix.layout.desk import STAGED_TOKENS
 from flatradix.layout.handles import pack_handle
 from flatradix.tree import RadixTree
 
@@ -66,9 +67,12 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_match, how=how, key=one)
         yield from (partial(_match_batch, how=how, kind=kind, tokens=tokens) for kind in _KINDS)
     yield partial(_match, how={"touch": False, "lock": True, "namespace": [None, "a"]}, key=[one, one])
-    long = np.zeros(STAGED_TOKENS + 1, np.int64)  # more tokens than a kernel reads from pinned memory
-    for touch in (False, True):
-        yield partial(_match, how={"touch": touch, "lock": True}, key=long)
+    long = np.zeros(LEAST_TOKENS, np.int64)  # matched by anchors
+    for how in ({}, {"touch": False}, {"touch": False, "lock": True}, {"lock": True}, {"split": True}):
+        yield partial(_match, how=how, key=long)
+    for how in ({}, {"touch": False, "lock": True}):
+        yield partial(_match_long_batch, how=how, count=len(long))
+    yield partial(_insert_long, key=long)
     yield partial(_insert_keys, key=one, names=None, started=True, options={"inserted_lengths": [0, 1]})
     yield partial(_insert_keys, key=one, names=None, started=True, options={"priority": [0, 1]})
     for count in (1, 2, _BEYOND_ONE_LAUNCH):
@@ -139,6 +143,19 @@ def _match(tree: RadixTree, how: dict[str, Any], key: Any) -> None:
 
 def _match_batch(tree: RadixTree, how: dict[str, Any], kind: torch.dtype, tokens: int) -> None:
     tree.match(_batch(tree, kind, tokens), **how)
+
+
+def _match_long_batch(tree: RadixTree, how: dict[str, Any], count: int) -> None:
+    values = torch.zeros(2 * count, dtype=torch.int32, device=tree.device)
+    tree.match(Ragged(values, torch.arange(3, device=tree.device) * count), **how)
+
+
+def _insert_long(tree: RadixTree, key: np.ndarray) -> None:
+    """Insert a long key, which does not fit: the kernels run and refuse it."""
+    tokens = torch.from_numpy(key).to(tree.device)
+    with suppress(CapacityError):
+        tree.insert(tokens, torch.zeros(len(tokens), dtype=torch.int32, device=tree.device))
+        tree.raise_pending()
 
 
 def _lock(tree: RadixTree, count: int) -> None:

@@ -87,7 +87,7 @@ class Scratch(NamedTuple):
     value: torch.Tensor  # int64 [B]: a number for the message of a refusal
     claims: torch.Tensor  # int32 [2, C]: two hash tables with the lowest query of each group, -1 where empty
     anchors: torch.Tensor  # int64 [ANCHOR_WAYS * 2**k]: hints, where prefixes of long keys end (kernels/gpu/anchors.py)
-    words: torch.Tensor  # int64 [3, CHUNK_WORDS]: what the programs of a long match tell one another of each chunk
+    words: torch.Tensor  # int64 [4, CHUNK_WORDS]: what the programs of a long match tell one another of each chunk
     victims: torch.Tensor  # int32 [2, R]: the rows that an eviction frees, and the rows that it may free
     mail: torch.Tensor  # int64 [mail.SIZE]: pinned memory, in which kernels leave numbers for the host
 
@@ -125,7 +125,7 @@ def allocate_scratch(rows: int, max_tokens: int, mail: torch.Tensor, device: tor
         value=zeros(0),
         claims=zeros(0, dtype=torch.int32),
         anchors=zeros(ANCHOR_WAYS << max(max_tokens // TOKENS_A_BUCKET, FEWEST_BUCKETS - 1).bit_length()),
-        words=zeros(3, CHUNK_WORDS),
+        words=zeros(4, CHUNK_WORDS),
         victims=zeros(2, rows, dtype=torch.int32),
         mail=mail,
     )

@@ -26,11 +26,12 @@ LOW32 = tl.constexpr(0xFFFFFFFF)
 # Words that a program reads at once, and entries that it writes at once.
 LOOK = tl.constexpr(512)
 NOTED = tl.constexpr(64)
-# The parts of `Scratch.words`: of each chunk its hash, what is known of its prefix, and a number that only the program
-# of the chunk reads again.
+# The parts of `Scratch.words`: of each chunk its hash, what is known of its prefix, on what that relies, and the row at
+# its end for the program that notes anchors.
 HASHES = tl.constexpr(0)
 FOUND = tl.constexpr(scratch.CHUNK_WORDS)
-OWN = tl.constexpr(2 * scratch.CHUNK_WORDS)
+FEET = tl.constexpr(2 * scratch.CHUNK_WORDS)
+NOTES = tl.constexpr(3 * scratch.CHUNK_WORDS)
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def hash_chunks(
     """
     total = tl.zeros_like(chunk).to(tl.int64)
     seed = tl.load(s.multipliers)
-    for first in tl.static_range(0, CHUNK, PART):
+    for first in range(0, CHUNK, PART):
         j = first + tl.arange(0, PART)
         at = (chunk * CHUNK)[:, None] + j[None, :]
         inside = there[:, None] & (j < CHUNK)[None, :]
@@ -148,7 +149,7 @@ def _mark_rows(s, w, words, row, first, last, CHUNK: tl.constexpr):
         boundary = tl.where(rows > 0, tl.minimum(end // CHUNK, last), 0)
         lowest = tl.where(rows > 0, tl.maximum(begin // CHUNK, first), 0)
         while tl.max((boundary > lowest).to(tl.int32)) > 0:
-            tl.store(words + OWN + boundary - 1, rows.to(tl.int64), mask=boundary > lowest)
+            tl.store(words + NOTES + boundary - 1, rows.to(tl.int64), mask=boundary > lowest)
             boundary -= 1
         going = (tl.min(tl.where(rows > 0, begin, 0)) > first * CHUNK) & (tl.max(after) > 0)
         rows, after = next_group(w, after, path > 0)
@@ -164,7 +165,7 @@ def note_anchors(s, w, words, row, first, last, code, epoch, mask, CHUNK: tl.con
         j = first + tl.arange(0, NOTED)
         there = j < last
         weight = tl.where(there, weight_of(await_words(words + HASHES + j, there, epoch), j), 0)
-        noted = tl.load(words + OWN + j, mask=there, other=0)
+        noted = tl.load(words + NOTES + j, mask=there, other=0)
         _note(w, total + tl.cumsum(weight), noted, there & (noted > 0), mask)
         total += tl.sum(weight)
         first += NOTED

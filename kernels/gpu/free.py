@@ -224,6 +224,7 @@ def free_kernel(
             tl.store(counts + 1, -1)
             if first_refusal(w) == scratch.NO_ERROR:
                 refuse(w, tokens * 0, reasons.NO_ROOM, ((returned + tokens) << 32) | (returned + space))
+            tl.debug_barrier()  # one thread stores the refusal, all threads read it
             publish(s, w, call, first_refusal(w), mail.EVICT)
         else:
             _tell_victims(w, call, tokens, gone)

@@ -18,10 +18,11 @@ import triton.language as tl
 
 from flatradix.kernels import native
 from flatradix.kernels.gpu.anchors import (
+    FEET,
     FOUND,
     HASHES,
     LOOK,
-    OWN,
+    LOW32,
     await_words,
     find_anchors,
     hash_chunks,
@@ -47,7 +48,7 @@ from flatradix.kernels.gpu.walk import (
     walk,
     whole_pages,
 )
-from flatradix.layout import numbers, reasons, scratch
+from flatradix.layout import handles, numbers, reasons, scratch
 from flatradix.layout.queries import Desk, Output, PerQuery, Values
 
 # Tokens a chunk, or the pages of one that fit.
@@ -64,10 +65,11 @@ WARPS, PROGRAMS, REGISTERS = 4, 4, 128
 
 # Boundaries before a program's chunks at which their climb may end.
 WINDOW = tl.constexpr(4)
-# What is known of a chunk: the row at its end if its tokens are equal from the boundary before, else one of these.
+# What FOUND says of a chunk without a row.
 WRONG = tl.constexpr(0)
 UNANCHORED = tl.constexpr(0xFFFFFFFF)
 FAR = tl.constexpr(2**31 - 1)
+KEYS = tl.constexpr(MOST_KEYS)
 CLEARED = tl.constexpr(1024)
 
 
@@ -147,10 +149,10 @@ def _look_at(
     CHUNK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, BIGRAM: tl.constexpr,
     TAG: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
-    """Write what is known of the GROUP chunks from `first` on: the row at the end of each, UNANCHORED or WRONG.
+    """Write what is known of the GROUP chunks from `first` on. STAGED: this program has copied them to `stage`.
 
-    Also keeps, for each with a row, the boundary to which its tokens were compared. STAGED: this program has copied
-    these chunks to `stage`.
+    In FOUND: (how many chunks back its tokens were compared << ROW_BITS | the row at its end), UNANCHORED or WRONG. In
+    FEET: the row at that boundary, on which it relies, or 0 for the root.
     """
     lane = tl.arange(0, GROUP)
     chunk = first + lane
@@ -169,21 +171,43 @@ def _look_at(
     previous = tl.max(tl.where(leads, lane[None, :], -1), axis=1)
     their_row = tl.sum(tl.where(lane[None, :] == previous[:, None], row[None, :], 0), axis=1)
     foot = tl.where(previous >= 0, their_row, foot)
-    low = (tl.where(previous >= 0, first + previous, nearest) + 1) * CHUNK
+    back = tl.where(previous >= 0, lane - previous, chunk - nearest)
+    low = (chunk + 1 - back) * CHUNK
 
     source = key
     if STAGED and not BIGRAM:
         if tl.min(tl.where(there, low, FAR)) >= first * CHUNK:
             source = stage
     same = _climb_to(s, w, source, tl.where(low >= 0, row, 0), (chunk + 1) * CHUNK, foot, low, BIGRAM, PART)
-    found = tl.where(row == 0, UNANCHORED, tl.where(same, row, WRONG).to(tl.int64))
-    tl.store(words + OWN + chunk, low.to(tl.int64), mask=there)
+    told = (back.to(tl.int64) << handles.ROW_BITS) | row
+    found = tl.where(row == 0, UNANCHORED, tl.where(same, told, WRONG))
+    tl.store(words + FEET + chunk, (epoch << 32) | tl.maximum(foot, 0).to(tl.int64), mask=there)
     tl.store(words + FOUND + chunk, (epoch << 32) | found, mask=there)
 
 
 @triton.jit
+def _is_proved(words, j, back, foot, on):
+    """Return which chunks rely on what FOUND says of the chunks before; lanes that are `on`.
+
+    Anchors change while programs look: a batch has other keys, which note theirs. So programs may have seen different
+    rows at one boundary. A chunk relies on the nearest chunk before with a row, on that row, or on the root.
+    """
+    before = j - back
+    base = tl.load(words + FOUND + before, mask=on & (before >= 0), other=0, volatile=True) & LOW32
+    on_row = (base != UNANCHORED) & (foot > 0) & ((base & handles.ROW_MASK) == foot)
+    proved = tl.where(before >= 0, on_row, foot == 0)
+    most = tl.max(tl.where(on, back, 0))
+    step = most * 0 + 1
+    while step < most:
+        between = tl.load(words + FOUND + j - step, mask=on & (step < back), other=UNANCHORED, volatile=True) & LOW32
+        proved = proved & (between == UNANCHORED)
+        step += 1
+    return proved
+
+
+@triton.jit
 def _verified(words, count, epoch):
-    """Return how many of `count` chunks the tree holds for sure: all up to the last one with a row before a WRONG."""
+    """Return how many of `count` chunks the tree holds for sure: all up to the last that is proved from the root."""
     wrong = count
     last = count * 0
     first = count * 0
@@ -191,11 +215,24 @@ def _verified(words, count, epoch):
         j = first + tl.arange(0, LOOK)
         there = j < count
         found = await_words(words + FOUND + j, there, epoch)
-        wrong = tl.minimum(wrong, tl.min(tl.where(there & (found == WRONG), j, count)))
-        sure = there & (j < wrong) & (found != UNANCHORED)
-        last = tl.maximum(last, tl.max(tl.where(sure, j + 1, 0)))
+        foot = await_words(words + FEET + j, there, epoch)
+        has_row = there & (found != UNANCHORED) & (found != WRONG)
+        back = tl.where(has_row, found >> handles.ROW_BITS, 0).to(tl.int32)
+        proved = has_row & _is_proved(words, j, back, foot, has_row)
+        wrong = tl.minimum(wrong, tl.min(tl.where(there & (found != UNANCHORED) & ~proved, j, count)))
+        last = tl.maximum(last, tl.max(tl.where(proved & (j < wrong), j + 1, 0)))
         first += LOOK
     return last
+
+
+@triton.jit
+def _all_rise(offsets, batch, total):
+    """Return whether all offsets of a batch are valid: else the words of its keys might be the same."""
+    j = tl.arange(0, KEYS)
+    begin = tl.load(offsets + j, mask=j < batch, other=0)
+    end = tl.load(offsets + j + 1, mask=j < batch, other=0)
+    good = (begin <= end) & ((j > 0) | (begin == 0)) & ((j < batch - 1) | (end == total))
+    return tl.min(tl.where(j < batch, good, True).to(tl.int32)) > 0
 
 
 @triton.jit
@@ -210,9 +247,9 @@ def _use_rows(
     newly = tl.zeros([GROUP, LEVELS], tl.int64)
     chunk = first + tl.arange(0, GROUP)
     there = chunk < chunks
-    row = await_words(words + FOUND + chunk, there, epoch)
-    row = tl.where(row == UNANCHORED, 0, row).to(tl.int32)
-    low = tl.load(words + OWN + chunk, mask=there, other=0).to(tl.int32)[:, None]
+    found = await_words(words + FOUND + chunk, there, epoch)
+    row = tl.where(found == UNANCHORED, 0, found & handles.ROW_MASK).to(tl.int32)
+    low = ((chunk + 1 - (found >> handles.ROW_BITS).to(tl.int32)) * CHUNK)[:, None]
     high = ((chunk + 1) * CHUNK)[:, None]
     going = row > 0
     rows, after = hinted_group(w, row)
@@ -245,7 +282,7 @@ def _walk_on(
     at = chunks * CHUNK
     first = tl.zeros([], tl.int32)
     if chunks > 0:
-        first = tl.load(words + FOUND + chunks - 1, volatile=True).to(tl.int32)
+        first = (tl.load(words + FOUND + chunks - 1, volatile=True) & handles.ROW_MASK).to(tl.int32)
     open_units = tl.where(first > 0, tl.load(s.end + first) - at, 0)
     row, done, left, newly, old = walk(
         s,
@@ -282,7 +319,7 @@ def _next_epoch(w, epoch):
     """Count this launch. When the count begins anew, clear the words, so that none of them is taken for a new one."""
     if epoch == scratch.EPOCH_MASK:
         first = tl.zeros([], tl.int32)
-        while first < 3 * scratch.CHUNK_WORDS:
+        while first < 4 * scratch.CHUNK_WORDS:
             tl.store(w.words + first + tl.arange(0, CLEARED), tl.zeros([CLEARED], tl.int64))
             first += CLEARED
     tl.store(w.counters + scratch.EPOCH, epoch % scratch.EPOCH_MASK)
@@ -319,6 +356,9 @@ def long_kernel(
     code, _named = name_of(names, name, query, NAMES)
     units = whole_pages(count, PAGE, BIGRAM)
     chunks = tl.where(code >= 0, units // CHUNK, 0)
+    if not SINGLE:
+        if not _all_rise(offsets, batch, total):
+            chunks = chunks * 0
     words = w.words + begin // CHUNK + query
 
     first = lane * GROUP
@@ -427,10 +467,16 @@ def group_of(chunks: int, programs: int) -> tuple[int, int]:
     return 4, TOKENS_A_CHUNK
 
 
+def _chunk_of(page: int) -> int:
+    """Return the units of a chunk: whole pages."""
+    return max(TOKENS_A_CHUNK // page, 1) * page
+
+
 def _shares(arrays: Arrays, batch: int, longest: int, chunks: int) -> Shares | None:
-    most = cooperative_programs(arrays, batch * -(-longest // TOKENS_A_CHUNK), PROGRAMS)
+    chunk = _chunk_of(arrays.page)
+    most = cooperative_programs(arrays, batch * -(-longest // chunk), PROGRAMS)
     group, part = group_of(chunks, most)
-    programs = cooperative_programs(arrays, batch * -(-longest // (TOKENS_A_CHUNK * group)), PROGRAMS)
+    programs = cooperative_programs(arrays, batch * -(-longest // (chunk * group)), PROGRAMS)
     share = 1 if INTERPRETED else programs // batch
     return Shares(share, group, part) if share else None
 
@@ -441,7 +487,7 @@ def shares_of(arrays: Arrays, keys: Values) -> Shares | None:
     Interpreted programs run one after another, so each key gets one that waits for no other.
     """
     least = LEAST_TOKENS if keys.batch <= FEW_KEYS else 2 * LEAST_TOKENS
-    chunks = keys.total // TOKENS_A_CHUNK + keys.batch
+    chunks = keys.total // _chunk_of(arrays.page) + keys.batch
     if keys.batch > MOST_KEYS or keys.total < least * keys.batch or chunks > scratch.CHUNK_WORDS:
         return None
     longest = keys.total // keys.batch if keys.counts is None else int(keys.counts.max())
@@ -452,7 +498,7 @@ def _constants(
     arrays: Arrays, shares: Shares, touch: bool, lock: int, single: bool, names: bool, plan: bool, staged: bool
 ) -> tuple[int | bool, ...]:
     page, width, bigram, block = page_constants(arrays.page, arrays.bigram, TOKENS_A_CHUNK)
-    chunk = max(TOKENS_A_CHUNK // page, 1) * page
+    chunk = _chunk_of(arrays.page)
     return page, width, bigram, block, chunk, *shares[1:], TAG_MASK, touch, lock, single, names, plan, staged
 
 
@@ -494,7 +540,7 @@ def match_long_one(
     The programs read the key from pinned memory side by side: 131,072 tokens take as long as their transfer.
     """
     address, count, wide, _owner = key
-    shares = _shares(arrays, 1, count, -(-count // TOKENS_A_CHUNK))
+    shares = _shares(arrays, 1, count, -(-count // _chunk_of(arrays.page)))
     assert shares is not None
     variant = _long.variant(
         _constants(arrays, shares, touch, lock, True, False, False, True), (False,), WARPS, REGISTERS

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis.stateful import run_state_machine_as_test
 
-from flatradix import RadixTree
+from flatradix import QueryError, RadixTree, Ragged
 from flatradix.kernels.gpu import long
 from flatradix.layout import scratch
+from flatradix.layout.queries import Values
 from tests.support.devices import interpreted
 from tests.support.inside import arrays_of
 from tests.tree.test_machine import Machine
@@ -140,3 +142,63 @@ def test_old_words_are_not_taken_for_new_ones(cuda: str, short: None) -> None:
         assert tree.match([key]).lengths.tolist() == [20]
         assert int(scratched.counters[scratch.EPOCH]) == 0
         assert not scratched.words.any()
+
+
+def test_anchors_that_come_while_another_key_looks(cuda: str, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key A is a prefix of B. A notes its anchors between two looks of B, as programs on a GPU may."""
+    if not interpreted(cuda):
+        pytest.skip("only an interpreter can hold a note back")
+    trees = [RadixTree(200, device=device) for device in ("cpu", cuda)]
+    key = np.arange(40)
+    for tree in trees:
+        for end in range(5, 41, 5):
+            tree.insert(key[:end], key[:end].copy())
+    arrays_of(trees[1]).scratch.anchors.zero_()
+    note, look = long.note_anchors, long._look_at
+    late: list[tuple[Any, ...]] = []
+    looks = iter(range(1000))
+
+    def hold(*arguments: Any) -> None:
+        note(*arguments) if late else late.append(arguments)
+
+    def look_after_the_note(*arguments: Any) -> None:
+        if next(looks) == 12 // 4 + 2:
+            note(*late[0])
+        look(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(long, "group_of", lambda chunks, programs: (1, 4))
+        patch.setattr(long, "note_anchors", hold)
+        patch.setattr(long, "_look_at", look_after_the_note)
+        places = [tree.match([key[:12], key], lock=True) for tree in trees]
+    assert next(looks) > 12 // 4 + 3
+    assert places[0].lengths.tolist() == places[1].lengths.tolist()
+    for _ in range(2):
+        assert trees[0].digest() == trees[1].digest()
+        trees[1].check()
+        for tree, found in zip(trees, places, strict=True):
+            tree.unlock(found) if tree.protected_tokens else tree.match(key)
+
+
+def test_offsets_that_fall_make_no_key_share_words(cuda: str, short: None) -> None:
+    tree = RadixTree(200, device=cuda)
+    key = path_of(tree, 8, 5)
+    values = torch.from_numpy(np.tile(key, 3).astype(np.int32)).to(tree.device)
+    before = tree.digest()
+    tree.match(Ragged(values, torch.tensor([0, 40, 20, 120], device=tree.device)), lock=True)
+    with pytest.raises(QueryError, match="its offsets fall"):
+        tree.raise_pending()
+    assert tree.digest() == before
+    tree.check()
+
+
+@pytest.mark.parametrize("page_size", [257, 400, 600])
+def test_words_suffice_for_pages_that_do_not_divide_a_chunk(
+    cuda: str, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = RadixTree(page_size, page_size, device=cuda)
+    chunk = page_size if page_size > 256 else 512
+    monkeypatch.setattr(scratch, "CHUNK_WORDS", 100)
+    keys = Values(0, False, 1, 64 * 99 * chunk // 64, 1, None, None)
+    assert long.shares_of(arrays_of(tree), keys) is not None
+    assert long.shares_of(arrays_of(tree), keys._replace(total=100 * chunk)) is None

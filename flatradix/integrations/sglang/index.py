@@ -23,6 +23,7 @@ from flatradix.layout.numbers import MAX_TOKEN
 from flatradix.results import EvictResult, InsertResult, MatchResult, Places, one_match
 from flatradix.tree import RadixTree
 
+_FOREIGN = "match: query 0: the token at position"  # how the error for a foreign token begins
 EVICT_BY_VARIABLE = "FLATRADIX_EVICT_BY"
 
 
@@ -152,9 +153,11 @@ class StreamedTree(SchedulerTree):
                 try:
                     _ = result.length  # waits: the scheduler needs the length next
                     return result
-                except QueryError:
-                    if len(before_foreign(tokens)) == len(tokens):
-                        raise
+                except QueryError as error:
+                    known = up_to(tokens, limit)
+                    foreign = len(before_foreign(known)) < len(known)
+                    if not foreign or not str(error).startswith(_FOREIGN):
+                        raise  # an earlier call was refused, and its error was not raised yet
             return self.tree.match(before_foreign(up_to(tokens, limit)), namespace, split=True)
 
     def insert(self, tokens: Any, slots: torch.Tensor, **options: Any) -> InsertResult:
