@@ -185,7 +185,9 @@ def test_offsets_that_fall_make_no_key_share_words(cuda: str, short: None) -> No
     key = path_of(tree, 8, 5)
     values = torch.from_numpy(np.tile(key, 3).astype(np.int32)).to(tree.device)
     before = tree.digest()
-    tree.match(Ragged(values, torch.tensor([0, 40, 20, 120], device=tree.device)), lock=True)
+    q = Ragged(values, torch.tensor([0, 40, 80, 120], device=tree.device))
+    q.offsets[2] = 20  # where only kernels see it
+    tree.match(q, lock=True)
     with pytest.raises(QueryError, match="its offsets fall"):
         tree.raise_pending()
     assert tree.digest() == before
