@@ -198,7 +198,7 @@ def test_evictions_from_one_long_path(cuda: str) -> None:
     count = 20 if interpreted(cuda) else 20_000
     pair = Pair(cuda, 2 * count)
     key = [token % 5 for token in range(count)]
-    ends = pair.insert([key], [key])
+    ends = pair.insert([key], numbered([key]))
     lengths = torch.arange(1, count + 1)
     for tree, end in zip((pair.host, pair.tree), ends, strict=True):
         places = SimpleNamespace(handles=end.handles.repeat(count), lengths=lengths.to(tree.device))
