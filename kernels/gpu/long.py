@@ -400,7 +400,7 @@ def long_kernel(
             s, w, key, units, code, words, sure, clock, tick, epoch, PAGE, WIDTH, BIGRAM, BLOCK, CHUNK, TOUCH, LOCK
         )
         newly += more
-        if (sure < length // CHUNK) & (code >= 0):
+        if (sure < length // CHUNK) & (chunks > 0):  # else nothing was hashed
             note_anchors(s, w, words, row, sure, length // CHUNK, code, epoch, mask, CHUNK)
         if PLAN:
             put(w, batch, query, row, scratch.Q_EDGE)
