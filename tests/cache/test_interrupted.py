@@ -181,7 +181,8 @@ def test_at_many_bytecodes(name: str, where: dict[str, str], request: pytest.Fix
         for at in range(Random(name).randrange(step), total, step):
             scene = scene_of(name, where)
             cut = interrupt_at(at, partial(ACTS[name], scene), folder).where
-            assert cut or where["device"] == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
+            # Waits for the GPU vary, and collisions of hashes, which each tree draws anew; with them the bytecodes.
+            assert cut or where["device"] == "cuda" or at > 0.9 * total
             judge(scene, Random(at))
 
 
