@@ -71,9 +71,11 @@ class State:
         if not self.views:
             return
         serial = self.columns.serial
-        for row in [row for row, view in self.views.items() if serial[row] != view.serial]:
-            self.views[row].end()
-            del self.views[row]
+        # A copy: reading a request of a batch, which any thread may do meanwhile, makes a view.
+        for row, view in list(self.views.items()):
+            if serial[row] != view.serial:
+                view.end()
+                del self.views[row]
 
     def tokens_of(self, row: int) -> np.ndarray:
         """Return the known tokens of a row, int64: those that were cached from the tree, the others from the row."""
