@@ -285,21 +285,7 @@ def _walk_on(
         first = (tl.load(words + FOUND + chunks - 1, volatile=True) & handles.ROW_MASK).to(tl.int32)
     open_units = tl.where(first > 0, tl.load(s.end + first) - at, 0)
     row, done, left, newly, old = walk(
-        s,
-        w,
-        key + at,
-        units - at,
-        code,
-        first,
-        at,
-        clock,
-        tick,
-        PAGE,
-        WIDTH,
-        BIGRAM,
-        BLOCK,
-        TOUCH,
-        LOCK == LOCKS,
+        s, w, key + at, units - at, code, first, at, clock, tick, PAGE, WIDTH, BIGRAM, BLOCK, TOUCH, LOCK == LOCKS
     )
     if (left > 0) & (row != first) & (not LOCK):
         visit(s, w, row, old, clock, tick, TOUCH)
@@ -537,7 +523,7 @@ def match_long_one(
 ) -> bool:  # fmt: skip
     """Match one key in host memory by anchors: arguments and result as for `match_one`.
 
-    The programs read the key from pinned memory side by side: 131,072 tokens take as long as their transfer.
+    The programs read the key from pinned memory side by side.
     """
     address, count, wide, _owner = key
     shares = _shares(arrays, 1, count, -(-count // _chunk_of(arrays.page)))
