@@ -127,7 +127,7 @@ class Awaited(OnDevice):
 class Batch(OnDevice):
     """The numbers of a batch, a `results.Late`. A match also writes its lengths to the mailbox, if it could reserve it.
 
-    told: the place there, or -1. refusals: the number that was known before the call.
+    told: the place there, or -1.
     """
 
     __slots__ = ("_call", "_home", "_told")

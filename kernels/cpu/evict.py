@@ -19,7 +19,8 @@ from flatradix.layout import numbers, waiting
 from flatradix.layout.state import FREE_ROW
 from flatradix.layout.waiting import NONE
 
-# An eviction that has put back this many entries, and one for each 32 rows, fills the queue anew (bench/RESULTS.md).
+# An eviction that has put back this many entries, and one for each 32 rows, fills the queue anew: by one pass over the
+# rows and a radix sort, where each entry put back would be an operation of the heap.
 _FEW_PUT_BACK = 64
 
 

@@ -100,16 +100,20 @@ def test_adapters_have_their_names(dynamo: bool) -> None:
     assert {event.lora_name for event in stored if hasattr(event, "lora_name")} == {None, "a lora"}
 
 
-def test_events_wait_for_their_slots() -> None:
-    """Slots on a GPU reach the host later: the events stay in order, and no call waits."""
+def recorder() -> Any:
+    """Return a recorder of events for 64 slots on the CPU, in pages of one."""
     from flatradix.integrations.sglang.events import KvEvents
 
-    allocator = SimpleNamespace(size=64, device="cpu")
     params = SGLANG.params.CacheInitParams(
-        disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=allocator, page_size=1,
-        enable_kv_cache_events=True,
+        disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=SimpleNamespace(size=64, device="cpu"),
+        page_size=1, enable_kv_cache_events=True,
     )  # fmt: skip
-    events = KvEvents(params)
+    return KvEvents(params)
+
+
+def test_events_wait_for_their_slots() -> None:
+    """Slots on a GPU reach the host later: the events stay in order, and no call waits."""
+    events = recorder()
     arrived: set[str] = set()
     req = SimpleNamespace(full_untruncated_fill_ids=array("q", [1, 2, 3]), extra_key=None, cache_salt=None)
     row = torch.arange(10, 20)
@@ -134,14 +138,7 @@ def test_events_wait_for_their_slots() -> None:
 
 def test_only_what_was_stored_is_removed() -> None:
     """Tokens that came by `insert` are not reported, and a page that was removed is not removed again."""
-    from flatradix.integrations.sglang.events import KvEvents
-
-    allocator = SimpleNamespace(size=64, device="cpu")
-    params = SGLANG.params.CacheInitParams(
-        disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=allocator, page_size=1,
-        enable_kv_cache_events=True,
-    )  # fmt: skip
-    events = KvEvents(params)
+    events = recorder()
     tokens = array("q", [1, 2, 3])
     req = SimpleNamespace(full_untruncated_fill_ids=tokens, extra_key=None, cache_salt=None, session_id="a chat")
     row = torch.arange(10, 20)
