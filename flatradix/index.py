@@ -15,7 +15,6 @@ switches threads nor runs a signal handler, as the line jumps nowhere and calls 
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import threading
 import weakref
@@ -46,52 +45,35 @@ def public_call(method: F) -> F:
     return method
 
 
-_looking = threading.RLock()  # held by the thread that looks for calls under way
-
-
-def _renew_lock() -> None:
-    """In a forked child, forget a thread of the parent that held the lock."""
-    global _looking
-    _looking = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
 def take_gate(home: Any) -> None:
     """Let a call pass whose gate was busy: the last call has raised, or a call is under way.
 
     Inspects the stacks of all threads: nothing else can tell whether that call was interrupted for good, is paused
     while a signal handler runs, or is of another thread. Raises RuntimeError if a call of `home` is under way. A call
     that ends meanwhile opens the gate, and one more may pass. So `busy` gets a value of its own before the inspection.
-    If it still has this value afterwards, nobody has passed.
+    If it still has this value afterwards, nobody has passed. Two calls that inspect at once refuse each other. There is
+    no lock: an interruption could leave one locked for ever.
     """
-    waiting = True
-    with _looking:
-        while waiting:
-            token = home.busy = object()
-            _refuse_calls_under_way(home)
-            waiting = home.busy is not token
+    token = None
+    while home.busy is not token:
+        token = home.busy = object()
+        _refuse_calls_under_way(home)
 
 
-def _is_under_way(home: Any, frame: FrameType | None) -> bool | None:
-    """Return whether a call of `home` is on a stack, from `frame` outwards. One that waits in `take_gate` is not.
+def _is_under_way(home: Any, frame: FrameType | None, own: int = 0) -> bool | None:
+    """Return whether a call of `home` is on a stack, from `frame` outwards, behind the first `own` calls of it.
 
     Returns None if the walk was cut short: a generator that has yielded meanwhile does not lead outwards any more.
     """
-    waits = False
     code = None
     while frame is not None:
         code = frame.f_code
-        if code is take_gate.__code__:
-            waits |= frame.f_locals["home"] is home and frame.f_locals.get("waiting", True)
-        elif code in _calls:
+        if code in _calls:
             of = frame.f_locals.get("self")
             if of is home or getattr(of, "gate", None) is home:
-                if not waits:
+                if own == 0:
                     return True
-                waits = False
+                own -= 1
         frame = frame.f_back
     return None if code is not None and code.co_flags & _YIELDS else False
 
@@ -106,7 +88,7 @@ def _is_in_thread(home: Any, thread: int) -> bool:
 
 
 def _refuse_calls_under_way(home: Any) -> None:
-    if _is_under_way(home, sys._getframe(1)):
+    if _is_under_way(home, sys._getframe(1), own=1):
         raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
     own = threading.get_ident()
     for thread in list(sys._current_frames()):  # no frames: one that holds itself keeps alive what its callers hold

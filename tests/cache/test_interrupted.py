@@ -12,8 +12,9 @@ import pytest
 
 from flatradix import Request
 from flatradix.inspect.nodes import nodes_of
+from tests.support.depth import cuts, examples
 from tests.support.devices import interpreted
-from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
+from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow
 from tests.support.prefix_engine import Engine, engine, fingerprints
 
 SHARED = list(range(1, 11))
@@ -154,7 +155,7 @@ def go_on(this: Engine, prompts: list[list[int]]) -> None:
     this.cache.abort(this.cache.running)
 
 
-# Acts that are interrupted more densely within flatradix/cache, at other points in each. At all, they take an hour.
+# Acts that are interrupted more densely within flatradix/cache.
 EACH = (
     "begin", "step", "fork", "extend", "commit of what is there", "finish", "abort", "counts", "reset", "shared: begin",
     "shared: commit of a borrower", "shared: finish of the lender", "shared: abort of the lender",
@@ -172,13 +173,11 @@ def skip_the_rest(name: str, where: dict[str, str], request: pytest.FixtureReque
 @pytest.mark.parametrize("name", ACTS)
 def test_at_many_bytecodes(name: str, where: dict[str, str], request: pytest.FixtureRequest) -> None:
     skip_the_rest(name, where, request)
-    every = 13 if name in EACH else 41
-    for folder, step in (("cache", every), ("", 211))[: 1 if interpreted(where["device"]) else 2]:
+    for folder, most in (("cache", 40 if name in EACH else 15), ("", 10))[: 1 if interpreted(where["device"]) else 2]:
         total = min(
             bytecodes(partial(ACTS[name], scene_of(name, where)), folder) for _ in range(2)
         )  # a first call imports
-        step = max(step, step_for(where["device"], total))
-        for at in range(Random(name).randrange(step), total, step):
+        for at in cuts(total, where["device"], name, most):
             scene = scene_of(name, where)
             cut = interrupt_at(at, partial(ACTS[name], scene), folder).where
             # Waits for the GPU vary, and collisions of hashes, which each tree draws anew; with them the bytecodes.
@@ -205,7 +204,7 @@ def test_two_interrupted_calls_in_a_row(number: int, where: dict[str, str]) -> N
     random = Random(number)
     acts = SHARED_ACTS if number % 2 else {name: act for name, act in ACTS.items() if name not in SHARED_ACTS}
     lengths = {name: bytecodes(partial(act, scene_of(name, where))) for name, act in acts.items()}
-    for _ in range(10 if where["device"] == "cuda" else 40):
+    for _ in range(10 if where["device"] == "cuda" else examples(10, 40)):
         scene = scene_of(next(iter(acts)), where)
         for name in random.choices(list(acts), k=2):
             with suppress(ValueError):  # the first call may have ended the requests of the second

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flatradix import RadixTree, WaitingQueue
+from tests.support.depth import cuts
 from tests.support.interrupts import bytecodes, fails_at, interrupt_at
 
 NAMES: list[Any] = [None, "a", "b"]
@@ -71,12 +72,10 @@ ACTS: dict[str, Callable[[Scene], object]] = {
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_at_every_bytecode(name: str) -> None:
-    total = bytecodes(partial(ACTS[name], Scene()), "")
-    step = 1 + total // 2000  # a batch that grows all arrays has many
-    for at in range(0, total, step):
+def test_at_many_bytecodes(name: str) -> None:
+    for at in cuts(bytecodes(partial(ACTS[name], Scene())), "cpu", name):
         scene = Scene()
-        assert interrupt_at(at, partial(ACTS[name], scene), "").where
+        assert interrupt_at(at, partial(ACTS[name], scene)).where
         scene.judge()
 
 

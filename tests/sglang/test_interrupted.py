@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from random import Random
 from typing import Any
 
 import pytest
 
 from flatradix.errors import QueryError
 from flatradix.inspect.nodes import nodes_of
+from tests.support.depth import cuts
 from tests.support.devices import interpreted
-from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
+from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow
 from tests.support.sglang_engine import Plan, load_or_skip
 from tests.support.sglang_home import Home
 
@@ -84,12 +84,11 @@ def judge(scene: Scene, locks: int) -> None:
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_at_every_bytecode(name: str, device: str) -> None:
-    """All bytecodes of the backend, except the last three, at which the call returns; some bytecodes of the tree."""
-    for folder, step in ((FOLDER, 1), ("", 17))[: 1 if interpreted(device) else 2]:
+def test_at_many_bytecodes(name: str, device: str) -> None:
+    """Bytecodes of the backend, except the last three, at which the call returns, and bytecodes of the tree."""
+    for folder in (FOLDER, "")[: 1 if interpreted(device) else 2]:
         total = bytecodes(partial(ACTS[name], Scene(device)), folder) - 3
-        step = max(step, step_for(device, total))
-        for at in range(Random(name).randrange(step), total, step):
+        for at in cuts(total, device, name):
             scene = Scene(device)
             cut = interrupt_at(at, partial(ACTS[name], scene), folder).where
             assert cut or device == "cuda"  # waits for the GPU vary, and with them the number of bytecodes

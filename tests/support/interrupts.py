@@ -112,13 +112,6 @@ def bytecodes(call: Callable[[], Any], folder: str = "") -> int:
     return tracer.count
 
 
-def step_for(device: str, total: int) -> int:
-    """Return the step between tested bytecodes: every one on a CPU, about 60 on a GPU, one with interpreted kernels."""
-    if device != "cuda":
-        return 1
-    return total if interpreted() else max(1, total // 60)
-
-
 def skip_if_slow(device: str) -> None:
     """Skip the test with interpreted kernels, where the cuts at bytecodes take long enough."""
     if interpreted(device):

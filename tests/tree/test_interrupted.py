@@ -16,9 +16,10 @@ from flatradix import EvictResult, MatchResult, RadixTree
 from flatradix.device.calls import Calls
 from flatradix.inspect.nodes import nodes_of
 from tests.conftest import usable
+from tests.support.depth import cuts, examples
 from tests.support.devices import interpreted
 from tests.support.inside import names_of
-from tests.support.interrupts import Interrupt, bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
+from tests.support.interrupts import Interrupt, bytecodes, fails_at, interrupt_at, skip_if_slow
 
 PAGE = 2
 # Devices of index and slots.
@@ -174,13 +175,11 @@ class Judge:
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_at_every_bytecode(name: str, home: str) -> None:
-    """On a GPU at some bytecodes, as a tree's first launches have thousands; with interpreted kernels at one."""
+def test_at_many_bytecodes(name: str, home: str) -> None:
     judge = Judge(name, home)
     scene = Scene(home)
     total = bytecodes(lambda: judge.act(scene))
-    step = step_for(home, total)
-    for at in range(Random(name).randrange(step), total, step):
+    for at in cuts(total, home, name):
         cut = judge.judge(partial(interrupt_at, at), Random(at)).where
         assert cut or home == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
 
@@ -213,7 +212,7 @@ def test_at_every_allocation(name: str, home: str) -> None:
 def test_the_callers_tensors_may_change_meanwhile(name: str, places: str, home: str) -> None:
     """An interrupted call is undone by what it was called with, not by what its caller's tensors hold by then."""
     before = holdings(Scene(home).tree).locks
-    for at in range(bytecodes(partial(ACTS[name], Scene(home)))):
+    for at in cuts(bytecodes(partial(ACTS[name], Scene(home))), home, name):
         scene = Scene(home)
         changes = scene.tree.changes()
         interrupt_at(at, partial(ACTS[name], scene))
@@ -261,7 +260,7 @@ def test_two_interrupted_calls_in_a_row(number: int, home: str) -> None:
     skip_if_slow(home)
     random = Random(number)
     lengths = {name: bytecodes(partial(act, Scene(home))) for name, act in ACTS.items()}
-    for _ in range(20 if home == "cuda" else 100):
+    for _ in range(20 if home == "cuda" else examples(10, 100)):
         names = random.choices([name for name in ACTS if name != "evict none"], k=2)
         cuts = [random.randrange(lengths[name]) for name in names]
         found = outcome(home, names, cuts)

@@ -1,0 +1,24 @@
+"""How deep a test goes: `make test` samples the long ones, `make test-all` (THOROUGH=1) goes about ten times deeper."""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+from tests.support.devices import interpreted
+
+THOROUGH = os.environ.get("THOROUGH") == "1"
+
+
+def examples(few: int, many: int) -> int:
+    return many if THOROUGH else few
+
+
+def cuts(total: int, device: str, name: str, most: int = 60) -> range:
+    """Return at which of the `total` bytecodes of a call a test interrupts it: at most about `most`, evenly spaced.
+
+    With interpreted kernels, where a call takes a second, it is one. name: decides the first.
+    """
+    wanted = examples(1, 4) if interpreted(device) else examples(most, 10 * most)
+    step = max(1, -(-total // wanted))
+    return range(Random(name).randrange(min(step, max(1, total))), total, step)
