@@ -1,5 +1,6 @@
 # make replay   sets up .venv and replays a trace
 # make test     sets up .venv and runs every check
+# make test-all the same, with the long tests at full length
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TRACE ?= $(wildcard ../shared/traces/conversation_trace.jsonl)
 ARGS ?=
 
-.PHONY: help setup replay test lint bench bench-sglang reference clean
+.PHONY: help setup replay test test-all lint bench bench-sglang reference clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -44,6 +45,10 @@ replay: setup
 test: $(VENV)/setup-test lint
 	$(BIN)/python -m pytest -n auto $(ARGS)
 	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=interpreted $(BIN)/python -m pytest -n auto -m gpu $(ARGS) || test $$? -eq 5
+
+# With THOROUGH=1, tests take ten times as many samples, and every variant runs in Triton's interpreter: tests/support/depth.py.
+test-all:
+	THOROUGH=1 $(MAKE) test
 
 lint: $(VENV)/setup-test
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from flatradix.cache import home
 from flatradix.inputs.devices import interpreted, why_not_cuda
+from tests.support.depth import THOROUGH, examples
 from tests.support.interpreter import patch_once_a_launch
 
 # The workers of a run share the cores: torch's threads would wait for one another in tensors of a few hundred bytes.
@@ -30,11 +32,32 @@ settings.register_profile("soak", parent=settings.get_profile("ci"), derandomize
 settings.register_profile(
     "interpreted",
     parent=settings.get_profile("ci"),
-    max_examples=3,
+    max_examples=examples(2, 6),
     stateful_step_count=8,
     phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if interpreted() else "ci"))
+
+
+VARIANTS = 3
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With interpreted kernels, run at most VARIANTS of the variants of a parametrized test, evenly spaced.
+
+    `make test-all` runs all, and so does a run that selects with -k.
+    """
+    if not interpreted() or THOROUGH or config.option.keyword:
+        return
+    variants: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            variants[item.nodeid.partition("[")[0]].append(item)
+    for found in variants.values():
+        kept = {at * len(found) // VARIANTS for at in range(VARIANTS)}
+        for at, item in enumerate(found):
+            if at not in kept:
+                item.add_marker(pytest.mark.skip(reason="one of many variants: make test-all runs it"))
 
 
 def pytest_report_header() -> str:

@@ -12,8 +12,9 @@ import torch
 
 from flatradix import EvictResult, PrefixCache, QueryError, RadixTree, StaleHandleError, WaitingQueue
 from flatradix.inspect.nodes import nodes_of
+from tests.support.depth import cuts
 from tests.support.devices import settled
-from tests.support.interrupts import bytecodes, interrupt_at, step_for
+from tests.support.interrupts import bytecodes, interrupt_at
 
 KEY = [1, 1, 2, 2, 3, 3, 4, 4]
 
@@ -185,7 +186,7 @@ def test_only_two_units_are_known() -> None:
 
 
 @pytest.mark.parametrize("slot_device", [None, "cpu"])
-def test_interrupted_at_every_bytecode(slot_device: str | None, device: str) -> None:
+def test_interrupted_at_many_bytecodes(slot_device: str | None, device: str) -> None:
     """Whatever happens, each slot is in the tree, in the result, or in that of the next eviction."""
 
     def scene() -> RadixTree:
@@ -195,7 +196,7 @@ def test_interrupted_at_every_bytecode(slot_device: str | None, device: str) -> 
 
     tree = scene()
     total = bytecodes(partial(tree.evict, 7))
-    for at in range(0, total, step_for(device, total)):
+    for at in cuts(total, device, f"evict {slot_device}"):
         tree = scene()
         changes = tree.changes()
         interrupt_at(at, partial(tree.evict, 7))

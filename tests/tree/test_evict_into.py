@@ -12,6 +12,7 @@ import torch
 
 from flatradix import RadixTree, WaitingQueue
 from flatradix.device.calls import Calls
+from tests.support.depth import cuts
 from tests.support.devices import interpreted, settled
 from tests.support.inside import index_of, names_of
 from tests.support.interrupts import bytecodes, interrupt_at
@@ -188,7 +189,7 @@ def test_slots_of_an_interrupted_eviction_come_first(device: str) -> None:
 
 
 @pytest.mark.parametrize("evict_by", ["node", "page"])
-def test_interrupted_at_every_bytecode(device: str, evict_by: str) -> None:
+def test_interrupted_at_many_bytecodes(device: str, evict_by: str) -> None:
     """Each slot is in the tree, in the result, or in that of the next eviction."""
     every = set(range(10, 16)) | set(range(20, 24)) | {30, 31}
 
@@ -197,8 +198,7 @@ def test_interrupted_at_every_bytecode(device: str, evict_by: str) -> None:
 
     first = make(device, evict_by=evict_by)
     total = bytecodes(partial(run, first, space_for(first, 12)))
-    step = max(1, total // 6) if interpreted(device) else 1
-    for at in range(0, total, step):
+    for at in cuts(total, device, evict_by):
         tree = make(device, evict_by=evict_by)
         out, changes, last = space_for(tree, 12), tree.changes(), tree.last_result
         interrupt_at(at, partial(run, tree, out))

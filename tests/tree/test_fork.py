@@ -86,29 +86,31 @@ cache.fork(requests[0], 2)
 cache.check()
 """,
 }
-# The parent starts the threads first, and compiles what the child needs: the time limit is for a child that hangs.
+# The parent starts the threads first, and compiles what the children need: the time limit is for a child that hangs.
 PARENT = """
-def work():
-{work}
+def run(name):
+    exec(compile(works[name], name, "exec"), dict(globals()))
 
-work()
+for name in works:
+    run(name)
 torch.ones(1 << 20).add_(1)
-child = multiprocessing.get_context("fork").Process(target=work)
-child.start()
-child.join(60)
-if child.is_alive():
-    child.kill()
-    sys.exit("the child hangs")
-sys.exit(child.exitcode)
+for name in works:
+    child = multiprocessing.get_context("fork").Process(target=run, args=(name,))
+    child.start()
+    child.join(60)
+    if child.is_alive():
+        child.kill()
+        sys.exit(f"{name}: the child hangs")
+    if child.exitcode:
+        sys.exit(f"{name}: exit code {child.exitcode}")
 """
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
-@pytest.mark.parametrize("name", WORK)
-def test_a_forked_child_does_not_hang(name: str) -> None:
-    work = "".join(f"    {line}\n" for line in WORK[name].strip().splitlines())
+def test_forked_children_do_not_hang() -> None:
+    """One child for each of WORK, of one parent: a process imports for seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    code = BEGIN + PARENT.format(work=work)
+    code = f"{BEGIN}\nworks = {WORK!r}\n{PARENT}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -13,9 +13,10 @@ import torch
 from flatradix import CapacityError, PrefixCache, RadixTree, Ragged, WaitingQueue
 from flatradix.layout import growth
 from flatradix.results import Places
+from tests.support.depth import cuts
 from tests.support.devices import interpreted, settled
 from tests.support.inside import index_of
-from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
+from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow
 from tests.support.pairs import numbered, shared_prefixes
 
 
@@ -217,7 +218,7 @@ SEVERAL: dict[str, Any] = {"q": [key(2), key(1, 7)], "slots": [range(10, 14), ra
     ("slot_device", "call", "single", "folder"),
     [(None, ONE, True, "host"), ("cpu", SEVERAL, False, "host"), (None, SEVERAL, False, "inputs")],
 )
-def test_interrupted_at_every_bytecode(
+def test_interrupted_at_many_bytecodes(
     slot_device: str | None, call: dict[str, Any], single: bool, folder: str, device: str
 ) -> None:
     """The tree is as before the call or as after it, in the old arrays or in the new."""
@@ -229,7 +230,7 @@ def test_interrupted_at_every_bytecode(
     total = bytecodes(lambda: tree.insert(**keywords), folder)
     assert capacity(tree) > 4
     after = tree.digest()
-    for at in range(0, total, step_for(device, total)):
+    for at in cuts(total, device, f"insert {folder}"):
         tree = scene(device, slot_device)
         interrupt_at(at, lambda tree=tree: tree.insert(**keywords), folder)
         if tree.total_tokens == 4:  # an insert that was undone leaves times of use

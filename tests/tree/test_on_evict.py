@@ -12,7 +12,8 @@ import torch
 
 from flatradix import PrefixCache, RadixTree
 from flatradix.inspect.nodes import nodes_of
-from tests.support.interrupts import bytecodes, interrupt_at, step_for
+from tests.support.depth import cuts
+from tests.support.interrupts import bytecodes, interrupt_at
 
 Victim = tuple[Any, list[int], list[int]]
 
@@ -180,7 +181,7 @@ def test_the_callback_must_be_callable() -> None:
 
 @pytest.mark.parametrize("by", ["node", "page"])
 @pytest.mark.parametrize("slot_device", [None, "cpu"])
-def test_interrupted_at_every_bytecode(slot_device: str | None, by: str, device: str) -> None:
+def test_interrupted_at_many_bytecodes(slot_device: str | None, by: str, device: str) -> None:
     """Each victim is told once, or again if the interruption came between; no slot is lost."""
 
     def scene() -> tuple[RadixTree, Recorder]:
@@ -192,7 +193,7 @@ def test_interrupted_at_every_bytecode(slot_device: str | None, by: str, device:
     tree, recorder = scene()
     total = bytecodes(partial(tree.evict, 6))
     victims = list(recorder.told)
-    for at in range(0, total, step_for(device, total)):
+    for at in cuts(total, device, f"evict {slot_device} {by}"):
         tree, recorder = scene()
         changes = tree.changes()
         interrupt_at(at, partial(tree.evict, 6))

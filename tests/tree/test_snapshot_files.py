@@ -26,6 +26,7 @@ from flatradix import RadixTree
 from flatradix.inspect import convert, replace, snapshot
 from flatradix.inspect.content import saved_of
 from flatradix.layout.state import FREE_ROW
+from tests.support.depth import examples
 from tests.support.interrupts import bytecodes, interrupt_at
 from tests.tree import mutate_snapshots
 from tests.tree.mutate_snapshots import good, joined, parts, sealed
@@ -84,7 +85,8 @@ def kill_savers(path: str, kills: int) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_a_whole_file(tmp_path: Path) -> None:
-    code = f"from tests.tree.test_snapshot_files import kill_savers; kill_savers({str(tmp_path / 'tree')!r}, 100)"
+    call = f"kill_savers({str(tmp_path / 'tree')!r}, {examples(20, 100)})"
+    code = f"from tests.tree.test_snapshot_files import kill_savers; {call}"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
     assert len(names_in(tmp_path)) > 1, "no process was killed in a save"
 
@@ -110,7 +112,7 @@ def test_an_interrupted_save_leaves_a_whole_file(tmp_path: Path) -> None:
     digests = {tree.digest() for tree in trees}
     trees[0].save(tmp_path / "tree")
     total = bytecodes(lambda: trees[1].save(tmp_path / "tree"), "inspect")
-    for at in range(0, total, max(1, total // 100)):
+    for at in range(0, total, max(1, total // examples(30, 300))):
         cut = interrupt_at(at, lambda: trees[1].save(tmp_path / "tree"), "inspect")
         assert cut.where
         assert names_in(tmp_path) == ["tree"], cut.where
@@ -374,8 +376,8 @@ def test_an_old_file_is_converted(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_mutated_files(capsys: pytest.CaptureFixture[str]) -> None:
-    assert mutate_snapshots.main(["--files", "300", "--seed", "7"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("ok: 300 files of seed 7 (")
+    assert mutate_snapshots.main(["--files", str(examples(100, 1000)), "--seed", "7"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"ok: {examples(100, 1000)} files of seed 7 (")
 
 
 @pytest.mark.parametrize("fault", ["loads anything", "names nothing"])
