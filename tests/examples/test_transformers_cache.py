@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.cache_allocators import FULL_AT
 from examples.models import random_model
 from examples.transformers_cache import RadixAllocator, flatradix_cache
 from tests.support.continuous_batching import PAGE, Engine, Work
+from tests.support.depth import examples
 
 MANY = 600
 TIGHT = st.integers(28, 48)
@@ -93,7 +94,7 @@ def finish(run: Engine, works: list[Work], whole: bool = False) -> Engine:
     return run
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(8, 50))
 @given(works=works_of(TOKENS, 4, 12), scheduler=st.sampled_from(["fifo", "prefill_first"]))
 def test_every_step_is_the_same_where_all_fits(works: list[Work], scheduler: str) -> None:
     theirs, ours = (finish(engine(kind, MANY, scheduler_type=scheduler), works) for kind in ("own", "flatradix"))
@@ -103,7 +104,7 @@ def test_every_step_is_the_same_where_all_fits(works: list[Work], scheduler: str
     assert_idle(ours)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(8, 50))
 @given(works=works_of(SYSTEM_PROMPTS, 12, 24), blocks=TIGHT, scheduler=st.sampled_from(["fifo", "prefill_first"]))
 def test_equal_outputs_in_a_tight_pool(works: list[Work], blocks: int, scheduler: str) -> None:
     theirs = finish(engine("own", blocks, scheduler_type=scheduler), works)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.depth import examples
+
 ROOT = Path(__file__).parents[2]
 # Whether a handle that no tree gave out is refused. It takes one small kernel.
 SLOTS = """
@@ -108,7 +110,7 @@ def test_what_root_has_compiled_is_read_where_nothing_can_be_written(home: Path)
     assert run(home, Path(no_place(home)["NUMBA_CACHE_DIR"])) == "refused"
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other bytes"])
+@pytest.mark.parametrize("damage", examples(["cut"], ["cut", "empty", "other bytes"]))
 def test_a_damaged_file_is_replaced(tmp_path: Path, home: Path, damage: str) -> None:
     cache = tmp_path / "cache"
     assert run(home, cache) == "refused"
@@ -141,7 +143,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, home: Path) -> None:
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name", ["app.zip", "app.whl"])
+@pytest.mark.parametrize("name", examples(["app.zip"], ["app.zip", "app.whl"]))
 def test_a_package_in_a_zip_file(tmp_path: Path, home: Path, name: str) -> None:
     (home / "flatradix" / "kernels").unlink()
     (home / "kernels").rename(home / "flatradix" / "kernels")
