@@ -15,8 +15,10 @@ switches threads nor runs a signal handler, as the line jumps nowhere and calls 
 from __future__ import annotations
 
 import inspect
+import random
 import sys
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from array import array
@@ -36,6 +38,13 @@ R = TypeVar("R")
 T = TypeVar("T")
 _YIELDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _WALKS = 1000  # far more than it takes to look at a thread while none of its generators yields
+_ATTEMPTS = 12
+_FIRST_WAIT = 50e-6  # seconds; each wait may be twice as long as the one before
+_NONE, _INSPECTS, _UNDER_WAY = range(3)
+_OF_ANOTHER_THREAD = (
+    "another thread is in a call of the same object: hold a lock of your own around each call, or make all calls in "
+    "one thread"
+)
 _calls: set[CodeType] = set()
 
 
@@ -51,52 +60,69 @@ def take_gate(home: Any) -> None:
     Inspects the stacks of all threads: nothing else can tell whether that call was interrupted for good, is paused
     while a signal handler runs, or is of another thread. Raises RuntimeError if a call of `home` is under way. A call
     that ends meanwhile opens the gate, and one more may pass. So `busy` gets a value of its own before the inspection.
-    If it still has this value afterwards, nobody has passed. Two calls that inspect at once refuse each other. There is
-    no lock: an interruption could leave one locked for ever.
+    If it still has this value afterwards, nobody has passed.
+
+    Of threads that inspect at once, each waits for a random time and inspects again. There is no lock: an interruption
+    could leave a lock locked for ever.
     """
-    token = None
-    while home.busy is not token:
+    for attempt in range(_ATTEMPTS):
+        competes = True
         token = home.busy = object()
-        _refuse_calls_under_way(home)
+        rivals = _other_threads_at_the_gate(home)
+        if not rivals and home.busy is token:
+            return
+        competes = False  # noqa: F841 - other threads read it in this frame
+        if rivals:
+            time.sleep(random.random() * _FIRST_WAIT * 2**attempt)
+    raise RuntimeError(_OF_ANOTHER_THREAD)
 
 
-def _is_under_way(home: Any, frame: FrameType | None, own: int = 0) -> bool | None:
-    """Return whether a call of `home` is on a stack, from `frame` outwards, behind the first `own` calls of it.
+def _use_of(home: Any, frame: FrameType | None) -> int | None:
+    """Return what the calls of `home` are doing on a stack, from `frame` outwards: nothing, inspecting, or more.
 
     Returns None if the walk was cut short: a generator that has yielded meanwhile does not lead outwards any more.
     """
+    use = _NONE
+    at_gate = competes = False
     code = None
     while frame is not None:
         code = frame.f_code
-        if code in _calls:
+        if code is take_gate.__code__:
+            if frame.f_locals["home"] is home:
+                at_gate, competes = True, frame.f_locals.get("competes", True)
+        elif code in _calls:
             of = frame.f_locals.get("self")
             if of is home or getattr(of, "gate", None) is home:
-                if own == 0:
-                    return True
-                own -= 1
+                if not at_gate:
+                    return _UNDER_WAY
+                at_gate = False
+                if competes:
+                    use = _INSPECTS
         frame = frame.f_back
-    return None if code is not None and code.co_flags & _YIELDS else False
+    return None if code is not None and code.co_flags & _YIELDS else use
 
 
-def _is_in_thread(home: Any, thread: int) -> bool:
-    """Return whether a call of `home` is under way in a thread, or may be."""
+def _use_by(home: Any, thread: int) -> int:
+    """Return what the calls of `home` in a thread are doing, or may be doing."""
     for _ in range(_WALKS):
-        found = _is_under_way(home, sys._current_frames().get(thread))
-        if found is not None:
-            return found
-    return True
+        use = _use_of(home, sys._current_frames().get(thread))
+        if use is not None:
+            return use
+    return _UNDER_WAY
 
 
-def _refuse_calls_under_way(home: Any) -> None:
-    if _is_under_way(home, sys._getframe(1), own=1):
+def _other_threads_at_the_gate(home: Any) -> bool:
+    """Return whether a call of another thread inspects, too. Raises RuntimeError if a call of `home` is under way."""
+    if _use_of(home, sys._getframe(1)) == _UNDER_WAY:
         raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
+    found = False
     own = threading.get_ident()
     for thread in list(sys._current_frames()):  # no frames: one that holds itself keeps alive what its callers hold
-        if thread != own and _is_in_thread(home, thread):
-            raise RuntimeError(
-                "another thread is in a call of the same object: hold a lock of your own around each call, or make all "
-                "calls in one thread"
-            )
+        use = _NONE if thread == own else _use_by(home, thread)
+        if use == _UNDER_WAY:
+            raise RuntimeError(_OF_ANOTHER_THREAD)
+        found |= use == _INSPECTS
+    return found
 
 
 class Index(ABC):
