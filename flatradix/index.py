@@ -25,11 +25,13 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, Paths, Saved
+from flatradix.pins import NO_PINS, Pins, check_budget, pins_left, read_ends, read_now, rows_at
 from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -123,6 +125,7 @@ class Index(ABC):
     options: Options
     device: torch.device
     _keeper: weakref.ref[Any] | None = None
+    _pins: Pins = NO_PINS  # soft pins with an end
     busy: object = False  # whether a call has begun and not returned: it runs, or has raised
     last_result: MatchResult | InsertResult | EvictResult | EvictIntoResult | None = None
 
@@ -174,10 +177,45 @@ class Index(ABC):
     def alive(self, places: Any) -> torch.Tensor: ...
 
     @abstractmethod
-    def want(self, places: Any) -> None: ...
+    def want(self, places: Any, until: Any = None) -> None: ...
 
     @abstractmethod
-    def unwant(self, places: Any) -> None: ...
+    def unwant(self, places: Any, until: Any = None) -> None: ...
+
+    @abstractmethod
+    def expire(self, now: Any) -> int: ...
+
+    @abstractmethod
+    def are_alive(self, handles: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return whether each of some places in host memory is in the tree: bool [B]. For a call under way."""
+
+    @abstractmethod
+    def read_own_wants(self) -> np.ndarray:
+        """Return the number of soft pins that end at each row of `read_paths`, int32 [R]. For a call under way."""
+
+    def _check_budget(self, handles: np.ndarray, lengths: np.ndarray) -> None:
+        """Raise CapacityError if `want` of these places would exceed the pin budget. Stale places are not refused."""
+        budget = self.options.pin_budget
+        if budget is not None and self.are_alive(handles, lengths).all():
+            check_budget(budget, self.read_paths(), self.read_own_wants(), handles, lengths)
+
+    def _pins_left(self, handles: np.ndarray, lengths: np.ndarray, until: Any) -> Pins:
+        """Return what `unwant` of these places leaves of the pins with an end."""
+        ends = None if until is None else read_ends(until, len(handles))
+        pins, alive = self._pins, self.are_alive(handles, lengths)
+        rows = np.full(len(handles), -1, np.int64)
+        rows[alive] = rows_at(self.read_paths(), handles[alive], lengths[alive])
+        return pins_left(pins, self.are_alive(pins.handles, pins.lengths), self.read_own_wants(), rows, lengths, ends)
+
+    def _pins_at(self, now: Any) -> tuple[Pins, Pins]:
+        """Return the pins that end at a time of the caller's clock, and those that go on. Others have ended before."""
+        time, pins = read_now(now), self._pins
+        alive, over = self.are_alive(pins.handles, pins.lengths), pins.ends <= time
+        return pins.kept(alive & over), pins.kept(alive & ~over)
+
+    def _replace_pins(self, pins: Pins, during: Any) -> None:
+        """Replace the pins with an end, as a part of a call that `recover` undoes if it is interrupted."""
+        self._pins = pins.made_by(during, self._pins)
 
     @abstractmethod
     def recover(self) -> None:
