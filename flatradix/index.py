@@ -21,7 +21,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -328,22 +328,29 @@ class Index(ABC):
         return self.look_at(lambda content: content, slots)
 
     @public_call
-    def look_at(self, work: Callable[[Content], R], slots: bool = True, compacted: bool = False) -> R:
+    def look_at(
+        self,
+        work: Callable[[Content], R],
+        slots: bool = True,
+        compacted: bool = False,
+        only: Collection[str] | None = None,
+    ) -> R:
         """Return what `work` makes of the content, in one call: nobody changes the tree meanwhile.
 
-        compacted: compact the pools first.
+        compacted: compact the pools first. only: the fields of `TreeState` that `work` reads, so that no others are
+        copied from a GPU; None is all.
         """
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
         if compacted:
             self.pack()
-        result = work(self.read_content(slots))
+        result = work(self.read_content(slots, only))
         self.busy = False
         return result
 
     @abstractmethod
-    def read_content(self, slots: bool) -> Content:
+    def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:
         """Do what `content` does, for a call that is under way already."""
 
     @abstractmethod

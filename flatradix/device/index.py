@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.refuse import refuse_out
 from flatradix.inputs.sequences import Buffer, read_host_key, read_one
 from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
-from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
+from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fields_of, fill, tokens_for
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
 from flatradix.layout.desk import LONG_COUNT, LONG_TOKENS, STAGED_TOKENS
@@ -1162,12 +1162,13 @@ class DeviceIndex(Index):
         self._open = None
         self.busy = False
 
-    def read_content(self, slots: bool) -> Content:
+    def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:
         self._finish_all()
         first = int(self._state.numbers[numbers.POOL_END]) - pool_units(self.options.max_tokens, self.options.page_size)
         sizes = (self.mailbox.counter(place) for place in (mail.EVICTABLE, mail.PROTECTED, mail.NODES))
         pool = (self._pool if slots else self._pool[:0]).numpy(force=True)
-        return Content(self.options, as_numpy(self._state), pool, first, self._names.known.items(), *sizes)
+        state = as_numpy(self._state) if only is None else fields_of(self._state, only)
+        return Content(self.options, state, pool, first, self._names.known.items(), *sizes)
 
     def restore(self, saved: Saved) -> None:
         if self.options.grows:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import ChainMap, Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from flatradix.events.blocks import Block, Hash, HashFunction, RootFunction, chain_hash, root_hash
-from flatradix.events.edges import NO_ROWS, Edges, Rows, aligned
+from flatradix.events.edges import FIELDS, NO_ROWS, Edges, Rows, difference
 from flatradix.index import public_call, take_gate
 from flatradix.inputs.arguments import positive
 from flatradix.inspect.content import Content
@@ -33,6 +33,10 @@ class _Change(NamedTuple):
     hashes: dict[int, list[Hash] | None]
     counts: dict[Hash, int]
     pending: tuple[Event, ...]
+
+
+def _pairs(rows: np.ndarray, starts: np.ndarray, mask: np.ndarray) -> Iterable[tuple[int, int]]:
+    return zip(rows[mask].tolist(), starts[mask].tolist(), strict=True)
 
 
 class BlockEvents:
@@ -101,8 +105,11 @@ class BlockEvents:
         a GPU, waits for the device and copies the nodes and tokens, and raises errors of earlier calls. Raises
         RuntimeError within another call of the tree, such as its `on_evict`.
         """
-        self._begin()
-        self._tree.index.look_at(self._look, slots=False)
+        busy, self.busy = self.busy, True
+        if busy:
+            take_gate(self)
+        self._apply()
+        self._tree.index.look_at(self._look, slots=False, only=FIELDS)
         self._apply()
         self._tell()
         self.busy = False
@@ -113,42 +120,39 @@ class BlockEvents:
 
         Does an `update` first, so all routers that follow know the same blocks. O(cached tokens).
         """
-        self._begin()
-        blocks = self._tree.index.look_at(self._look_at_all, slots=False)
+        busy, self.busy = self.busy, True
+        if busy:
+            take_gate(self)
+        self._apply()
+        blocks = self._tree.index.look_at(self._look_at_all, slots=False, only=FIELDS)
         self._apply()
         self._tell()
         self.busy = False
         return blocks
 
-    def _begin(self) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            take_gate(self)
-        self._apply()
-
     def _look(self, content: Content) -> tuple[Edges, Mapping[int, list[Hash]]]:
         """Find what has changed, and note it as `_change`. Return the edges and the hashes on them as they are now."""
         edges = Edges(content, self.block_size, self._hash, self._root)
-        old, new = aligned(self._rows, edges.rows)
-        was, now = old.generations, new.generations
-        differs = (was != now) | (old.starts != new.starts) | (old.ends != new.ends)
+        rows, old, new = difference(self._rows, edges.rows)
+        same = old.generations == new.generations
         found: dict[int, Any] = {}
         gone: list[tuple[int, Hash]] = []  # with the number of the block on its key
-        for row in np.flatnonzero(differs & (was == now)).tolist():
-            lost = self._divide(row, int(old.starts[row]), edges, found)
-            gone += enumerate(lost, int(new.ends[row]) // self.block_size)
-        for row in np.flatnonzero((was >= 0) & (was != now)).tolist():
-            gone += enumerate(self._hashes[row], int(old.starts[row]) // self.block_size)
+        for row, start in _pairs(rows, old.starts, same & (new.generations >= 0)):
+            lost = self._divide(row, start, edges, found)
+            gone += enumerate(lost, edges.range(row)[1] // self.block_size)
+        for row, start in _pairs(rows, old.starts, ~same & (old.generations >= 0)):
+            gone += enumerate(self._hashes[row], start // self.block_size)
             found.setdefault(row, None)
         gone.sort(key=lambda numbered: -numbered[0])
         hashes: Mapping[int, list[Hash]] = ChainMap(found, self._hashes)
-        fresh = np.flatnonzero((now >= 0) & (was != now)).tolist()
+        fresh = rows[~same & (new.generations >= 0)].tolist()
         came: list[Block] = []
         for row in edges.by_end(row for row in fresh if found.get(row) is None):
             blocks = edges.blocks(row, hashes)
             found[row] = [block.hash for block in blocks]
             came += blocks
-        self._change = self._counted(edges.rows, found, [own for _, own in gone], came)
+        kept = edges.rows.copy() if len(rows) else self._rows
+        self._change = self._counted(kept, found, [own for _, own in gone], came)
         return edges, hashes
 
     def _divide(self, row: int, old_start: int, edges: Edges, found: dict[int, Any]) -> list[Hash]:
@@ -158,12 +162,11 @@ class BlockEvents:
         """
         own = self._hashes[row]
         found[row] = edges.part(own, old_start, row)
-        left = int(edges.rows.ends[row]) // self.block_size - old_start // self.block_size
-        above = int(edges.parents[row])
-        while above > 0 and edges.rows.starts[above] >= old_start:
+        above = edges.above(row)
+        while above > 0 and edges.range(above)[0] >= old_start:
             found[above] = edges.part(own, old_start, above)
-            above = int(edges.parents[above])
-        return own[left:]
+            above = edges.above(above)
+        return own[edges.range(row)[1] // self.block_size - old_start // self.block_size :]
 
     def _counted(
         self, rows: Rows, hashes: dict[int, list[Hash] | None], gone: list[Hash], came: list[Block]

@@ -43,5 +43,22 @@ def chain_hash(parent: int, tokens: np.ndarray) -> int:
     It is BLAKE2b with 8 bytes of digest, as an integer without sign, little-endian, of the 8 bytes of `parent` in the
     same form, and of the tokens as int32, little-endian.
     """
-    data = parent.to_bytes(8, "little") + np.ascontiguousarray(tokens, "<i4").tobytes()
+    data = parent.to_bytes(8, "little") + tokens.astype("<i4", copy=False).tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def block_hashes(
+    tokens: Any, block_size: int, namespace: Namespace = None, hash: HashFunction = chain_hash,
+    root: RootFunction = root_hash, bigram: bool = False,
+) -> list[Hash]:  # fmt: skip
+    """Return the hashes of the full blocks of a prompt, for a router that looks up how much of it a server has cached.
+
+    tokens: a sequence of token ids. block_size, hash, root: as the BlockEvents of the server have them; namespace and
+    bigram as its tree. O(tokens).
+    """
+    key = np.asarray(tokens, np.int32)
+    parent, found = root(namespace), []
+    for at in range(0, len(key) - bigram - block_size + 1, block_size):
+        parent = hash(parent, key[at : at + block_size + bigram])
+        found.append(parent)
+    return found

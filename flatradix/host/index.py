@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -853,7 +854,7 @@ class HostIndex(Index):
         if self.busy:
             self._settle()
 
-    def read_content(self, slots: bool) -> Content:
+    def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:
         sizes = self._numbers[_EVICTABLE], self._numbers[_PROTECTED], self._numbers[_NODES]
         pool = self._slots.values if slots else self._slots.values[:0]
         return Content(self.options, self._arrays, pool.numpy(force=True), 0, self._namespaces.items(), *sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from flatradix import Block, BlockEvents, PrefixCache, RadixTree
+from flatradix.events.blocks import block_hashes
 from flatradix.inspect.nodes import nodes_of
 from tests.support.devices import interpreted
 from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
@@ -150,6 +152,16 @@ def test_random_programs(seed: int, evict_by: str, device: str) -> None:
     program.tree.reset()
     program.compare()
     assert not any(router.blocks for router in program.routers)
+
+
+@pytest.mark.parametrize("namespace", [None, "a\u00e4", b"a", -1])
+def test_a_router_can_hash_prompts(namespace: Any) -> None:
+    prompt = [1, 2, 3, 2**31 - 1, 5, 6, 7]
+    for size in (1, 2, 3, 8):
+        assert block_hashes(prompt, size, namespace) == plain_hashes(namespace, tuple(prompt), size)
+        pairs = tuple(pairwise(prompt))
+        assert block_hashes(prompt, size, namespace, bigram=True) == plain_hashes(namespace, pairs, size)
+    assert block_hashes([], 2) == []
 
 
 def test_a_block_may_lie_on_several_nodes(device: str) -> None:
