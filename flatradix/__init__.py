@@ -14,10 +14,14 @@ from flatradix.warm_up import warm_up
 if TYPE_CHECKING:
     from flatradix.cache.prefix_cache import PrefixCache
     from flatradix.cache.requests import Request, Requests
+    from flatradix.events.block_events import BlockEvents
+    from flatradix.events.blocks import Block
     from flatradix.queue.orders import Columns
     from flatradix.queue.waiting_queue import Plan, WaitingQueue
 
 __all__ = [
+    "Block",
+    "BlockEvents",
     "CapacityError",
     "Columns",
     "DeviceUnavailableError",
@@ -42,6 +46,8 @@ __all__ = [
 
 
 _LATE = {
+    "Block": "events.blocks",
+    "BlockEvents": "events.block_events",
     "Columns": "queue.orders",
     "Plan": "queue.waiting_queue",
     "PrefixCache": "cache.prefix_cache",
@@ -52,7 +58,7 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a cache or a waiting queue when it is asked for: they import a compiler."""
+    """Import what not every user of a tree needs when it is asked for: caches and waiting queues import a compiler."""
     if name in _LATE:
         return getattr(importlib.import_module(f"flatradix.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,10 @@ class StaleHandleError(QueryError):
 
 
 class CapacityError(RuntimeError):
-    """An insert needs more tokens than are free. `needed` and `free` are counts of tokens."""
+    """An insert needs more tokens than are free, or soft pins more than are left of a pin budget.
+
+    `needed` and `free` are counts of tokens.
+    """
 
     def __init__(self, message: str, needed: int, free: int) -> None:
         super().__init__(message)

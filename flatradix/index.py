@@ -22,15 +22,17 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, Paths, Saved
+from flatradix.pins import NO_PINS, Pins, check_budget, pins_left, read_ends, read_now, rows_at
 from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -131,6 +133,7 @@ class Index(ABC):
     options: Options
     device: torch.device
     _keeper: weakref.ref[Any] | None = None
+    _pins: Pins = NO_PINS  # soft pins with an end
     busy: object = False  # whether a call has begun and not returned: it runs, or has raised
     last_result: MatchResult | InsertResult | EvictResult | EvictIntoResult | None = None
 
@@ -182,10 +185,45 @@ class Index(ABC):
     def alive(self, places: Any) -> torch.Tensor: ...
 
     @abstractmethod
-    def want(self, places: Any) -> None: ...
+    def want(self, places: Any, until: Any = None) -> None: ...
 
     @abstractmethod
-    def unwant(self, places: Any) -> None: ...
+    def unwant(self, places: Any, until: Any = None) -> None: ...
+
+    @abstractmethod
+    def expire(self, now: Any) -> int: ...
+
+    @abstractmethod
+    def are_alive(self, handles: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return whether each of some places in host memory is in the tree: bool [B]. For a call under way."""
+
+    @abstractmethod
+    def read_own_wants(self) -> np.ndarray:
+        """Return the number of soft pins that end at each row of `read_paths`, int32 [R]. For a call under way."""
+
+    def _check_budget(self, handles: np.ndarray, lengths: np.ndarray) -> None:
+        """Raise CapacityError if `want` of these places would exceed the pin budget. Stale places are not refused."""
+        budget = self.options.pin_budget
+        if budget is not None and self.are_alive(handles, lengths).all():
+            check_budget(budget, self.read_paths(), self.read_own_wants(), handles, lengths)
+
+    def _pins_left(self, handles: np.ndarray, lengths: np.ndarray, until: Any) -> Pins:
+        """Return what `unwant` of these places leaves of the pins with an end."""
+        ends = None if until is None else read_ends(until, len(handles))
+        pins, alive = self._pins, self.are_alive(handles, lengths)
+        rows = np.full(len(handles), -1, np.int64)
+        rows[alive] = rows_at(self.read_paths(), handles[alive], lengths[alive])
+        return pins_left(pins, self.are_alive(pins.handles, pins.lengths), self.read_own_wants(), rows, lengths, ends)
+
+    def _pins_at(self, now: Any) -> tuple[Pins, Pins]:
+        """Return the pins that end at a time of the caller's clock, and those that go on. Others have ended before."""
+        time, pins = read_now(now), self._pins
+        alive, over = self.are_alive(pins.handles, pins.lengths), pins.ends <= time
+        return pins.kept(alive & over), pins.kept(alive & ~over)
+
+    def _replace_pins(self, pins: Pins, during: Any) -> None:
+        """Replace the pins with an end, as a part of a call that `recover` undoes if it is interrupted."""
+        self._pins = pins.made_by(during, self._pins)
 
     @abstractmethod
     def recover(self) -> None:
@@ -298,22 +336,29 @@ class Index(ABC):
         return self.look_at(lambda content: content, slots)
 
     @public_call
-    def look_at(self, work: Callable[[Content], R], slots: bool = True, compacted: bool = False) -> R:
+    def look_at(
+        self,
+        work: Callable[[Content], R],
+        slots: bool = True,
+        compacted: bool = False,
+        only: Collection[str] | None = None,
+    ) -> R:
         """Return what `work` makes of the content, in one call: nobody changes the tree meanwhile.
 
-        compacted: compact the pools first.
+        compacted: compact the pools first. only: the fields of `TreeState` that `work` reads, so that no others are
+        copied from a GPU; None is all.
         """
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
         if compacted:
             self.pack()
-        result = work(self.read_content(slots))
+        result = work(self.read_content(slots, only))
         self.busy = False
         return result
 
     @abstractmethod
-    def read_content(self, slots: bool) -> Content:
+    def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:
         """Do what `content` does, for a call that is under way already."""
 
     @abstractmethod

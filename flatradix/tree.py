@@ -61,6 +61,8 @@ class RadixTree:
         page it is only as many pages from the end of the node as are still needed, which keeps more in a tight pool.
     on_evict: a function that is called with (namespace, tokens, slots) for each victim of an eviction, in order, before
         `evict` returns the slots: see `evict`.
+    pin_budget: the most tokens that soft pins may spare at a time, each counted once however many pins it has; None is
+        no limit. See `want`.
     check_slots: whether an insert checks slots that lie on a slot device. The check waits for that device. With False,
         an index on the CPU never waits for a GPU; use False only if these slots are known to be good. Slots elsewhere
         are always checked.
@@ -103,9 +105,10 @@ class RadixTree:
         check_slots: bool = True,
         evict_by: str = "node",
         on_evict: OnEvict | None = None,
+        pin_budget: int | None = None,
     ) -> None:
         options = read_options(
-            max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by, on_evict
+            max_tokens, page_size, policy, slot_device, bigram, slot_dtype, check_slots, evict_by, on_evict, pin_budget
         )
         self._take(backend.open_index(options, device))
 
@@ -253,7 +256,7 @@ class RadixTree:
         """Return whether each place is still in the tree: bool [B] on the tree's device. places: as for `slots`."""
         return self._index.alive(places)
 
-    def want(self, places: Any) -> None:
+    def want(self, places: Any, until: Any = None) -> None:
         """Add a soft pin to each path, from its place up to the root: `evict` spares wanted nodes as long as it can.
 
         For prefixes that will be used again, such as those of an agent's sessions or of prompt templates. An eviction
@@ -263,18 +266,44 @@ class RadixTree:
         places: as for `lock`. Edges are split at places, and handles renewed, in the same way. A want ends with
         `unwant`, or when its place is evicted; the nodes above then lose it too. With `evict_by="page"` a place is also
         evicted where its node loses its last pages: what is left of the node is then not wanted any more. A want is not
-        saved, and does not count in the digest.
+        saved or copied by `to`, with or without an end, and does not count in the digest.
 
-        O(nodes on the paths). Raises QueryError, StaleHandleError. Then nothing is wanted.
+        until: when the wants end, at the latest: a number, or one a place, in any unit (ticks, seconds of a clock) of
+            which `expire` is then told the time. None is no such end. Kept as float64. On a GPU, a call with `until`
+            waits for the device.
+
+        With `pin_budget`, a call after which more tokens would be wanted is refused. Each token on a wanted path
+        counts once, so pins that share a prefix, or renew one another, pay for it once; what ends gives its tokens
+        back at once. What a WaitingQueue keeps does not count. Such a call costs O(nodes of the tree), and on a GPU it
+        waits for the device.
+
+        O(nodes on the paths), with `until` also O(wants with an end). Raises QueryError, StaleHandleError, ValueError
+        (a bad `until`), CapacityError (the budget; the message says by how much). Then nothing is wanted.
         """
-        self._index.want(places)
+        self._index.want(places, until)
 
-    def unwant(self, places: Any) -> None:
+    def unwant(self, places: Any, until: Any = None) -> None:
         """Remove one want from each path. Stale places are skipped: their wants ended when they were evicted.
 
-        O(nodes on the paths). Raises QueryError (no want ends at a place). Then nothing has changed.
+        until: for wants with an end, what `want` was given, so that of several wants at a place the right one goes.
+            Without it, a want without an end goes; if there is none, the want that ends first.
+
+        O(nodes on the paths). While there are wants with an end, also O(wants with an end), and a call on a GPU waits
+        for the device and copies the nodes. Raises QueryError (no want ends at a place, or none with this `until`).
+        Then nothing has changed.
         """
-        self._index.unwant(places)
+        self._index.unwant(places, until)
+
+    def expire(self, now: Any) -> int:
+        """Remove the wants whose `until` is at most `now`, and return how many that were.
+
+        Wants that ended earlier, with `unwant` or because their place was evicted, are not counted. The tree has no
+        clock: a want goes on until this is called, so call it often, at least before evictions that should know.
+
+        O(wants with an end + nodes on the paths of those that are removed). On a GPU, waits for the device if there
+        are wants with an end. Raises ValueError for what is no number.
+        """
+        return self._index.expire(now)
 
     def insert(
         self,
@@ -448,7 +477,7 @@ class RadixTree:
         copy = RadixTree(
             self.max_tokens, self.page_size, target, self.policy, self.slot_device, bigram=self.bigram,
             slot_dtype=self.slot_dtype, check_slots=self._index.options.check_slots, evict_by=self.evict_by,
-            on_evict=self._index.options.on_evict,
+            on_evict=self._index.options.on_evict, pin_budget=self._index.options.pin_budget,
         )  # fmt: skip
         self._index.raise_pending()
         copy._index.restore(self._index.look_at(saved_of, compacted=True))
@@ -487,6 +516,7 @@ class RadixTree:
         policy: Score | None = None,
         on_evict: OnEvict | None = None,
         most_tokens: int | None = None,
+        pin_budget: int | None = None,
     ) -> RadixTree:
         """Return the tree of a file that `save` wrote.
 
@@ -494,9 +524,10 @@ class RadixTree:
         evicted there. A handle that the saved tree, or another tree loaded from the file, gives to a node that is new
         after the save is stale in the loaded tree, and the other way round.
 
-        policy: the policy function, if the saved tree had one. on_evict: as for a new tree. most_tokens: refuse a tree
-        that takes memory for more tokens; None refuses only a tree that this machine has no memory for. The memory
-        follows from `max_tokens` of the saved tree, so a small file may ask for much: give it for files of strangers.
+        policy: the policy function, if the saved tree had one. on_evict, pin_budget: as for a new tree. most_tokens:
+        refuse a tree that takes memory for more tokens; None refuses only a tree that this machine has no memory for.
+        The memory follows from `max_tokens` of the saved tree, so a small file may ask for much: give it for files of
+        strangers.
 
         Every value is verified before it is used, so a file of a stranger is safe to load, though it may hold any
         tokens and slots. O(cached tokens + n log n of the nodes). Raises ValueError, with the file and the reason, for
@@ -505,7 +536,7 @@ class RadixTree:
         from flatradix.inspect import snapshot
 
         settings, saved = snapshot.read(path, policy, most_tokens)
-        tree = RadixTree(device=device, slot_device=slot_device, on_evict=on_evict, **settings)
+        tree = RadixTree(device=device, slot_device=slot_device, on_evict=on_evict, pin_budget=pin_budget, **settings)
         tree._index.restore(saved)
         return tree
 

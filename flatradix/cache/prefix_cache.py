@@ -105,6 +105,8 @@ class PrefixCache:
     on_evict: a function that is called with (namespace, tokens, slots) for each victim of an eviction, before its slots
         are given to a request, as for RadixTree. The slots are on the device of the index. A call of the cache in it
         raises RuntimeError. If it raises, so does the call that evicted, and the cache is repaired as described below.
+    pin_budget: the most tokens that soft pins may spare, as for RadixTree. Pins are made in the tree of the cache:
+        `cache.tree.want(cache.tree.match(prompt, touch=False), until=...)`.
 
     All work on a GPU goes to torch's current stream. If a forward pass runs on another stream, wait for it before a
     `commit`, `finish` or `abort` of a request that it reads.
@@ -131,6 +133,7 @@ class PrefixCache:
         policy: str | Policy = "lru",
         evict_by: str = "page",
         on_evict: OnEvict | None = None,
+        pin_budget: int | None = None,
     ) -> None:
         page_size, num_slots = positive("page_size", page_size), positive("num_slots", num_slots)
         max_requests, max_length = positive("max_requests", max_requests), positive("max_length", max_length)
@@ -142,7 +145,9 @@ class PrefixCache:
         kv = devices.memory_on("kv_device", kv_device)
         slots = num_slots // page_size * page_size
         index = devices.preferred(device)
-        options = read_options(slots, page_size, policy, None, False, torch.int32, False, evict_by, on_evict)
+        options = read_options(
+            slots, page_size, policy, None, False, torch.int32, False, evict_by, on_evict, pin_budget
+        )
         self.tree = RadixTree.over(backend.open_index(options, index, paged=True))
         columns = Columns(max_requests, page_size, max_length)
         with torch.inference_mode(False):  # else the tensors would be inference tensors forever

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.refuse import refuse_out
 from flatradix.inputs.sequences import Buffer, read_host_key, read_one
 from flatradix.inputs.upload import HOST_IN_GRAPH, upload_numbers
-from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tokens_for
+from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fields_of, fill, tokens_for
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
 from flatradix.layout.desk import LONG_COUNT, LONG_TOKENS, STAGED_TOKENS
@@ -62,6 +62,7 @@ from flatradix.layout.queries import (
 )
 from flatradix.layout.scratch import Scratch, allocate_scratch, enlarge
 from flatradix.layout.state import FREE_ROW, allocate_device, pool_units
+from flatradix.pins import Pins, read_ends
 from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult, late_insert, late_match
 from flatradix.victims import Freed, listener_of
 
@@ -75,6 +76,13 @@ _EVICT_IN_GRAPH = (
 _WAIT_IN_GRAPH = "a CUDA graph cannot hold a call that waits for the device: read sizes and errors outside of it"
 _NAME_IN_GRAPH = "a CUDA graph cannot hold a namespace: what it is called inside changes as others go"
 _NOTHING_YET = OpenCall(NOTHING, 0, 0)
+
+
+class _Found(NamedTuple):
+    """Places on the device, for a call to read."""
+
+    lengths: torch.Tensor
+    handles: torch.Tensor
 
 
 class DeviceIndex(Index):
@@ -156,6 +164,7 @@ class DeviceIndex(Index):
         if opened is None:
             return
         changed_nothing = opened is _NOTHING_YET
+        self._pins = self._pins.undone(tuple(opened[:3]))
         cut = OpenCall(*opened)
         self._move_in()
         if self._calls.is_capturing():
@@ -550,15 +559,38 @@ class DeviceIndex(Index):
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
-        found = self._places(places)
-        out = torch.zeros(found.batch, dtype=torch.int32, device=self.device)
-        if found.batch:
-            gpu.alive(self._arrays, found, out.data_ptr())
+        found = self._alive(self._places(places))
         self.busy = False
+        return found
+
+    def _alive(self, places: PlaceAddresses) -> torch.Tensor:
+        out = torch.zeros(places.batch, dtype=torch.int32, device=self.device)
+        if places.batch:
+            gpu.alive(self._arrays, places, out.data_ptr())
         return out != 0
 
+    def are_alive(self, handles: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._alive(self._brought(handles, lengths)).cpu().numpy()
+        return found
+
+    def read_own_wants(self) -> np.ndarray:
+        found: np.ndarray = self._state.own_wants[: int(self._state.numbers[numbers.ROWS])].cpu().numpy()
+        return found
+
+    def _brought(self, handles: np.ndarray, lengths: np.ndarray) -> PlaceAddresses:
+        """Bring places in host memory to the device."""
+        owner = torch.from_numpy(lengths).to(self.device), torch.from_numpy(handles).to(self.device)
+        return PlaceAddresses(owner[1].data_ptr(), owner[0].data_ptr(), len(handles), owner)
+
+    def _read(self, places: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for the device. Return the handles and lengths of places, copied to the host."""
+        self._finish_all()
+        late = self._late(places)
+        lengths, handles = read_places(places, self.device) if late is None else (late.lengths(), late.handles())
+        return handles.cpu().numpy().copy(), lengths.cpu().numpy().copy()
+
     @public_call
-    def want(self, places: Any) -> None:
+    def want(self, places: Any, until: Any = None) -> None:
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
@@ -566,8 +598,26 @@ class DeviceIndex(Index):
             raise RuntimeError(
                 "a CUDA graph holds an eviction of this tree that knows no soft pins: call want once before the capture"
             )
+        if until is None and self.options.pin_budget is None:
+            self._pinned = True
+            self._renew(places, self._want)
+            return
+        handles, lengths = self._read(places)
+        ends = None if until is None else read_ends(until, len(handles))
+        self._check_budget(handles, lengths)
         self._pinned = True
-        self._renew(places, self._want)
+        self._renew(places, lambda found: self._want_until(places, found, ends))
+
+    def _want_until(self, places: Any, found: PlaceAddresses, ends: np.ndarray | None) -> None:
+        self._want(found)
+        if ends is not None and found.batch:
+            handles, lengths = self._read(places if self._late(places) is not None else _Found(*found.owner))
+            self._replace_pins(self._pins.with_more(handles, lengths, ends), self._opened())
+
+    def _opened(self) -> tuple[int, ...]:
+        """Return numbers that tell the open call from every other call."""
+        assert self._open is not None
+        return tuple(self._open[:3])
 
     def _want(self, places: PlaceAddresses) -> None:
         self._split(places)
@@ -578,20 +628,44 @@ class DeviceIndex(Index):
             self._calls.enqueued(call)
 
     @public_call
-    def unwant(self, places: Any) -> None:
+    def unwant(self, places: Any, until: Any = None) -> None:
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
-        found = self._places(places)
+        left = None
+        if until is not None or self._pins.size:
+            left = self._pins_left(*self._read(places), until)
+        self._unwant(self._places(places), left)
+        self.busy = False
+
+    def _unwant(self, found: PlaceAddresses, left: Pins | None) -> None:
+        """Remove one want from each path. left: the pins with an end afterwards, None if they stay."""
         if found.batch:
             self._ensure_scratch(found.batch)
             call = self._calls.next()
             self._open = OpenCall(interrupted.UNWANT, call, self._changes, found)
             gpu.unwant(self._arrays, found, call)
             self._calls.enqueued(call)
+            if left is not None:
+                self._finish_all()
+                self._replace_pins(left, self._opened())
             self._changes += 1
             self._open = None
+
+    @public_call
+    def expire(self, now: Any) -> int:
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        if self._pins.size:
+            self._finish_all()
+        over, left = self._pins_at(now)
+        if over.size:
+            self._unwant(self._brought(over.handles, over.lengths), left)
+        else:
+            self._pins = left
         self.busy = False
+        return over.size
 
     def names(self) -> Namespaces:
         """Return the codes of the namespaces, for a waiting queue to read."""
@@ -1088,12 +1162,13 @@ class DeviceIndex(Index):
         self._open = None
         self.busy = False
 
-    def read_content(self, slots: bool) -> Content:
+    def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:
         self._finish_all()
         first = int(self._state.numbers[numbers.POOL_END]) - pool_units(self.options.max_tokens, self.options.page_size)
         sizes = (self.mailbox.counter(place) for place in (mail.EVICTABLE, mail.PROTECTED, mail.NODES))
         pool = (self._pool if slots else self._pool[:0]).numpy(force=True)
-        return Content(self.options, as_numpy(self._state), pool, first, self._names.known.items(), *sizes)
+        state = as_numpy(self._state) if only is None else fields_of(self._state, only)
+        return Content(self.options, state, pool, first, self._names.known.items(), *sizes)
 
     def restore(self, saved: Saved) -> None:
         if self.options.grows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -31,6 +32,7 @@ from flatradix.layout import numbers, reasons
 from flatradix.layout.growth import most_tokens, next_capacity
 from flatradix.layout.handles import NO_HANDLE
 from flatradix.layout.state import FREE_ROW, allocate_host, pool_units
+from flatradix.pins import read_ends
 from flatradix.results import (
     EvictIntoResult,
     EvictResult,
@@ -120,6 +122,7 @@ class HostIndex(Index):
         if self._open == 0:
             return
         self._move_in()
+        self._pins = self._pins.undone(self._open)
         if self._numbers[_LAST_CALL] == self._open:
             self._take_back(self._numbers[numbers.LAST_OPERATION])
         self._namespaces.repair(self._arrays.namespace_children)
@@ -468,40 +471,72 @@ class HostIndex(Index):
         if busy:
             self.recover()
         lengths, handles = read_places(places)
-        found = torch.empty(len(handles), dtype=torch.bool, device="cpu")
-        cpu.alive(self._addresses, contiguous(handles).numpy(), lengths.numpy(), found.numpy())
+        found = self.are_alive(contiguous(handles).numpy(), lengths.numpy())
         self.busy = False
+        return torch.from_numpy(found)
+
+    def are_alive(self, handles: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        found = np.empty(len(handles), np.bool_)
+        cpu.alive(self._addresses, handles, lengths, found)
+        return found
+
+    def read_own_wants(self) -> np.ndarray:
+        found: np.ndarray = self._arrays.own_wants[: self._numbers[_ROWS]]
         return found
 
     @public_call
-    def want(self, places: Any) -> None:
+    def want(self, places: Any, until: Any = None) -> None:
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
         lengths, handles = read_places(places)
         refuse_shared_handles(handles)
+        ends = None if until is None else read_ends(until, len(handles))
         renewed = contiguous(handles)
+        self._check_budget(renewed.numpy(), lengths.numpy())
         call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
         reason = cpu.want(self._addresses, call, renewed.numpy(), lengths.numpy())
         if reason < 0:
             self._refuse("want", reason)
         if renewed is not handles:
             handles.numpy()[:] = renewed.numpy()
+        if ends is not None:
+            self._replace_pins(self._pins.with_more(renewed.numpy(), kept, ends), call)
         self._open = 0
         self.busy = False
 
     @public_call
-    def unwant(self, places: Any) -> None:
+    def unwant(self, places: Any, until: Any = None) -> None:
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
         lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
+        left = None if until is None and self._pins.size == 0 else self._pins_left(handles, lengths, until)
         call = self._begin(handles.copy(), kept := lengths.copy(), kept)
         reason = cpu.unwant(self._addresses, call, handles, lengths)
         if reason < 0:
             self._refuse("unwant", reason)
+        if left is not None:
+            self._replace_pins(left, call)
         self._open = 0
         self.busy = False
+
+    @public_call
+    def expire(self, now: Any) -> int:
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        over, left = self._pins_at(now)
+        if over.size:
+            call = self._begin(over.handles, over.lengths, over.lengths)
+            reason = cpu.unwant(self._addresses, call, over.handles, over.lengths)
+            assert reason == 0, "a pin with an end is not counted at its node"
+            self._replace_pins(left, call)
+            self._open = 0
+        else:
+            self._pins = left
+        self.busy = False
+        return over.size
 
     def read_paths(self) -> Paths:
         s, rows = self._arrays, self._numbers[_ROWS]
@@ -819,7 +854,7 @@ class HostIndex(Index):
         if self.busy:
             self._settle()
 
-    def read_content(self, slots: bool) -> Content:
+    def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:
         sizes = self._numbers[_EVICTABLE], self._numbers[_PROTECTED], self._numbers[_NODES]
         pool = self._slots.values if slots else self._slots.values[:0]
         return Content(self.options, self._arrays, pool.numpy(force=True), 0, self._namespaces.items(), *sizes)

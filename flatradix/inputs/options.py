@@ -36,6 +36,7 @@ class Options(NamedTuple):
     evict_by: str
     on_evict: OnEvict | None
     order: Order
+    pin_budget: int | None = None
 
 
 def read_options(
@@ -48,6 +49,7 @@ def read_options(
     check_slots: bool,
     evict_by: str,
     on_evict: OnEvict | None,
+    pin_budget: int | None = None,
 ) -> Options:
     """Check the arguments of a tree.
 
@@ -74,6 +76,7 @@ def read_options(
         evict_by,
         on_evict,
         order_of(policy),
+        None if pin_budget is None else positive("pin_budget", pin_budget),
     )
 
 

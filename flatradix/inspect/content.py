@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,19 @@ def as_numpy(state: TreeState) -> Any:
     """Return a state as a TreeState of numpy arrays: views if it is in host memory, else copies."""
     arrays: list[Any] = [tensor.numpy(force=True) for tensor in state]
     return TreeState(*arrays)
+
+
+def fields_of(state: TreeState, only: Collection[str]) -> Any:
+    """Return some fields of a state as a TreeState of numpy arrays, of columns the rows in use. Others are empty."""
+    found = state.numbers.numpy(force=True)
+    rows = int(found[numbers.ROWS])
+
+    def read(name: str, tensor: torch.Tensor) -> np.ndarray:
+        if name not in only:
+            return found if name == "numbers" else np.empty(0, np.int64)
+        return (tensor[:rows] if name in COLUMNS else tensor).numpy(force=True)
+
+    return TreeState(*(read(*field) for field in state._asdict().items()))  # type: ignore[arg-type]
 
 
 # `queued` belongs to the eviction queue, which a tree on a GPU does not have. Wants belong to those who hold them.

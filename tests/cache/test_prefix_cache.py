@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flatradix import PrefixCache
+from flatradix import CapacityError, PrefixCache
 from flatradix.inspect.nodes import nodes_of
 from tests.support.prefix_engine import engine
 
@@ -238,3 +238,19 @@ def test_an_index_on_the_cpu_never_waits_for_the_kv(gpu: str) -> None:
     counts = cache.counts()
     assert min(counts.evicted_tokens, counts.duplicate_tokens, counts.cached_tokens) > 0
     cache.check()
+
+
+def test_pins_with_an_end_and_a_budget(where: dict[str, str]) -> None:
+    """They spare a finished prompt from the evictions of later requests, until their time has come."""
+    cache = PrefixCache(8, 2, pin_budget=4, **where)
+    for prompt in ([1, 2, 3, 4], [5, 6, 7, 8]):
+        cache.finish(cache.begin([prompt]))
+    tree = cache.tree
+    tree.want(tree.match([1, 2, 3, 4], touch=False), until=10)
+    with pytest.raises(CapacityError, match="4 too many"):
+        tree.want(tree.match([5, 6, 7, 8], touch=False), until=10)
+    for prompt, cached in (([9, 9, 9, 9], 4), ([9, 8, 7, 6], 0)):
+        cache.finish(cache.begin([prompt]))
+        assert tree.match([1, 2, 3, 4], touch=False).length == cached
+        cache.check()
+        tree.expire(10)

@@ -1,4 +1,4 @@
-"""The code of the README, docs/tree.md, docs/queue.md and docs/engine.md runs, and does what they say."""
+"""The code of the README and of docs/tree.md, queue.md, events.md and engine.md runs, and does what they say."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def test_interpreter_session() -> None:
     assert result.failed == 0
 
 
-def test_the_session_of_the_queue() -> None:
-    """The first block of docs/queue.md."""
-    result = doctest.testfile(str(ROOT / "docs/queue.md"), module_relative=False)
+@pytest.mark.parametrize("name", ["queue", "events"])
+def test_the_session_of_a_page(name: str) -> None:
+    """The first block of docs/queue.md, and of docs/events.md."""
+    result = doctest.testfile(str(ROOT / f"docs/{name}.md"), module_relative=False)
     assert result.attempted > 5
     assert result.failed == 0
 

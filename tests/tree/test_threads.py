@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import flatradix
-from flatradix import CapacityError, PrefixCache, QueryError, RadixTree, WaitingQueue
+from flatradix import BlockEvents, CapacityError, PrefixCache, QueryError, RadixTree, WaitingQueue
 from flatradix.device.index import DeviceIndex
 from flatradix.host.index import HostIndex
 from flatradix.host.paged import PagedIndex
@@ -297,7 +297,7 @@ def test_a_generator_that_yields_during_a_look(times: int, monkeypatch: pytest.M
 GATE = "busy, self.busy = self.busy, True"
 METHODS = [
     method
-    for kind in (HostIndex, PagedIndex, DeviceIndex)
+    for kind in (HostIndex, PagedIndex, DeviceIndex, BlockEvents)
     for _, method in inspect.getmembers(kind, inspect.isfunction)
 ]
 GATED = {method.__qualname__: method for method in METHODS if GATE in inspect.getsource(method)}
@@ -316,6 +316,7 @@ def test_which_calls_have_the_gate() -> None:
         "evict",
         "want",
         "unwant",
+        "expire",
         "reset",
         "replay",
     }

@@ -1,0 +1,1 @@
+"""Events: what is cached, told to routers block by block."""
