@@ -16,8 +16,9 @@ import torch
 from flatradix import Block, BlockEvents, PrefixCache, RadixTree
 from flatradix.events.blocks import block_hashes
 from flatradix.inspect.nodes import nodes_of
+from tests.support.depth import cuts
 from tests.support.devices import interpreted
-from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
+from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow
 
 
 class Router:
@@ -358,14 +359,13 @@ class Scene:
 
 
 @pytest.mark.parametrize("name", ["update", "dump"])
-def test_interrupted_at_every_bytecode(name: str, device: str) -> None:
+def test_interrupted_at_many_bytecodes(name: str, device: str) -> None:
     """The next update tells what was not told, and at most one list again."""
     scene = Scene(device)
     total = bytecodes(getattr(scene.events, name))
     expected, calls = dict(scene.router.blocks), list(scene.router.calls)
     assert expected.keys() == cached(scene.tree, 2)
-    step = step_for(device, total) * (5 if name == "dump" else 1)
-    for at in range(Random(name).randrange(step), total, step):
+    for at in cuts(total, device, name):
         scene = Scene(device)
         interrupt_at(at, getattr(scene.events, name))
         if at % 4 == 0:
