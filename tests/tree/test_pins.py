@@ -13,8 +13,9 @@ import torch
 
 from flatradix import CapacityError, MatchResult, QueryError, RadixTree, StaleHandleError
 from flatradix.inspect.nodes import nodes_of
+from tests.support.depth import cuts
 from tests.support.devices import interpreted, settled
-from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow, step_for
+from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow
 
 PAGE = 2
 Path = tuple[Any, tuple[int, ...]]  # namespace, units
@@ -340,14 +341,14 @@ class Scene:
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_interrupted_at_every_bytecode(name: str, device: str) -> None:
+def test_interrupted_at_many_bytecodes(name: str, device: str) -> None:
     """A call that is interrupted has pinned and unpinned nothing, or all, and the ends are those of the pins."""
     before, scene = Scene(device).ends(), Scene(device)
     ACTS[name](scene.tree, scene.places)
     after = scene.ends()
     scene = Scene(device)
     total = bytecodes(lambda: ACTS[name](scene.tree, scene.places))
-    for at in range(Random(name).randrange(step_for(device, total)), total, step_for(device, total)):
+    for at in cuts(total, device, name):
         scene, random = Scene(device), Random(at)
         changes = scene.tree.changes()
         interrupt_at(at, lambda s=scene: ACTS[name](s.tree, s.places))
