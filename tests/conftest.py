@@ -39,7 +39,7 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if interpreted() else "ci"))
 
 
-VARIANTS = 3
+VARIANTS = 2
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

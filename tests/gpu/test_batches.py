@@ -13,6 +13,7 @@ import torch
 import flatradix
 from flatradix import CapacityError, PrefixCache, RadixTree
 from flatradix.layout import numbers
+from tests.support.depth import skip_unless_thorough
 from tests.support.devices import interpreted, settled
 from tests.support.inside import index_of
 from tests.support.pairs import Pair, numbered, ragged, shared_prefixes, use
@@ -20,7 +21,7 @@ from tests.support.pairs import Pair, numbered, ragged, shared_prefixes, use
 
 @pytest.mark.parametrize(("page", "bigram"), [(1, False), (2, False), (1, True), (16, False)])
 def test_a_batch_of_shared_prefixes(cuda: str, page: int, bigram: bool) -> None:
-    count = 35 if interpreted(cuda) else 1025
+    count = 18 if interpreted(cuda) else 1025
     use(Pair(cuda, 16384 * page, page, bigram=bigram), shared_prefixes(count, page=page))
 
 
@@ -174,7 +175,7 @@ def test_evictions_of_all_sizes(cuda: str, policy: str) -> None:
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
 def test_evictions_by_pages(cuda: str, policy: str, slot_dtype: torch.dtype) -> None:
     """Long and short nodes; the victims that lose only their last pages come first again, and are used again."""
-    count, page = (12, 2) if interpreted(cuda) else (20_000, 16)
+    count, page = (9, 2) if interpreted(cuda) else (20_000, 16)
     pair = Pair(cuda, 6 * count * page, page, policy=policy, slot_dtype=slot_dtype, evict_by="page")
     rng = random.Random(10)
     keys = [[key % 7] * page + [key] * page * rng.randint(1, 4) for key in range(count)]
@@ -296,6 +297,7 @@ class Launches:
 
 def test_warm_up(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a warm-up, batches of up to 1023 queries compile nothing."""
+    skip_unless_thorough(cuda)
     flatradix.warm_up(cuda, page_size=2, bigram=True)
     launches = Launches(monkeypatch)
     flatradix.warm_up(cuda)

@@ -14,6 +14,7 @@ import torch
 
 from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
 from flatradix.layout import mail
+from tests.support.depth import skip_unless_thorough
 from tests.support.devices import interpreted, settled
 from tests.support.inside import index_of, names_of
 from tests.support.pairs import Pair, numbered, ragged
@@ -129,6 +130,7 @@ def test_more_refusals_than_there_is_room_for(cuda: str) -> None:
 
 
 def test_more_single_calls_than_there_are_answers(cuda: str) -> None:
+    skip_unless_thorough(cuda)
     tree = RadixTree(64, device=cuda)
     key = list(range(7))
     first = tree.insert(key, key)

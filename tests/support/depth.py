@@ -6,6 +6,8 @@ import os
 from random import Random
 from typing import TypeVar
 
+import pytest
+
 from tests.support.devices import interpreted
 
 T = TypeVar("T")
@@ -26,3 +28,9 @@ def cuts(total: int, device: str, name: str, most: int = 60) -> range:
     wanted = examples(1, 4) if interpreted(device) else examples(most, 10 * most)
     step = max(1, -(-total // wanted))
     return range(Random(name).randrange(min(step, max(1, total))), total, step)
+
+
+def skip_unless_thorough(device: str) -> None:
+    """Skip the test with interpreted kernels, where it takes half a minute, but not in `make test-all`."""
+    if interpreted(device) and not THOROUGH:
+        pytest.skip("kernels in Python: make test-all runs it")

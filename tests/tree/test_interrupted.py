@@ -184,7 +184,7 @@ def test_at_many_bytecodes(name: str, home: str) -> None:
         assert cut or home == "cuda"  # waits for the GPU vary, and with them the number of bytecodes
 
 
-@pytest.mark.parametrize("name", ["match lock", "lock", "unlock", "insert behind a start", "evict"])
+@pytest.mark.parametrize("name", ["match lock", "unlock", "lock", "insert behind a start", "evict"])
 def test_between_direct_launches(name: str, cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted kernels start as on a GPU: from machine code, through a driver of Python functions."""
     if not interpreted(cuda):
@@ -194,7 +194,7 @@ def test_between_direct_launches(name: str, cuda: str, monkeypatch: pytest.Monke
     interpret_launches(monkeypatch)
     judge = Judge(name, cuda)
     total = bytecodes(partial(judge.act, Scene(cuda)))
-    for at in range(Random(name).randrange(total // 4), total, total // 4):
+    for at in cuts(total, cuda, name):
         judge.judge(partial(interrupt_at, at), Random(at))
 
 

@@ -221,7 +221,7 @@ def test_locks_above_the_limit_are_not_loaded(tmp_path: Any) -> None:
 
 def test_a_path_of_many_nodes(device: str) -> None:
     """A path of nodes of one page each: walks, locks and evictions go along it without recursion."""
-    depth = 40 if interpreted(device) else 100_000
+    depth = 14 if interpreted(device) else 100_000
     tree = RadixTree(depth + 8, device=device)
     key = np.arange(depth, dtype=np.int64)
     for length in range(1, depth + 1) if interpreted(device) else ():
@@ -246,7 +246,7 @@ def test_a_path_of_many_nodes(device: str) -> None:
 
 
 def test_a_batch_of_65536_queries(device: str) -> None:
-    batch = 64 if interpreted(device) else 65_536
+    batch = 16 if interpreted(device) else 65_536
     tree = RadixTree(4 * batch, PAGE, device)
     firsts = torch.arange(batch)
     keys = torch.stack([firsts // 2, firsts // 2, firsts, firsts], dim=1)
