@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.router import Router
+from tests.support.router import Router, blocks
 from tests.support.sglang_engine import Plan, load_or_skip
 from tests.support.sglang_pair import Pair, default_cache, ever_later, python_cache
 
@@ -21,24 +21,6 @@ SGLANG = load_or_skip()
 def _clock() -> Iterator[None]:
     with ever_later(SGLANG):
         yield
-
-
-def blocks(events: list[Any]) -> list[Any]:
-    """Return the events block by block: SGLang's own trees differ in how they group neighbouring blocks."""
-    found: list[Any] = []
-    for event in events:
-        kind = type(event).__name__
-        if kind == "BlockRemoved":
-            found.extend((kind, block, event.medium) for block in event.block_hashes)
-        elif kind == "BlockStored":
-            size, parent = event.block_size, event.parent_block_hash
-            for number, block in enumerate(event.block_hashes):
-                tokens = event.token_ids[number * size : (number + 1) * size]
-                found.append((kind, block, parent, tokens, size, event.medium, event.cache_salt, event.lora_name))
-                parent = block
-        else:
-            found.append(kind)
-    return found
 
 
 class Followers:
@@ -150,6 +132,24 @@ def test_only_what_was_stored_is_removed() -> None:
     *stored, removed = events.take()
     assert {event.session_id for event in stored} == {"a chat"}
     assert removed.block_hashes == [block for event in stored for block in event.block_hashes]
+
+
+def test_hashes_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own function compiles a C++ extension, in a server during the first request."""
+    monkeypatch.setattr("sglang.srt.mem_cache.utils.get_native_hash", lambda *_: pytest.fail("SGLang's hash is called"))
+    events = recorder()
+    tokens = array("q", [1, 2, 3, 2**31 - 1])
+    req = SimpleNamespace(full_untruncated_fill_ids=tokens, extra_key="adapter", cache_salt="salt")
+    events.stored(req, None, SimpleNamespace(length=2, handle=5), 0, torch.arange(10, 20))
+    events.stored(
+        req, SimpleNamespace(length=2, handle=5), SimpleNamespace(length=4, handle=6), 2, torch.arange(10, 20)
+    )
+    req.cache_salt = None
+    events.stored(
+        req, SimpleNamespace(length=3, handle=7), SimpleNamespace(length=4, handle=8), 3, torch.arange(30, 40)
+    )
+    stored = events.take()
+    assert [token for event in stored for token in event.token_ids] == [1, 2, 3, 2**31 - 1, 2**31 - 1]
 
 
 def test_without_events_nothing_is_kept() -> None:

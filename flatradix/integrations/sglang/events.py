@@ -16,15 +16,15 @@ import torch
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, StorageMedium
 from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.utils import compute_node_event_hash_values, compute_node_hash_values
 
+from flatradix.integrations.sglang.hashes import page_hashes
 from flatradix.results import Places
 
 _MOST_ENDS = 1 << 16
 
 
 class _Block:
-    """The attributes of a tree node that SGLang's hash functions read."""
+    """The attributes of a tree node that SGLang's recorder reads."""
 
     __slots__ = ("event_hash_value", "hash_value", "key", "parent")
 
@@ -32,17 +32,9 @@ class _Block:
         """chain: the hash of the last page, for a block that serves only as a parent."""
         self.key = key
         self.parent = parent
-        # SGLang reads one of the two: with a namespace, the hashes of events differ from the hashes of storage.
+        # The recorder reads one of the two, with a namespace the second.
         self.hash_value = None if chain is None else [chain]
         self.event_hash_value = None if chain is None else [chain]
-
-    @property
-    def is_named(self) -> bool:
-        return self.key.extra_key is not None or self.key.cache_salt is not None
-
-    def hashes(self, page_size: int) -> list[str]:
-        """Return the hash of each page, in hex."""
-        return (compute_node_event_hash_values if self.is_named else compute_node_hash_values)(self, page_size)
 
 
 class _Step(NamedTuple):
@@ -85,16 +77,13 @@ class KvEvents(KVCacheEventRecorder):
         size, last = self.page_size, end.length
         known, chain = self._known(start)
         if first > known:
-            chain = self._extend(req, known, chain, first)[-1]
+            chain = page_hashes(self._tokens(req, known, first), size, chain)[-1]
             if start is not None and start.length == first:
                 self._ends[start.handle] = (first, chain)
         if last > first:
             block = self._block(req, first, last, chain)
-            chains = block.hashes(size)
-            if block.is_named:
-                block.event_hash_value, block.hash_value = chains, []
-            else:
-                block.hash_value = chains
+            chains = page_hashes(block.key, size, chain)
+            block.hash_value = block.event_hash_value = chains
             made: list[Any] = []
             self._made = made
             try:
@@ -166,14 +155,14 @@ class KvEvents(KVCacheEventRecorder):
 
     def _block(self, req: Any, first: int, last: int, chain: str | None) -> _Block:
         """Return the pages of a request's tokens from `first` to `last` (units), after a page with the hash `chain`."""
-        key = self._key(req, req.full_untruncated_fill_ids[first : last + self._is_bigram], self._is_bigram)
+        key = self._tokens(req, first, last)
         root = _Block(self._key(req, key.token_ids[:0], False), None)
         if chain is None:
             return _Block(key, root)
         return _Block(key, _Block(self._key(req, key.token_ids[:1], False), root, chain))
 
+    def _tokens(self, req: Any, first: int, last: int) -> RadixKey:
+        return self._key(req, req.full_untruncated_fill_ids[first : last + self._is_bigram], self._is_bigram)
+
     def _key(self, req: Any, tokens: Any, is_bigram: bool) -> RadixKey:
         return RadixKey(tokens, req.extra_key, is_bigram=is_bigram, cache_salt=req.cache_salt)
-
-    def _extend(self, req: Any, known: int, chain: str | None, end: int) -> list[str]:
-        return self._block(req, known, end, chain).hashes(self.page_size)
