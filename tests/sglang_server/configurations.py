@@ -56,58 +56,58 @@ _STORM = "--max-total-tokens=4000 --max-running-requests=40 --schedule-conservat
 
 CONFIGURATIONS = (
     _row(
-        "page-1", (*_BOTH, "chats"), Load(110),
+        "page-1", (*_BOTH, "chats"), Load(75),
         "--schedule-policy=lpm --max-total-tokens=3000 --max-running-requests=24",
     ),
     _row(
-        "page-16", (*_BOTH, "chats"), Load(110, at_once=48, seed=1),
+        "page-16", (*_BOTH, "chats"), Load(75, at_once=48, seed=1),
         "--page-size=16 --schedule-policy=lpm --max-total-tokens=3200 --max-running-requests=24",
     ),
     _row(
-        "page-64", _BOTH, Load(90, seed=14),
+        "page-64", _BOTH, Load(60, seed=14),
         "--page-size=64 --schedule-policy=fcfs --max-total-tokens=4096 --max-running-requests=16",
     ),
-    _row("no-chunks", _BOTH, Load(90, seed=15), _POOL, chunk=0),
+    _row("no-chunks", _BOTH, Load(60, seed=15), _POOL, chunk=0),
     _row(
-        "dfs-weight", _BOTH, Load(90, at_once=64, seed=2),
+        "dfs-weight", _BOTH, Load(60, at_once=64, seed=2),
         "--page-size=16 --schedule-policy=dfs-weight --max-total-tokens=4000 --max-running-requests=16",
     ),
-    _row("no-overlap", _BOTH, Load(90, seed=4), f"--disable-overlap-schedule {_POOL}"),
-    _row("mixed-chunk", _CROWD, Load(110, seed=5), f"--enable-mixed-chunk --page-size=16 {_POOL}"),
-    _row("lfu", _BOTH, Load(90, seed=6), f"--radix-eviction-policy=lfu {_POOL}", chunk=0),
-    _row("slru", _BOTH, Load(90, seed=7), f"--radix-eviction-policy=slru {_POOL}", chunk=0),
+    _row("no-overlap", _BOTH, Load(60, seed=4), f"--disable-overlap-schedule {_POOL}"),
+    _row("mixed-chunk", _CROWD, Load(75, seed=5), f"--enable-mixed-chunk --page-size=16 {_POOL}"),
+    _row("lfu", _BOTH, Load(60, seed=6), f"--radix-eviction-policy=lfu {_POOL}", chunk=0),
+    _row("slru", _BOTH, Load(60, seed=7), f"--radix-eviction-policy=slru {_POOL}", chunk=0),
     _row(
-        "priority", _BOTH, Load(90, seed=8, priorities=True),
+        "priority", _BOTH, Load(60, seed=8, priorities=True),
         f"--radix-eviction-policy=priority --enable-priority-scheduling --max-running-requests=8 {_POOL}", chunk=0,
     ),
     _row(
-        "preemption", _CROWD, Load(120, at_once=64, seed=9, priorities=True),
+        "preemption", _CROWD, Load(75, at_once=64, seed=9, priorities=True),
         "--enable-priority-scheduling --priority-scheduling-preemption-threshold=1 --max-running-requests=4 "
         "--max-total-tokens=3000", chunk=0,
     ),
-    _row("events-1", _ORDER, Load(90, seed=11), f"--enable-metrics {_POOL}", events=True),
+    _row("events-1", _ORDER, Load(60, seed=11), f"--enable-metrics {_POOL}", events=True),
     _row(
-        "events-16", _BOTH, Load(90, seed=12), "--page-size=16 --enable-metrics --max-total-tokens=3200", events=True,
+        "events-16", _BOTH, Load(60, seed=12), "--page-size=16 --enable-metrics --max-total-tokens=3200", events=True,
     ),
     _row("session-ids", _ORDER, Load(40, seed=11, session_ids=True), _POOL, events=True),
     _row("odd-1", _ODD, Load(20, seed=13), "--max-total-tokens=4000"),
     _row("odd-16", _ODD, Load(20, seed=13), "--page-size=16 --max-total-tokens=4000"),
-    _row("storm-1", _CROWD, Load(260, at_once=64, longer=8, aborts=0.15, seed=20), f"--schedule-policy=lpm {_STORM}"),
+    _row("storm-1", _CROWD, Load(120, at_once=64, longer=5, aborts=0.15, seed=20), f"--schedule-policy=lpm {_STORM}"),
     _row(
-        "storm-16", _CROWD, Load(260, at_once=64, longer=8, aborts=0.15, seed=21),
+        "storm-16", _CROWD, Load(120, at_once=64, longer=5, aborts=0.15, seed=21),
         f"--page-size=16 --enable-mixed-chunk {_STORM}",
     ),
     _row(
-        "queue-lpm", _BOTH, Load(110, at_once=64, seed=23), f"--schedule-policy=lpm --max-running-requests=8 {_POOL}",
+        "queue-lpm", _BOTH, Load(75, at_once=64, seed=23), f"--schedule-policy=lpm --max-running-requests=8 {_POOL}",
         environment={"FLATRADIX_QUEUE": "1"},
     ),
     _row(
-        "queue-dfs-16", _BOTH, Load(90, at_once=64, seed=24),
+        "queue-dfs-16", _BOTH, Load(60, at_once=64, seed=24),
         "--page-size=16 --schedule-policy=dfs-weight --max-running-requests=8 --max-total-tokens=3200",
         environment={"FLATRADIX_QUEUE": "1"},
     ),
     _row(
-        "evict-by-page", _BOTH, Load(90, seed=25), f"--page-size=4 {_POOL}", events=True,
+        "evict-by-page", _BOTH, Load(60, seed=25), f"--page-size=4 {_POOL}", events=True,
         environment={"FLATRADIX_EVICT_BY": "page"}, same_hits=False,
     ),
     _row(
@@ -116,7 +116,7 @@ CONFIGURATIONS = (
         environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|0"},
     ),
     _row(
-        "retraction", _CROWD, Load(110, aborts=0.2, seed=3), "--max-total-tokens=3000 --max-running-requests=24",
+        "retraction", _CROWD, Load(75, aborts=0.2, seed=3), "--max-total-tokens=3000 --max-running-requests=24",
         environment={"SGLANG_TEST_RETRACT": "1"},
     ),
 )  # fmt: skip

@@ -22,7 +22,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "pauses": pauses,
 }
 # SGLang checks its pool when it has nothing to do.
-SECONDS_OF_REST = 1.5
+SECONDS_OF_REST = 0.7
 
 
 def ask_both(

@@ -71,8 +71,8 @@ class Listener:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no batch is missing, from the first that the server published."""
-        return self._numbers == list(range(len(self._numbers)))
+        """Whether no batch is missing between the first and the last. A server's first may come before it listens."""
+        return bool(self._numbers) and len(self._numbers) == self._numbers[-1] - self._numbers[0] + 1
 
     def close(self) -> None:
         if not self._ends.is_set():

@@ -1,6 +1,6 @@
 """Compare SGLang servers with flatradix and with SGLang's own cache, in many configurations.
 
-    python3 -m tests.sglang_server.matrix OUT [NAMES ...] [--list]
+    python3 -m tests.sglang_server.matrix OUT [NAMES ...] [--times N] [--list]
 
 A configuration starts two servers side by side, on this machine's CPU, with a tiny model, and asks both the same. The
 prefix caches are small, SGLang checks its pool after every step, and its overlap loop is on. What is asked:
@@ -13,8 +13,7 @@ all_at_once  Talks at the same time; some clients give up. Every request must be
 pauses       Pauses that retract or abort, flushes, and aborts of everything: every request must end.
 
 OUT/NAME/ keeps the servers' logs, OUT/NAME.json the figures and the faults, OUT/table.md the table of all
-configurations in OUT. Exits with 1 if there was a fault. Needs requirements/peers.txt and requirements/server.txt, and
-half an hour on two cores.
+configurations in OUT. Exits with 1 if there was a fault. Needs requirements/peers.txt and requirements/server.txt.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.names if name not in known]
     if unknown:
         sys.exit(f"no configuration {', '.join(unknown)}; --list shows them")
-    rows = [known[name] for name in options.names] or CONFIGURATIONS
+    rows = [_longer(known[name], options.times) for name in options.names or known]
     options.out.mkdir(parents=True, exist_ok=True)
     faults = sum(_run_all(rows, options.out))
     (options.out / "table.md").write_text(table(options.out))
@@ -66,22 +65,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="a folder for logs, figures and the table")
     parser.add_argument("names", nargs="*", metavar="NAMES", help="configurations (default: all)")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="N times as many requests")
     parser.add_argument("--list", action="store_true", help="show the configurations with their options, and end")
     return parser
+
+
+def _longer(row: Configuration, times: int) -> Configuration:
+    return row._replace(load=row.load._replace(turns=row.load.turns * times))
 
 
 def _run_all(rows: Sequence[Configuration], out: Path) -> Iterator[int]:
     """Run the configurations one after another; yield the number of faults of each."""
     model = write_model(out / "model")
-    launcher, environment = None, None
+    launcher: Launcher | None = None
+    environment: dict[str, str] = {}
     try:
         for number, row in enumerate(rows, 1):
             # SGLang reads some of its variables when it is imported.
-            if launcher is None or row.settings.environment != environment:
+            wanted = {key: value for key, value in row.settings.environment.items() if key.startswith("SGLANG_")}
+            if launcher is None or wanted != environment:
                 if launcher is not None:
                     launcher.close()
-                environment = row.settings.environment
-                launcher = Launcher(out, environment)
+                launcher, environment = Launcher(out, wanted), wanted
             print(f"{number:2} of {len(rows)}  {row.name:16} ", end="", flush=True)
             found = _run(launcher, model, row, out)
             print(_progress(found), flush=True)

@@ -125,13 +125,13 @@ def _give_up(client: httpx.Client, turn: Turn, body: dict[str, Any]) -> Row:
     return {"aborted": True}
 
 
-def chats(server: Server, load: Load, talks: int = 6, turns: int = 4) -> list[Row]:
+def chats(server: Server, load: Load, turns: int = 4) -> list[Row]:
     """Chats over OpenAI's interface, with a common system prompt; the usage tells the cached tokens."""
     rng = random.Random(load.seed)
     rows: list[Row] = []
     system = _words(rng, 80)
     with client_of(server) as client:
-        for number in range(talks):
+        for number in range(min(6, load.turns // turns)):
             more = {3: {"cache_salt": "salt"}, 4: {"extra_key": "adapter"}}.get(number, {})
             messages = [{"role": "system", "content": system}]
             for turn in range(turns):

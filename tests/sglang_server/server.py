@@ -173,17 +173,23 @@ class Server:
         """End the server and all its processes. May be called at any time, and again."""
         if self.listener is not None:
             self.listener.close()
-        for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):
-            self._signal(number)
-            deadline = time.monotonic() + seconds
-            while self.lives and time.monotonic() < deadline:
-                time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._group, signal.SIGTERM)  # only the first process: it ends the others
+        if not self._has_ended(seconds=8):
+            self._signal(signal.SIGKILL)
+            self._has_ended(seconds=10)
 
     def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _has_ended(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.lives and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not self.lives
 
     def _signal(self, number: int) -> bool:
         """Send a signal to the processes of the server; return whether there was one."""

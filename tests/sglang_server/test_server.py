@@ -18,11 +18,11 @@ from tests.sglang_server.tiny_model import write_model
 
 SCENARIOS = ("one_by_one", "chats", "odd", "all_at_once")
 SETTINGS = Settings(
-    options=("--page-size=4", "--chunked-prefill-size=64", "--schedule-policy=lpm", "--max-total-tokens=2400"),
+    options=("--page-size=4", "--chunked-prefill-size=64", "--schedule-policy=lpm", "--max-total-tokens=1600"),
     environment={"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"},
     events=True,
 )
-LOAD = Load(turns=40, at_once=16)
+LOAD = Load(turns=20, at_once=12)
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_server_answers_as_with_its_own_cache(tmp_path: Path) -> None:
     found = compare(theirs, ours)
     assert not found.faults, "\n".join(found.faults)
     assert found.healthy
-    assert found.equal_answers == found.in_order > 100
-    ours_cached, ours_prompt = ours.total("cached", "all_at_once"), ours.total("prompt", "all_at_once")
-    assert 0 < ours_cached < ours_prompt
+    assert found.equal_answers == found.in_order
+    assert ours.total("cached", "all_at_once") > 0
     assert ours.count("aborted") > 0
+    assert any(type(event).__name__ == "BlockRemoved" for event in ours.events), "the pool was never full"
