@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+
 from tests.sglang_server.compare import Report
 from tests.sglang_server.odd import odd_requests
 from tests.sglang_server.scenarios import Scenario, all_at_once, chats, one_by_one, pauses, sessions
-from tests.sglang_server.server import Launcher, Server, Settings, running
+from tests.sglang_server.server import Launcher, Server, Settings, end_of, running
 from tests.sglang_server.talks import Load
 
 SCENARIOS: Mapping[str, Scenario] = {
@@ -29,7 +31,8 @@ def ask_both(
     launcher: Launcher, model: Path, folder: Path, settings: Settings, scenarios: Sequence[str], load: Load
 ) -> list[Report]:
     """Start a server a backend, ask both at once, stop them. Return a report a backend. Raises ServerFault."""
-    with running(launcher, model, folder, settings) as servers, ThreadPoolExecutor(len(servers)) as pool:
+    # The servers stop first, also if this is interrupted: then the threads end too.
+    with ThreadPoolExecutor(2) as pool, running(launcher, model, folder, settings) as servers:
         return list(pool.map(lambda server: ask(server, scenarios, load), servers))
 
 
@@ -38,15 +41,19 @@ def ask(server: Server, scenarios: Sequence[str], load: Load) -> Report:
     report = Report(server.backend)
     for name in scenarios:
         began = time.monotonic()
-        report.rows[name] = SCENARIOS[name](server, load)
+        try:
+            report.rows[name] = SCENARIOS[name](server, load)
+        except httpx.HTTPError as error:
+            report.rows[name] = [{"asked": "all", "error": repr(error)[:200]}]
         report.seconds[name] = round(time.monotonic() - began, 1)
         time.sleep(SECONDS_OF_REST)
         report.healthy[name] = server.is_healthy
         if not report.healthy[name]:
+            report.troubles.append(end_of(server.log))
             break
     if server.lives:
         report.healthy["a last flush"] = server.post("/flush_cache").status_code == 200
     if server.listener is not None:
         report.events, report.is_complete = server.listener.settled(), server.listener.is_complete
-    report.troubles = server.troubles()
+    report.troubles += server.troubles()
     return report

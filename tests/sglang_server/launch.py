@@ -93,6 +93,7 @@ def obey() -> None:
         if child == 0:
             _serve(parent, **json.loads(line))
         print(child, flush=True)
+    os._exit(0)  # at once: the servers wait for it
 
 
 def _serve(parent: int, options: list[str], environment: dict[str, str], log: str) -> None:

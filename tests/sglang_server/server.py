@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,11 +98,19 @@ class Launcher:
         return int(self._read(""))
 
     def _read(self, expected: str) -> str:
-        """Return the next line that starts as expected; SGLang may print others. Raises ServerFault."""
-        for line in self._process.stdout:
-            if line.startswith(expected) if expected else line.strip().isdigit():
-                return line
-        raise ServerFault(f"SGLang does not import. {end_of(self._log)}")
+        """Return the next line that is expected or, without an expectation, a number. SGLang may print others.
+
+        Raises ServerFault.
+        """
+        late = threading.Timer(SECONDS_TO_START, self._process.kill)
+        late.start()
+        try:
+            for line in self._process.stdout:
+                if line.strip() == expected or (not expected and line.strip().isdigit()):
+                    return line
+        finally:
+            late.cancel()
+        raise ServerFault(f"the process that imports SGLang has ended. {end_of(self._log)}")
 
     def close(self) -> None:
         """End the process; its servers end within a second."""

@@ -19,7 +19,9 @@ def write_model(folder: Path) -> Path:
     """Write model and tokenizer into the folder, 34 MB, and return it. The words are w0, w1 and so on."""
     import torch
     from transformers import LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     _tokenizer().save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
