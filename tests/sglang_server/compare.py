@@ -31,7 +31,7 @@ class Report:
         return sum(of in row for rows in self.rows.values() for row in rows)
 
     def total(self, of: str, scenario: str) -> int:
-        return sum(row.get(of, 0) for row in self.rows.get(scenario, []))
+        return sum(row.get(of) or 0 for row in self.rows.get(scenario, []))
 
 
 @dataclass

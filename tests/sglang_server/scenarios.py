@@ -30,7 +30,8 @@ def client_of(server: Server, connections: int = 10) -> httpx.Client:
 
 def answer_row(answer: dict[str, Any]) -> Row:
     meta = answer["meta_info"]
-    row = {"ids": answer["output_ids"], "cached": meta["cached_tokens"], "prompt": meta["prompt_tokens"]}
+    # A request that was aborted while it waited has no tokens.
+    row = {"ids": answer.get("output_ids"), "cached": meta.get("cached_tokens", 0), "prompt": meta.get("prompt_tokens")}
     row["ended"] = (meta["finish_reason"] or {}).get("type")
     row["retractions"] = meta.get("num_retractions", 0)
     if "input_token_logprobs" in meta:
@@ -65,7 +66,7 @@ def one_by_one(server: Server, load: Load) -> list[Row]:
                 again = body | {"input_ids": turn.prompt[: max(1, len(turn.prompt) * 2 // 3)]}
                 answers = reply_rows(client.post("/generate", json=again))
                 rows += [{"asked": f"again {turn.number}", **row} for row in answers]
-            turn.talk.history = turn.prompt + found[0].get("ids", [])
+            turn.talk.history = turn.prompt + (found[0].get("ids") or [])
     return rows
 
 
@@ -85,7 +86,7 @@ def _talk(client: httpx.Client, talk: Talk, load: Load) -> list[Row]:
         except httpx.HTTPError as error:
             row = {"error": repr(error)[:200]}
         rows.append({"asked": f"turn {turn.number}", "number": turn.number, **row})
-        if not turn.streams and "ids" in row:
+        if not turn.streams and row.get("ids"):
             talk.history = turn.prompt + row["ids"]
     return rows
 

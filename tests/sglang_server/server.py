@@ -36,6 +36,8 @@ _ALWAYS = (
     "--disable-cuda-graph", "--grammar-backend=none", "--enable-cache-report", "--mem-fraction-static=0.5",
     "--random-seed=1", "--sleep-on-idle",
 )  # fmt: skip
+# One thread a process, and nothing that a compiler makes at the first request.
+_QUICK = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 _TROUBLES = re.compile(
     r"leak|double free|use-after-free|hit an exception|AssertionError|Segmentation|Failed to load plugin|StaleHandle"
 )
@@ -77,7 +79,7 @@ class Launcher:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.sglang_server.launch"],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                env={**os.environ, **_QUICK, **(environment or {})},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -92,7 +92,7 @@ def _draw_turn(rng: random.Random, load: Load, number: int, talk: Talk) -> Turn:
         talk=talk,
         added=draw_tokens(rng, rng.choice([1, 5, 16, 40, 150])),
         new_tokens=rng.choice([1, 4, 16, 33]) * load.longer,
-        logprob_start=rng.choice([0, 5, 40]) if rng.random() < 0.15 else None,
+        logprob_start=rng.choice([0, 5, 15]) if rng.random() < 0.15 else None,
         answers=2 if rng.random() < 0.08 else 1,
         repeats=rng.random() < 0.08,
         streams=rng.random() < 0.3,
