@@ -13,7 +13,7 @@ ARGS ?=
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo 'make lint     ruff and mypy'
-	@echo 'make server-matrix  real SGLang servers with ours and with its own cache, half an hour (ARGS="NAMES")'
+	@echo 'make server-matrix  real SGLang servers, with ours and with its own cache (ARGS="NAMES")'
 	@echo 'make bench    ours against SGLang, on the CPU (ARGS="--quick")'
 	@echo 'make bench-sglang  the same inside SGLang, as its scheduler calls both'
 	@echo 'make reference  every reference row of the conversation trace (ARGS=FOLDER)'
