@@ -9,11 +9,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TRACE ?= $(wildcard ../shared/traces/conversation_trace.jsonl)
 ARGS ?=
 
-.PHONY: help setup replay test test-all lint bench bench-sglang reference clean
+.PHONY: help setup replay test test-all lint server-matrix bench bench-sglang reference clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo 'make lint     ruff and mypy'
+	@echo 'make server-matrix  real SGLang servers, with ours and with its own cache (ARGS="NAMES")'
 	@echo 'make bench    ours against SGLang, on the CPU (ARGS="--quick")'
 	@echo 'make bench-sglang  the same inside SGLang, as its scheduler calls both'
 	@echo 'make reference  every reference row of the conversation trace (ARGS=FOLDER)'
@@ -25,7 +26,7 @@ $(VENV)/setup: pyproject.toml constraints.txt
 	$(PIP) -e '.[plot]'
 	touch $@
 
-$(VENV)/setup-test: $(VENV)/setup requirements/peers.txt requirements/triton.txt
+$(VENV)/setup-test: $(VENV)/setup requirements/peers.txt requirements/server.txt requirements/triton.txt
 	$(PIP) -e '.[plot,prometheus,test,dev]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) -r requirements/triton.txt || \
 	  echo 'Triton could not be installed: the tests of the GPU kernels will be skipped'
@@ -33,6 +34,7 @@ $(VENV)/setup-test: $(VENV)/setup requirements/peers.txt requirements/triton.txt
 	$(PIP) -r requirements/peers.txt && \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .peers sglang==0.5.23 kernels==0.17.2 || \
 	  echo 'SGLang could not be installed: the tests that compare with it will be skipped'
+	$(PIP) -r requirements/server.txt || echo 'The test that runs servers of SGLang will be skipped'
 	touch $@
 
 setup: $(VENV)/setup
@@ -54,6 +56,9 @@ lint: $(VENV)/setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+server-matrix: $(VENV)/setup-test
+	$(BIN)/python -m tests.sglang_server.matrix out/server-matrix $(ARGS)
 
 bench: $(VENV)/setup-test
 	$(BIN)/python -m bench.cpu $(ARGS)

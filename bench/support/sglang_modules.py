@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 import types
 import warnings
 from typing import Any
 
-from bench.support.sglang_trees import HINT, PeerMissing, _StandIns, find
+from bench.support.sglang_trees import HINT, PeerMissing, find
+from bench.support.stand_ins import StandIns, missing
 
 _PICTURES = ("IPython", "torchvision")
 _MODULES = {
@@ -42,11 +42,6 @@ _MODULES = {
 }
 
 
-class _Pictures(_StandIns):
-    def __init__(self) -> None:
-        self._roots = {name for name in _PICTURES if importlib.util.find_spec(name) is None}
-
-
 @functools.cache
 def load() -> Any:
     """Import SGLang, install a default configuration, and return its modules under short names. Raises PeerMissing."""
@@ -64,7 +59,7 @@ def load() -> Any:
             warnings.simplefilter("ignore")
             # transformers remembers whether torchvision is installed: it must look before the stand-in exists.
             importlib.import_module("transformers.utils").is_torchvision_available()
-            with _Pictures():
+            with StandIns(missing(_PICTURES)):
                 modules = {name: importlib.import_module(path) for name, path in _MODULES.items()}
             modules["context"].get_context().override_server_args().install()
     except ImportError as error:

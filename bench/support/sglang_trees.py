@@ -12,18 +12,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import sys
 import types
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from bench.support.stand_ins import StandIns, missing
 
 VERSION = "0.5.23"
 FOLDER = Path(__file__).resolve().parents[2] / ".peers"
@@ -77,73 +76,6 @@ class Classes(NamedTuple):
     radix_module: Any
 
 
-class _StandInType(type):
-    """The class of every attribute of a stand-in module: usable only as a name, a base class or a decorator."""
-
-    def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **_: Any) -> _StandInType:
-        return super().__new__(cls, name, bases, body)
-
-    def __init__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **_: Any) -> None:
-        super().__init__(name, bases, body)
-
-    def __getattr__(cls, name: str) -> _StandInType:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _StandInType(f"{cls.__name__}.{name}", (), {})
-
-    def __call__(cls, *_: Any, **__: Any) -> _StandInType:
-        return cls
-
-    def __getitem__(cls, _: Any) -> _StandInType:
-        return cls
-
-    def __or__(cls, _: Any) -> _StandInType:
-        return cls
-
-    __ror__ = __or__
-
-    def __bool__(cls) -> bool:
-        raise TypeError(f"the stand-in {cls.__name__} was used by SGLang: it should have been the real thing")
-
-
-class _StandInModule(types.ModuleType):
-    def __getattr__(self, name: str) -> _StandInType:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _StandInType(name, (), {"__module__": self.__name__})
-
-
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """An import hook, active in a `with` block, that makes a stand-in for each module of the two lists above."""
-
-    def __init__(self) -> None:
-        missing = [name for name in _OPTIONAL if importlib.util.find_spec(name) is None]
-        self._roots = {*_UNUSED, *missing}
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        parts = name.split(".")
-        if any(".".join(parts[:end]) in self._roots for end in range(1, len(parts) + 1)):
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _StandInModule(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-    def __enter__(self) -> _StandIns:
-        sys.meta_path.insert(0, self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.meta_path.remove(self)
-        for name in [name for name, module in sys.modules.items() if isinstance(module, _StandInModule)]:
-            del sys.modules[name]
-
-
 def find() -> Path:
     """Return the folder of the package `sglang`. Raises PeerMissing."""
     places = []
@@ -192,7 +124,7 @@ def load() -> Classes:
     package.__path__ = [str(folder)]
     sys.modules["sglang"] = package
     try:
-        with _StandIns():
+        with StandIns([*_UNUSED, *missing(_OPTIONAL)]):
             classes = _import_caches()
             # If the core does not load, RustTree raises PeerMissing later.
             with contextlib.suppress(ImportError, RuntimeError, OSError):
