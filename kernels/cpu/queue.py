@@ -21,10 +21,17 @@ from flatradix.kernels.cpu.jit import helper
 from flatradix.layout import numbers
 from flatradix.layout.state import FREE_ROW
 
+LOWEST = -(2**63)  # the score of what was dropped
+
 
 @helper
 def score_of(s, row):
-    """Return the score of a row under a built-in policy, as in SGLang's evict_policy.py. The lowest goes first."""
+    """Return the score of a row under a built-in policy, as in SGLang's evict_policy.py. The lowest goes first.
+
+    What was dropped goes before all else.
+    """
+    if s.created[row] < 0:
+        return np.int64(LOWEST)
     policy = s.numbers[numbers.POLICY]
     if policy == numbers.LFU:
         return np.int64(s.hit_count[row])
