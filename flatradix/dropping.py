@@ -55,8 +55,16 @@ def check_arguments(places: Any, namespace: Any) -> None:
         namespaces.check(namespace)
 
 
+class Settings(NamedTuple):
+    """What places depend on, beside the rows. first_generation: what handles add to the generation of a row."""
+
+    first_generation: int
+    page_size: int
+    by_page: bool
+
+
 class Rows(NamedTuple):
-    """The columns of a tree in host memory, cut down to the rows in use, and numbers that handles need."""
+    """The columns of a tree in host memory, cut down to the rows in use."""
 
     parent: np.ndarray
     length: np.ndarray
@@ -65,9 +73,7 @@ class Rows(NamedTuple):
     tick: np.ndarray
     created: np.ndarray
     generation: np.ndarray
-    first_generation: int
-    page_size: int
-    by_page: bool
+    settings: Settings
 
     def of_places(self, handles: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return int64 [B]: the row on whose edge each place lies. Raises the errors of `RadixTree.drop`."""
@@ -82,15 +88,15 @@ class Rows(NamedTuple):
 
     def _row_of(self, handle: int, length: int) -> int:
         """Return the row of a place, as `resolve` of the kernels does, or the reason why there is none."""
-        row = handle & ROW_MASK
+        row, settings = handle & ROW_MASK, self.settings
         if handle < 0 or row >= len(self.parent) or self.parent[row] == FREE_ROW:
             return reasons.STALE
-        if handle >> ROW_BITS != (self.first_generation + int(self.generation[row])) & GENERATION_MASK:
+        if handle >> ROW_BITS != (settings.first_generation + int(self.generation[row])) & GENERATION_MASK:
             return reasons.STALE
         end = int(self.end[row])
-        if length < 0 or length > end or length % self.page_size != 0:
-            cut = row > 0 and length > end and length % self.page_size == 0
-            return reasons.STALE if cut and self.by_page else reasons.NOT_THERE
+        if length < 0 or length > end or length % settings.page_size != 0:
+            cut = row > 0 and length > end and length % settings.page_size == 0
+            return reasons.STALE if cut and settings.by_page else reasons.NOT_THERE
         while row > 0 and self.end[row] - self.length[row] >= length:
             row = int(self.parent[row])
         return max(row, 0)

@@ -244,7 +244,8 @@ class RadixTree:
 
         q, namespace: the whole keys, as for `match`. places: the results of an earlier match or rematch of these very
         keys, with `handles` and `lengths`. Tokens up to a place are not compared again. If a place is gone, or
-        was dropped, its key is matched from the root. Touches nothing: the result is that of `match(q, namespace, touch=False)`.
+        was dropped, its key is matched from the root. Touches nothing: the result is that of `match(q, namespace,
+        touch=False)`.
 
         O(nodes above the place of each key + tokens behind it). Raises QueryError.
         """

@@ -732,8 +732,9 @@ class HostIndex(Index):
     def _plan_drop(self, places: Any, namespace: Any) -> dropping.Plan:
         dropping.check_arguments(places, namespace)
         used, state = self._numbers[_ROWS], self._arrays
-        columns = (getattr(state, name)[:used] for name in dropping.COLUMNS)
-        rows = dropping.Rows(*columns, self._numbers[numbers.GENERATION], self.options.page_size, self._by_page)
+        settings = dropping.Settings(self._numbers[numbers.GENERATION], self.options.page_size, self._by_page)
+        columns = {name: getattr(state, name)[:used] for name in dropping.COLUMNS}
+        rows = dropping.Rows(**columns, settings=settings)
         if places is None:
             return rows.plan(rows.tops_of(self._namespaces.find(namespace)))
         lengths, handles = read_places(places)

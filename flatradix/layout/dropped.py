@@ -15,6 +15,7 @@ from typing import Any
 
 DROPPED = 1 << 60  # above all times
 DETACHED = 1 << 61
+LOWEST = -(2**63)  # the score of dropped nodes, with any policy
 
 
 def time_of(created: Any) -> Any:

@@ -59,8 +59,6 @@ def drop(addresses, call, kept, less, victims, pool, pool_wide, starts, lengths,
     refill_queue(s)
     if len(kept) > 0:  # no event of one row tells a waiting queue that the row is not to be found
         note_event(s, numbers.ALL_FREED, np.int64(0), np.int64(0))
-    ranges = gather_victims(
-        s, tokens, np.int64(len(victims)), np.int64(0), pool, pool_wide, starts, lengths, slots
-    )
+    ranges = gather_victims(s, tokens, np.int64(len(victims)), np.int64(0), pool, pool_wide, starts, lengths, slots)
     note_change(s, call, numbers.EVICTED, np.int64(0), tokens, np.int64(ranges))
     return tokens, np.int64(ranges)

@@ -19,9 +19,8 @@ import numpy as np
 
 from flatradix.kernels.cpu.jit import helper
 from flatradix.layout import numbers
+from flatradix.layout.dropped import LOWEST
 from flatradix.layout.state import FREE_ROW
-
-LOWEST = -(2**63)  # the score of what was dropped
 
 
 @helper
