@@ -5,18 +5,32 @@ A drop is rare, so a few passes over all rows do no harm, and both devices do th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 from flatradix.inputs import namespaces
 from flatradix.inputs.refuse import refuse
 from flatradix.layout import reasons
-from flatradix.layout.dropped import DETACHED, DROPPED
+from flatradix.layout.dropped import DETACHED, DROPPED, time_of
 from flatradix.layout.handles import GENERATION_MASK, ROW_BITS, ROW_MASK
 from flatradix.layout.state import FREE_ROW
 
 COLUMNS = ("parent", "length", "end", "lock_ref", "tick", "created", "generation")
+
+
+T = TypeVar("T", np.ndarray, torch.Tensor)
+
+
+def times_of(created: T) -> T:
+    """Return the times at which nodes were made, dropped or not."""
+    return time_of(created)  # type: ignore[arg-type, return-value]
+
+
+def are_detached(created: np.ndarray) -> np.ndarray:
+    """Return bool [N]: whether each node is the top of a dropped part, which no look-up finds."""
+    return created < -DROPPED
 
 
 class _Everything:

@@ -33,7 +33,7 @@ from flatradix.device.mailbox import abandon, is_later
 from flatradix.device.names import Names
 from flatradix.device.results import Awaited, Batch, OnDevice, Results
 from flatradix.device.stages import Stages
-from flatradix.dropping import NOT_GIVEN
+from flatradix.dropping import NOT_GIVEN, times_of
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.index import Index, T, public_call, take_gate
 from flatradix.inputs import namespaces
@@ -51,7 +51,7 @@ from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tok
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
 from flatradix.layout.desk import LONG_COUNT, LONG_TOKENS, STAGED_TOKENS
-from flatradix.layout.dropped import LOWEST, time_of
+from flatradix.layout.dropped import LOWEST
 from flatradix.layout.growth import is_too_large, most_tokens, next_capacity
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.queries import (
@@ -1055,7 +1055,7 @@ class DeviceIndex(Index):
     def _scores(self) -> torch.Tensor:
         """Return int64 [R]: the scores of the policy. The lowest goes first; the tick breaks ties."""
         s, order = self._state, self.options.order
-        created = time_of(s.created) if self._holds_dropped else s.created
+        created = times_of(s.created) if self._holds_dropped else s.created
         nodes = Nodes(s.tick, created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
         if order.score is None:
             scores = built_in_scores(order, nodes)

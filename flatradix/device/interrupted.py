@@ -13,10 +13,10 @@ import torch
 from flatradix.device.calls import Calls
 from flatradix.device.dropping import Marks
 from flatradix.device.mailbox import is_later
+from flatradix.dropping import times_of
 from flatradix.kernels import gpu
 from flatradix.kernels.gpu import Arrays
 from flatradix.layout import mail, numbers
-from flatradix.layout.dropped import time_of
 from flatradix.layout.queries import PlaceAddresses
 from flatradix.layout.scratch import STARTED, clean
 from flatradix.layout.state import FREE_ROW
@@ -89,7 +89,7 @@ def _remove_new(arrays: Arrays, batch: int, call: int) -> None:
     parent, created = (column[:rows].cpu().numpy() for column in (state.parent, state.created))
     live = parent != FREE_ROW
     live[0] = False
-    created = time_of(created)
+    created = times_of(created)
     # Pieces that a lock has split off since the insert before were created one tick after the clock of that time.
     new = live & (created > found[numbers.CLOCK] - 2 * batch + 1)
     above = np.unique(parent[live & ~new])

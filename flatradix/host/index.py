@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flatradix import dropping
-from flatradix.dropping import NOT_GIVEN
+from flatradix.dropping import NOT_GIVEN, times_of
 from flatradix.host.freed import freed_last
 from flatradix.host.growth import Larger, has_moved, larger_than, move
 from flatradix.host.rehearsal import tokens_freed
@@ -30,7 +30,6 @@ from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fill, tok
 from flatradix.kernels import cpu
 from flatradix.kernels.cpu import insert_one, lock_one, match_one, unlock_one
 from flatradix.layout import numbers, reasons
-from flatradix.layout.dropped import time_of
 from flatradix.layout.growth import most_tokens, next_capacity
 from flatradix.layout.handles import NO_HANDLE
 from flatradix.layout.state import FREE_ROW, allocate_host, pool_units
@@ -776,7 +775,7 @@ class HostIndex(Index):
     def _scores(self, score: Score) -> np.ndarray:
         rows = self._numbers[_ROWS]
         s = self._state
-        created = torch.from_numpy(time_of(self._arrays.created[:rows]))
+        created = torch.from_numpy(times_of(self._arrays.created[:rows]))
         columns = (s.tick, created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
         live = self._arrays.parent[:rows] != FREE_ROW
         live[0] = False

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from flatradix.dropping import are_detached
 from flatradix.inspect.content import Content
 from flatradix.inspect.nodes import columns_of, units_of
 from flatradix.layout import numbers
-from flatradix.layout.dropped import is_detached
 from flatradix.layout.state import FREE_ROW
 
 _UINT32 = 0xFFFFFFFF
@@ -85,7 +85,7 @@ def _check_relations(content: Content, a: Any) -> None:
     _all(a.priority[above] >= a.priority[inner], inner, "its priority is above its parent's")
     gone = a.created < 0
     _all(gone[inner] | ~gone[above], inner, "its parent was dropped, but it was not")
-    hidden = is_detached(a.created[live])
+    hidden = are_detached(a.created[live])
     _all(hidden | ~gone[live] | gone[np.maximum(a.parent[live], 0)], live, "it was dropped, but is not detached")
     _all(~gone[live] | (a.own_wants[live] == 0), live, "it was dropped, but is wanted")
     _all(a.tick[live] <= content.number(numbers.CLOCK), live, "its tick is in the future")
@@ -127,7 +127,7 @@ def _check_table(content: Content, a: Any) -> None:
             if table[probe] == 0:
                 raise AssertionError(f"row {row}: a probe for its entry ends before it")
             probe = (probe + 1) & mask
-    found = a.live[~is_detached(a.created[a.live])].tolist()
+    found = a.live[~are_detached(a.created[a.live])].tolist()
     pages = {(int(a.parent[row]), tuple(units_of(a, row)[: content.options.page_size])) for row in found}
     equal(len(pages), len(found), "children of one parent with different first pages")
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flatradix.dropping import are_detached, times_of
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.options import Options
 from flatradix.inspect.content import Saved
-from flatradix.layout.dropped import DETACHED, is_detached, time_of
+from flatradix.layout.dropped import DETACHED
 from flatradix.layout.growth import MOST_ROWS
 from flatradix.layout.handles import LOW32
 from flatradix.layout.hashing import page_tag
@@ -196,7 +197,7 @@ def _verify_times(a: Arrays, nodes: Nodes, clock: int) -> None:
         time = a[name][nodes.live]
         if name == "created":
             _all(time >= -DETACHED, nodes.live, "created is none of a dropped node")
-            time = np.where(time < 0, time_of(time), time)
+            time = np.where(time < 0, times_of(time), time)
         _all((time >= 0) & (time <= latest), nodes.live, f"{name} is not between 0 and the clock")
     _all(a["tick"][nodes.above] >= a["tick"][nodes.inner], nodes.inner, "it was used after its parent")
     ticks = np.sort(a["tick"][nodes.live])
@@ -210,7 +211,7 @@ def _verify_times(a: Arrays, nodes: Nodes, clock: int) -> None:
 
 def _verify_dropped(a: Arrays, nodes: Nodes) -> None:
     """Verify that all nodes below a dropped node are dropped, and that the highest of them are detached."""
-    gone, hidden = a["created"] < 0, is_detached(a["created"])
+    gone, hidden = a["created"] < 0, are_detached(a["created"])
     _all(~gone[nodes.above] | gone[nodes.inner], nodes.inner, "its parent was dropped, but it was not")
     _all(~gone[nodes.top] | hidden[nodes.top], nodes.top, "it was dropped, but is not detached")
     found = gone[nodes.above] | hidden[nodes.inner] | ~gone[nodes.inner]
@@ -235,7 +236,7 @@ def _tags(a: Arrays, live: np.ndarray, options: Options, drawn: np.ndarray) -> n
     parent = a["parent"][live].astype(np.int64)
     # With one more multiplier, nobody can prepare different (parent, page) with equal sums.
     mixed = sums + parent * multipliers(1, torch.int64).numpy()
-    hidden = is_detached(a["created"][live])
+    hidden = are_detached(a["created"][live])
     seen = np.flatnonzero(~hidden)
     ordered = np.sort(mixed[seen])
     if (ordered[1:] == ordered[:-1]).any():

@@ -11,32 +11,26 @@ Plain functions over int64 that call no other function, so that numba and Triton
 
 from __future__ import annotations
 
-from typing import Any
-
 DROPPED = 1 << 60  # above all times
 DETACHED = 1 << 61
 LOWEST = -(2**63)  # the score of dropped nodes, with any policy
 
 
-def time_of(created: Any) -> Any:
+def time_of(created: int) -> int:
     """Return the time at which a node was made, dropped or not."""
     return created & 0x0FFFFFFFFFFFFFFF
 
 
-def is_detached(created: Any) -> Any:
-    return created < -0x1000000000000000
-
-
-def made_below(created: Any, time: Any) -> Any:
+def made_below(created: int, time: int) -> int:
     """Return `created` of a node that is made at `time` below one with `created`, or within its edge."""
     return time | ((created >> 63) & -0x1000000000000000)
 
 
-def made_above(created: Any, time: Any) -> Any:
+def made_above(created: int, time: int) -> int:
     """Return `created` of the first part of a node's edge, which is cut off at `time` and takes over its entry."""
     return time | (created & -0x1000000000000000)
 
 
-def left_below(created: Any) -> Any:
+def left_below(created: int) -> int:
     """Return `created` of what is left of a node after that: dropped if it was detached."""
     return created | ((created >> 63) & 0x1000000000000000)

@@ -56,7 +56,7 @@ BASES = 8
 
 @cache
 def good(number: int) -> bytes:
-    """Return a snapshot of one of a few trees with everything: namespaces, locks, free rows, splits, bigrams, dropped nodes."""
+    """Return a snapshot of one of a few trees with everything: namespaces, locks, free rows, bigrams, dropped nodes."""
     random = Random(number)
     page, bigram, wide = (1, 2, 4, 16)[number % 4], number % 3 == 1, number % 2 == 1
     tree = RadixTree(
