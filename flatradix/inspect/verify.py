@@ -212,8 +212,8 @@ def _verify_times(a: Arrays, nodes: Nodes, clock: int) -> None:
 def _verify_dropped(a: Arrays, nodes: Nodes) -> None:
     """Verify that all nodes below a dropped node are dropped, and that the highest of them are detached."""
     gone, hidden = a["created"] < 0, are_detached(a["created"])
-    _all(~gone[nodes.above] | gone[nodes.inner], nodes.inner, "its parent was dropped, but it was not")
     _all(~gone[nodes.top] | hidden[nodes.top], nodes.top, "it was dropped, but is not detached")
+    _all(~gone[nodes.above] | gone[nodes.inner], nodes.inner, "its parent was dropped, but it was not")
     found = gone[nodes.above] | hidden[nodes.inner] | ~gone[nodes.inner]
     _all(found, nodes.inner, "it was dropped, but is not detached")
 
