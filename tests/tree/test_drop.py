@@ -322,7 +322,37 @@ def test_not_within_a_policy_function(device: str) -> None:
     tree.check()
 
 
-def test_a_host_without_memory_loses_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["within the marks", "behind the marks", "behind the victims"])
+def test_an_interrupted_drop_on_a_gpu(when: str, cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatradix.kernels import gpu  # not without Triton
+
+    tree = filled(cuda)
+    tree.want(tree.match([5, 5], namespace="a"))
+    tree.want(holder := tree.match([1, 1, 2, 2, 3, 3], namespace="a", lock=True))
+    before, free = tree.digest(), gpu.free
+
+    def cut(*arguments: Any, **options: Any) -> None:
+        if when == "behind the victims":
+            free(*arguments, **options)
+        raise KeyboardInterrupt
+
+    where = (gpu, "rebuild") if when == "within the marks" else (gpu, "free")
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, cut)
+        with pytest.raises(KeyboardInterrupt):
+            tree.drop(namespace="a")
+    done = when == "behind the victims"
+    assert lengths(tree, [1, 1, 2, 2, 3, 3], [5, 5]) == ([0, 0] if done else [6, 2])
+    assert (tree.digest() == before) == (not done)
+    tree.check()
+    assert tree.evict(0).slots.tolist() == ([14, 15, 20, 21] if done else [])
+    assert tree.drop(namespace="a").num_tokens == (0 if done else 4)
+    tree.unlock(holder)
+    assert tree.evict(1).slots.tolist() == [4, 5]
+    tree.check()
+
+
+def test_an_interrupted_drop_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = filled("cpu")
 
     def interrupt(*_arguments: Any) -> None:
