@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from flatradix.dropping import NOT_GIVEN
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, Paths, Saved
@@ -285,6 +286,9 @@ class Index(ABC):
 
     @abstractmethod
     def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult: ...
+
+    @abstractmethod
+    def drop(self, places: Any = None, namespace: Any = NOT_GIVEN) -> EvictResult: ...
 
     @property
     @abstractmethod

@@ -13,6 +13,7 @@ from typing import IO, Any, NoReturn, TypeVar, overload
 import torch
 
 from flatradix import backend
+from flatradix.dropping import NOT_GIVEN
 from flatradix.index import Index
 from flatradix.inputs import devices
 from flatradix.inputs.options import OnEvict, read_options
@@ -245,15 +246,19 @@ class RadixTree:
         """Find the longest cached prefix of keys that were matched before, from where they ended then.
 
         q, namespace: the whole keys, as for `match`. places: the results of an earlier match or rematch of these very
-        keys, with `handles` and `lengths`. Tokens up to a place are not compared again. If a place is gone, its key is
-        matched from the root. Touches nothing: the result is that of `match(q, namespace, touch=False)`.
+        keys, with `handles` and `lengths`. Tokens up to a place are not compared again. If a place is gone, or
+        was dropped, its key is matched from the root. Touches nothing: the result is that of `match(q, namespace,
+        touch=False)`.
 
         O(nodes above the place of each key + tokens behind it). Raises QueryError.
         """
         return self._index.rematch(q, places, namespace)
 
     def alive(self, places: Any) -> torch.Tensor:
-        """Return whether each place is still in the tree: bool [B] on the tree's device. places: as for `slots`."""
+        """Return whether each place is still in the tree, and was not dropped: bool [B] on the tree's device.
+
+        places: as for `slots`.
+        """
         return self._index.alive(places)
 
     def want(self, places: Any, until: Any = None) -> None:
@@ -373,6 +378,31 @@ class RadixTree:
         """
         return self._index.evict(num_tokens, out)
 
+    def drop(self, places: Any = None, namespace: Any = NOT_GIVEN) -> EvictResult:
+        """Drop prefixes, or a namespace: from now on no look-up finds them. What no lock protects is freed at once.
+
+        For an adapter that is loaded anew, or a tenant that is deleted. Give one of both arguments.
+
+        places: as for `slots`, each of length 1 or more. The node on whose edge a place lies is dropped as a whole,
+            with all nodes below; call `split` first to keep what is above a place.
+        namespace: one name, None for keys without a namespace. Everything in it is dropped.
+
+        Dropped nodes under a lock stay until they are unlocked. Their handles remain good for `unlock`, `slots`,
+        `write_slots` and the like, and for `start=`: who holds a place goes on from it, and what is inserted there is
+        dropped, too. A look-up from the root finds none of it, and an insert of the same key makes new nodes beside.
+        Once unlocked, what was dropped goes before all else in evictions, with any policy; the next `drop` frees all of
+        it. Wants of dropped nodes end; `want` and `unwant` skip dropped places; `alive` says False for them.
+
+        Returns the slots that were freed, in the order in which an eviction would free them; `on_evict` is called as
+        for `evict`. If the call is interrupted, the next eviction or drop returns its slots, as for `evict`.
+
+        O(nodes x log of the depth). On a GPU, the call waits for the device and plans on the host, with a copy of the
+        nodes; a CUDA graph cannot hold it. As long as dropped nodes are left there, evictions by lru cost what other
+        policies cost. Raises ValueError unless one of both arguments is given, QueryError (a place of length 0),
+        StaleHandleError. Then nothing has changed.
+        """
+        return self._index.drop(places, namespace)
+
     @property
     def evictable_tokens(self) -> int:
         """Cached tokens that no lock protects."""
@@ -399,7 +429,7 @@ class RadixTree:
         return self._index.nbytes
 
     def changes(self) -> int:
-        """Return a number that is different after each call that locked, unlocked, inserted, evicted or reset.
+        """Return a number that is different after each call that locked, unlocked, inserted, evicted, dropped or reset.
 
         A call that was interrupted and undone does not count. For a caller that was interrupted itself, inside a call:
         the number tells whether that call took effect.

@@ -23,7 +23,7 @@ from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
 from flatradix.errors import QueryError
 from flatradix.index import public_call, take_gate
-from flatradix.inputs import devices
+from flatradix.inputs import devices, namespaces
 from flatradix.inputs.arguments import positive
 from flatradix.inputs.options import OnEvict, read_options
 from flatradix.inputs.policy import Policy
@@ -416,6 +416,21 @@ class PrefixCache:
         self._state.release(call.rows, touch)
 
     # The whole cache
+
+    @_repaired
+    def drop(self, namespace: Any) -> int:
+        """Drop what is cached in one namespace, as `RadixTree.drop` does. Return how many slots became free.
+
+        namespace: one name; None is that of prompts without one. Requests that run there go on. What they hold of it is
+        served to no other request, and goes before all else once they have ended. A request that holds nothing of it
+        yet commits as before: abort such requests first if their KV is not to be served.
+
+        O(slots). With an index on a GPU it waits for the device. Raises QueryError with nothing changed.
+        """
+        namespaces.check(namespace)
+        self._open = UnderWay(recover.OTHER)
+        self._state.pages.give_back_duplicates()
+        return self._state.drop(namespace)
 
     @_repaired
     def counts(self) -> Counts:

@@ -14,6 +14,7 @@ from flatradix.cache.pages import Pages
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.share import Loans
 from flatradix.layout import running
+from flatradix.results import EvictResult
 from flatradix.tree import RadixTree
 
 
@@ -105,9 +106,18 @@ class State:
         """Evict until so many slots are free. Enough must be free or evictable."""
         short = slots - self.pages.free_slots
         if short > 0:
-            evicted = self.tree.evict(short)
-            self.pages.give_evicted(evicted)
-            self.evicted_tokens += evicted.num_tokens
+            self._give(self.tree.evict(short))
+
+    def drop(self, namespace: Any) -> int:
+        """Drop a namespace. Return how many slots became free."""
+        dropped = self.tree.drop(namespace=namespace)
+        self._give(dropped)
+        return dropped.num_tokens
+
+    def _give(self, evicted: EvictResult) -> None:
+        """Free the pages of what was evicted or dropped."""
+        self.pages.give_evicted(evicted)
+        self.evicted_tokens += evicted.num_tokens
 
     def owned_from(self, rows: np.ndarray) -> np.ndarray:
         """Return the tokens before which each request's slots are not its own: cached or borrowed, int64 [B]."""

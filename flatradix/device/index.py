@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flatradix import dropping
 from flatradix.device import interrupted
 from flatradix.device.calls import Calls
 from flatradix.device.capture import Step
+from flatradix.device.dropping import marks_of, rows_of
 from flatradix.device.eviction import Found, Room, allocate, found_by
 from flatradix.device.freed import about_to_go
 from flatradix.device.growth import Larger, larger_than
@@ -31,6 +33,7 @@ from flatradix.device.mailbox import abandon, is_later
 from flatradix.device.names import Names
 from flatradix.device.results import Awaited, Batch, OnDevice, Results
 from flatradix.device.stages import Stages
+from flatradix.dropping import NOT_GIVEN, times_of
 from flatradix.errors import TooLargeForDeviceError
 from flatradix.index import Index, T, public_call, take_gate
 from flatradix.inputs import namespaces
@@ -48,6 +51,7 @@ from flatradix.inspect.content import Content, Paths, Saved, as_numpy, fields_of
 from flatradix.kernels import gpu
 from flatradix.layout import mail, numbers
 from flatradix.layout.desk import LONG_COUNT, LONG_TOKENS, STAGED_TOKENS
+from flatradix.layout.dropped import LOWEST
 from flatradix.layout.growth import is_too_large, most_tokens, next_capacity
 from flatradix.layout.numbers import MAX_UNITS
 from flatradix.layout.queries import (
@@ -123,6 +127,7 @@ class DeviceIndex(Index):
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
         self._pinned = False  # whether `want` was ever called
+        self._holds_dropped = False  # whether dropped nodes may be left, which go first in evictions
         self._beyond = _FIRST_BEYOND
         self._graph_evicts = self._graph_inserts = False  # whether a CUDA graph holds such a call
         self._may_be_empty = False  # whether namespaces may have lost their last nodes unseen by the host
@@ -174,7 +179,7 @@ class DeviceIndex(Index):
             self._open = None
             return
         done = interrupted.undo(cut, self._arrays, self._calls)
-        if cut.operation in (interrupted.EVICT, interrupted.RESET):
+        if cut.operation in (interrupted.EVICT, interrupted.DROP, interrupted.RESET):
             self._unreturned = self._left_by(cut) if done else cut.before
             if done and self._listener is not None:
                 if cut.operation == interrupted.RESET:
@@ -887,6 +892,9 @@ class DeviceIndex(Index):
         if self._listener is not None:
             self._listener.begin()
         missing = max(wanted - (0 if self._unreturned is None else len(self._unreturned)), 0)
+        if self._holds_dropped and not self._graph_evicts:
+            state = self._state
+            self._holds_dropped = bool(((state.created < 0) & (state.parent != FREE_ROW)).any())
         given = room is not None
         evictable = self.mailbox.counter(mail.EVICTABLE) if missing else 0
         # Allocate all memory before the tree changes: a later failure would lose slots.
@@ -970,7 +978,7 @@ class DeviceIndex(Index):
         """Have the device fill in the keys by which it orders victims. Return whether the ticks are the keys."""
         keeper = None if self._keeper is None else self._keeper()
         wants = None if keeper is None else keeper.wanted()
-        by_tick = self._by_tick
+        by_tick = self._by_tick and not self._holds_dropped
         if not by_tick:
             gpu.effective_keys(self._arrays, self._scores(), self._pinned)
         if wants is not None or self._pinned:
@@ -986,6 +994,52 @@ class DeviceIndex(Index):
             gpu.free_selected(self._arrays, into, call)
         else:
             gpu.evict(self._arrays, asked, by_tick, into, call)
+
+    # Drop
+
+    @public_call
+    def drop(self, places: Any = None, namespace: Any = NOT_GIVEN) -> EvictResult:
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        if self._calls.is_capturing():
+            raise RuntimeError("a CUDA graph cannot hold a drop, which the host plans: call drop outside of it")
+        dropping.check_arguments(places, namespace)
+        self._finish_all()
+        if self._graph_evicts and not self._holds_dropped:
+            raise RuntimeError(
+                "a CUDA graph holds an eviction of this tree, which would not free dropped nodes first: evict outside "
+                "of graphs where drop is used"
+            )
+        self._open = _NOTHING_YET
+        if self._listener is not None:
+            self._listener.begin()
+        rows = rows_of(self._state, self.options.page_size)
+        if places is None:
+            plan = rows.plan(rows.tops_of(self._names.known.find(namespace)))
+        else:
+            lengths, handles = (column.cpu().numpy() for column in read_places(places, self.device))
+            plan = rows.plan(rows.of_places(handles, lengths))
+        room, freed = self._drop(rows, plan)
+        result = EvictResult(room.filled(plan.tokens), room.known + plan.tokens, len(plan.victims))
+        self._end_eviction(result, freed)
+        return result
+
+    def _drop(self, rows: dropping.Rows, plan: dropping.Plan) -> tuple[Room, Freed | None]:
+        """Mark what stays, and free the rest. Return the memory of the slots, and what the callback is told."""
+        marks, room = marks_of(self._state, rows, plan, self._pinned), self._room(plan.tokens)
+        gpu.set_victims(self._arrays, torch.from_numpy(plan.victims).to(self.device))
+        call, count, freed = self._calls.next(), len(plan.victims), None
+        if self._listener is not None:
+            names = dict(self._names.known.items())
+            slots = room.slots[room.known : room.known + plan.tokens]
+            freed = about_to_go(self._arrays, self.options, call, (count, 0), names.__getitem__, slots)
+        self._open = self._open_eviction(call, room, freed)._replace(operation=interrupted.DROP, marks=marks)
+        self._holds_dropped |= len(plan.kept) > 0
+        marks.write(self._arrays)
+        gpu.free(self._arrays, count, plan.tokens, room.freeing().slots, call)
+        self._freed(call)
+        return room, freed
 
     # Evict into the caller's memory
 
@@ -1074,14 +1128,16 @@ class DeviceIndex(Index):
 
     def _scores(self) -> torch.Tensor:
         """Return int64 [R]: the scores of the policy. The lowest goes first; the tick breaks ties."""
-        s = self._state
-        nodes = Nodes(s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
-        order = self.options.order
+        s, order = self._state, self.options.order
+        created = times_of(s.created) if self._holds_dropped else s.created
+        nodes = Nodes(s.tick, created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
         if order.score is None:
-            return built_in_scores(order, nodes)
-        live = s.parent != FREE_ROW
-        live[:1].fill_(False)  # an assignment would copy from the host, which a CUDA graph cannot
-        return scores_of(order.score, nodes, live)
+            scores = built_in_scores(order, nodes)
+        else:
+            live = s.parent != FREE_ROW
+            live[:1].fill_(False)  # an assignment would copy from the host, which a CUDA graph cannot
+            scores = scores_of(order.score, nodes, live)
+        return scores.masked_fill(s.created < 0, LOWEST) if self._holds_dropped else scores
 
     # Sizes
 
@@ -1155,6 +1211,7 @@ class DeviceIndex(Index):
         self._names.nothing_given()
         self._unseen_inserts.clear()
         self._most_stored = 0
+        self._holds_dropped = False
         self._unreturned = None
         if self._listener is not None:
             self._listener.forget()
@@ -1178,6 +1235,7 @@ class DeviceIndex(Index):
             self._grow(needed)
             self._most_stored = len(saved["tokens"])
         fill(self._state, self._pool, saved)
+        self._holds_dropped = bool((saved["created"] < 0).any())
         found = self._state.numbers
         found[numbers.POOL_CURSOR] = found[numbers.EVICTABLE] + found[numbers.PROTECTED]
         self._names.known.restore(saved["names"])

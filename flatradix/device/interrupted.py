@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from flatradix.device.calls import Calls
+from flatradix.device.dropping import Marks
 from flatradix.device.mailbox import is_later
+from flatradix.dropping import times_of
 from flatradix.kernels import gpu
 from flatradix.kernels.gpu import Arrays
 from flatradix.layout import mail, numbers
@@ -20,7 +22,7 @@ from flatradix.layout.scratch import STARTED, clean
 from flatradix.layout.state import FREE_ROW
 from flatradix.victims import Freed
 
-NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET, WANT, UNWANT = range(8)
+NOTHING, LOCK, UNLOCK, INSERT, EVICT, RESET, WANT, UNWANT, DROP = range(9)
 _REVERSED = {LOCK: gpu.unlock, UNLOCK: gpu.lock, WANT: gpu.unwant, UNWANT: gpu.want_again}
 
 
@@ -30,7 +32,8 @@ class OpenCall(NamedTuple):
     call: the number of the launch that makes the change. changes: the index's count of changes before the call. places:
     of a lock or unlock. batch: queries of an insert. slots: the tensor to which an eviction writes. before: slots that
     an earlier, interrupted eviction did not return; an eviction copies them to the front of `slots`, a reset drops
-    them. freed: what to tell the callback of an eviction. owner: keeps memory alive.
+    them. freed: what to tell the callback of an eviction. marks: what a drop writes before it frees, to be taken back
+    where it has not freed. owner: keeps memory alive.
     """
 
     operation: int
@@ -41,11 +44,12 @@ class OpenCall(NamedTuple):
     slots: torch.Tensor | None = None
     before: torch.Tensor | None = None
     freed: Freed | None = None
+    marks: Marks | None = None
     owner: Any = None
 
 
 def undo(done: OpenCall, arrays: Arrays, calls: Calls) -> bool:
-    """Undo what the device did for a call, except an eviction or a reset. Return whether the call took effect.
+    """Undo what the device did for a call, except an eviction, a drop or a reset. Return whether the call took effect.
 
     Waits for the device. May itself be interrupted: once the undo has run, `call` is no longer the device's last call,
     so it is not undone twice.
@@ -56,6 +60,8 @@ def undo(done: OpenCall, arrays: Arrays, calls: Calls) -> bool:
     _finish_second_launch(done, arrays, calls)
     clean(arrays.scratch)
     if not calls.mailbox.has_run(done.call) or calls.mailbox.was_refused(done.call):
+        if done.marks is not None:
+            done.marks.take_back(arrays)
         return False
     if done.operation == INSERT:
         _remove_new(arrays, done.batch, calls.next())
@@ -83,6 +89,7 @@ def _remove_new(arrays: Arrays, batch: int, call: int) -> None:
     parent, created = (column[:rows].cpu().numpy() for column in (state.parent, state.created))
     live = parent != FREE_ROW
     live[0] = False
+    created = times_of(created)
     # Pieces that a lock has split off since the insert before were created one tick after the clock of that time.
     new = live & (created > found[numbers.CLOCK] - 2 * batch + 1)
     above = np.unique(parent[live & ~new])

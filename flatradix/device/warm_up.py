@@ -80,6 +80,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
         yield partial(_unlock, count=count)
     yield lambda tree: tree.evict(1)
     yield _evict_into
+    yield partial(_drop, key=one)
     yield lambda tree: tree.slots(_root(tree, 1))
     yield lambda tree: tree.split(_root(tree, 1))
     yield _write_slots
@@ -110,6 +111,14 @@ def _fill_and_empty(tree: RadixTree, key: np.ndarray) -> None:
 def _evict_into(tree: RadixTree) -> None:
     out = torch.zeros(1, dtype=tree.slot_dtype, device=tree.device)
     tree.evict(torch.zeros(1, dtype=torch.int64, device=tree.device), out=out)
+
+
+def _drop(tree: RadixTree, key: np.ndarray) -> None:
+    """Drop a part that is locked, which makes evictions order nodes in another way."""
+    places = tree.insert(key, key)
+    tree.lock(places)
+    tree.drop(places)
+    tree.evict(1)
 
 
 def _slots(tree: RadixTree, key: np.ndarray) -> torch.Tensor:

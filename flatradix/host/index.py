@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
+from flatradix import dropping
+from flatradix.dropping import NOT_GIVEN, times_of
 from flatradix.host.freed import freed_last
 from flatradix.host.growth import Larger, has_moved, larger_than, move
 from flatradix.host.rehearsal import tokens_freed
@@ -717,11 +719,20 @@ class HostIndex(Index):
         tokens, nodes, ranges = cpu.evict.call(
             self._addresses, call, wanted, scores, kept, pool.pool, pool.wide, room.starts, room.lengths, room.target
         )
+        slots = self._freed(room, tokens, ranges)
+        result = EvictResult(slots, known + tokens, nodes) if out is None else written(out, slots, nodes)
+        self._end_eviction(result)
+        return result
+
+    def _freed(self, room: EvictionMemory, tokens: int, ranges: int) -> torch.Tensor:
+        """Return the slots that a kernel has freed, and note what else has gone."""
         slots = room.slots(tokens, ranges)
         self._note_victims(slots)
         if self._numbers[_RELEASED]:
             self._forget_namespaces()
-        result = EvictResult(slots, known + tokens, nodes) if out is None else written(out, slots, nodes)
+        return slots
+
+    def _end_eviction(self, result: EvictResult | EvictIntoResult) -> None:
         self.last_result = result
         if self._listener is not None:
             self._listener.tell()
@@ -729,7 +740,39 @@ class HostIndex(Index):
         self._open = 0
         self._eviction = None  # now: until then, it may have to be returned by the next eviction
         self.busy = False
+
+    @public_call
+    def drop(self, places: Any = None, namespace: Any = NOT_GIVEN) -> EvictResult:
+        busy, self.busy = self.busy, True
+        if busy:
+            self.recover()
+        plan = self._plan_drop(places, namespace)
+        self._open = call = self._calls = self._calls + 1
+        before = self._unreturned
+        known = 0 if before is None else len(before)
+        if self._listener is not None:
+            self._listener.begin()
+        pool, room = self._slots, self._slots.allocate_eviction(before, plan.tokens, len(plan.victims))
+        self._eviction = room
+        tokens, ranges = cpu.drop(
+            self._addresses, call, plan.kept, plan.less, plan.victims, pool.pool, pool.wide, room.starts, room.lengths,
+            room.target,
+        )  # fmt: skip
+        slots = self._freed(room, tokens, ranges)
+        result = EvictResult(slots, known + tokens, len(plan.victims))
+        self._end_eviction(result)
         return result
+
+    def _plan_drop(self, places: Any, namespace: Any) -> dropping.Plan:
+        dropping.check_arguments(places, namespace)
+        used, state = self._numbers[_ROWS], self._arrays
+        settings = dropping.Settings(self._numbers[numbers.GENERATION], self.options.page_size, self._by_page)
+        columns = {name: getattr(state, name)[:used] for name in dropping.COLUMNS}
+        rows = dropping.Rows(**columns, settings=settings)
+        if places is None:
+            return rows.plan(rows.tops_of(self._namespaces.find(namespace)))
+        lengths, handles = read_places(places)
+        return rows.plan(rows.of_places(handles.numpy(), lengths.numpy()))
 
     def _most_freed(self, wanted: int) -> tuple[int, int]:
         """Return the most slots that an eviction frees, and the most pool ranges in which they lie.
@@ -767,7 +810,8 @@ class HostIndex(Index):
     def _scores(self, score: Score) -> np.ndarray:
         rows = self._numbers[_ROWS]
         s = self._state
-        columns = (s.tick, s.created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
+        created = torch.from_numpy(times_of(self._arrays.created[:rows]))
+        columns = (s.tick, created, s.priority, s.hit_count, s.lock_ref, s.children, s.length, s.end)
         live = self._arrays.parent[:rows] != FREE_ROW
         live[0] = False
         return scores_of(score, Nodes(*(column[:rows] for column in columns)), torch.from_numpy(live)).numpy()

@@ -32,6 +32,7 @@ def warm_up_host(slot_device: str | torch.device | None) -> None:
     tree.slots(several)
     tree.write_slots(several, torch.zeros((2, 2), dtype=torch.int32, device="cpu"), [0, 1])
     tree.unlock(several)
+    tree.drop(several)
     tree.evict(2)
     tree.digest()
     file = io.BytesIO()

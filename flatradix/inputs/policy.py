@@ -92,7 +92,9 @@ def order_of(policy: Policy) -> Order:
 
 
 def built_in_scores(order: Order, nodes: Nodes) -> torch.Tensor:
-    """Return int64 scores of a built-in policy other than lru and mru. The lowest goes first; the tick breaks ties."""
+    """Return int64 scores of a built-in policy other than mru. The lowest goes first; the tick breaks ties."""
+    if order.code == numbers.LRU:
+        return torch.zeros_like(nodes.tick)
     if order.code == numbers.LFU:
         return nodes.hit_count.to(torch.int64)
     if order.code == numbers.SLRU:

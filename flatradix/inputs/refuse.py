@@ -25,6 +25,7 @@ _MESSAGES = {
     reasons.OTHER_TOKEN: "with bigrams a key begins with the last token of its start (number {value}); it differs",
     reasons.BAD_OFFSETS: "its offsets fall, or do not begin at 0 and end at len(values)",
     reasons.BAD_ROW: "the table has no row {value}",
+    reasons.WHOLE_TREE: "its length is 0, which names no prefix; drop a namespace, or reset the tree",
     reasons.TOO_LONG: "its {value} slots are more than a row of the table holds",
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flatradix.dropping import are_detached
 from flatradix.inspect.content import Content
 from flatradix.inspect.nodes import columns_of, units_of
 from flatradix.layout import numbers
@@ -82,6 +83,11 @@ def _check_relations(content: Content, a: Any) -> None:
     _all(a.own_wants[live] >= 0, live, "own_wants is negative")
     _all(a.tick[above] >= a.tick[inner], inner, "it was used after its parent")
     _all(a.priority[above] >= a.priority[inner], inner, "its priority is above its parent's")
+    gone = a.created < 0
+    _all(gone[inner] | ~gone[above], inner, "its parent was dropped, but it was not")
+    hidden = are_detached(a.created[live])
+    _all(hidden | ~gone[live] | gone[np.maximum(a.parent[live], 0)], live, "it was dropped, but is not detached")
+    _all(~gone[live] | (a.own_wants[live] == 0), live, "it was dropped, but is wanted")
     _all(a.tick[live] <= content.number(numbers.CLOCK), live, "its tick is in the future")
     top = ~a.parent[live[a.parent[live] < 0]]
     counts = content.state.namespace_children
@@ -121,8 +127,9 @@ def _check_table(content: Content, a: Any) -> None:
             if table[probe] == 0:
                 raise AssertionError(f"row {row}: a probe for its entry ends before it")
             probe = (probe + 1) & mask
-    pages = {(int(a.parent[row]), tuple(units_of(a, row)[: content.options.page_size])) for row in a.live.tolist()}
-    equal(len(pages), len(a.live), "children of one parent with different first pages")
+    found = a.live[~are_detached(a.created[a.live])].tolist()
+    pages = {(int(a.parent[row]), tuple(units_of(a, row)[: content.options.page_size])) for row in found}
+    equal(len(pages), len(found), "children of one parent with different first pages")
 
 
 def _check_pool(content: Content, a: Any) -> None:

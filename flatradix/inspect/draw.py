@@ -105,7 +105,7 @@ def _describe(node: NodeView, details: bool) -> str:
     text = f"{node.start}+{node.length} [{' '.join(_token(token) for token in tokens)}{more}]"
     if node.lock_ref:
         text += f"  locks {node.lock_ref}" + (f" (own {node.own_locks})" if node.own_locks else "")
-    text += f"  tick {node.tick}"
+    text += f"  tick {node.tick}" + "  dropped" * node.dropped
     if details:
         text += f"  created {node.created}  hits {node.hit_count}  priority {node.priority}"
     return text

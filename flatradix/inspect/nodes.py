@@ -9,6 +9,7 @@ import numpy as np
 
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inspect.content import Content
+from flatradix.layout.dropped import time_of
 from flatradix.layout.state import COLUMNS
 
 
@@ -26,6 +27,7 @@ class NodeView(NamedTuple):
     own_locks: int
     tick: int
     created: int
+    dropped: bool
     priority: int
     hit_count: int
     children: int
@@ -73,7 +75,8 @@ def nodes_of(content: Content) -> list[NodeView]:
                 lock_ref=int(a.lock_ref[row]),
                 own_locks=int(a.own_locks[row]),
                 tick=int(a.tick[row]),
-                created=int(a.created[row]),
+                created=time_of(int(a.created[row])),
+                dropped=bool(a.created[row] < 0),
                 priority=int(a.priority[row]),
                 hit_count=int(a.hit_count[row]),
                 children=int(a.children[row]),

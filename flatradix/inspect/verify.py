@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flatradix.dropping import are_detached, times_of
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.options import Options
 from flatradix.inspect.content import Saved
+from flatradix.layout.dropped import DETACHED
 from flatradix.layout.growth import MOST_ROWS
+from flatradix.layout.handles import LOW32
 from flatradix.layout.hashing import page_tag
 from flatradix.layout.numbers import MAX_LOCKS
 from flatradix.layout.state import FREE_ROW, multipliers, row_capacity
@@ -66,6 +69,7 @@ def saved_from(a: Arrays, names: list[Namespace], options: Options, clock: int, 
     _verify_units(a, nodes, options)
     _verify_counts(a, nodes)
     _verify_times(a, nodes, clock)
+    _verify_dropped(a, nodes)
     spaces = _children_of(nodes.codes, len(names), "namespace")
     if not (spaces[1:] > 0).all():
         raise ValueError(f"namespace {1 + int(np.flatnonzero(spaces[1:] == 0)[0])} has no node")
@@ -191,6 +195,9 @@ def _verify_times(a: Arrays, nodes: Nodes, clock: int) -> None:
         raise ValueError(f"its clock is {clock}")
     for name, latest in (("tick", clock), ("created", clock + 1)):  # a lock cuts edges at a time between two queries
         time = a[name][nodes.live]
+        if name == "created":
+            _all(time >= -DETACHED, nodes.live, "created is none of a dropped node")
+            time = np.where(time < 0, times_of(time), time)
         _all((time >= 0) & (time <= latest), nodes.live, f"{name} is not between 0 and the clock")
     _all(a["tick"][nodes.above] >= a["tick"][nodes.inner], nodes.inner, "it was used after its parent")
     ticks = np.sort(a["tick"][nodes.live])
@@ -202,10 +209,19 @@ def _verify_times(a: Arrays, nodes: Nodes, clock: int) -> None:
     _all(~tied | (a["parent"][after] == before), after, "it has the tick of a node on another path")
 
 
+def _verify_dropped(a: Arrays, nodes: Nodes) -> None:
+    """Verify that all nodes below a dropped node are dropped, and that the highest of them are detached."""
+    gone, hidden = a["created"] < 0, are_detached(a["created"])
+    _all(~gone[nodes.top] | hidden[nodes.top], nodes.top, "it was dropped, but is not detached")
+    _all(~gone[nodes.above] | gone[nodes.inner], nodes.inner, "its parent was dropped, but it was not")
+    found = gone[nodes.above] | hidden[nodes.inner] | ~gone[nodes.inner]
+    _all(found, nodes.inner, "it was dropped, but is not detached")
+
+
 def _tags(a: Arrays, live: np.ndarray, options: Options, drawn: np.ndarray) -> np.ndarray:
     """Return int32 [N]: the tags of nodes. Verifies that no two children of a parent begin with the same page.
 
-    drawn: the multipliers of the page hash.
+    Detached nodes do not count there, and have inverted tags. drawn: the multipliers of the page hash.
     """
     page = options.page_size
     pools = [a["tokens"].reshape(-1, page)]
@@ -220,10 +236,14 @@ def _tags(a: Arrays, live: np.ndarray, options: Options, drawn: np.ndarray) -> n
     parent = a["parent"][live].astype(np.int64)
     # With one more multiplier, nobody can prepare different (parent, page) with equal sums.
     mixed = sums + parent * multipliers(1, torch.int64).numpy()
-    ordered = np.sort(mixed)
+    hidden = are_detached(a["created"][live])
+    seen = np.flatnonzero(~hidden)
+    ordered = np.sort(mixed[seen])
     if (ordered[1:] == ordered[:-1]).any():
-        _verify_siblings(np.argsort(mixed), mixed, parent, [pool[first] for pool in pools], live)
+        order = seen[np.argsort(mixed[seen])]
+        _verify_siblings(order, mixed, parent, [pool[first] for pool in pools], live)
     tags: Any = page_tag(sums, parent)  # type: ignore[arg-type]
+    tags = np.where(hidden, ~tags & LOW32, tags)
     return tags.astype(np.uint32).view(np.int32)
 
 

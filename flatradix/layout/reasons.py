@@ -20,6 +20,7 @@ NO_ROOM = -15
 NEGATIVE = -16
 TOO_MANY_LOCKS = -17
 TOO_MANY_WANTS = -18
+WHOLE_TREE = -19
 
 # The value of a NO_ROOM refusal is (slots << 32 | slots for which there is space).
 # On a GPU, the value of a NO_CAPACITY refusal is (units needed << FREE_BITS | units free).

@@ -54,7 +54,8 @@ Q_GROUP = 16  # the index of the query's group in the table of claims
 Q_ROUND = 17  # the round in which the query entered its group
 Q_LEAF = 18  # the row of the query's new leaf, -1 where it makes none
 Q_OFFSET = 19  # new units of the queries before
-QUERY_COLUMNS = 20
+Q_DROPPED = 20  # 1 if the query continues from a dropped place
+QUERY_COLUMNS = 21
 
 # `Scratch.anchors` has a bucket of ANCHOR_WAYS entries for each TOKENS_A_BUCKET tokens that the tree may hold, or more.
 # An anchor is noted every 512 tokens or so, so half of the entries are in use in a full tree.

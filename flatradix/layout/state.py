@@ -172,7 +172,7 @@ class TreeState(NamedTuple):
     tag: Column32  # [R]: hash of (parent, first page), the low 32 bits
     queued: HostColumn8  # [R], on a GPU [0]: 1 while the row has an entry in the eviction queue
     tick: Column64  # [R]: last use
-    created: Column64  # [R]
+    created: Column64  # [R]: when it was made; negative if it was dropped (layout/dropped.py)
     priority: Column64  # [R]
     generation: Column64  # [R]: goes up when the row is freed, to 0 if it is negative, as that of a loaded node is
     free_rows: Rows32  # [R]: a stack

@@ -2,6 +2,7 @@
 
 from flatradix.kernels.cpu.compact import compact, plan_compaction
 from flatradix.kernels.cpu.digest import digest
+from flatradix.kernels.cpu.drop import drop
 from flatradix.kernels.cpu.enlarge import enlarge
 from flatradix.kernels.cpu.evict import evict
 from flatradix.kernels.cpu.insert import insert, insert_one, take_back_insert
@@ -83,6 +84,7 @@ __all__ = [
     "count_paths",
     "depth_first",
     "digest",
+    "drop",
     "end_commit",
     "end_requests",
     "enlarge",

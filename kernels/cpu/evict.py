@@ -26,7 +26,7 @@ _FEW_PUT_BACK = 64
 
 @helper
 def _score(s, scores, row):
-    if s.numbers[numbers.POLICY] == numbers.SCORES:
+    if s.numbers[numbers.POLICY] == numbers.SCORES and s.created[row] >= 0:
         return scores[row]
     return score_of(s, row)
 
@@ -50,7 +50,7 @@ def _empty_queue(s):
 
 
 @helper
-def _free(s, row):
+def free_victim(s, row):
     """Free a victim; return its parent if that has no children and no locks left, else 0.
 
     A namespace that is empty now goes to `released`, except that of no name.
@@ -108,7 +108,7 @@ def _cut(s, row, missing):
 
 
 @helper
-def _gather_victims(s, tokens, nodes, shortened, pool, pool_wide, starts, lengths, slots):
+def gather_victims(s, tokens, nodes, shortened, pool, pool_wide, starts, lengths, slots):
     """Copy the slots of the `nodes` rows freed last to `slots`, and then those behind the end of the row `shortened`.
 
     tokens: how many slots that are in all. If `pool` is 0, fill their pool ranges instead. Returns how many ranges.
@@ -154,7 +154,7 @@ def _evict_in_order(s, scores, spare, missing):
             tail = _cut(s, row, missing - tokens)
             if tail > 0:
                 return tokens + tail, nodes, row
-            above = _free(s, row)
+            above = free_victim(s, row)
             if above > 0 and s.queued[above] == 0 and not (spare and s.wanted[above] > 0):
                 push(s, above, _score(s, scores, above))
             tokens += s.length[row]
@@ -193,7 +193,7 @@ def _evict_of_waiting(s, q, missing):
                     return tokens + tail, nodes, row
                 tokens += s.length[row]
                 nodes += 1
-                row = _free(s, row)
+                row = free_victim(s, row)
             if free and row > 0 and s.wanted[row] == 0:
                 offer(s, row)
     return tokens, nodes, np.int64(0)
@@ -226,6 +226,6 @@ def evict(addresses, call, missing, scores, keeper, pool, pool_wide, starts, len
     s.numbers[numbers.EVICTABLE] -= tokens
     if by_scores:
         _empty_queue(s)
-    ranges = _gather_victims(s, tokens, nodes, shortened, pool, pool_wide, starts, lengths, slots)
+    ranges = gather_victims(s, tokens, nodes, shortened, pool, pool_wide, starts, lengths, slots)
     note_change(s, call, numbers.EVICTED, shortened, tokens, ranges)
     return tokens, nodes, ranges

@@ -18,8 +18,10 @@ from flatradix.kernels.cpu.rows import free_row, handle_of, note_event, resolve,
 from flatradix.kernels.cpu.sharing import shared_units
 from flatradix.kernels.cpu.units import copy_checked, first_bad
 from flatradix.kernels.cpu.walk import start_row, walk, whole_pages
-from flatradix.layout import numbers, reasons
+from flatradix.layout import dropped, numbers, reasons
 from flatradix.layout.handles import NO_HANDLE
+
+made_below = helper(dropped.made_below)
 
 
 @helper
@@ -88,7 +90,7 @@ def _add_leaf(s, parent, end, key, wide, count, target, tick, priority):
     s.own_wants[row] = 0
     s.hit_count[row] = 0
     s.queued[row] = 0
-    s.created[row] = tick
+    s.created[row] = tick if parent < 0 else made_below(s.created[parent], tick)
     s.priority[row] = priority
     tag = tag_of(s, key, key + step, wide, parent)
     add_child(s, row, tag)

@@ -108,9 +108,12 @@ def match(
 
 @helper
 def _old_place(s, handle, length, namespace, named, units):
-    """Return (row, length) of a place from which a whole key can be walked on, or the root if the place is gone."""
+    """Return (row, length) of a place from which a whole key can be walked on.
+
+    That is the root if the place is gone, or was dropped.
+    """
     row = resolve(s, handle, length)
-    if row <= 0 or length > units or (named and namespace_of(s, row) != namespace):
+    if row <= 0 or s.created[row] < 0 or length > units or (named and namespace_of(s, row) != namespace):
         return np.int64(0), np.int64(0)
     return row, length
 

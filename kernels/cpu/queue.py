@@ -19,12 +19,18 @@ import numpy as np
 
 from flatradix.kernels.cpu.jit import helper
 from flatradix.layout import numbers
+from flatradix.layout.dropped import LOWEST
 from flatradix.layout.state import FREE_ROW
 
 
 @helper
 def score_of(s, row):
-    """Return the score of a row under a built-in policy, as in SGLang's evict_policy.py. The lowest goes first."""
+    """Return the score of a row under a built-in policy, as in SGLang's evict_policy.py. The lowest goes first.
+
+    What was dropped goes before all else.
+    """
+    if s.created[row] < 0:
+        return np.int64(LOWEST)
     policy = s.numbers[numbers.POLICY]
     if policy == numbers.LFU:
         return np.int64(s.hit_count[row])

@@ -7,12 +7,14 @@ import numpy as np
 from flatradix.kernels.cpu.children import add_child, remove_child, replace_child, tag_of
 from flatradix.kernels.cpu.jit import helper
 from flatradix.kernels.cpu.pool import mark
-from flatradix.layout import handles, numbers, reasons
+from flatradix.layout import dropped, handles, numbers, reasons
 from flatradix.layout.handles import GENERATION_MASK, LOW32, ROW_BITS, ROW_MASK
 from flatradix.layout.state import FREE_ROW
 
 pack_handle = helper(handles.pack_handle)
 next_generation = helper(handles.next_generation)
+made_above = helper(dropped.made_above)
+left_below = helper(dropped.left_below)
 
 
 @helper
@@ -119,7 +121,7 @@ def split_edge(s, row, at, created):
 
     The lower part keeps the row, so handles of this row and of rows below stay valid. The upper part takes over the
     entry in the child table, and copies tick, priority, hit_count, lock_ref and wanted. Locks and wants that end at
-    the old node end at the lower part.
+    the old node end at the lower part. `created`: the time.
     """
     upper = take_row(s)
     inside = at - (s.end[row] - s.length[row])
@@ -135,11 +137,12 @@ def split_edge(s, row, at, created):
     s.hit_count[upper] = s.hit_count[row]
     s.queued[upper] = 0
     s.tick[upper] = s.tick[row]
-    s.created[upper] = created
+    s.created[upper] = made_above(s.created[row], created)
     s.priority[upper] = s.priority[row]
     replace_child(s, row, upper)
 
     s.parent[row] = upper
+    s.created[row] = left_below(s.created[row])
     s.start[row] += inside
     s.length[row] -= inside
     start = np.int64(s.start[row])

@@ -53,7 +53,7 @@ def end_wants(s, row):
 def want(addresses, call, handles, lengths):
     """Want a batch of places, all of them or none; return 0, or the reason.
 
-    `handles`, int64 [B], is updated where an edge was split.
+    `handles`, int64 [B], is updated where an edge was split. A dropped place is not wanted, as no look-up finds it.
     """
     s = open_state(addresses)
     for query in range(len(handles)):
@@ -68,8 +68,9 @@ def want(addresses, call, handles, lengths):
     for query in range(len(handles)):
         length = np.int64(lengths[query])
         row = end_at(s, resolve(s, handles[query], length), length)
-        s.own_wants[row] += row > 0
-        want_row(s, row)
+        if s.created[row] >= 0:
+            s.own_wants[row] += row > 0
+            want_row(s, row)
         handles[query] = handle_of(s, row)
     note_change(s, call, numbers.WANTED, 0, 0, 0)
     return np.int64(0)
@@ -77,12 +78,15 @@ def want(addresses, call, handles, lengths):
 
 @kernel
 def unwant(addresses, call, handles, lengths):
-    """Remove the wants of a batch of places, all of them or none; return 0, or the reason. Stale places are skipped."""
+    """Remove the wants of a batch of places, all of them or none; return 0, or the reason.
+
+    Stale and dropped places are skipped: their wants have ended.
+    """
     s = open_state(addresses)
     for query in range(len(handles)):
         row = resolve(s, handles[query], np.int64(lengths[query]))
         bad = row == reasons.NOT_THERE
-        if row > 0:
+        if row > 0 and s.created[row] >= 0:
             bad = s.end[row] != lengths[query] or s.own_wants[row] == 0
             if not bad:
                 s.own_wants[row] -= 1
@@ -90,7 +94,7 @@ def unwant(addresses, call, handles, lengths):
         if bad:
             for done in range(query):
                 again = resolve(s, handles[done], np.int64(lengths[done]))
-                if again > 0:
+                if again > 0 and s.created[again] >= 0:
                     s.own_wants[again] += 1
                     want_row(s, again)
             note_refusal(s, query, lengths[query])
@@ -101,7 +105,8 @@ def unwant(addresses, call, handles, lengths):
 
 @kernel
 def alive(addresses, handles, lengths, out):
-    """Fill `out`, bool [B]: whether each place is still in the tree."""
+    """Fill `out`, bool [B]: whether each place is still in the tree, and was not dropped."""
     s = open_state(addresses)
     for query in range(len(handles)):
-        out[query] = resolve(s, handles[query], np.int64(lengths[query])) >= 0
+        row = resolve(s, handles[query], np.int64(lengths[query]))
+        out[query] = row == 0 or (row > 0 and s.created[row] >= 0)

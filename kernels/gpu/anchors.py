@@ -120,12 +120,14 @@ def _note(w, total, row, there, mask):
 def stand_on(s, row, at):
     """Return the rows on whose edges the path lengths `at` lie, from `row` or above it; 0 where that is no row. Lanes.
 
-    A row that was cut since keeps its lower part, so the place may now lie on a row above.
+    A row that was cut since keeps its lower part, so the place may now lie on a row above. A dropped row is none: it
+    still has its path, but no key leads there. The rows above a row that was not dropped were not dropped either.
     """
     parent = tl.load(s.parent + row, mask=row > 0, other=FREE)
     end = tl.load(s.end + row, mask=row > 0, other=0)
     length = tl.load(s.length + row, mask=row > 0, other=0)
-    row = tl.where((parent != FREE) & (end >= at), row, 0)
+    created = tl.load(s.created + row, mask=row > 0, other=0)
+    row = tl.where((parent != FREE) & (end >= at) & (created >= 0), row, 0)
     beyond = (row > 0) & (end - length >= at)
     while tl.max(beyond.to(tl.int32)) > 0:
         row = tl.where(beyond, tl.maximum(parent, 0), row)

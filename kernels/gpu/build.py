@@ -13,11 +13,14 @@ from flatradix.kernels.gpu.children import enter, tags_of_lanes
 from flatradix.kernels.gpu.climb import LEVELS, check_group, hint_leaf, hinted_group, next_group
 from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
 from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, publish, wait_for_all
-from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, cooperative_programs
+from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, cooperative_programs, device_function
 from flatradix.kernels.gpu.rows import handle_of, take_rows
 from flatradix.kernels.gpu.runs import outer_owners, owners, share
-from flatradix.layout import mail, numbers, scratch
+from flatradix.layout import dropped, mail, numbers, scratch
 from flatradix.layout.queries import Output, PerQuery, Values
+
+time_of = device_function(dropped.time_of)
+made_below = device_function(dropped.made_below)
 
 LANES = tl.constexpr(32)
 QUERIES = tl.constexpr(128)
@@ -122,7 +125,8 @@ def _add_leaves(
         tl.store(s.own_wants + row, zero, mask=active)
         tl.store(s.hit_count + row, zero, mask=active)
         tl.store(s.tick + row, time, mask=active)
-        tl.store(s.created + row, time, mask=active)
+        dropped = tl.load(column(w, batch, scratch.Q_DROPPED) + query, mask=active, other=0).to(tl.int64)
+        tl.store(s.created + row, made_below(-dropped, time), mask=active)
         tl.store(s.priority + row, _numbers(priorities, priority, query, active, PRIORITIES), mask=active)
         key = values + at - tl.load(column(w, batch, scratch.Q_BEGIN) + query, mask=active, other=0)
         if not SINGLE:
@@ -170,7 +174,7 @@ def _use_path(s, w, row, end, time, priority, inserted):
     while tl.max(going.to(tl.int32)) > 0:
         rows, after, _parents, ends, _lengths = check_group(s, w, rows, after)
         on = rows > 0
-        existed = on & (tl.load(s.created + rows, mask=on, other=0) <= time)
+        existed = on & (time_of(tl.load(s.created + rows, mask=on, other=0)) <= time)
         own = tl.where(existed, ends, NO_END)
         nearest = tl.minimum(tl.min(tl.where(below, own[:, None, :], NO_END), axis=2), end[:, None])
         hit = (nearest < NO_END) & (nearest > inserted[:, None])

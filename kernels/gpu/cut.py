@@ -18,8 +18,13 @@ import triton.language as tl
 
 from flatradix.kernels.gpu.children import enter, replace_row, tags_of_lanes
 from flatradix.kernels.gpu.finish import wait_for_all
+from flatradix.kernels.gpu.launch import device_function
 from flatradix.kernels.gpu.rows import handle_of, row_number, take_rows
-from flatradix.layout import scratch
+from flatradix.layout import dropped, scratch
+
+made_above = device_function(dropped.made_above)
+made_below = device_function(dropped.made_below)
+left_below = device_function(dropped.left_below)
 
 LANES = tl.constexpr(32)
 OTHERS = tl.constexpr(128)
@@ -217,6 +222,8 @@ def make_pieces(
         tl.store(s.own_wants + piece, tl.zeros_like(piece), mask=active)
         tl.store(s.hit_count + piece, tl.load(s.hit_count + row, mask=active, other=0), mask=active)
         tl.store(s.tick + piece, tick, mask=active)
+        before = tl.load(s.created + row, mask=active, other=0)
+        created = tl.where(higher, made_below(before, created), made_above(before, created))
         tl.store(s.created + piece, created, mask=active)
         tl.store(s.priority + piece, tl.load(s.priority + row, mask=active, other=0), mask=active)
         replace_row(s, w, row, piece.to(tl.int64), start, cut - begin, active & (above < 0))
@@ -247,9 +254,11 @@ def shorten_edges(
         if INSERT:
             time = time - 1
         tick = tl.load(s.tick + row, mask=active, other=0)
+        created = tl.load(s.created + row, mask=active, other=0)
         tl.debug_barrier()  # every warp has read what one of them is about to write
         if STEP > 0:
             tl.store(s.tick + row, tl.maximum(tick, time), mask=active)
+        tl.store(s.created + row, left_below(created), mask=active & (created < 0))
         tl.store(s.parent + row, piece, mask=active)
         tl.store(s.start + row, start.to(tl.int32), mask=active)
         tl.store(s.length + row, length.to(tl.int32), mask=active)

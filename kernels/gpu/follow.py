@@ -22,13 +22,16 @@ from flatradix.layout.queries import PromptAddresses
 def _last_places(s, handles, lengths, query, capacity, units, PAGE: tl.constexpr):
     """Return (row, path length) of the prompt's place or of that above, whichever is there; the root if none is.
 
+    What was dropped is not there.
+
     Also the handle and path length of the prompt's place as stored.
     """
     which = tl.arange(0, 2)
     handle = tl.load(handles + which * capacity + query)
     length = tl.load(lengths + which * capacity + query)
     row, reason = resolve(s, handle, length.to(tl.int64), which >= 0, PAGE)
-    good = (reason == 0) & (row > 0) & (length <= units)
+    dropped = tl.load(s.created + row) < 0
+    good = (reason == 0) & (row > 0) & (length <= units) & ~dropped
     chosen = which == tl.min(tl.where(good, which, 2))
     first = which == 0
     return (

@@ -69,6 +69,9 @@ def plan_kernel(
     key = values + place
     code, named = name_of(names, name, query, NAMES)
     row, start, reason = begin_at(s, start_handles, start_lengths, query, key, count, code, named, PAGE, BIGRAM, START)
+    dropped = row * 0
+    if START:
+        dropped = (tl.load(s.created + row) < 0).to(tl.int32)
     value = start.to(tl.int64)
     if not (good & slots_good):
         reason = reason * 0 + reasons.BAD_OFFSETS
@@ -109,6 +112,7 @@ def plan_kernel(
     put(w, batch, query, opens, scratch.Q_OPEN)
     put(w, batch, query, row * 0 - 1, scratch.Q_LEAF)
     put(w, batch, query, row * 0 - 1, scratch.Q_ROUND)
+    put(w, batch, query, dropped, scratch.Q_DROPPED)
     note_cut(w, batch, query, row, length, left > 0)
     if opens:
         claim(

@@ -26,13 +26,16 @@ LANES = tl.constexpr(128)
 
 @triton.jit
 def _old_place(s, handles, lengths, query, units, code, named, PAGE: tl.constexpr):
-    """Return (row, path length) of a place from which a whole key can be walked on; the root if the place is gone."""
+    """Return (row, path length) of a place from which a whole key can be walked on.
+
+    That is the root if the place is gone, or was dropped.
+    """
     one = tl.arange(0, 1)
     handle = tl.load(handles + query + one)
     length = tl.load(lengths + query)
     rows, why = resolve(s, handle, tl.load(lengths + query + one).to(tl.int64), one == 0, PAGE)
     row = tl.max(rows).to(tl.int32)
-    good = (tl.min(why) == 0) & (row > 0) & (length <= units)
+    good = (tl.min(why) == 0) & (row > 0) & (length <= units) & (tl.load(s.created + row) >= 0)
     if good & named:
         good = namespace_of(s, row) == code
     return tl.where(good, row, 0), tl.where(good, length, 0)

@@ -20,7 +20,7 @@ LANES = tl.constexpr(128)
 def _row_of(s, handles, lengths, query, batch, PAGE: tl.constexpr, SKIP: tl.constexpr):
     """Return (row that ends at each lane's place, 0 where there is none; length; reason to refuse, 0 if none).
 
-    SKIP: stale places are no error.
+    SKIP: stale places are no error. Dropped places are none: nobody wants what no look-up finds.
     """
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
@@ -29,6 +29,7 @@ def _row_of(s, handles, lengths, query, batch, PAGE: tl.constexpr, SKIP: tl.cons
     reason = tl.where(active, reason, 0)
     if SKIP:
         reason = tl.where(reason == reasons.STALE, 0, reason)
+    row = tl.where(tl.load(s.created + row, mask=row > 0, other=0) < 0, 0, row)
     end = tl.load(s.end + row, mask=row > 0, other=0).to(tl.int64)
     reason = tl.where((row > 0) & (end != length), reasons.NOT_WANTED, reason)
     return tl.where(reason == 0, row, 0), length, reason
@@ -170,14 +171,15 @@ def alive_kernel(s, w, handles, lengths, out, batch: tl.int32, PAGE: tl.constexp
     active = query < batch
     handle = tl.load(handles + query, mask=active, other=0)
     length = tl.load(lengths + query, mask=active, other=0).to(tl.int64)
-    _row, reason = resolve(s, handle, length, active, PAGE)
-    tl.store(out + query, (reason == 0).to(tl.int32), mask=active)
+    row, reason = resolve(s, handle, length, active, PAGE)
+    there = (reason == 0) & (tl.load(s.created + row, mask=row > 0, other=0) >= 0)
+    tl.store(out + query, there.to(tl.int32), mask=active)
 
 
 _alive = Kernel(alive_kernel, ["*i64", "*i32", "*i32", "i32"])
 
 
 def alive(arrays: Arrays, places: PlaceAddresses, out: int) -> None:
-    """Fill `out`, the address of int32 [B], with 1 for each place that is still in the tree, else 0."""
+    """Fill `out`, the address of int32 [B], with 1 for each place that is in the tree and not dropped, else 0."""
     batch = places.batch
     _alive(arrays, -(-batch // LANES.value), (places.handles, places.lengths, out, batch), (arrays.page,))

@@ -92,6 +92,7 @@ SHARED_ACTS: dict[str, Callable[[Any], Any]] = {
     "shared: abort of the lender": lambda s: s.cache.abort([s.one]),
     "shared: abort of the lender and its heir": lambda s: s.cache.abort([s.one, s.other]),
     "shared: abort of a borrower that lends": lambda s: s.cache.abort([s.short]),
+    "shared: drop": lambda s: s.cache.drop(None),
     "shared: counts": lambda s: s.cache.counts(),
     "shared: reset": lambda s: s.cache.reset(),
 }
@@ -119,6 +120,7 @@ ACTS: dict[str, Callable[[Any], Any]] = {
     "finish of several": lambda s: s.cache.finish([s.same, s.one, s.short], tokens=[[1], [2], [3]], up_to=[14, 14, 3]),
     "abort": lambda s: s.cache.abort([s.same]),
     "abort of several": lambda s: s.cache.abort([s.one, s.short]),
+    "drop": lambda s: s.cache.drop(None),
     "counts": lambda s: s.cache.counts(),
     "check": lambda s: s.cache.check(),
     "reset": lambda s: s.cache.reset(),

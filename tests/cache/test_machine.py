@@ -63,6 +63,14 @@ class Machine(RuleBasedStateMachine):
         prompts = [self.prompt(random) for _ in range(count)]
         self.begin_these(random, prompts, random.choices([None, None, "a"], k=count), share)
 
+    @rule(name=st.sampled_from([None, "a"]))
+    def drop(self, name: str | None) -> None:
+        """Drop a namespace in which requests may run."""
+        free = self.cache.free_space()[0]
+        freed = self.cache.drop(name)
+        assert self.cache.free_space()[0] == free + freed
+        assert not self.cache.tree.match(self.known, name, touch=False).lengths.any()
+
     @rule(random=SEEDS, count=st.integers(2, 5))
     def begin_family(self, random: Random, count: int) -> None:
         """Begin prompts with a new prefix in common, which they share; some share more of one another."""

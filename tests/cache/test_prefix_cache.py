@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flatradix import CapacityError, PrefixCache
+from flatradix import CapacityError, PrefixCache, QueryError
 from flatradix.inspect.nodes import nodes_of
 from tests.support.prefix_engine import engine
 
@@ -43,6 +43,29 @@ def test_namespaces_share_nothing(where: dict[str, str]) -> None:
     this.run(prompt, "a")
     found = this.begin([prompt, prompt, prompt], ["a", "b", None])
     assert [request.cached_length for request in found] == [8, 0, 0]
+    this.cache.check()
+
+
+def test_a_namespace_is_dropped(where: dict[str, str]) -> None:
+    this = engine(where)
+    prompt = list(range(13))
+    for name in ("a", None):
+        this.run(prompt, name)
+    longer = [*prompt, 5, 6, 7, 8]
+    (request,) = this.begin([longer], ["a"])
+    this.compute(request, request.length)
+    assert this.cache.drop("a") == 0  # the request holds all of it
+    assert this.cache.probe([prompt, prompt], ["a", None]).cached_lengths.tolist() == [0, 12]
+    this.cache.commit([request])
+    this.compare(request)
+    assert this.cache.probe([longer], ["a"]).cached_lengths.tolist() == [0]
+    this.cache.check()
+    this.cache.finish([request])
+    with pytest.raises(QueryError, match="the namespace is a list"):
+        this.cache.drop(["a"])
+    assert this.cache.drop("a") == 16
+    assert this.cache.drop(None) == 12
+    assert this.cache.counts().free == this.cache.counts().slots
     this.cache.check()
 
 

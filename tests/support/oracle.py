@@ -15,6 +15,7 @@ from flatradix.errors import CapacityError, QueryError, StaleHandleError
 from flatradix.inputs.policy import Slru
 
 LARGEST = 2**31 - 1
+LOWEST = -(2**63)  # the score of what was dropped
 
 Namespace = str | bytes | None
 Unit = Any  # a token, or a pair of tokens with bigrams
@@ -36,7 +37,9 @@ class Node:
     wants: int = 0
     own_wants: int = 0
     branches: dict[Page, Node] = field(default_factory=dict, repr=False)
+    hidden: list[Node] = field(default_factory=list, repr=False)  # dropped children that no look-up finds
     alive: bool = True
+    dropped: bool = False
 
     @property
     def length(self) -> int:
@@ -44,7 +47,7 @@ class Node:
 
     @property
     def children(self) -> int:
-        return len(self.branches)
+        return len(self.branches) + len(self.hidden)
 
     @property
     def end(self) -> int:
@@ -103,11 +106,16 @@ class Told(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A whole key. units: from the root on. start: how many of them came from `start=`."""
+    """A whole key. units: from the root on. place: the `start=` that it continues, where its walk begins."""
 
     namespace: Namespace
     units: list[Unit]
-    start: int
+    place: Place
+
+    @property
+    def start(self) -> int:
+        """How many units came from `start=`."""
+        return self.place.length
 
 
 class Keeper(Protocol):
@@ -169,6 +177,7 @@ class Oracle:
         self.evict_by = evict_by
         self.clock = 0
         self.tops: dict[Namespace, dict[Page, Node]] = {}
+        self.hidden: list[Node] = []  # dropped nodes at the top of their namespaces
         self.keeper: Keeper | None = None
         self.told: list[Told] = []  # the victims of the last eviction
 
@@ -176,11 +185,11 @@ class Oracle:
 
     def nodes(self) -> list[Node]:
         found: list[Node] = []
-        waiting = [node for top in self.tops.values() for node in top.values()]
+        waiting = [node for top in self.tops.values() for node in top.values()] + self.hidden
         while waiting:
             node = waiting.pop()
             found.append(node)
-            waiting.extend(node.branches.values())
+            waiting.extend([*node.branches.values(), *node.hidden])
         return found
 
     @property
@@ -201,6 +210,10 @@ class Oracle:
 
     def branches_of(self, namespace: Namespace, node: Node | None) -> dict[Page, Node]:
         return self.tops.setdefault(namespace, {}) if node is None else node.branches
+
+    def hidden_beside(self, node: Node) -> list[Node]:
+        """Return the list of hidden nodes in which a hidden node stands."""
+        return self.hidden if node.parent is None else node.parent.hidden
 
     # Keys and places
 
@@ -237,13 +250,13 @@ class Oracle:
     def key_of(self, query: int, tokens: Sequence[int], namespace: Namespace, start: Place) -> Key:
         node = self.resolve(start, query)
         if node is None:
-            return Key(namespace, self.units_of(tokens), 0)
+            return Key(namespace, self.units_of(tokens), ROOT)
         if namespace is not None and namespace != node.namespace:
             raise QueryError("the start is in another namespace", query)
         path = node.path()[: start.length]
         if self.bigram and tokens and tokens[0] != path[-1][1]:
             raise QueryError("the first token is not the second one of the last pair", query)
-        return Key(node.namespace, path + self.units_of(tokens), start.length)
+        return Key(node.namespace, path + self.units_of(tokens), start)
 
     def common(self, edge: list[Unit], units: list[Unit]) -> int:
         """Return the length of the common prefix, in whole pages."""
@@ -253,9 +266,12 @@ class Oracle:
         return count // self.page_size * self.page_size
 
     def walk(self, key: Key) -> Place:
-        """Return the place where the longest cached prefix ends."""
-        node: Node | None = None
-        at = 0
+        """Return the place where the longest cached prefix ends. Only a start can lead to what was dropped."""
+        node, at = self.resolve(key.place), key.place.length
+        if node is not None and at < node.end:
+            at += self.common(node.units[at - (node.end - node.length) :], key.units[at:])
+            if at < node.end:
+                return Place(node, at)
         while at < len(key.units):
             child = self.branches_of(key.namespace, node).get(self.first_page(key.units[at:]))
             if child is None:
@@ -280,8 +296,12 @@ class Oracle:
             hit_count=node.hit_count,
             lock_ref=node.lock_ref,
             wants=node.wants,
+            dropped=node.dropped,
         )
-        self.branches_of(node.namespace, node.parent)[self.first_page(upper.units)] = upper
+        if node in self.hidden_beside(node):
+            self.hidden_beside(node)[self.hidden_beside(node).index(node)] = upper
+        else:
+            self.branches_of(node.namespace, node.parent)[self.first_page(upper.units)] = upper
         node.units, node.slots, node.parent = node.units[cut:], node.slots[cut:], upper
         upper.branches[self.first_page(node.units)] = node
         return upper
@@ -420,12 +440,17 @@ class Oracle:
             raise CapacityError(f"{needed} tokens are new, {free} are free", needed, free)
 
     def new_units(self, keys: Sequence[Key]) -> int:
-        """Return the number of units that are not cached. A page that several queries share counts once."""
+        """Return the number of units that are not cached. A page that several queries share counts once.
+
+        What is inserted from a dropped place is shared only below the same hidden node.
+        """
         pages = set()
         for key in keys:
-            cached = self.walk(key).length
+            node, cached = self.walk(key)
+            above = list(node.upwards()) if node is not None else []
+            hidden = next((id(one) for one in above if one in self.hidden_beside(one)), None)
             for end in range(cached + self.page_size, len(key.units) + 1, self.page_size):
-                pages.add((key.namespace, tuple(key.units[:end])))
+                pages.add((key.namespace, hidden, tuple(key.units[:end])))
         return len(pages) * self.page_size
 
     def insert_one(self, key: Key, slots: Sequence[int], priority: int, inserted_length: int) -> Inserted:
@@ -456,6 +481,7 @@ class Oracle:
             tick=tick,
             created=tick,
             priority=priority,
+            dropped=parent is not None and parent.dropped,
         )
         self.branches_of(key.namespace, parent)[self.first_page(units)] = leaf
         return leaf
@@ -470,16 +496,16 @@ class Oracle:
 
     def want_one(self, place: Place) -> Place:
         node, length = self.split_one(place)
-        if node is not None:
+        if node is not None and not node.dropped:
             self.add_wants(node, 1)
         return Place(node, length)
 
     def unwant(self, places: Sequence[Place]) -> None:
-        """Take back a want of each place. A want of a stale place has ended already."""
+        """Take back a want of each place. A want of a stale or dropped place has ended already."""
         nodes: list[Node] = []
         for query, place in enumerate(places):
             node = None if self.is_stale(place) else self.resolve(place, query)
-            if node is not None:
+            if node is not None and not node.dropped:
                 nodes.append(node)
                 if place.length != node.end or nodes.count(node) > node.own_wants:
                     raise QueryError("no want ends there", query)
@@ -492,7 +518,7 @@ class Oracle:
             above.wants += count
 
     def alive(self, places: Sequence[Place]) -> list[bool]:
-        return [place.is_there for place in places]
+        return [place.is_there and not (place.node is not None and place.node.dropped) for place in places]
 
     def rematch(self, queries: Sequence[Sequence[int]], namespaces: Sequence[Namespace]) -> list[Place]:
         """Match whole keys again. The places of their earlier match only save time, so nobody passes them here."""
@@ -508,7 +534,7 @@ class Oracle:
             rehearsed = copy.deepcopy(self).evict(num_tokens)
             if rehearsed.num_tokens > space:
                 raise ValueError("out is too small")
-        scores = {node: self.score(node) for node in self.nodes()}
+        scores = {node: LOWEST if node.dropped else self.score(node) for node in self.nodes()}
         pinned = {node for node in self.nodes() if node.wants > 0}
         prompts = [list(node.upwards()) for node in self.keeper.nodes_to_give_up()] if self.keeper else []
         self.tail: list[int] = []
@@ -553,13 +579,62 @@ class Oracle:
             victims.append(node)
 
     def remove(self, node: Node) -> None:
-        del self.branches_of(node.namespace, node.parent)[self.first_page(node.units)]
+        self.take_out(node)
         node.alive = False
+
+    def take_out(self, node: Node) -> None:
+        """Remove a node from its parent."""
+        if node in self.hidden_beside(node):
+            self.hidden_beside(node).remove(node)
+        else:
+            del self.branches_of(node.namespace, node.parent)[self.first_page(node.units)]
+
+    # Drop
+
+    def drop(self, places: Sequence[Place]) -> Evicted:
+        """Drop the nodes on whose edges the places lie, and all nodes below them."""
+        tops: list[Node] = []
+        for query, place in enumerate(places):
+            node = self.resolve(place, query)
+            if node is None:
+                raise QueryError("a place of length 0", query)
+            tops.append(node)
+        return self.drop_nodes(tops)
+
+    def drop_namespace(self, namespace: Namespace) -> Evicted:
+        return self.drop_nodes(list(self.branches_of(namespace, None).values()))
+
+    def drop_nodes(self, tops: list[Node]) -> Evicted:
+        for node in self.nodes():
+            if any(above in tops for above in node.upwards()) and not node.dropped:
+                self.add_wants(node, -node.own_wants)
+                node.dropped = True
+        for node in self.nodes():
+            if node.dropped and node.lock_ref > 0 and not (node.parent is not None and node.parent.dropped):
+                self.hide(node)
+        self.tail, self.told = [], []
+        victims: list[Node] = []
+        gone = sorted(
+            [node for node in self.nodes() if node.dropped and node.lock_ref == 0],
+            key=lambda node: (node.tick, -node.end),
+        )
+        for node in gone:
+            self.told.append(Told(node.namespace, self.tokens_of_path(node), node.slots))
+            self.remove(node)
+            victims.append(node)
+        slots = [slot for victim in victims for slot in victim.slots]
+        return Evicted(slots, len(slots), len(victims))
+
+    def hide(self, node: Node) -> None:
+        if node not in self.hidden_beside(node):
+            self.take_out(node)
+            self.hidden_beside(node).append(node)
 
     def reset(self) -> None:
         for node in self.nodes():
             node.alive = False
         self.tops.clear()
+        self.hidden.clear()
 
 
 class Row(NamedTuple):
@@ -576,6 +651,7 @@ class Row(NamedTuple):
     priority: int
     hit_count: int
     children: int
+    dropped: bool = False
 
 
 def _row(node: Any, path: Sequence[Unit]) -> Row:

@@ -56,7 +56,7 @@ BASES = 8
 
 @cache
 def good(number: int) -> bytes:
-    """Return a snapshot of one of a few trees with everything: namespaces, locks, free rows, splits, bigrams."""
+    """Return a snapshot of one of a few trees with everything: namespaces, locks, free rows, bigrams, dropped nodes."""
     random = Random(number)
     page, bigram, wide = (1, 2, 4, 16)[number % 4], number % 3 == 1, number % 2 == 1
     tree = RadixTree(
@@ -71,6 +71,8 @@ def good(number: int) -> bytes:
         tree.insert(keys, [[random.randint(0, 10**9) for _ in key] for key in keys], spaces, priorities)
         tree.match(keys, spaces, lock=random.random() < 0.3)
         tree.evict(random.choice((0, 0, page)))
+        if number % 2 == 1 and random.random() < 0.3:
+            tree.drop(namespace=random.choice(names))
     file = io.BytesIO()
     tree.save(file)
     settings, arrays = parts(file.getvalue())

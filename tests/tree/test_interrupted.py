@@ -105,6 +105,8 @@ ACTS: dict[str, Callable[[Scene], Any]] = {
     "evict": lambda s: s.tree.evict(3),
     "evict all": lambda s: s.tree.evict(100),
     "evict none": lambda s: s.tree.evict(0),
+    "drop": lambda s: s.tree.drop(s.places),
+    "drop a namespace": lambda s: s.tree.drop(namespace=b"b"),
     "compact": lambda s: s.tree.compact(),
     "slots": lambda s: s.tree.slots(s.places),
     "slots of one": lambda s: s.tree.path_slots(s.place),

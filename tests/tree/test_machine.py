@@ -421,6 +421,10 @@ class Machine(RuleBasedStateMachine):
     def evict(self, num_tokens: int) -> None:
         self.on_each(lambda side: side.told.clear())
         found = self.expect(lambda: self.oracle.evict(num_tokens), lambda side: side.tree.evict(num_tokens))
+        self.compare_freed(found)
+
+    def compare_freed(self, found: tuple[Any, list[Any]] | None) -> None:
+        """Compare what an eviction or a drop returned."""
         if found is not None:
             self.compare_told(self.oracle.told)
             expected, results = found
@@ -457,6 +461,20 @@ class Machine(RuleBasedStateMachine):
             assert (int(result.num_tokens), int(result.num_nodes)) == expected[1:]
             assert result.num_tokens.dtype == result.num_nodes.dtype == torch.int64
             assert result.num_tokens.shape == result.num_nodes.shape == ()
+
+    @rule(random=SEEDS, whole=st.booleans())
+    def drop(self, random: Random, whole: bool) -> None:
+        """Drop held or cached places, or a namespace, of which locked parts remain."""
+        self.on_each(lambda side: side.told.clear())
+        if whole:
+            name = random.choice(NAMES)
+            found = self.expect(lambda: self.oracle.drop_namespace(name), lambda side: side.tree.drop(namespace=name))
+        else:
+            held = self.choose_held(random, random.randint(0, 2), self.held + self.locks)
+            found = self.expect(
+                lambda: self.oracle.drop([one.place for one in held]), lambda side: side.tree.drop(side.places(held))
+            )
+        self.compare_freed(found)
 
     @rule(random=SEEDS, rounds=st.integers(1, 4))
     def churn(self, random: Random, rounds: int) -> None:
