@@ -188,7 +188,7 @@ class BlockEvents:
     def _look_at_all(self, content: Content) -> list[Block]:
         edges, hashes = self._look(content)
         found: dict[Hash, Block] = {}
-        for row in edges.by_end(content.live().tolist()):
+        for row in edges.by_end(edges.live()):
             for block in edges.blocks(row, hashes, hashes[row]):
                 found.setdefault(block.hash, block)
         return list(found.values())

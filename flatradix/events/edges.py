@@ -55,12 +55,17 @@ class Changed(NamedTuple):
 
 
 def rows_of(content: Content) -> Rows:
-    """Return the rows of a tree: views, valid during the call."""
+    """Return the rows of a tree: views, valid during the call. What was dropped counts as free: no look-up finds it."""
     parents, generations, ends, lengths = map(content.column, ("parent", "generation", "end", "length"))
+    dropped = content.column("created") < 0
+    if dropped.any():
+        parents = np.where(dropped, FREE_ROW, parents)
     return Rows(parents, generations, ends, lengths, content.number(numbers.GENERATION))
 
 
-FIELDS = frozenset(("parent", "generation", "end", "length", "start", "tokens", "seconds"))  # that Edges reads
+FIELDS = frozenset(
+    ("parent", "generation", "end", "length", "created", "start", "tokens", "seconds")
+)  # that Edges reads
 _ROOT = np.full(1, FREE_ROW), np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros(1, np.int32)
 NO_ROWS = Rows(*_ROOT, 0)
 
@@ -96,6 +101,10 @@ class Edges:
         """Return rows in an order in which parents come before their children."""
         ends = self.rows.ends
         return sorted(rows, key=lambda row: (int(ends[row]), row))
+
+    def live(self) -> list[int]:
+        """Return the rows that hold a node."""
+        return (1 + np.flatnonzero(self.rows.parents[1:] != FREE_ROW)).tolist()
 
     def above(self, row: int) -> int:
         """Return the row above, at most 0 at the top."""

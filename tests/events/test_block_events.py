@@ -70,7 +70,12 @@ def plain_hashes(namespace: Any, path: tuple[Any, ...], size: int) -> list[int]:
 
 def cached(tree: RadixTree, size: int) -> set[int]:
     """Return the hashes of all full blocks on all paths of a tree."""
-    return {own for node in nodes_of(tree.content()) for own in plain_hashes(node.namespace, node.path, size)}
+    return {
+        own
+        for node in nodes_of(tree.content())
+        if not node.dropped
+        for own in plain_hashes(node.namespace, node.path, size)
+    }
 
 
 def check_late(events: BlockEvents, router: Router) -> None:
@@ -110,7 +115,9 @@ class Program:
 
     def step(self) -> None:
         tree, random = self.tree, self.random
-        act = random.choice(["insert", "insert", "insert", "evict", "evict", "lock", "unlock", "split", "other"])
+        act = random.choice(
+            ["insert", "insert", "insert", "evict", "evict", "lock", "unlock", "split", "drop", "other"]
+        )
         keys, names = self.keys()
         if act == "insert":
             tree.evict(max(0, sum(map(len, keys)) - (60 * self.page - tree.total_tokens)))
@@ -124,6 +131,10 @@ class Program:
             tree.unlock(self.locked.pop(random.randrange(len(self.locked))))
         elif act == "split":
             tree.match(keys, namespace=names, split=True)
+        elif act == "drop" and random.random() < 0.5:
+            places = tree.match(keys, namespace=names)
+            if places.lengths.min() > 0:
+                tree.drop(places)
         elif act == "other":
             tree.compact()
             if random.random() < 0.1:

@@ -47,7 +47,8 @@ def test_a_tree_says_where_it_is(gpu: str) -> None:
 
 @pytest.fixture
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Unset the environment variables, and disable the cache of `why_not_cuda`."""
+    """Unset the environment variables, disable the cache of `why_not_cuda`, and forget what was said once."""
+    devices._tell_once.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
     monkeypatch.setattr(devices, "why_not_cuda", devices.why_not_cuda.__wrapped__)
