@@ -79,8 +79,9 @@ class Classes(NamedTuple):
 def find() -> Path:
     """Return the folder of the package `sglang`. Raises PeerMissing."""
     places = []
-    # A stand-in of a test, which was imported by that name, has no spec.
-    spec = None if "sglang" in sys.modules else importlib.util.find_spec("sglang")
+    spec = None
+    with contextlib.suppress(ValueError):  # a stand-in of a test, which was imported by that name
+        spec = importlib.util.find_spec("sglang")
     if spec is not None:
         places += [Path(place) for place in spec.submodule_search_locations or ()]
     places.append(FOLDER / "sglang")
