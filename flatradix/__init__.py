@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, StaleHandleError
+from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, RanksDifferError, StaleHandleError
 from flatradix.inputs.policy import Nodes, slru
 from flatradix.inputs.ragged import Ragged
 from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flatradix.cache.requests import Request, Requests
     from flatradix.queue.orders import Columns
     from flatradix.queue.waiting_queue import Plan, WaitingQueue
+    from flatradix.ranks.agree import assert_ranks_agree, watch_ranks
 
 __all__ = [
     "CapacityError",
@@ -31,13 +32,16 @@ __all__ = [
     "QueryError",
     "RadixTree",
     "Ragged",
+    "RanksDifferError",
     "Request",
     "Requests",
     "StaleHandleError",
     "WaitingQueue",
     "__version__",
+    "assert_ranks_agree",
     "slru",
     "warm_up",
+    "watch_ranks",
 ]
 
 
@@ -48,11 +52,13 @@ _LATE = {
     "Request": "cache.requests",
     "Requests": "cache.requests",
     "WaitingQueue": "queue.waiting_queue",
+    "assert_ranks_agree": "ranks.agree",
+    "watch_ranks": "ranks.agree",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a cache or a waiting queue when it is asked for: they import a compiler."""
+    """Import a cache, a waiting queue or the ranks when asked for: they import a compiler or torch.distributed."""
     if name in _LATE:
         return getattr(importlib.import_module(f"flatradix.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
