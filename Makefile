@@ -8,11 +8,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TRACE ?= $(wildcard ../shared/traces/conversation_trace.jsonl)
 ARGS ?=
 
-.PHONY: help setup replay test lint bench bench-sglang reference clean
+.PHONY: help setup replay test lint fuzz bench bench-sglang reference clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo 'make lint     ruff and mypy'
+	@echo 'make fuzz     random programs, interrupted calls, mutated files (ARGS="--minutes 60")'
 	@echo 'make bench    ours against SGLang, on the CPU (ARGS="--quick")'
 	@echo 'make bench-sglang  the same inside SGLang, as its scheduler calls both'
 	@echo 'make reference  every reference row of the conversation trace (ARGS=FOLDER)'
@@ -49,6 +50,9 @@ lint: $(VENV)/setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/setup-test
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 bench: $(VENV)/setup-test
 	$(BIN)/python -m bench.cpu $(ARGS)

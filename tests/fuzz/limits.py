@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import faulthandler
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_WAITS = 20  # how often longer than its processor time a case may take, on a machine that does other work too
+
 
 @contextmanager
 def seconds(limit: float) -> Iterator[None]:
-    """End the process, with all stacks on stderr, if this block takes longer."""
-    faulthandler.dump_traceback_later(limit, exit=True)
+    """End the process, with all stacks on stderr, if this block takes more processor time, or waits far longer."""
+    faulthandler.register(signal.SIGPROF, chain=True)  # behind it, the default action ends the process
+    faulthandler.dump_traceback_later(_WAITS * limit, exit=True)
+    signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
 
 
