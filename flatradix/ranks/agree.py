@@ -9,7 +9,7 @@ import torch
 import torch.distributed as distributed
 
 from flatradix.errors import RanksDifferError
-from flatradix.ranks.journal import CALLS, CALLS_OF_CACHES, KEPT, Entry, Journal, watch
+from flatradix.ranks.journal import KEPT, Entry, Journal, signed, watch_cache, watch_tree
 from flatradix.ranks.parted import Rank, first_parting
 from flatradix.tree import RadixTree
 
@@ -55,10 +55,9 @@ def watch_ranks(target: Any, deep: bool = False) -> None:
         raise ValueError(f"watch_ranks takes a RadixTree or a cache that has one, not a {type(target).__name__}")
     if target in _journals:
         raise ValueError("this object is watched already")
-    names = CALLS if tree is target else tuple(name for name in CALLS_OF_CACHES if hasattr(target, name))
     tree.raise_pending()
-    journal = Journal(tree, deep)
-    watch(target, journal, names)
+    journal = Journal(tree.index, deep)
+    (watch_tree if tree is target else watch_cache)(target, journal)
     _journals[target] = journal
 
 
@@ -71,8 +70,8 @@ def assert_ranks_agree(target: Any, group: Any = None, digest: bool = False) -> 
     Compares sizes, and what `watch_ranks` has recorded: the calls between all ranks, and the numbers after each call
     between ranks with the index on the CPU. Without `watch_ranks`, only the trees as they are now can be compared. One
     all_gather of 88 bytes; where ranks differ, a second one of what was recorded. With an index on a GPU it waits for
-    the device. A call that raised, or was interrupted and has changed nothing, does not count. Where a GPU refused a
-    call whose error was not raised yet, that rank raises this error, and the others raise RanksDifferError.
+    the device. A call that raised and has changed nothing does not count; of a cache, no call that raised. Where a GPU
+    refused a call whose error was not raised yet, that rank raises this error, and the others raise RanksDifferError.
 
     The error names the first call after which the ranks differ. If calls and sizes agree and the digests do not, the
     call is not known: watch with `deep`.
@@ -105,17 +104,12 @@ def _pending(tree: RadixTree) -> Exception | None:
     return None
 
 
-def _signed(digits: str) -> int:
-    value = int(digits, 16)
-    return value - ((value >= 1 << 63) << 64)
-
-
 def _summary(tree: RadixTree, journal: Journal | None, digest: bool, failed: bool) -> Summary:
     if failed:
         return Summary(1, *[0] * (len(Summary._fields) - 1))
     digits = tree.digest() if digest else "0" * 32
     sizes = tree.evictable_tokens, tree.protected_tokens, tree.num_nodes
-    halves = _signed(digits[:16]), _signed(digits[16:])
+    halves = signed(digits[:16]), signed(digits[16:])
     if journal is None:
         return Summary(0, 0, 0, 0, 0, 0, *sizes, *halves)
     knows = 2 if journal.deep else int(journal.knows_numbers)
@@ -145,6 +139,8 @@ def _compare_now(ranks: list[Summary], field: str, name: str) -> None:
     other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
     if other is None:
         return
+    if name == "digests":
+        values = [f"{half & (1 << 64) - 1:016x}" for half in values]
     what = f"the trees of ranks 0 and {other} differ: {name} {values[0]} and {values[other]}"
     if all(rank.watched for rank in ranks):
         what += (

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
+from flatradix.index import Index
 from flatradix.layout.numbers import CLOCK, EVICTABLE, LAST_CALL, NODES, PROTECTED
 from flatradix.results import Places
-from flatradix.tree import RadixTree
 
 CALLS = ("match", "match_array", "lock", "unlock", "split", "want", "unwant", "insert", "evict", "reset")
 CALLS_OF_CACHES = (
@@ -21,6 +21,7 @@ CALLS_OF_CACHES = (
     "match_prefix", "touch_prefix", "lock", "unlock", "inc_lock_ref", "dec_lock_ref", "insert", "checkpoint", "evict",
 )  # fmt: skip
 NAMES = tuple(dict.fromkeys(CALLS + CALLS_OF_CACHES))
+_WITH_PLACES = ("match", "match_array", "insert")
 KEPT = 1 << 12
 UNKNOWN = -1
 _MASK = KEPT - 1
@@ -45,12 +46,12 @@ class Journal:
     All that an entry changes is one attribute, so an interrupted call has written its entry or has not.
     """
 
-    def __init__(self, tree: RadixTree, deep: bool) -> None:
-        index: Any = tree.index
+    def __init__(self, index: Index, deep: bool) -> None:
+        watched = getattr(index, "watched", None)  # an index in host memory
         self.deep = deep
-        self.knows_numbers = deep or tree.device.type == "cpu"
-        self._numbers: memoryview | None = index.watched.numbers if tree.device.type == "cpu" else None
-        self._tree = tree
+        self.knows_numbers = deep or watched is not None
+        self._numbers: memoryview | None = None if watched is None else watched.numbers
+        self._index = index  # not the tree: whoever keeps a journal keeps no tree alive
         self._kept: list[Any] = [None] * KEPT
         self._state = 0, 0, 0, self._stamp()
 
@@ -66,7 +67,7 @@ class Journal:
     def _stamp(self) -> tuple[int, int]:
         """Return numbers that are different after a call that took effect."""
         known = self._numbers
-        return (known[LAST_CALL], known[CLOCK]) if known is not None else (self._tree.index.changes(), 0)
+        return (known[LAST_CALL], known[CLOCK]) if known is not None else (self._index.changes(), 0)
 
     def note(self, name: int, count: int) -> None:
         """Write an entry."""
@@ -83,18 +84,19 @@ class Journal:
         return None
 
     def _note_slowly(self, name: int, count: int) -> None:
-        numbers = numbers_of(self._tree, True) if self.deep else _NOTHING
+        numbers = _numbers_of(self._index) if self.deep else _NOTHING
         number, by_calls, by_numbers, _ = self._state
         by_calls = hash((by_calls, name, count))
         by_numbers = hash((by_numbers, by_calls, numbers))
         self._kept[number & _MASK] = name, count, numbers, by_calls, by_numbers
         self._state = number + 1, by_calls, by_numbers, self._stamp()
 
-    def note_if_done(self, name: int, count: int) -> None:
+    def note_if_done(self, name: int, arguments: tuple[Any, ...]) -> None:
         """Write the entry of a call that was interrupted, if it took effect and has no entry yet."""
-        self._tree.index.settle()
+        self._index.settle()
         if self._stamp() != self._state[3]:
-            self.note(name, count)
+            result = self._index.last_result if NAMES[name] in _WITH_PLACES else None
+            self.note(name, _count(result, arguments))
 
     def entries(self) -> tuple[int, list[Entry]]:
         """Return the number of the first entry that is kept, and all that are."""
@@ -102,23 +104,37 @@ class Journal:
         return first, [Entry(*self._kept[number & _MASK]) for number in range(first, self.number)]
 
 
-def numbers_of(tree: RadixTree, digest: bool) -> tuple[int, ...]:
-    """Return the numbers of an entry for the tree as it is now. Waits for the device; the digest is O(cached tokens).
+def _numbers_of(index: Index) -> tuple[int, ...]:
+    """Return the numbers of an entry with a digest, as the tree is now. Waits for the device. O(cached tokens).
 
     The clock is left out: a GPU does not tell it, and the digest covers it.
     """
-    half = int(tree.digest()[:16], 16) if digest else UNKNOWN
-    half -= (half >= 1 << 63) << 64  # signed, as in an int64 tensor
-    return UNKNOWN, tree.evictable_tokens, tree.protected_tokens, tree.num_nodes, half
+    half = signed(index.digest()[:16])
+    return UNKNOWN, index.evictable_tokens, index.protected_tokens, index.num_nodes, half
 
 
-def watch(target: Any, journal: Journal, names: tuple[str, ...]) -> None:
-    """Replace calls of a tree or of a cache, for this object alone, by calls that also write entries."""
-    for name in names:
-        inner = getattr(target, name)
-        code = NAMES.index(name)
-        call = _watched_match(journal, inner, code) if name == "match" else _watched(journal, inner, code)
-        setattr(target, name, wraps(inner)(call))
+def signed(digits: str) -> int:
+    """Return 16 hex digits as a signed number of 64 bits."""
+    value = int(digits, 16)
+    return value - ((value >= 1 << 63) << 64)
+
+
+def watch_tree(tree: Any, journal: Journal) -> None:
+    """Replace calls of a tree, for this object alone, by calls that also write entries."""
+    for name in CALLS:
+        make = _watched_match if name == "match" else _watched
+        _replace(tree, name, make(journal, getattr(tree, name), NAMES.index(name)))
+
+
+def watch_cache(cache: Any, journal: Journal) -> None:
+    """Do the same for a cache. A call that raises is not recorded: a cache undoes it by other calls of its tree."""
+    for name in CALLS_OF_CACHES:
+        if hasattr(cache, name):
+            _replace(cache, name, _watched_if_done(journal, getattr(cache, name), NAMES.index(name)))
+
+
+def _replace(target: Any, name: str, call: Callable[..., Any]) -> None:
+    setattr(target, name, wraps(getattr(target, name))(call))
 
 
 def _watched(journal: Journal, inner: Callable[..., Any], code: int) -> Callable[..., Any]:
@@ -130,8 +146,19 @@ def _watched(journal: Journal, inner: Callable[..., Any], code: int) -> Callable
             note(code, _count(result, arguments))
             return result
         except BaseException:
-            journal.note_if_done(code, UNKNOWN)
+            journal.note_if_done(code, arguments)
             raise
+
+    return call
+
+
+def _watched_if_done(journal: Journal, inner: Callable[..., Any], code: int) -> Callable[..., Any]:
+    note = journal.note
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        result = inner(*arguments, **keywords)
+        note(code, _count(result, arguments))
+        return result
 
     return call
 
@@ -148,7 +175,7 @@ def _watched_match(journal: Journal, inner: Callable[..., Any], code: int) -> Ca
                 note(code, 1 if result.late is None else len(result))
             return result
         except BaseException:
-            journal.note_if_done(code, UNKNOWN)
+            journal.note_if_done(code, ())
             raise
 
     return match

@@ -51,8 +51,8 @@ def _parted(a: Rank, b: Rank) -> Parting | None:
         if not alike and one.by_calls == other.by_calls:
             continue
         text = _difference(a.rank, one, b.rank, other)
-        if text is None:
-            what = f"before call {number + 1}; only the last {KEPT} calls are kept, so compare more often"
+        if text is None or number == begin > 0:  # the first that both have kept: they may have parted before
+            what = f"at call {number + 1} or before; only the last {KEPT} calls are kept, so compare more often"
             return Parting(number + 1, what, None)
         return Parting(number + 1, f"after call {number + 1}, {text}", NAMES[one.name])
     if a.number == b.number:
@@ -74,5 +74,6 @@ def _difference(a: int, one: Entry, b: int, other: Entry) -> str | None:
         return f"{names[0]}: of {one.count} on rank {a}, but of {other.count} on rank {b}"
     for what, left, right in zip(_NUMBERS, one.known, other.known, strict=True):
         if left != right and UNKNOWN not in (left, right):
+            left, right = (f"{half & (1 << 64) - 1:016x}" if what == _NUMBERS[-1] else half for half in (left, right))
             return f"{names[0]}: {what} {left} on rank {a}, but {right} on rank {b}"
     return None

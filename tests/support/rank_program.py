@@ -183,7 +183,7 @@ def main() -> None:
     rank, ranks, meeting, out, names, device = sys.argv[1:]
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks), timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks), timeout=timedelta(seconds=400)
     )
     found = {name: globals()[name](int(rank), device) for name in names.split(",")}
     with open(out, "w") as file:
