@@ -9,11 +9,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TRACE ?= $(wildcard ../shared/traces/conversation_trace.jsonl)
 ARGS ?=
 
-.PHONY: help setup replay test test-all lint server-matrix bench bench-sglang reference clean
+.PHONY: help setup replay test test-all lint fuzz server-matrix bench bench-sglang reference clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo 'make lint     ruff and mypy'
+	@echo 'make fuzz     random programs, interrupted calls, mutated files (ARGS="--minutes 60")'
 	@echo 'make server-matrix  real SGLang servers, with ours and with its own cache (ARGS="NAMES")'
 	@echo 'make bench    ours against SGLang, on the CPU (ARGS="--quick")'
 	@echo 'make bench-sglang  the same inside SGLang, as its scheduler calls both'
@@ -56,6 +57,9 @@ lint: $(VENV)/setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/setup-test
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 server-matrix: $(VENV)/setup-test
 	$(BIN)/python -m tests.sglang_server.matrix out/server-matrix $(ARGS)

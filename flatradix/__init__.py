@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, StaleHandleError
+from flatradix.errors import CapacityError, DeviceUnavailableError, QueryError, RanksDifferError, StaleHandleError
 from flatradix.inputs.policy import Nodes, slru
 from flatradix.inputs.ragged import Ragged
 from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flatradix.events.blocks import Block
     from flatradix.queue.orders import Columns
     from flatradix.queue.waiting_queue import Plan, WaitingQueue
+    from flatradix.ranks.agree import assert_ranks_agree, watch_ranks
 
 __all__ = [
     "Block",
@@ -35,13 +36,16 @@ __all__ = [
     "QueryError",
     "RadixTree",
     "Ragged",
+    "RanksDifferError",
     "Request",
     "Requests",
     "StaleHandleError",
     "WaitingQueue",
     "__version__",
+    "assert_ranks_agree",
     "slru",
     "warm_up",
+    "watch_ranks",
 ]
 
 
@@ -54,11 +58,13 @@ _LATE = {
     "Request": "cache.requests",
     "Requests": "cache.requests",
     "WaitingQueue": "queue.waiting_queue",
+    "assert_ranks_agree": "ranks.agree",
+    "watch_ranks": "ranks.agree",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what not every user of a tree needs when it is asked for: caches and waiting queues import a compiler."""
+    """Import what not every user of a tree needs when it is asked for: it imports a compiler, or torch.distributed."""
     if name in _LATE:
         return getattr(importlib.import_module(f"flatradix.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,3 +42,19 @@ class DeviceUnavailableError(RuntimeError):
 
 class TooLargeForDeviceError(ValueError):
     """A tree of this capacity fits into host memory only."""
+
+
+class RanksDifferError(RuntimeError):
+    """The trees of two ranks of a process group differ.
+
+    call: the number of the first call after which they do, counted from 1 since `watch_ranks`. operation: its name.
+    None where they are not known.
+    """
+
+    def __init__(self, message: str, call: int | None = None, operation: str | None = None) -> None:
+        super().__init__(message)
+        self.call = call
+        self.operation = operation
+
+    def __reduce__(self) -> tuple[type[RanksDifferError], tuple[str, int | None, str | None]]:
+        return type(self), (self.args[0], self.call, self.operation)

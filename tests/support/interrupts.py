@@ -81,10 +81,11 @@ class Tracer:
 
 
 class Outcome(NamedTuple):
-    """How a call ended: with a result, or interrupted at a source line, `where`."""
+    """How a call ended: with a result, or interrupted at a source line, `where`. ran: how many bytecodes it ran."""
 
     result: Any
     where: str
+    ran: int
 
 
 def interrupt_at(at: int, call: Callable[[], Any], folder: str = "") -> Outcome:
@@ -93,9 +94,9 @@ def interrupt_at(at: int, call: Callable[[], Any], folder: str = "") -> Outcome:
     before = sys.gettrace()
     sys.settrace(tracer)
     try:
-        return Outcome(call(), "")
+        return Outcome(call(), "", tracer.count)
     except Interrupt as cut:
-        return Outcome(None, str(cut))
+        return Outcome(None, str(cut), tracer.count)
     finally:
         sys.settrace(before)
 

@@ -1,0 +1,196 @@
+"""Journal: what the calls of a tree or of a cache did, in numbers that are equal on all ranks while the trees are.
+
+Each entry holds the call, its number of queries, and with an index on the CPU the clock and the sizes of the tree after
+it. With an index on a GPU the host does not know these numbers, and does not wait for them. Two hashes run over all
+entries: over the calls alone, and over the numbers too. The last entries are kept, to tell where two ranks parted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
+
+from flatradix.index import Index
+from flatradix.layout.numbers import CLOCK, EVICTABLE, LAST_CALL, NODES, PROTECTED
+from flatradix.results import Places
+
+CALLS = ("match", "match_array", "lock", "unlock", "split", "want", "unwant", "insert", "evict", "reset")
+CALLS_OF_CACHES = (
+    "begin", "extend", "commit", "step", "fork", "finish", "abort", "reset",  # PrefixCache
+    "match_prefix", "touch_prefix", "lock", "unlock", "inc_lock_ref", "dec_lock_ref", "insert", "checkpoint", "evict",
+)  # fmt: skip
+NAMES = tuple(dict.fromkeys(CALLS + CALLS_OF_CACHES))
+_WITH_PLACES = ("match", "match_array", "insert")
+KEPT = 1 << 12
+UNKNOWN = -1
+_MASK = KEPT - 1
+_NOTHING = (UNKNOWN,) * 5
+
+
+class Entry(NamedTuple):
+    """A call. count: its queries, tokens of an eviction. known: the clock, evictable and protected tokens, nodes, and
+    the digest after it; UNKNOWN where the host does not know. by_calls, by_numbers: the hashes behind it.
+    """
+
+    name: int
+    count: int
+    known: tuple[int, ...]
+    by_calls: int
+    by_numbers: int
+
+
+class Journal:
+    """The entries of one tree. deep: whether each entry holds the digest, for which it waits.
+
+    All that an entry changes is one attribute, so an interrupted call has written its entry or has not.
+    """
+
+    def __init__(self, index: Index, deep: bool) -> None:
+        watched = getattr(index, "watched", None)  # an index in host memory
+        self.deep = deep
+        self.knows_numbers = deep or watched is not None
+        self._numbers: memoryview | None = None if watched is None else watched.numbers
+        self._index = index  # not the tree: whoever keeps a journal keeps no tree alive
+        self._kept: list[Any] = [None] * KEPT
+        self._state = 0, 0, 0, self._stamp()
+
+    @property
+    def number(self) -> int:
+        """How many entries were ever written."""
+        return self._state[0]
+
+    @property
+    def hashes(self) -> tuple[int, int]:
+        return self._state[1], self._state[2]
+
+    def _stamp(self) -> tuple[int, int]:
+        """Return numbers that are different after a call that took effect."""
+        known = self._numbers
+        return (known[LAST_CALL], known[CLOCK]) if known is not None else (self._index.changes(), 0)
+
+    def note(self, name: int, count: int) -> None:
+        """Write an entry."""
+        known = self._numbers
+        if known is None or self.deep:
+            return self._note_slowly(name, count)
+        clock = known[CLOCK]
+        numbers = clock, known[EVICTABLE], known[PROTECTED], known[NODES], UNKNOWN
+        number, by_calls, by_numbers, _ = self._state
+        by_calls = hash((by_calls, name, count))
+        by_numbers = hash((by_numbers, by_calls, numbers))
+        self._kept[number & _MASK] = name, count, numbers, by_calls, by_numbers
+        self._state = number + 1, by_calls, by_numbers, (known[LAST_CALL], clock)
+        return None
+
+    def _note_slowly(self, name: int, count: int) -> None:
+        numbers = _numbers_of(self._index) if self.deep else _NOTHING
+        number, by_calls, by_numbers, _ = self._state
+        by_calls = hash((by_calls, name, count))
+        by_numbers = hash((by_numbers, by_calls, numbers))
+        self._kept[number & _MASK] = name, count, numbers, by_calls, by_numbers
+        self._state = number + 1, by_calls, by_numbers, self._stamp()
+
+    def note_if_done(self, name: int, arguments: tuple[Any, ...]) -> None:
+        """Write the entry of a call that was interrupted, if it took effect and has no entry yet."""
+        self._index.settle()
+        if self._stamp() != self._state[3]:
+            result = self._index.last_result if NAMES[name] in _WITH_PLACES else None
+            self.note(name, _count(result, arguments))
+
+    def entries(self) -> tuple[int, list[Entry]]:
+        """Return the number of the first entry that is kept, and all that are."""
+        first = max(0, self.number - KEPT)
+        return first, [Entry(*self._kept[number & _MASK]) for number in range(first, self.number)]
+
+
+def _numbers_of(index: Index) -> tuple[int, ...]:
+    """Return the numbers of an entry with a digest, as the tree is now. Waits for the device. O(cached tokens).
+
+    The clock is left out: a GPU does not tell it, and the digest covers it.
+    """
+    half = signed(index.digest()[:16])
+    return UNKNOWN, index.evictable_tokens, index.protected_tokens, index.num_nodes, half
+
+
+def signed(digits: str) -> int:
+    """Return 16 hex digits as a signed number of 64 bits."""
+    value = int(digits, 16)
+    return value - ((value >= 1 << 63) << 64)
+
+
+def watch_tree(tree: Any, journal: Journal) -> None:
+    """Replace calls of a tree, for this object alone, by calls that also write entries."""
+    for name in CALLS:
+        make = _watched_match if name == "match" else _watched
+        _replace(tree, name, make(journal, getattr(tree, name), NAMES.index(name)))
+
+
+def watch_cache(cache: Any, journal: Journal) -> None:
+    """Do the same for a cache. A call that raises is not recorded: a cache undoes it by other calls of its tree."""
+    for name in CALLS_OF_CACHES:
+        if hasattr(cache, name):
+            _replace(cache, name, _watched_if_done(journal, getattr(cache, name), NAMES.index(name)))
+
+
+def _replace(target: Any, name: str, call: Callable[..., Any]) -> None:
+    setattr(target, name, wraps(getattr(target, name))(call))
+
+
+def _watched(journal: Journal, inner: Callable[..., Any], code: int) -> Callable[..., Any]:
+    note = journal.note
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            result = inner(*arguments, **keywords)
+            note(code, _count(result, arguments))
+            return result
+        except BaseException:
+            journal.note_if_done(code, arguments)
+            raise
+
+    return call
+
+
+def _watched_if_done(journal: Journal, inner: Callable[..., Any], code: int) -> Callable[..., Any]:
+    note = journal.note
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        result = inner(*arguments, **keywords)
+        note(code, _count(result, arguments))
+        return result
+
+    return call
+
+
+def _watched_match(journal: Journal, inner: Callable[..., Any], code: int) -> Callable[..., Any]:
+    note = journal.note
+
+    def match(
+        q: Any, namespace: Any = None, touch: bool = True, lock: bool = False, start: Any = None, split: bool = False
+    ) -> Any:
+        try:
+            result = inner(q, namespace, touch, lock, start, split)
+            if touch or lock or split:  # others leave no trace, and ranks may differ in them
+                note(code, 1 if result.late is None else len(result))
+            return result
+        except BaseException:
+            journal.note_if_done(code, ())
+            raise
+
+    return match
+
+
+def _count(result: Any, arguments: tuple[Any, ...]) -> int:
+    """Return the number of queries of a call, or of tokens that it asks for; UNKNOWN where that would have to wait."""
+    if isinstance(result, Places):
+        return 1 if result.late is None else len(result)
+    if not arguments:
+        return UNKNOWN
+    first = arguments[0]
+    if type(first) is int:
+        return first
+    try:
+        return len(first if hasattr(first, "__len__") else first.lengths)
+    except (TypeError, AttributeError):
+        return UNKNOWN
