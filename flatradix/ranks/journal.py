@@ -15,9 +15,11 @@ from flatradix.index import Index
 from flatradix.layout.numbers import CLOCK, EVICTABLE, LAST_CALL, NODES, PROTECTED
 from flatradix.results import Places
 
-CALLS = ("match", "match_array", "lock", "unlock", "split", "want", "unwant", "insert", "evict", "reset")
+CALLS = (
+    "match", "match_array", "lock", "unlock", "split", "want", "unwant", "expire", "insert", "evict", "drop", "reset",
+)  # fmt: skip
 CALLS_OF_CACHES = (
-    "begin", "extend", "commit", "step", "fork", "finish", "abort", "reset",  # PrefixCache
+    "begin", "extend", "commit", "step", "fork", "finish", "abort", "drop", "reset",  # PrefixCache
     "match_prefix", "touch_prefix", "lock", "unlock", "inc_lock_ref", "dec_lock_ref", "insert", "checkpoint", "evict",
 )  # fmt: skip
 NAMES = tuple(dict.fromkeys(CALLS + CALLS_OF_CACHES))
@@ -29,12 +31,12 @@ _NOTHING = (UNKNOWN,) * 5
 
 
 class Entry(NamedTuple):
-    """A call. count: its queries, tokens of an eviction. known: the clock, evictable and protected tokens, nodes, and
-    the digest after it; UNKNOWN where the host does not know. by_calls, by_numbers: the hashes behind it.
+    """A call. queries: how many, of an eviction the tokens. known: the clock, evictable and protected tokens, nodes,
+    and the digest after it; UNKNOWN where the host does not know. by_calls, by_numbers: the hashes behind it.
     """
 
     name: int
-    count: int
+    queries: int
     known: tuple[int, ...]
     by_calls: int
     by_numbers: int
