@@ -158,16 +158,19 @@ def test_refused_targets() -> None:
         watch_ranks(tree)
 
 
-def test_a_watched_tree_works_and_goes() -> None:
-    for target in (RadixTree(64, device="cpu"), PrefixCache(64)):
-        watch_ranks(target)
-        gone = weakref.ref(target)
-        call = target.match if isinstance(target, RadixTree) else target.begin
-        assert call.__doc__
-        assert len(call([[1, 2]])) == 1
-        del target, call
-        gc.collect()
-        assert gone() is None
+@pytest.mark.parametrize(
+    "make", [partial(RadixTree, 64, device="cpu"), partial(PrefixCache, 64)], ids=["tree", "cache"]
+)
+def test_what_is_watched_works_and_goes(make: Any) -> None:
+    target = make()
+    watch_ranks(target)
+    gone = weakref.ref(target)
+    call = target.match if isinstance(target, RadixTree) else target.begin
+    assert call.__doc__
+    assert len(call([[1, 2]])) == 1
+    del target, call
+    gc.collect()
+    assert gone() is None
 
 
 class Watched:
