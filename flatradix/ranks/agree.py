@@ -44,7 +44,7 @@ def watch_ranks(target: Any, deep: bool = False) -> None:
         the call after which contents differ that have equal sizes.
 
     Each call that may change the tree is recorded: its name, its number of queries, and with an index on the CPU the
-    clock and the sizes of the tree after it. Costs less than 1 us a call, and never waits for a GPU. Calls that only
+    clock and the sizes of the tree after it. Costs a few steps of Python a call, and never waits for a GPU. Calls that only
     read, and runs of a CUDA graph, are not recorded. The last 4096 calls are kept, in 2 MB. Functions that were taken
     from the target before (`evict = tree.evict`) are not watched.
 
@@ -155,7 +155,7 @@ def _compare_now(ranks: list[Summary], field: str, name: str) -> None:
 def _rows_of(journal: Journal | None) -> list[list[int]]:
     """Return 1 + KEPT rows of numbers: the number of the first entry kept, and all that are."""
     first, entries = (0, []) if journal is None else journal.entries()
-    rows = [[one.name, one.count, *one.known, one.by_calls, one.by_numbers] for one in entries]
+    rows = [[one.name, one.queries, *one.known, one.by_calls, one.by_numbers] for one in entries]
     return [[first, *[0] * 8], *rows, *[[0] * 9] * (KEPT - len(rows))]
 
 
@@ -165,7 +165,9 @@ def _name_the_call(journal: Journal | None, ranks: list[Summary], group: Any) ->
     watched = []
     for rank, (told, (head, *lines)) in enumerate(zip(ranks, found, strict=True)):
         if told.watched:
-            kept = [Entry(*line[:2], tuple(line[2:7]), *line[7:]) for line in lines[: told.number - head[0]]]
+            kept = [
+                Entry(line[0], line[1], tuple(line[2:7]), line[7], line[8]) for line in lines[: told.number - head[0]]
+            ]
             watched.append(Rank(rank, told.knows, told.number, head[0], kept))
     parting = first_parting(watched)
     assert parting is not None, "hashes of equal entries differ"

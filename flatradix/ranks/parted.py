@@ -70,10 +70,10 @@ def _difference(a: int, one: Entry, b: int, other: Entry) -> str | None:
     names = NAMES[one.name], NAMES[other.name]
     if names[0] != names[1]:
         return f"{names[0]} on rank {a}, but {names[1]} on rank {b}"
-    if one.count != other.count:
-        return f"{names[0]}: of {one.count} on rank {a}, but of {other.count} on rank {b}"
+    if one.queries != other.queries:
+        return f"{names[0]}: of {one.queries} on rank {a}, but of {other.queries} on rank {b}"
     for what, left, right in zip(_NUMBERS, one.known, other.known, strict=True):
         if left != right and UNKNOWN not in (left, right):
-            left, right = (f"{half & (1 << 64) - 1:016x}" if what == _NUMBERS[-1] else half for half in (left, right))
-            return f"{names[0]}: {what} {left} on rank {a}, but {right} on rank {b}"
+            shown = [f"{half & (1 << 64) - 1:016x}" if what == _NUMBERS[-1] else str(half) for half in (left, right)]
+            return f"{names[0]}: {what} {shown[0]} on rank {a}, but {shown[1]} on rank {b}"
     return None
