@@ -44,7 +44,7 @@ def watch_ranks(target: Any, deep: bool = False) -> None:
         the call after which contents differ that have equal sizes.
 
     Each call that may change the tree is recorded: its name, its number of queries, and with an index on the CPU the
-    clock and the sizes of the tree after it. Costs less than 1 us a call, and never waits for a GPU. Calls that only
+    clock and the sizes of the tree after it. Never waits for a GPU. Calls that only
     read, and runs of a CUDA graph, are not recorded. The last 4096 calls are kept, in 2 MB. Functions that were taken
     from the target before (`evict = tree.evict`) are not watched.
 

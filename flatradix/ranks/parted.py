@@ -74,7 +74,6 @@ def _difference(a: int, one: Entry, b: int, other: Entry) -> str | None:
         return f"{names[0]}: of {one.queries} on rank {a}, but of {other.queries} on rank {b}"
     for what, left, right in zip(_NUMBERS, one.known, other.known, strict=True):
         if left != right and UNKNOWN not in (left, right):
-            form = "{:016x}" if what == _NUMBERS[-1] else "{}"
-            shown = [form.format(half & (1 << 64) - 1) for half in (left, right)]
+            shown = [f"{half & (1 << 64) - 1:016x}" if what == _NUMBERS[-1] else str(half) for half in (left, right)]
             return f"{names[0]}: {what} {shown[0]} on rank {a}, but {shown[1]} on rank {b}"
     return None

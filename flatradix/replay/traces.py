@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +24,7 @@ from flatradix.replay.blocks import check as check_blocks
 from flatradix.replay.unpack import Unpacked, UnpackError
 
 VOCABULARY = 128_000
+_LARGEST = 2**53  # of a time or a length: a float holds it exactly
 # 32 MiB with 512 tokens each. On the conversation trace (289k blocks, 183k different), 86 % of the possible reuse.
 CACHED_BLOCKS = 16_384
 
@@ -169,8 +169,8 @@ def _parse(line: bytes, array: bool) -> Request:
             raise ValueError(f'the field "{field}" is missing')
     return Request(
         _number("timestamp", record["timestamp"]) if "timestamp" in record else None,
-        _count("input_length", record["input_length"]),
-        _count("output_length", record["output_length"]),
+        _length("input_length", record["input_length"]),
+        _length("output_length", record["output_length"]),
         _ids(record["hash_ids"]),
     )
 
@@ -205,8 +205,8 @@ def _describe(value: Any) -> str:
 def _number(field: str, value: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError(f"{field} must be a number, not {_describe(value)}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{field} is {value}; it must be 0 or more")
+    if not 0 <= value <= _LARGEST:
+        raise ValueError(f"{field} is {_short(value)}; it must be from 0 to 2**53")
     return float(value) if type(value) is float else int(value)
 
 
@@ -214,8 +214,20 @@ def _count(field: str, value: Any) -> int:
     if type(value) is not int:
         raise ValueError(f"{field} must be an integer, not {_describe(value)}")
     if value < 0:
-        raise ValueError(f"{field} is negative: {value}")
+        raise ValueError(f"{field} is negative: {_short(value)}")
     return value
+
+
+def _length(field: str, value: Any) -> int:
+    if _count(field, value) > _LARGEST:
+        raise ValueError(f"{field} is {_short(value)}; it must be at most 2**53")
+    return int(value)
+
+
+def _short(value: float) -> str:
+    """Return the digits of a number that a line may hold: of an integer of hundreds of digits, the first."""
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:20]}... ({len(text)} digits)"
 
 
 def _ids(values: Any) -> tuple[int, ...]:

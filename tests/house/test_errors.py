@@ -25,6 +25,8 @@ VALUES = {
     "line": 4,
     "reason": "bad",
     "head": b"PK",
+    "call": 5,
+    "operation": "insert",
 }
 
 
