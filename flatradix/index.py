@@ -203,10 +203,14 @@ class Index(ABC):
         """Return the number of soft pins that end at each row of `read_paths`, int32 [R]. For a call under way."""
 
     def _check_budget(self, handles: np.ndarray, lengths: np.ndarray) -> None:
-        """Raise CapacityError if `want` of these places would exceed the pin budget. Stale places are not refused."""
+        """Raise CapacityError if `want` of these places would exceed the pin budget.
+
+        Stale places are left to `want`, which refuses them. Dropped ones pin nothing.
+        """
         budget = self.options.pin_budget
-        if budget is not None and self.are_alive(handles, lengths).all():
-            check_budget(budget, self.read_paths(), self.read_own_wants(), handles, lengths)
+        if budget is not None:
+            alive = self.are_alive(handles, lengths)
+            check_budget(budget, self.read_paths(), self.read_own_wants(), handles[alive], lengths[alive])
 
     def _pins_left(self, handles: np.ndarray, lengths: np.ndarray, until: Any) -> Pins:
         """Return what `unwant` of these places leaves of the pins with an end."""

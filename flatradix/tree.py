@@ -274,8 +274,8 @@ class RadixTree:
         saved or copied by `to`, with or without an end, and does not count in the digest.
 
         until: when the wants end, at the latest: a number, or one a place, in any unit (ticks, seconds of a clock) of
-            which `expire` is then told the time. None is no such end. Kept as float64. On a GPU, a call with `until`
-            waits for the device.
+            which `expire` is then told the time. None is no such end. Kept as float64, until `expire` or an `unwant`
+            finds them over. On a GPU, a call with `until` waits for the device.
 
         With `pin_budget`, a call after which more tokens would be wanted is refused. Each token on a wanted path
         counts once, so pins that share a prefix, or renew one another, pay for it once; what ends gives its tokens

@@ -176,13 +176,16 @@ class BlockEvents:
         difference.subtract(gone)
         known = self._counts
         counts = {own: known.get(own, 0) + more for own, more in difference.items() if more}
-        stored = {block.hash: block for block in reversed(came) if counts.get(block.hash) and block.hash not in known}
+        stored: dict[Hash, Block] = {}
+        for block in came:
+            if counts.get(block.hash) and block.hash not in known:
+                stored.setdefault(block.hash, block)
         removed = [own for own in dict.fromkeys(gone) if counts.get(own) == 0]
         pending = list(self._pending)
         if removed:
             pending.append(partial(self._on_removed, removed))
         if stored:
-            pending.append(partial(self._on_stored, list(stored.values())[::-1]))
+            pending.append(partial(self._on_stored, list(stored.values())))
         return _Change(rows, hashes, counts, tuple(pending))
 
     def _look_at_all(self, content: Content) -> list[Block]:

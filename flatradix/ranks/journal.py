@@ -31,8 +31,8 @@ _NOTHING = (UNKNOWN,) * 5
 
 
 class Entry(NamedTuple):
-    """A call. queries: how many, of an eviction the tokens. known: the clock, evictable and protected tokens, nodes,
-    and the digest after it; UNKNOWN where the host does not know. by_calls, by_numbers: the hashes behind it.
+    """A call. queries: how many, or the tokens of an eviction. known: the clock, evictable and protected tokens, nodes, and
+    the digest after it; UNKNOWN where the host does not know. by_calls, by_numbers: the hashes behind it.
     """
 
     name: int
@@ -66,10 +66,10 @@ class Journal:
     def hashes(self) -> tuple[int, int]:
         return self._state[1], self._state[2]
 
-    def _stamp(self) -> tuple[int, int]:
-        """Return numbers that are different after a call that took effect."""
+    def _stamp(self) -> int:
+        """Return `changes` of the tree. Times of use are not undone with a call, so the clock does not tell."""
         known = self._numbers
-        return (known[LAST_CALL], known[CLOCK]) if known is not None else (self._index.changes(), 0)
+        return self._index.changes() if known is None else known[LAST_CALL]
 
     def note(self, name: int, count: int) -> None:
         """Write an entry."""
@@ -82,7 +82,7 @@ class Journal:
         by_calls = hash((by_calls, name, count))
         by_numbers = hash((by_numbers, by_calls, numbers))
         self._kept[number & _MASK] = name, count, numbers, by_calls, by_numbers
-        self._state = number + 1, by_calls, by_numbers, (known[LAST_CALL], clock)
+        self._state = number + 1, by_calls, by_numbers, known[LAST_CALL]
         return None
 
     def _note_slowly(self, name: int, count: int) -> None:

@@ -413,3 +413,18 @@ def test_a_growing_tree_keeps_its_events(device: str) -> None:
         tree.insert(torch.arange(start, start + 3000), range(3000))
         events.update()
         assert router.blocks.keys() == cached(tree, 64)
+
+
+def test_parents_come_first_where_namespaces_share_hashes() -> None:
+    told: list[Block] = []
+    tree = RadixTree(100, device="cpu")
+    events = BlockEvents(tree, 4, on_stored=told.extend, on_removed=lambda _: None, root=lambda _: 0)
+    keys = [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 9, 9, 9]]
+    for key, name in zip(keys, "aab", strict=True):
+        tree.insert(key, range(len(key)), namespace=name)
+    events.update()
+    known: set[object] = {0}
+    for block in told:
+        assert block.parent_hash in known | {None}
+        known.add(block.hash)
+    assert len(told) == 3

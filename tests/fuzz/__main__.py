@@ -70,10 +70,12 @@ class Fuzz:
     def _use(self, pool: ProcessPoolExecutor) -> bool:
         """Make units in a pool; return whether to go on in another one, as a process has died."""
         under_way: dict[Future[Result], Unit] = {}
+        unit: Unit | None = None
         try:
             while True:
                 while len(under_way) < self.options.processes and (unit := self._next()) is not None:
                     under_way[pool.submit(make, unit, self.options.keep)] = unit
+                unit = None
                 if not under_way:
                     return False
                 ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
@@ -82,7 +84,8 @@ class Fuzz:
                     del under_way[future]
                 self._progress()
         except BrokenProcessPool:
-            for unit in under_way.values():
+            lost = set(under_way.values()) | ({unit} if unit is not None else set())  # one may not be submitted yet
+            for unit in lost:
                 print(f"A PROCESS DIED in this unit, or in one beside it; again: {unit.again}", flush=True)
                 self.faults.append(unit)
             return True

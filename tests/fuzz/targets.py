@@ -1,4 +1,4 @@
-"""What can be fuzzed, by name. A unit of a target takes some seconds; its seed and its number decide everything."""
+"""Targets: what a unit does, in some seconds. Its seed and number decide all but where a timer strikes."""
 
 from __future__ import annotations
 

@@ -53,11 +53,12 @@ def prepare() -> None:
 
 def make(unit: Unit, keep: Path) -> Result:
     folder = keep / unit.folder
+    is_new = not folder.exists()  # else it holds a fault that is being repeated
     folder.mkdir(parents=True, exist_ok=True)
     result = _run(unit, folder)
     if result.fault:
         (folder / "fault.txt").write_text(f"{result.fault}\nagain: {unit.again}\n")
-    else:
+    elif is_new:
         shutil.rmtree(folder)
     return result
 

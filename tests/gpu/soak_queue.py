@@ -54,7 +54,7 @@ def flip(random: Random) -> bool:
 # Each draws an argument of this name.
 DRAWS: dict[str, Callable[[Random], Any]] = {
     **dict.fromkeys(("again", "bad", "compute_last", "defer", "everything", "less", "listens", "lock"), flip),
-    **dict.fromkeys(("odd", "serve", "split", "there", "touch", "wide_slots"), flip),
+    **dict.fromkeys(("odd", "serve", "split", "there", "touch", "whole", "wide_slots"), flip),
     "keep": lambda random: random.random() < 0.7,
     "pages": lambda random: random.randint(0, 6),
     "policy": lambda random: random.choice(ORDERS),

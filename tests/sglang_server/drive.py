@@ -52,7 +52,11 @@ def ask(server: Server, scenarios: Sequence[str], load: Load) -> Report:
             report.troubles.append(end_of(server.log))
             break
     if server.lives:
-        report.healthy["a last flush"] = server.post("/flush_cache").status_code == 200
+        try:
+            report.healthy["a last flush"] = server.post("/flush_cache").status_code == 200
+        except httpx.HTTPError as error:
+            report.healthy["a last flush"] = False
+            report.troubles.append(repr(error)[:200])
     if server.listener is not None:
         report.events, report.is_complete = server.listener.settled(), server.listener.is_complete
     report.troubles += server.troubles()

@@ -83,7 +83,7 @@ def _run_all(rows: Sequence[Configuration], out: Path) -> Iterator[int]:
         for number, row in enumerate(rows, 1):
             # SGLang reads some of its variables when it is imported.
             wanted = {key: value for key, value in row.settings.environment.items() if key.startswith("SGLANG_")}
-            if launcher is None or wanted != environment:
+            if launcher is None or launcher.has_ended or wanted != environment:
                 if launcher is not None:
                     launcher.close()
                 launcher, environment = Launcher(out, wanted), wanted

@@ -95,9 +95,16 @@ class Launcher:
     def launch(self, options: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
         """Start a server; return its process id, which is that of its process group."""
         order = {"options": list(options), "environment": dict(environment), "log": str(log)}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise ServerFault(f"the process that imports SGLang has ended ({error}):\n{end_of(self._log)}") from None
         return int(self._read(""))
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def _read(self, expected: str) -> str:
         """Return the next line that is expected or, without an expectation, a number. SGLang may print others.
@@ -112,7 +119,9 @@ class Launcher:
                     return line
         finally:
             late.cancel()
-        raise ServerFault(f"the process that imports SGLang has ended. {end_of(self._log)}")
+        raise ServerFault(
+            f"the process that imports SGLang has ended, or took more than {SECONDS_TO_START} s. {end_of(self._log)}"
+        )
 
     def close(self) -> None:
         """End the process; its servers end within a second."""

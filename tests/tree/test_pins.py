@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -373,3 +374,18 @@ def test_at_every_allocation(name: str, device: str) -> None:
         assert scene.ends() == (after if done else before), at
         if not failed:
             break
+
+
+def test_a_dropped_place_does_not_open_the_budget() -> None:
+    tree = RadixTree(100, device="cpu", pin_budget=4)
+    tree.insert([[1, 2, 3, 4], [9, 8, 7, 6, 5]], [range(4), range(10, 15)])
+    dropped = tree.match([1, 2, 3, 4], lock=True)
+    tree.drop(dropped)
+    good = tree.match([9, 8, 7, 6, 5], touch=False)
+    both = SimpleNamespace(
+        handles=torch.cat([dropped.handles, good.handles]), lengths=torch.cat([dropped.lengths, good.lengths])
+    )
+    with pytest.raises(CapacityError):
+        tree.want(both)
+    tree.unlock(dropped)
+    assert tree.evict(4).num_tokens == 4
