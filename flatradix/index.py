@@ -91,7 +91,7 @@ def _use_of(home: Any, frame: FrameType | None) -> int | None:
     while frame is not None:
         code = frame.f_code
         if code is take_gate.__code__:
-            if frame.f_locals["home"] is home:
+            if frame.f_locals.get("home") is home:
                 at_gate, competes = True, frame.f_locals.get("competes", True)
         elif code in _calls:
             of = frame.f_locals.get("self")

@@ -235,7 +235,7 @@ def written(out: torch.Tensor, slots: torch.Tensor, num_nodes: int) -> EvictInto
 
 
 class EvictResult(NamedTuple):
-    """The KV slots that an eviction freed.
+    """The KV slots that an eviction or a drop freed.
 
     slots: [K] of the tree's slot_dtype on the slot device, node by node in the order of eviction, and inside a node in
         the order of its tokens. The slots of an earlier, interrupted eviction come first.

@@ -1211,7 +1211,7 @@ class DeviceIndex(Index):
         self._names.nothing_given()
         self._unseen_inserts.clear()
         self._most_stored = 0
-        self._holds_dropped = False
+        self._holds_dropped &= self._graph_evicts  # a captured eviction frees dropped nodes first, also from now on
         self._unreturned = None
         if self._listener is not None:
             self._listener.forget()

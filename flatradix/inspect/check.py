@@ -87,7 +87,7 @@ def _check_relations(content: Content, a: Any) -> None:
     _all(gone[inner] | ~gone[above], inner, "its parent was dropped, but it was not")
     hidden = are_detached(a.created[live])
     _all(hidden | ~gone[live] | gone[np.maximum(a.parent[live], 0)], live, "it was dropped, but is not detached")
-    _all(~gone[live] | (a.own_wants[live] == 0), live, "it was dropped, but is wanted")
+    _all(~gone[live] | (a.own_wants[live] == 0), live, "it was dropped, but has soft pins")
     _all(a.tick[live] <= content.number(numbers.CLOCK), live, "its tick is in the future")
     top = ~a.parent[live[a.parent[live] < 0]]
     counts = content.state.namespace_children

@@ -60,7 +60,7 @@ SIZE = 35
 LEAF = 1  # a new leaf below `row`, a row or ~namespace: the tag of its first page
 CUT = 2  # an edge was cut at a path length: (row of the upper part << 32 | that length); `row` is the lower part
 FREED = 3  # a node went: (its parent, a row or ~namespace << 32 | path length at which its edge began)
-ALL_FREED = 4  # a reset, or a drop that keeps locked nodes: all prompts are looked up afresh
+ALL_FREED = 4  # a reset, or a drop that hides locked nodes: all prompts are looked up afresh
 SHORTENED = 5  # the last pages of a node without children went: the path length at which `row` ends now
 EVENT_RING = 1 << 15  # events that are kept
 

@@ -31,8 +31,8 @@ _NOTHING = (UNKNOWN,) * 5
 
 
 class Entry(NamedTuple):
-    """A call. queries: how many, or the tokens of an eviction. known: the clock, evictable and protected tokens, nodes, and
-    the digest after it; UNKNOWN where the host does not know. by_calls, by_numbers: the hashes behind it.
+    """A call. queries: how many, or the tokens of an eviction. known: the clock, evictable and protected tokens,
+    nodes, and the digest after it; UNKNOWN where the host does not know. by_calls, by_numbers: the hashes behind it.
     """
 
     name: int

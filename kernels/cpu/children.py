@@ -55,7 +55,7 @@ def find_child(s, parent, key, wide, limit):
 
 @helper
 def add_child(s, row, tag):
-    """Enter a row. No sibling may begin with the same page."""
+    """Enter a row. No sibling may begin with the same page, unless it is detached."""
     s.tag[row] = np.int32(tag)
     mask = s.numbers[numbers.TABLE_MASK]
     at = tag & mask

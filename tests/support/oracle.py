@@ -518,7 +518,12 @@ class Oracle:
             above.wants += count
 
     def alive(self, places: Sequence[Place]) -> list[bool]:
-        return [place.is_there and not (place.node is not None and place.node.dropped) for place in places]
+        return [place.is_there and not self._was_dropped(place) for place in places]
+
+    def _was_dropped(self, place: Place) -> bool:
+        """Return whether the node was dropped on whose edge a place lies, which a split may have moved up."""
+        node = self.resolve(place)
+        return node is not None and node.dropped
 
     def rematch(self, queries: Sequence[Sequence[int]], namespaces: Sequence[Namespace]) -> list[Place]:
         """Match whole keys again. The places of their earlier match only save time, so nobody passes them here."""
