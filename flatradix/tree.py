@@ -398,8 +398,8 @@ class RadixTree:
 
         O(nodes x log of the depth). On a GPU, the call waits for the device and plans on the host, with a copy of the
         nodes; a CUDA graph cannot hold it. As long as dropped nodes are left there, evictions by lru cost what other
-        policies cost. Raises ValueError unless one of both arguments is given, QueryError (a place of length 0 or of one that is not there),
-        StaleHandleError. Then nothing has changed.
+        policies cost. Raises ValueError unless one of both arguments is given, QueryError (a place of length 0, or of a
+        length that is not there), StaleHandleError. Then nothing has changed.
         """
         return self._index.drop(places, namespace)
 
