@@ -20,6 +20,7 @@ from flatradix import BlockEvents, CapacityError, PrefixCache, QueryError, Radix
 from flatradix.device.index import DeviceIndex
 from flatradix.host.index import HostIndex
 from flatradix.host.paged import PagedIndex
+from tests.support.depth import skip_unless_thorough
 from tests.support.devices import interpreted
 
 THREADS = 8
@@ -119,6 +120,7 @@ def use_tree(tree: RadixTree, load: Load, random: Random, new_slots: Callable[[i
 
 @pytest.mark.parametrize("max_tokens", [600, None])
 def test_threads_on_a_tree(max_tokens: int | None, device: str) -> None:
+    skip_unless_thorough(device)
     if not interpreted(device):
         flatradix.warm_up(device, page_size=2)
     tree = RadixTree(max_tokens, page_size=2, device=device)
