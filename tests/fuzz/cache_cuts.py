@@ -12,7 +12,7 @@ from unittest.mock import patch
 from flatradix import PrefixCache, Request
 from flatradix.cache import home
 from flatradix.inspect.nodes import nodes_of
-from tests.fuzz.cuts import Cutter
+from tests.fuzz.cuts import Cutter, run_programs
 from tests.support.prefix_engine import Engine, fingerprints
 
 NAMES = (None, None, "a", b"b")
@@ -205,7 +205,7 @@ class Program:
             kv = fingerprints(node.path, node.namespace)[node.start :]
             assert engine.kv[list(node.slots)].tolist() == kv, "wrong KV is cached"
 
-    def end(self) -> None:
+    def close(self) -> None:
         self.cache.abort(self.cache.running)
         counts = self.cache.counts()
         assert (counts.running, counts.protected, counts.held) == (0, 0, 0), "slots that nobody holds"
@@ -213,14 +213,4 @@ class Program:
 
 
 def run(seed: int, number: int, _folder: Path) -> Counter[str]:
-    """Run a few programs."""
-    random, counts = Random(f"{seed}/{number}"), Counter[str]()
-    for _ in range(PROGRAMS):
-        program = Program(random, counts)
-        for step in range(1, STEPS + 1):
-            program.run_one()
-            if step % STEPS_A_CHECK == 0:
-                program.check()
-        program.end()
-        counts["programs"] += 1
-    return counts
+    return run_programs(Program, f"{seed}/{number}", PROGRAMS, STEPS, STEPS_A_CHECK)

@@ -6,7 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from tests.support.interrupts import Interrupt, fails_at, interrupt_at, timer
 
@@ -64,3 +64,29 @@ class Cutter:
             return True
         self._seconds[name] += (time.perf_counter() - begun - self._seconds[name]) / 4
         return False
+
+
+class Program(Protocol):
+    """Random calls that are interrupted, beside what the caller knows."""
+
+    def run_one(self) -> None: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def run_programs(
+    make: Callable[[Random, Counter[str]], Program], seed: str, programs: int, steps: int, steps_a_check: int
+) -> Counter[str]:
+    """Run some programs, each of so many steps; return what they count."""
+    random, counts = Random(seed), Counter[str]()
+    for _ in range(programs):
+        program = make(random, counts)
+        for step in range(1, steps + 1):
+            program.run_one()
+            if step % steps_a_check == 0:
+                program.check()
+        program.close()
+        counts["programs"] += 1
+    return counts

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from flatradix.inspect.nodes import nodes_of
-from tests.fuzz.cuts import Cutter
+from tests.fuzz.cuts import Cutter, run_programs
 from tests.support.sglang_engine import Plan
 from tests.support.sglang_home import SGLANG, Home
 
@@ -185,7 +185,7 @@ class Program:
     def row(self, req: Any) -> Any:
         return self.home.pool.req_to_token[req.kv.req_pool_idx]
 
-    def finish(self) -> None:
+    def close(self) -> None:
         while self.requests:
             self.end()
         while self.extra:
@@ -197,14 +197,4 @@ class Program:
 
 
 def run(seed: int, number: int, _folder: Path) -> Counter[str]:
-    """Run a few programs."""
-    random, counts = Random(f"{seed}/{number}"), Counter[str]()
-    for _ in range(PROGRAMS):
-        program = Program(random, counts)
-        for step in range(1, STEPS + 1):
-            program.run_one()
-            if step % STEPS_A_CHECK == 0:
-                program.check()
-        program.finish()
-        counts["programs"] += 1
-    return counts
+    return run_programs(Program, f"{seed}/{number}", PROGRAMS, STEPS, STEPS_A_CHECK)

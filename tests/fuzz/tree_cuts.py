@@ -16,7 +16,7 @@ import torch
 
 from flatradix import CapacityError, QueryError, RadixTree, WaitingQueue
 from flatradix.inspect.nodes import nodes_of
-from tests.fuzz.cuts import Cutter
+from tests.fuzz.cuts import Cutter, run_programs
 
 NAMES = (None, None, "a", b"b", "c")
 POLICIES = ("lru", "lru", "lfu", "slru", "fifo", "priority", "mru")
@@ -195,7 +195,7 @@ class Books:
 
     # Checks
 
-    def step(self) -> None:
+    def run_one(self) -> None:
         rules = [self.insert] * 6 + [self.lock] * 3 + [self.unlock] * 3 + [self.look] * 4 + [self.want]
         if self.queue is not None:
             rules += [self.add] * 4 + [self.remove] * 3 + [self.ask] * 8
@@ -227,15 +227,12 @@ class Books:
         found = self.tree.match(keys, names, touch=False).lengths.tolist() if keys else []
         assert queue.cached_lengths().tolist() == found, "cached lengths of the prompts that wait"
 
+    def close(self) -> None:
+        self.check()
+
 
 def run(seed: int, number: int, _folder: Path, with_queue: bool) -> Counter[str]:
-    """Run a few programs."""
-    random, counts = Random(f"{seed}/{number}/{with_queue}"), Counter[str]()
-    for _ in range(PROGRAMS):
-        books = Books(random, counts, with_queue)
-        for step in range(1, STEPS + 1):
-            books.step()
-            if step % STEPS_A_CHECK == 0:
-                books.check()
-        counts["programs"] += 1
-    return counts
+    def make(random: Random, counts: Counter[str]) -> Books:
+        return Books(random, counts, with_queue)
+
+    return run_programs(make, f"{seed}/{number}/{with_queue}", PROGRAMS, STEPS, STEPS_A_CHECK)
