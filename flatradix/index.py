@@ -68,15 +68,16 @@ def take_gate(home: Any) -> None:
     Of threads that inspect at once, each waits for a random time and inspects again. There is no lock: an interruption
     could leave a lock locked for ever.
     """
+    rivals = False
     for attempt in range(_ATTEMPTS):
+        if rivals:
+            time.sleep(random.random() * _FIRST_WAIT * 2**attempt)
         competes = True
         token = home.busy = object()
         rivals = _other_threads_at_the_gate(home)
         if not rivals and home.busy is token:
             return
         competes = False  # noqa: F841 - other threads read it in this frame
-        if rivals:
-            time.sleep(random.random() * _FIRST_WAIT * 2**attempt)
     raise RuntimeError(_OF_ANOTHER_THREAD)
 
 
