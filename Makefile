@@ -1,6 +1,6 @@
 # make replay   sets up .venv and replays a trace
 # make test     sets up .venv and runs every check
-# make test-all the same, with the long tests at full length
+# make test-all the same, about ten times deeper where tests take long
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
