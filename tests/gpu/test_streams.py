@@ -30,7 +30,7 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
     table = torch.zeros((4, 8), dtype=torch.int32, device=tree.device)
     rows = torch.arange(3, device=tree.device)
     priority = torch.arange(3, device=tree.device)
-    first, first_slots = q.values[:4], slots.values[:4]
+    first, behind = q.values[:4], slots.values[:4] + 100  # no slot may be twice on a path
     out, wanted = torch.zeros(8, dtype=torch.int32, device=tree.device), torch.ones(1, dtype=int, device=tree.device)
     kept: dict[str, Any] = {}
 
@@ -51,7 +51,7 @@ def calls_that_do_not_wait(tree: RadixTree) -> Calls:
         lambda: tree.unlock(kept["single"]),
         lambda: keep("one", tree.match(first, lock=True)),
         lambda: tree.unlock(kept["one"]),
-        lambda: tree.insert(first, first_slots, start=kept["one"]),
+        lambda: tree.insert(first, behind, start=kept["one"]),
         lambda: tree.evict(1, out=out),
         lambda: tree.evict(wanted, out=out),
     ]

@@ -441,13 +441,17 @@ class Machine(RuleBasedStateMachine):
     @rule(pages=st.integers(-1, 6), space=st.integers(0, 12), there=st.booleans())
     def evict_into(self, pages: int, space: int, there: bool) -> None:
         """Evict into a tensor, which may be too small. there: the number of tokens is in a tensor, too."""
+        if self.slot_device is not None and self.tree.device.type != self.slot_device:
+            return  # a tree on a GPU writes to tensors there only
         tokens, space = pages * self.page_size, space * self.page_size - (space % 2)
-        asked = torch.tensor([tokens]) if there else tokens
-        outs = [torch.full((max(space, 0),), -7, dtype=self.tree.slot_dtype) for _ in self.sides]
+        homes = [self.slot_device or side.tree.device for side in self.sides]
+        outs = [torch.full((max(space, 0),), -7, dtype=self.tree.slot_dtype, device=home) for home in homes]
         self.on_each(lambda side: side.told.clear())
         found = self.expect(
             lambda: self.oracle.evict(tokens, len(outs[0])),
-            lambda side: side.tree.evict(asked, out=outs[side.number]),
+            lambda side: side.tree.evict(
+                torch.tensor([tokens], device=side.tree.device) if there else tokens, out=outs[side.number]
+            ),
         )
         if found is None:
             assert all((out == -7).all() for out in outs)
