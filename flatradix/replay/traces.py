@@ -118,7 +118,7 @@ def expand(request: Request) -> np.ndarray:
     """Return the prompt of a request, int32 [input_length], in its own memory."""
     if not request.hash_ids:
         return np.empty(0, np.int32)
-    size = request.block_size
+    size = min(request.block_size, request.input_length)  # a block of 1e9 tokens may hold a prompt of ten
     return np.concatenate([_block(h, size) for h in request.hash_ids])[: request.input_length]
 
 

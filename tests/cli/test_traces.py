@@ -253,3 +253,11 @@ def test_workload_comes_back_to_prefixes() -> None:
 def test_workload_refuses(arguments: tuple[str, int, int]) -> None:
     with pytest.raises(ValueError, match=r"unknown|0 or more"):
         workload.prompts(*arguments)
+
+
+def test_a_block_is_made_as_far_as_its_prompt_goes() -> None:
+    """A block size far above all prompts takes no memory, and changes no prompt."""
+    short, long = (traces.Request(0.0, count, 1, (7,), size) for count, size in ((5, 10**12), (700, 10**12)))
+    whole = traces.expand(traces.Request(0.0, 1024, 1, (7,), 1024))
+    assert traces.expand(short).tolist() == whole[:5].tolist()
+    assert traces.expand(long).tolist() == whole[:700].tolist()
