@@ -222,7 +222,7 @@ class RadixTree:
         places: as for `slots`. If a place lies inside an edge, the edge is split there, and the handle of the locked
         part is written to `places.handles`. Unlock with the same object. On a GPU, leave the tensors of `places`
         unchanged until the next call: if this call is interrupted, they tell what to undo. O(nodes on the paths).
-        Raises QueryError (on the CPU, also for more than 2**30 locks of a node), StaleHandleError. Then nothing is
+        Raises QueryError (also for more than 2**30 locks of a node), StaleHandleError. Then nothing is
         locked.
         """
         self._index.lock(places)

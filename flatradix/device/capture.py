@@ -19,7 +19,10 @@ class Home(Protocol):
 
     def rehearse(self, function: Callable[[], T]) -> T: ...
 
-    def replay(self, graph: torch.cuda.CUDAGraph) -> None: ...
+    @property
+    def noted_locks(self) -> int: ...
+
+    def replay(self, graph: torch.cuda.CUDAGraph, locks: int) -> None: ...
 
     def in_graphs(self) -> tuple[bool, bool]: ...
 
@@ -38,7 +41,7 @@ class Step(Generic[T]):
         self._home = home
         self._function = function
         self._runs = 0
-        self._captured: tuple[torch.cuda.CUDAGraph, T] | None = None
+        self._captured: tuple[torch.cuda.CUDAGraph, T, int] | None = None
 
     def __call__(self) -> T:
         if torch.cuda.is_current_stream_capturing():
@@ -48,14 +51,14 @@ class Step(Generic[T]):
                 result = self._home.rehearse(self._function)
                 self._runs += 1
                 return result
-            before = self._home.in_graphs()
+            before, locks = self._home.in_graphs(), self._home.noted_locks
             try:
-                self._captured = _capture(self._function, self._home.device)
+                self._captured = *_capture(self._function, self._home.device), self._home.noted_locks - locks
             except BaseException:
                 self._home.only_in_graphs(before)
                 raise
-        graph, result = self._captured
-        self._home.replay(graph)
+        graph, result, locks = self._captured
+        self._home.replay(graph, locks)
         return result
 
 

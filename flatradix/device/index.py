@@ -29,6 +29,7 @@ from flatradix.device.input import (
     read_values,
 )
 from flatradix.device.interrupted import NOTHING, OpenCall
+from flatradix.device.limits import Bound
 from flatradix.device.mailbox import abandon, is_later
 from flatradix.device.names import Names
 from flatradix.device.results import Awaited, Batch, OnDevice, Results
@@ -113,6 +114,7 @@ class DeviceIndex(Index):
         self._stages = Stages(device, self.mailbox)
         self._long_stages: Stages | None = None  # from the first long key on
         self._results = Results(device)
+        self._zero = torch.zeros(1, dtype=torch.int64, device=device)
         self._by_tick = options.order.score is None and options.order.code == numbers.LRU
         self._unseen_inserts: deque[tuple[int, int]] = (
             deque()
@@ -127,6 +129,8 @@ class DeviceIndex(Index):
         self._unreturned: torch.Tensor | None = None  # slots of an interrupted eviction, for the next one to return
         self._changes = 0
         self._pinned = False  # whether `want` was ever called
+        self._locks = Bound("lock_ref", "locks", "unlock")
+        self._wants = Bound("wanted", "wants", "unwant")
         self._holds_dropped = False  # whether dropped nodes may be left, which go first in evictions
         self._beyond = _FIRST_BEYOND
         self._graph_evicts = self._graph_inserts = False  # whether a CUDA graph holds such a call
@@ -211,8 +215,7 @@ class DeviceIndex(Index):
 
     def _wait(self) -> int:
         """Wait for all calls so far. Return how many were refused. Free the namespace codes that are not in use."""
-        if self._calls.is_capturing():
-            raise RuntimeError(_WAIT_IN_GRAPH)
+        self._refuse_capture()
         if self._calls.captured:
             self._calls.tell(self._tell)
         refused = self.mailbox.refusals()
@@ -222,6 +225,10 @@ class DeviceIndex(Index):
             self._names.forget_empty(self._state.namespace_children)
             self._may_be_empty = self._graph_evicts
         return refused
+
+    def _refuse_capture(self) -> None:
+        if self._calls.is_capturing():
+            raise RuntimeError(_WAIT_IN_GRAPH)
 
     def _finish_all(self) -> None:
         """Wait for all calls so far, and raise the error of the first that was refused."""
@@ -257,12 +264,18 @@ class DeviceIndex(Index):
         """Take back what a capture that has failed has noted: `before` is what `in_graphs` returned before it."""
         self._calls.captured, self._graph_evicts = before
 
+    @property
+    def noted_locks(self) -> int:
+        """How many locks were noted since they were last looked up."""
+        return self._locks.most
+
     @public_call
-    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Run a graph that holds calls of this tree. What runs is not undone."""
+    def replay(self, graph: torch.cuda.CUDAGraph, locks: int) -> None:
+        """Run a graph that holds calls of this tree, which lock that many places. What runs is not undone."""
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
+        self._note_locks(locks, "replay")
         self._open = NOTHING, 0, self._changes + 1
         graph.replay()
         self._changes += 1
@@ -381,6 +394,7 @@ class DeviceIndex(Index):
         lengths, handles = chunk.length_address + 4 * at, chunk.handle_address + 8 * at
         stages = self._stages if key[1] <= STAGED_TOKENS else self._for_long_keys()
         if hold == 1:
+            self._note_locks(1, "match")
             place = PlaceAddresses(handles, lengths, 1, chunk)
             self._open = interrupted.LOCK, call, self._changes, place
         while not gpu.match_one(self._arrays, stages.desk, key, name, lengths, handles, call, touch, hold, stream):
@@ -409,6 +423,7 @@ class DeviceIndex(Index):
         told = -1 if captured or keys.offsets == 0 else self.mailbox.reserve_lengths(keys.batch)
         late = self._late_result(keys, call, told, captured)
         if hold == 1:
+            self._note_locks(keys.batch, "match")
             self._open = interrupted.LOCK, call, self._changes, late.places
         gpu.match(self._arrays, keys, names, starts, late.output(told), call, touch, hold)
         self._calls.enqueued(call, hold > 0, captured)
@@ -446,6 +461,14 @@ class DeviceIndex(Index):
         check_starts(starts.batch, batch)
         return starts
 
+    def _note_locks(self, count: int, operation: str) -> None:
+        if self._locks.add(count):
+            self._look_up(self._locks, count, operation)
+
+    def _look_up(self, bound: Bound, count: int, operation: str) -> None:
+        self._finish_all()
+        bound.look_up(int(getattr(self._state, bound.column).max()), count, operation)
+
     @public_call
     def lock(self, places: Any) -> None:
         busy, self.busy = self.busy, True
@@ -454,6 +477,7 @@ class DeviceIndex(Index):
         late = getattr(places, "late", None)
         if type(late) is Awaited and late.device is self.device:  # the quick way, for the result of one key
             calls, place = self._calls, late.places
+            self._note_locks(1, "lock")
             call, stream, captured = calls.begin()
             self._open = interrupted.LOCK, call, self._changes, place
             gpu.lock_one(self._arrays, place, call, stream)
@@ -495,6 +519,7 @@ class DeviceIndex(Index):
         if batch:
             if batch > self._arrays.batch:
                 self._ensure_scratch(batch)
+            self._note_locks(batch, "lock")
             call, _stream, captured = self._calls.begin()
             self._open = interrupted.LOCK, call, self._changes, places
             gpu.lock(self._arrays, places, call)
@@ -625,6 +650,8 @@ class DeviceIndex(Index):
         return tuple(self._open[:3])
 
     def _want(self, places: PlaceAddresses) -> None:
+        if self._wants.add(places.batch):
+            self._look_up(self._wants, places.batch, "want")
         self._split(places)
         if places.batch:
             call = self._calls.next()
@@ -723,30 +750,48 @@ class DeviceIndex(Index):
 
     def _gather(self, places: Any, pool: torch.Tensor) -> Ragged:
         """Return what a pool has for each unit of each place. Waits for the device."""
-        self._finish_all()
-        lengths, handles = read_places(places, self.device)
-        handles = handles.contiguous()
-        self._open = _NOTHING_YET
-        self._ensure_scratch(len(handles))
-        offsets = torch.zeros(len(handles) + 1, dtype=torch.int64, device=self.device)
-        torch.cumsum(lengths.clamp(0, self.options.max_tokens), 0, out=offsets[1:])
-        values = torch.empty(int(offsets[-1]), dtype=pool.dtype, device=self.device)
-        if len(handles):
-            call = self._calls.next()
-            found = PlaceAddresses(handles.data_ptr(), lengths.data_ptr(), len(handles))
-            gpu.gather(self._arrays, found, pool, offsets.data_ptr(), values.data_ptr(), call)
-            self._calls.enqueued(call, False)
+        self._refuse_capture()
+        late = self._late(places)
+        if late is None:
             self._finish_all()
+            lengths, handles = read_places(places, self.device)
+            handles = handles.contiguous()
+            found = PlaceAddresses(handles.data_ptr(), lengths.data_ptr(), len(handles), (handles, lengths))
+        else:
+            lengths, found = late.lengths(), late.places
+        offsets = torch.zeros(found.batch + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(lengths.clamp(0, self.options.max_tokens), 0, out=offsets[1:])
+        values = self._gathered(found, pool, offsets, int(offsets[-1]) if late is None else late.total())
         self._open = None
         self.busy = False
         return Ragged.trusted(values, offsets)
+
+    def _gathered(self, found: PlaceAddresses, pool: torch.Tensor, offsets: torch.Tensor, total: int) -> torch.Tensor:
+        """Return `total` values of a pool, those of each place from `offsets` on: int64 [B] or more on the device."""
+        self._open = _NOTHING_YET
+        values = torch.empty(total, dtype=pool.dtype, device=self.device)
+        if found.batch:
+            self._ensure_scratch(found.batch)
+            call = self._calls.next()
+            gpu.gather(self._arrays, found, pool, offsets.data_ptr(), values.data_ptr(), total, call)
+            self._calls.enqueued(call, False)
+            self._finish_all()
+        return values
 
     @public_call
     def path_slots(self, place: Any) -> torch.Tensor:
         busy, self.busy = self.busy, True
         if busy:
             self.recover()
-        return self._slots_of(place).values
+        self._refuse_capture()
+        late = self._late(place)
+        if type(late) is not Awaited:
+            return self._slots_of(place).values
+        values = self._gathered(late.places, self._pool, self._zero, late.length())
+        self._open = None
+        self.busy = False
+        where = self.options.slot_device
+        return values if where is None else values.to(where)
 
     @public_call
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
@@ -815,24 +860,25 @@ class DeviceIndex(Index):
         captured = self._calls.is_capturing()
         if captured:
             self._check_graph_holds_insert(keys, source, namespace)
-        on_host = keys.on_host or source.on_host
-        if (captured or self._calls.rehearsing) and keys.offsets == 0 and not on_host:
-            # A single key's kernel would write its answer again at each replay.
-            keys, source = as_batch(keys, device), source if source.offsets else as_batch(source, device)
         self._ensure_scratch(keys.batch)
         self._open = _NOTHING_YET
         if self.options.grows:
             self._make_room(keys.total)
         names = self._names.give(namespace, keys, self._wait)
         may_compact = captured or self._may_compact(keys.total)
+        one = not may_compact and gpu.is_one(keys, names, priorities, inserted)
+        if not one and keys.offsets == 0:
+            keys, source = as_batch(keys, device), source if source.offsets else as_batch(source, device)
         call = self._calls.next()
         late = self._late_result(keys, call, captured=captured)
         self._open = interrupted.INSERT, call, self._changes, None, keys.batch
-        arrays, stages, out = self._arrays, self._stages, late.output()
-        while not gpu.insert(
-            arrays, stages.desk, keys, source, names, starts, priorities, inserted, out, call, may_compact
-        ):
-            stages.wait()
+        arrays, out = self._arrays, late.output()
+        if one:
+            numbers_of_key = names.number, starts, priorities.number, inserted.number
+            while not gpu.insert_one(arrays, self._stages.desk, keys, source, *numbers_of_key, out, call):
+                self._stages.wait()
+        else:
+            gpu.insert(arrays, keys, source, names, starts, priorities, inserted, out, call, may_compact)
         self._calls.enqueued(call, True, captured)
         if captured:
             self._graph_inserts = True
@@ -1236,6 +1282,7 @@ class DeviceIndex(Index):
             self._most_stored = len(saved["tokens"])
         fill(self._state, self._pool, saved)
         self._holds_dropped = bool((saved["created"] < 0).any())
+        self._locks.most = int(saved["lock_ref"].max())
         found = self._state.numbers
         found[numbers.POOL_CURSOR] = found[numbers.EVICTABLE] + found[numbers.PROTECTED]
         self._names.known.restore(saved["names"])

@@ -33,7 +33,9 @@ def key_counts(values: Values) -> np.ndarray:
 
 
 def as_batch(values: Values, device: torch.device) -> Values:
-    """Return a single sequence as a batch of one, with offsets on the device."""
+    """Return a single sequence as a batch of one on the device, with offsets there."""
+    if values.on_host:
+        values = of_key((values.address, values.total, values.wide, values.owner), device)
     offsets = torch.arange(2, device=device) * values.total
     return values._replace(offsets=offsets.data_ptr(), owner=(values.owner, offsets))
 

@@ -77,6 +77,13 @@ class OnDevice:
     def forget_handle(self) -> None:
         """Note that a lock may have renewed handles on the device."""
 
+    def host_lengths(self) -> torch.Tensor:
+        return self.lengths().cpu()
+
+    def total(self) -> int:
+        """Return the sum of the lengths. Waits for the kernel. A refused call has lengths of -1, which do not count."""
+        return int(self.host_lengths().clamp(0).sum())
+
 
 class Awaited(OnDevice):
     """The numbers of one key, a `results.Late`. The kernel also writes them to the mailbox."""
@@ -117,6 +124,9 @@ class Awaited(OnDevice):
     def length(self) -> int:
         return (self._answer or self._await())[0]
 
+    def total(self) -> int:
+        return self.length()
+
     def handle(self) -> int:
         return self._read_handle() if self._renewed else self._await()[1]
 
@@ -142,7 +152,7 @@ class Batch(OnDevice):
         found = None
         if self._told >= 0:
             found = self._home.told_lengths(self._call, self._told, self.places.batch)
-        return self.lengths().cpu() if found is None else found
+        return super().host_lengths() if found is None else found
 
     def _tensors(self) -> Tensors:
         return Tensors(self.lengths(), self.handles(), self.prefix_lengths())

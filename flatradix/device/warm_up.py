@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flatradix.device.index import DeviceIndex
 from flatradix.errors import CapacityError
 from flatradix.host.warm_up import grow, use_cache, use_queue
 from flatradix.inputs.devices import interpreted
@@ -73,6 +74,7 @@ def _operations(tokens: int) -> Iterator[Callable[[RadixTree], object]]:
     for how in ({}, {"touch": False, "lock": True}):
         yield partial(_match_long_batch, how=how, count=len(long))
     yield partial(_insert_long, key=long)
+    yield partial(_insert_compacting, key=one)
     yield partial(_insert_keys, key=one, names=None, started=True, options={"inserted_lengths": [0, 1]})
     yield partial(_insert_keys, key=one, names=None, started=True, options={"priority": [0, 1]})
     for count in (1, 2, _BEYOND_ONE_LAUNCH):
@@ -157,6 +159,14 @@ def _match_batch(tree: RadixTree, how: dict[str, Any], kind: torch.dtype, tokens
 def _match_long_batch(tree: RadixTree, how: dict[str, Any], count: int) -> None:
     values = torch.zeros(2 * count, dtype=torch.int32, device=tree.device)
     tree.match(Ragged(values, torch.arange(3, device=tree.device) * count), **how)
+
+
+def _insert_compacting(tree: RadixTree, key: np.ndarray) -> None:
+    """Insert one key as if a compaction might be needed. It then takes the launches of a batch."""
+    index = tree.index
+    assert isinstance(index, DeviceIndex)
+    index.rehearse(lambda: tree.insert(key, _slots(tree, key)))
+    index.rehearse(lambda: tree.insert(key, _slots(tree, key), start=_root(tree, 1)))
 
 
 def _insert_long(tree: RadixTree, key: np.ndarray) -> None:

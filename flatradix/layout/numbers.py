@@ -54,7 +54,9 @@ BY_PAGE = 32  # set when a tree is made: 1 if an eviction frees only the last pa
 MOST_LOCKS = 33
 MOST_WANTS = 34
 
-SIZE = 35
+TOMBSTONES = 35  # only on a GPU: nodes that were freed since the child table was built anew
+
+SIZE = 36
 
 # Kinds of events, which waiting queues read. An event is two words: (kind << 32 | row), and what is said here.
 LEAF = 1  # a new leaf below `row`, a row or ~namespace: the tag of its first page

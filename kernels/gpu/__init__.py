@@ -9,6 +9,7 @@ from flatradix.kernels.gpu.finish import tell
 from flatradix.kernels.gpu.follow import follow
 from flatradix.kernels.gpu.free import free, free_selected
 from flatradix.kernels.gpu.insert import insert
+from flatradix.kernels.gpu.insert_one import insert_one, is_one
 from flatradix.kernels.gpu.launch import Arrays, arrays_of, no_arrays
 from flatradix.kernels.gpu.lock import finish_lock, finish_unlock, lock, unlock
 from flatradix.kernels.gpu.lock_one import lock_one, unlock_one
@@ -38,6 +39,8 @@ __all__ = [
     "free_selected",
     "gather",
     "insert",
+    "insert_one",
+    "is_one",
     "lock",
     "lock_one",
     "match",

@@ -12,7 +12,7 @@ import triton.language as tl
 from flatradix.kernels.gpu.children import enter, tags_of_lanes
 from flatradix.kernels.gpu.climb import LEVELS, check_group, hint_leaf, hinted_group, next_group
 from flatradix.kernels.gpu.cut import column, make_pieces, shorten_edges
-from flatradix.kernels.gpu.finish import answer, arrive, first_refusal, publish, wait_for_all
+from flatradix.kernels.gpu.finish import arrive, first_refusal, publish, wait_for_all
 from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, cooperative_programs, device_function
 from flatradix.kernels.gpu.rows import handle_of, take_rows
 from flatradix.kernels.gpu.runs import outer_owners, owners, share
@@ -246,27 +246,19 @@ def _update_counters(s, w, batch, clock):
     tl.store(s.numbers + numbers.CLOCK, clock + 2 * batch)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "values", "offsets", "names", "slots", "slot_offsets", "priorities", "inserteds", "pool", "prefix_lengths",
-        "lengths", "handles", "name", "priority", "inserted", "batch", "rows", "call",
-    ]
-)  # fmt: skip
-def build_kernel(
+@triton.jit
+def build_nodes(
     s, w, values, offsets, names, slots, slot_offsets, priorities, inserteds, pool, prefix_lengths, lengths, handles,
-    name: tl.int64, priority: tl.int64, inserted: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64,
+    name, priority, inserted, batch, rows, clock, error, cuts, program, programs,
     PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr,
     INSERTEDS: tl.constexpr,
 ):  # fmt: skip
-    """Write the result of `settle_kernel` to the tree, or the refusal to the results."""
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    error = first_refusal(w)
-    good = error == scratch.NO_ERROR
-    clock = tl.load(s.numbers + numbers.CLOCK)
-    if good:
+    """Write what `number_nodes` has numbered to the tree, or the refusal to the results. All programs call this.
+
+    SINGLE: the batch is one key, without offsets.
+    """
+    if error == scratch.NO_ERROR:
         units = tl.load(w.counters + scratch.NEW_UNITS)
-        cuts = tl.load(w.counters + scratch.CUT_COUNT).to(tl.int32)
         _add_leaves(
             s, w, values, offsets, names, name, priorities, priority, batch, rows, clock, program, programs,
             PAGE, BIGRAM, SINGLE, NAMES, PRIORITIES,
@@ -284,16 +276,42 @@ def build_kernel(
         )  # fmt: skip
     else:
         _refused(prefix_lengths, lengths, handles, batch, program, programs)
+
+
+@triton.jit
+def finish_insert(s, w, batch, clock, call, error):
+    """Update the tree's counters and tell the host the sizes, or the refusal. The last program to finish calls this."""
+    if error == scratch.NO_ERROR:
+        _update_counters(s, w, batch, clock)
+    tl.store(w.counters + scratch.CUTS, 0)
+    tl.store(w.counters + scratch.CUT_COUNT, 0)
+    publish(s, w, call, error, mail.INSERT)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "values", "offsets", "names", "slots", "slot_offsets", "priorities", "inserteds", "pool", "prefix_lengths",
+        "lengths", "handles", "name", "priority", "inserted", "batch", "rows", "call",
+    ]
+)  # fmt: skip
+def build_kernel(
+    s, w, values, offsets, names, slots, slot_offsets, priorities, inserteds, pool, prefix_lengths, lengths, handles,
+    name: tl.int64, priority: tl.int64, inserted: tl.int64, batch: tl.int32, rows: tl.int32, call: tl.int64,
+    PAGE: tl.constexpr, BIGRAM: tl.constexpr, NAMES: tl.constexpr, PRIORITIES: tl.constexpr, INSERTEDS: tl.constexpr,
+):  # fmt: skip
+    """Write the result of `settle_kernel` to the tree, or the refusal to the results."""
+    programs = tl.num_programs(0)
+    error = first_refusal(w)
+    clock = tl.load(s.numbers + numbers.CLOCK)
+    cuts = tl.load(w.counters + scratch.CUT_COUNT).to(tl.int32)
+    build_nodes(
+        s, w, values, offsets, names, slots, slot_offsets, priorities, inserteds, pool, prefix_lengths, lengths,
+        handles, name, priority, inserted, batch, rows, clock, error, cuts, tl.program_id(0), programs,
+        PAGE, BIGRAM, False, NAMES, PRIORITIES, INSERTEDS,
+    )  # fmt: skip
     last, _bad = arrive(w, programs)
     if last:
-        if good:
-            _update_counters(s, w, batch, clock)
-        tl.store(w.counters + scratch.CUTS, 0)
-        tl.store(w.counters + scratch.CUT_COUNT, 0)
-        publish(s, w, call.to(tl.int64), error, mail.INSERT)
-        if SINGLE:
-            length = tl.load(lengths).to(tl.int64)
-            answer(w, call.to(tl.int64), length, tl.load(handles), tl.load(prefix_lengths))
+        finish_insert(s, w, batch, clock, call.to(tl.int64), error)
 
 
 _build = Kernel(
@@ -307,10 +325,10 @@ _build = Kernel(
 
 
 def build_variant(
-    page: int, bigram: bool, single: bool, names: bool, priorities: bool, inserted: bool, wide: tuple[bool, bool, bool]
+    page: int, bigram: bool, names: bool, priorities: bool, inserted: bool, wide: tuple[bool, bool, bool]
 ) -> Variant:
     """Return the variant of `build_kernel`. wide: of the keys, the slots, and the pool."""
-    return _build.variant((page, bigram, single, names, priorities, inserted), wide)
+    return _build.variant((page, bigram, names, priorities, inserted), wide)
 
 
 def build_programs(arrays: Arrays, batch: int, total: int) -> int:

@@ -1,9 +1,9 @@
 """The child table on a GPU: open addressing keyed by (parent, first page), with the edge beside each entry.
 
 A position holds two int64: (tag, row), and (length, start) of the row's edge. So a walk needs no other load before it
-can compare tokens. The entry of an evicted row becomes a tombstone, TOMBSTONE, which names no row. The next compaction
-rebuilds the table. Until then each new entry belongs to a different page of the pool, and the table has at least two
-positions for each page, so it cannot fill up.
+can compare tokens. The entry of an evicted row becomes a tombstone, TOMBSTONE, which names no row. A compaction builds
+the table anew if there are many (`compact.py`). Until the next compaction each new entry belongs to a different page of
+the pool, and the table has at least two positions for each page, so it cannot fill up.
 """
 
 from __future__ import annotations

@@ -16,12 +16,9 @@ from flatradix.layout import scratch
 
 
 @triton.jit
-def key_at(values, offsets, w, batch, query, at, SINGLE: tl.constexpr):
+def key_at(values, offsets, w, batch, query, at):
     """Return a pointer to the token of a key at path length `at`."""
-    begin = tl.zeros([], tl.int64)
-    if not SINGLE:
-        begin = tl.load(offsets + query)
-    return values + begin + (at - get(w, batch, query, scratch.Q_BEGIN))
+    return values + tl.load(offsets + query) + (at - get(w, batch, query, scratch.Q_BEGIN))
 
 
 @triton.jit
@@ -48,7 +45,7 @@ def claims_of(w, this_round, mask):
 @triton.jit
 def claim(
     s, w, values, offsets, names, name, query, batch, key, edge, at, code, this_round, mask,
-    PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
     """Enter a query into the group of its key for this round. Q_GROUP then holds the group's position in the table.
 
@@ -70,7 +67,7 @@ def claim(
             alike = (get(w, batch, other, scratch.Q_EDGE) == edge) & (get(w, batch, other, scratch.Q_AT) == at)
             alike = alike & ((edge > 0) | (their_code == code))
             if alike:
-                theirs = key_at(values, offsets, w, batch, other, at, SINGLE)
+                theirs = key_at(values, offsets, w, batch, other, at)
                 alike = equal_tokens(key, theirs, at * 0 + PAGE + BIGRAM, WIDTH) == PAGE + BIGRAM
             if alike:
                 # A release too: the next query may find this query here.

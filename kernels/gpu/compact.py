@@ -1,4 +1,7 @@
-"""Compaction: copy every live edge to the other half of the pools, and rebuild the child table.
+"""Compaction: copy every live edge to the other half of the pools.
+
+The child table, which is as large as the pools, is built anew only if it holds many tombstones. Else the entry of each
+live row is told where its edge is now.
 
 A compaction is one launch. The host enqueues the launch wherever the half in use may lack space. Only the device knows
 whether space is lacking, so most of these launches do nothing. Each program first takes a share of the rows, to compute
@@ -13,7 +16,7 @@ import functools
 import triton
 import triton.language as tl
 
-from flatradix.kernels.gpu.children import enter
+from flatradix.kernels.gpu.children import enter, pack_edge
 from flatradix.kernels.gpu.finish import arrive, wait_for_all
 from flatradix.kernels.gpu.launch import Arrays, Kernel, Variant, cooperative_programs
 from flatradix.kernels.gpu.rows import FREE
@@ -27,6 +30,9 @@ UNITS = tl.constexpr(1024)
 # The edge of a unit is found by a search, so units of one page share a search: up to 16 units, which are 64 bytes.
 # Larger groups gain nothing.
 MOST_TOGETHER = 16
+# A compaction builds the child table anew if it holds more than one tombstone for so many pages of a pool's half. With
+# the entries of live rows, and of all pages until the next compaction, 9/16 of the table are in use then at most.
+PAGES_A_TOMBSTONE = tl.constexpr(8)
 
 
 @triton.jit
@@ -88,10 +94,11 @@ def _sums(w, programs):
 
 
 @triton.jit
-def _lay_out(s, w, first, end, before, target):
-    """Set the new starts of the edges of rows `first` to `end`, in row order, and enter them into the child table.
+def _lay_out(s, w, first, end, before, target, anew):
+    """Set the new starts of the edges of rows `first` to `end`, in row order, also in the child table.
 
-    Sets `w.old_start` of each row to (units before its edge << 32 | its old start).
+    anew: whether the table is empty, and the rows must be entered. Sets `w.old_start` of each row to (units before its
+    edge << 32 | its old start).
     """
     while first < end:
         row, live, length = _edges(s, first, end)
@@ -100,7 +107,11 @@ def _lay_out(s, w, first, end, before, target):
         tl.store(w.old_start + row, (offset << 32) | start, mask=row < end)
         tl.debug_barrier()  # every lane has read its old start
         tl.store(s.start + row, (target + offset).to(tl.int32), mask=live)
-        _enter_again(s, w, row, target + offset, length, live)
+        if anew:
+            _enter_again(s, w, row, target + offset, length, live)
+        else:
+            place = tl.load(w.entry + row, mask=live, other=0).to(tl.int64)
+            tl.store(s.child_table + 2 * place + 1, pack_edge(target + offset, length), mask=live)
         before += tl.sum(length)
         first += BLOCK
 
@@ -142,20 +153,25 @@ def _copy_units(s, w, pool, target, total, rows, programs, TOGETHER: tl.constexp
 def compact_kernel(s, w, pool, programs: tl.int32, forced: tl.int32, TOGETHER: tl.constexpr, BIGRAM: tl.constexpr):
     if (forced != 0) | (tl.load(w.counters + scratch.COMPACT) != 0):
         rows = tl.load(s.numbers + numbers.ROWS)
-        half = tl.load(s.numbers + numbers.POOL_PAGES) * tl.load(s.numbers + numbers.PAGE)
+        pages = tl.load(s.numbers + numbers.POOL_PAGES)
+        half = pages * tl.load(s.numbers + numbers.PAGE)
+        anew = (forced != 0) | (tl.load(s.numbers + numbers.TOMBSTONES) > pages // PAGES_A_TOMBSTONE)
         target = 2 * half - tl.load(s.numbers + numbers.POOL_END)
         first, end = share(rows, programs)
         tl.store(w.partial + tl.program_id(0), _live_units(s, first, end))
-        clear_table(s, programs)
+        if anew:
+            clear_table(s, programs)
         wait_for_all(w, programs)
         before, total = _sums(w, programs)
-        _lay_out(s, w, first, end, before, target)
+        _lay_out(s, w, first, end, before, target, anew)
         wait_for_all(w, programs)
         _copy_units(s, w, pool, target.to(tl.int32), total, rows.to(tl.int32), programs, TOGETHER, BIGRAM)
         if tl.program_id(0) == 0:
             tl.store(s.numbers + numbers.POOL_CURSOR, target + total)
             tl.store(s.numbers + numbers.POOL_END, target + half)
             tl.store(w.counters + scratch.COMPACT, 0)
+            if anew:
+                tl.store(s.numbers + numbers.TOMBSTONES, 0)
         _finish(w, programs)
 
 
@@ -191,6 +207,8 @@ def rebuild_kernel(s, w, programs: tl.int32):
         start = tl.load(s.start + row, mask=live, other=0).to(tl.int64)
         _enter_again(s, w, row, start, length, live)
         first += BLOCK
+    if tl.program_id(0) == 0:
+        tl.store(s.numbers + numbers.TOMBSTONES, 0)
     _finish(w, programs)
 
 

@@ -6,7 +6,8 @@ cut, is found by counting nodes into bins (`evict_bins`). The nodes up to the cu
 the nodes of its bin (`evict_order`).
 
 The count also gives a hint for later evictions: a key up to which there are some more nodes than were evicted. A small
-eviction then lists the nodes up to that key and compares all of them with one another: one pass over the rows.
+eviction then lists the nodes up to that key and compares all of them with one another: one pass over the rows. A tree
+of few rows needs no hint: all its nodes are listed.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ CROWDED = tl.constexpr(512)
 # The list of nodes that a hint selects: its capacity, and how many nodes it should hold beyond the evicted ones.
 LIST = tl.constexpr(2048)
 SPARE = tl.constexpr(256)
+# All nodes of a tree are listed, without a hint, if no program then compares FEW_RANKED nodes with MANY_OTHERS more
+# than this many times. Such a step takes 1 us; to count the nodes into bins takes 26 us for a tree of 320 rows (H200).
+FEW_STEPS = 16
 
 # Indices into `Scratch.counters` of the hint, which outlives a call: a key, and the tokens of the nodes up to that key.
 # SPENT follows: how many of these tokens the last eviction took.
@@ -123,16 +127,27 @@ def _collect(s, w, content, rows, capacity, programs, bound, BY_TICK: tl.constex
 
 
 @triton.jit
-def _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TICK: tl.constexpr):
-    """Select the victims with the hint of the last eviction. Return 1, or 0 if the hint does not suffice."""
-    good = tl.zeros([], tl.int32)
+def _hint(w, rows, programs, most_steps):
+    """Return (a key, the tokens to be expected of the nodes up to that key): of all nodes, if these are few."""
     hint = tl.load(w.counters + EVICTION_HINT)
-    if wanted <= tl.load(w.counters + PROMISE) - tl.load(w.counters + SPENT):
+    promise = tl.load(w.counters + PROMISE) - tl.load(w.counters + SPENT)
+    steps = tl.cdiv(rows, programs * FEW_RANKED) * tl.cdiv(rows, MANY_OTHERS)
+    few = (rows <= LIST) & (steps <= most_steps)
+    return tl.where(few, HIGHEST, hint), tl.where(few, HIGHEST, promise)
+
+
+@triton.jit
+def _select_from_list(s, w, work, rows, capacity, programs, wanted, most_steps, call, BY_TICK: tl.constexpr):
+    """Select the victims from one list of nodes. Return 1, or 0 if the hint does not suffice."""
+    good = tl.zeros([], tl.int32)
+    hint, promise = _hint(w, rows, programs, most_steps)
+    if wanted <= promise:
         _collect(s, w, work + CONTENT, rows, capacity, programs, hint, BY_TICK)
         wait_for_all(w, programs)
         content = tl.load(work + CONTENT)
         if ((content >> 32) <= LIST) & ((content & LOW32) >= wanted):
             rank_list(s, w, capacity, programs, content >> 32, wanted, call, BY_TICK)
+            tl.store(w.counters + EVICTION_HINT, hint)
             tl.store(w.counters + PROMISE, content & LOW32)
             good += 1
     return good
@@ -203,9 +218,9 @@ def _tokens_asked_for(w, asked, wanted, ASKED: tl.constexpr):
     return tl.minimum(tl.maximum(wanted, 0), numbers.MAX_UNITS)
 
 
-@triton.jit(do_not_specialize=["asked", "wanted", "comparable", "call", "programs"])
+@triton.jit(do_not_specialize=["asked", "wanted", "comparable", "call", "programs", "most_steps"])
 def select_kernel(
-    s, w, asked, wanted: tl.int64, comparable: tl.int64, call: tl.int64, programs: tl.int32,
+    s, w, asked, wanted: tl.int64, comparable: tl.int64, call: tl.int64, programs: tl.int32, most_steps: tl.int32,
     BY_TICK: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
     call = call.to(tl.int64)
@@ -216,7 +231,7 @@ def select_kernel(
     missing = wanted
     wanted = tl.minimum(wanted, tl.load(s.numbers + numbers.EVICTABLE))
     if wanted > 0:
-        if _select_from_list(s, w, work, rows, capacity, programs, wanted, call, BY_TICK) == 0:
+        if _select_from_list(s, w, work, rows, capacity, programs, wanted, most_steps, call, BY_TICK) == 0:
             _select_from_bins(s, w, work, rows, capacity, programs, wanted, comparable.to(tl.int64), call, BY_TICK)
     last, _bad = arrive(w, programs)
     if last:
@@ -229,7 +244,7 @@ def select_kernel(
         tl.store(w.counters + scratch.WAITING, 0)
 
 
-_select = Kernel(select_kernel, ["*i64", "i64", "i64", "i64", "i32"], warps=16, cooperative=True)
+_select = Kernel(select_kernel, ["*i64", "i64", "i64", "i64", "i32", "i32"], warps=16, cooperative=True)
 
 
 def select(arrays: Arrays, wanted: Wanted, by_tick: bool, call: int) -> None:
@@ -245,7 +260,7 @@ def select(arrays: Arrays, wanted: Wanted, by_tick: bool, call: int) -> None:
     evictions of up to 100 nodes each, else 36 us, also for 1 % of the nodes.
     """
     programs, variant = _selection(arrays, wanted, by_tick)
-    arguments = wanted.address, wanted.more, _comparable(wanted), call, programs
+    arguments = wanted.address, wanted.more, _comparable(wanted), call, programs, FEW_STEPS
     _select(arrays, programs, arguments, variant.constants)
 
 
@@ -273,7 +288,7 @@ def evict(arrays: Arrays, wanted: Wanted, by_tick: bool, into: Freeing, call: in
         return
     code = native.start_evict.call(
         first.record, second.record, stream, call, wanted.address, wanted.more,
-        _comparable(wanted), selecting, arrays.pool, into.slots, into.counts, into.space, into.returned,
+        _comparable(wanted), selecting, FEW_STEPS, arrays.pool, into.slots, into.counts, into.space, into.returned,
         *programs_for(arrays, into),
     )  # fmt: skip
     if code:

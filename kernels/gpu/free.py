@@ -167,12 +167,14 @@ def _update_counters(s, w, call, count, tokens):
     free = tl.load(s.numbers + numbers.FREE_ROWS)
     nodes = tl.load(s.numbers + numbers.NODES)
     evictable = tl.load(s.numbers + numbers.EVICTABLE)
+    tombstones = tl.load(s.numbers + numbers.TOMBSTONES)
     tl.debug_barrier()
     tl.store(w.mail + mail.RELEASED, ((call & mail.CALL_MASK) << 32) | released)
     tl.store(s.numbers + numbers.RELEASED, 0)
     tl.store(s.numbers + numbers.FREE_ROWS, free + count)
     tl.store(s.numbers + numbers.NODES, nodes - count)
     tl.store(s.numbers + numbers.EVICTABLE, evictable - tokens)
+    tl.store(s.numbers + numbers.TOMBSTONES, tombstones + count)
 
 
 @triton.jit(

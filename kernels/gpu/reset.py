@@ -46,6 +46,7 @@ def _set_numbers(s):
     tl.store(s.numbers + numbers.EVICTABLE, 0)
     tl.store(s.numbers + numbers.PROTECTED, 0)
     tl.store(s.numbers + numbers.NODES, 0)
+    tl.store(s.numbers + numbers.TOMBSTONES, 0)
 
 
 @triton.jit(do_not_specialize=["call", "programs"])

@@ -23,8 +23,7 @@ COMPARED = tl.constexpr(1024)
 
 @triton.jit
 def _settle_one(
-    w, values, offsets, query, batch, rows, claims,
-    PAGE: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr,
+    w, values, offsets, query, batch, rows, claims, PAGE: tl.constexpr, BIGRAM: tl.constexpr,
 ):  # fmt: skip
     """Settle one key in a round. Return 1 if the key is still open after it, else 0.
 
@@ -39,8 +38,8 @@ def _settle_one(
         put(w, batch, query, at * 0, scratch.Q_LEAF)
     else:
         their_end = get(w, batch, owner, scratch.Q_END)
-        ours = key_at(values, offsets, w, batch, query, at, SINGLE)
-        theirs = key_at(values, offsets, w, batch, owner, at, SINGLE)
+        ours = key_at(values, offsets, w, batch, query, at)
+        theirs = key_at(values, offsets, w, batch, owner, at)
         count = tl.minimum(end, their_end) - at + BIGRAM
         equal = tl.maximum(equal_tokens(ours, theirs, count, COMPARED) - BIGRAM, 0)
         at += equal - equal % PAGE
@@ -95,11 +94,19 @@ def _reserve(s, w, made, units, may_compact):
     tl.store(w.counters + scratch.NEW_ROWS, made)
 
 
+@triton.jit
+def number_nodes(s, w, batch, cuts, may_compact):
+    """Assign rows to all new nodes and positions to all new units, or refuse the call. cuts: as from `list_cuts`."""
+    made = number_cuts(s, w, batch, cuts)
+    made, units = _number_leaves(s, w, batch, made)
+    _reserve(s, w, made, units, may_compact)
+
+
 @triton.jit(do_not_specialize=["values", "offsets", "names", "name", "batch", "rows", "mask", "may_compact"])
 def settle_kernel(
     s, w, values, offsets, names, name: tl.int64, batch: tl.int32, rows: tl.int32, mask: tl.int32,
     may_compact: tl.int32,
-    PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, SINGLE: tl.constexpr, NAMES: tl.constexpr,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, BIGRAM: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
     """Settle which query owns which new units, which edges are cut, and the rows and positions of all new nodes.
 
@@ -119,10 +126,10 @@ def settle_kernel(
                     edge = get(w, batch, query, scratch.Q_EDGE)
                     at = get(w, batch, query, scratch.Q_AT)
                     code, _named = name_of(names, name, query, NAMES)
-                    key = key_at(values, offsets, w, batch, query, at, SINGLE)
+                    key = key_at(values, offsets, w, batch, query, at)
                     claim(
                         s, w, values, offsets, names, name, query.to(tl.int32), batch, key, edge, at, code, this_round,
-                        mask, PAGE, WIDTH, BIGRAM, SINGLE, NAMES,
+                        mask, PAGE, WIDTH, BIGRAM, NAMES,
                     )  # fmt: skip
                 query += programs
             wait_for_all(w, programs)
@@ -131,7 +138,7 @@ def settle_kernel(
         while query < batch:
             if get(w, batch, query, scratch.Q_OPEN) > 0:
                 still += _settle_one(
-                    w, values, offsets, query, batch, rows, claims_of(w, this_round, mask), PAGE, BIGRAM, SINGLE
+                    w, values, offsets, query, batch, rows, claims_of(w, this_round, mask), PAGE, BIGRAM
                 )
             query += programs
         if still > 0:
@@ -155,9 +162,7 @@ def settle_kernel(
             compare_cuts(w, batch, count, program, programs)
             wait_for_all(w, programs)
         if program == 0:
-            made = number_cuts(s, w, batch, count)
-            made, units = _number_leaves(s, w, batch, made)
-            _reserve(s, w, made, units, may_compact)
+            number_nodes(s, w, batch, count, may_compact)
     last, _bad = arrive(w, programs)
     if last:
         tl.store(w.counters + scratch.ARRIVED, 0)
@@ -169,9 +174,9 @@ def settle_kernel(
 _settle = Kernel(settle_kernel, ["*w", "*i64", "*i64", "i64", "i32", "i32", "i32", "i32"], cooperative=True)
 
 
-def settle_variant(page: int, width: int, bigram: bool, single: bool, names: bool, wide: bool) -> Variant:
+def settle_variant(page: int, width: int, bigram: bool, names: bool, wide: bool) -> Variant:
     """Return the variant of `settle_kernel`. page, width, bigram: as from `page_constants`."""
-    return _settle.variant((page, width, bigram, single, names), (wide,))
+    return _settle.variant((page, width, bigram, names), (wide,))
 
 
 def settle(

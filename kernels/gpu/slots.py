@@ -17,14 +17,16 @@ from flatradix.kernels.gpu.launch import (
     Variant,
     cooperative_programs,
     direct_stream,
+    multi_processors,
     raise_driver,
 )
 from flatradix.kernels.gpu.rows import resolve
 from flatradix.layout import mail, reasons, scratch
 from flatradix.layout.queries import PlaceAddresses, SlotTable
 
-BLOCK = tl.constexpr(512)
-_BATCH = 8  # the place of the batch among the arguments of `slots_kernel`
+BLOCK = tl.constexpr(1024)
+# Programs that copy one path at most: a block waits 1 us for its slots (H200).
+MOST_PARTS = 64
 
 
 @triton.jit
@@ -48,10 +50,11 @@ def _check(s, w, handles, lengths, rows, height, width, query, batch, PAGE: tl.c
 
 
 @triton.jit
-def _copy_path(s, row, length, pool, target, STEP: tl.constexpr):
+def _copy_path(s, row, length, pool, target, part, parts, STEP: tl.constexpr):
     """Copy the slots of one path, from its last edge up. The next edge is looked up while an edge is copied.
 
-    STEP: 1, or the size of a page: then the page of each first slot is copied.
+    part, parts: this program copies each `parts`-th block. STEP: 1, or the size of a page: then the page of each first
+    slot is copied.
     """
     begin = tl.load(s.end + row) - tl.load(s.length + row)
     start = tl.load(s.start + row)
@@ -61,13 +64,15 @@ def _copy_path(s, row, length, pool, target, STEP: tl.constexpr):
         next_begin = tl.load(s.end + above) - tl.load(s.length + above)
         next_start = tl.load(s.start + above)
         next_parent = tl.load(s.parent + above)
-        at = begin // STEP
-        while at < length // STEP:
+        first = begin // STEP
+        end = length // STEP
+        at = first + (part + parts - first // BLOCK % parts) % parts * BLOCK
+        while at < end:
             j = at + tl.arange(0, BLOCK)
-            inside = j < length // STEP
+            inside = j < end
             slot = tl.load(pool + start + (j * STEP - begin), mask=inside, other=0) // STEP
             tl.store(target + j, slot.to(target.dtype.element_ty), mask=inside)
-            at += BLOCK
+            at += parts * BLOCK
         length = begin
         row = above
         begin = next_begin
@@ -77,15 +82,16 @@ def _copy_path(s, row, length, pool, target, STEP: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "handles", "lengths", "rows", "pool", "target", "stride", "height", "width", "batch", "call",
+        "handles", "lengths", "rows", "pool", "target", "stride", "height", "width", "batch", "call", "parts",
     ]
 )  # fmt: skip
 def slots_kernel(
     s, w, handles, lengths, rows, pool, target, stride: tl.int64, height: tl.int64, width: tl.int64, batch: tl.int32,
-    call: tl.int64, PAGE: tl.constexpr, TABLE: tl.constexpr, STEP: tl.constexpr,
+    call: tl.int64, parts: tl.int32, PAGE: tl.constexpr, TABLE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Copy the slots of each place to `target`, or with STEP its pages, all or nothing.
 
+    parts: how many programs share a path.
     rows: int64 [B]. TABLE: the row of the slot table for each place; else the offset in `target` for each place.
     """
     program = tl.program_id(0)
@@ -97,14 +103,15 @@ def slots_kernel(
     wait_for_all(w, programs)
     error = first_refusal(w)
     if error == scratch.NO_ERROR:
-        query = program
-        while query < batch:
+        task = program
+        while task < batch * parts:
+            query = task // parts
             row = tl.load(column(w, batch, scratch.Q_ROW) + query)
             place = tl.load(rows + query).to(tl.int64)
             if TABLE:
                 place = place * stride
-            _copy_path(s, row, tl.load(lengths + query), pool, target + place, STEP)
-            query += programs
+            _copy_path(s, row, tl.load(lengths + query), pool, target + place, task % parts, parts, STEP)
+            task += programs
     last, _bad = arrive(w, programs)
     if last:
         if TABLE:
@@ -115,7 +122,7 @@ def slots_kernel(
 
 _slots = Kernel(
     slots_kernel,
-    ["*i64", "*i32", "*i64", "*w", "*w", "i64", "i64", "i64", "i32", "i64"],
+    ["*i64", "*i32", "*i64", "*w", "*w", "i64", "i64", "i64", "i32", "i64", "i32"],
     warps=4,
     cooperative=True,
 )
@@ -126,23 +133,33 @@ def _variant(page: int, table: bool, step: int, wide: tuple[bool, bool]) -> Vari
     return _slots.variant((page, table, step), wide)
 
 
-def _start(arrays: Arrays, variant: Variant, arguments: tuple[int, ...]) -> None:
-    programs = cooperative_programs(arrays, arguments[_BATCH], 8)
+def _parts(arrays: Arrays, batch: int, longest: int) -> int:
+    """Return how many programs share a path of at most `longest` slots: few paths must keep a GPU busy too."""
+    blocks = -(-longest // BLOCK.value)
+    return max(1, min(2 * multi_processors(arrays.device) // batch, blocks, MOST_PARTS))
+
+
+def _start(arrays: Arrays, variant: Variant, batch: int, longest: int, arguments: tuple[int, ...]) -> None:
+    parts = _parts(arrays, batch, longest)
+    programs = cooperative_programs(arrays, batch * parts, 8)
     direct = arrays.direct.get(variant)
     if direct is None or (stream := direct_stream(arrays.device)) < 0:
-        _slots(arrays, programs, arguments, variant.constants, variant.wide)
-    elif code := native.start_slots.call(direct.record, programs, stream, *arguments):
+        _slots(arrays, programs, (*arguments, parts), variant.constants, variant.wide)
+    elif code := native.start_slots.call(direct.record, programs, stream, *arguments, parts):
         raise_driver(code)
 
 
-def gather(arrays: Arrays, places: PlaceAddresses, pool: torch.Tensor, offsets: int, out: int, call: int) -> None:
+def gather(
+    arrays: Arrays, places: PlaceAddresses, pool: torch.Tensor, offsets: int, out: int, total: int, call: int
+) -> None:
     """Write what a pool has for place i to `out`, from `offsets[i]` on, all or nothing, in one launch.
 
-    pool: slots or tokens of the tree. offsets: address of int64 [B]. out: address of values of the pool's dtype.
+    pool: slots or tokens of the tree. offsets: address of int64 [B]. out: address of `total` values of the pool's
+    dtype.
     """
-    wide = pool.dtype == torch.int64
-    arguments = (places.handles, places.lengths, offsets, pool.data_ptr(), out, 0, 0, 0, places.batch, call)
-    _start(arrays, _variant(arrays.page, False, 1, (wide, wide)), arguments)
+    wide, batch = pool.dtype == torch.int64, places.batch
+    arguments = (places.handles, places.lengths, offsets, pool.data_ptr(), out, 0, 0, 0, batch, call)
+    _start(arrays, _variant(arrays.page, False, 1, (wide, wide)), batch, total, arguments)
 
 
 def write_slots(
@@ -157,4 +174,5 @@ def write_slots(
         places.batch, call,
     )  # fmt: skip
     step = arrays.page if pages else 1
-    _start(arrays, _variant(arrays.page, True, step, (arrays.pool_wide, table.wide)), arguments)
+    variant = _variant(arrays.page, True, step, (arrays.pool_wide, table.wide))
+    _start(arrays, variant, places.batch, table.width // step, arguments)

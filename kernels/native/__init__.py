@@ -7,7 +7,7 @@ the GIL.
 
 from flatradix.kernels.native.answers import await_answer, await_lengths, await_word
 from flatradix.kernels.native.evict import start_evict
-from flatradix.kernels.native.insert import start_insert
+from flatradix.kernels.native.insert import start_insert, start_insert_one
 from flatradix.kernels.native.launch import (
     Record,
     launch,
@@ -20,8 +20,8 @@ from flatradix.kernels.native.launch import (
 from flatradix.kernels.native.stage import commit, stage
 
 FUNCTIONS = (
-    await_answer, await_lengths, await_word, commit, launch, stage, start_evict, start_insert, start_lock, start_long,
-    start_match, start_matches, start_slots,
+    await_answer, await_lengths, await_word, commit, launch, stage, start_evict, start_insert, start_insert_one,
+    start_lock, start_long, start_match, start_matches, start_slots,
 )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ __all__ = [
     "stage",
     "start_evict",
     "start_insert",
+    "start_insert_one",
     "start_lock",
     "start_long",
     "start_match",

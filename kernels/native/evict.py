@@ -6,12 +6,9 @@ from flatradix.kernels.cpu.jit import fixed_types
 from flatradix.kernels.native.launch import cells_of, start
 
 
-@fixed_types(
-    "(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)",
-    nogil=True,
-)
+@fixed_types(f"({'int64, ' * 16})", nogil=True)
 def start_evict(
-    select, free, stream, call, asked, more, comparable, selecting,
+    select, free, stream, call, asked, more, comparable, selecting, most_steps,
     pool, slots, counts, space, returned, programs, freeing,
 ):  # fmt: skip
     """Launch `select_kernel` with `selecting` programs, then `free_kernel` with `programs`; return the driver's code.
@@ -24,6 +21,7 @@ def start_evict(
     cells[2] = comparable
     cells[3] = call
     cells[4] = selecting
+    cells[5] = most_steps
     code = start(select, selecting, stream)
     if code != 0:
         return code

@@ -151,9 +151,9 @@ def start_matches(
     return start(record, programs, stream)
 
 
-@fixed_types(f"({'int64, ' * 13})", nogil=True)
+@fixed_types(f"({'int64, ' * 14})", nogil=True)
 def start_slots(
-    record, programs, stream, handles, lengths, rows, pool, target, stride, height, width, batch, call
+    record, programs, stream, handles, lengths, rows, pool, target, stride, height, width, batch, call, parts
 ):  # fmt: skip
     """Launch a copy of the slots of places. Return the driver's code. The other arguments are those of the kernel."""
     cells = cells_of(record)
@@ -167,4 +167,5 @@ def start_slots(
     cells[7] = width
     cells[8] = batch
     cells[9] = call
+    cells[10] = parts
     return start(record, programs, stream)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,8 +154,9 @@ def test_groups_form_in_any_order(
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_evictions_of_all_sizes(cuda: str, policy: str) -> None:
-    """The tree has more nodes than a bin, or a sample, of the selection holds."""
+def test_evictions_of_all_sizes(cuda: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree has more nodes than a bin, or a sample, of the selection holds; where kernels are interpreted, few."""
+    monkeypatch.setattr(sys.modules["flatradix.kernels.gpu.evict"], "FEW_STEPS", 0)
     count = 20 if interpreted(cuda) else 60_000
     pair = Pair(cuda, 2 * count, policy=policy)
     rng = random.Random(9)

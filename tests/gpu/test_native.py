@@ -110,7 +110,7 @@ ONE, EACH = PerQuery(0, -(2**40)), PerQuery(3 << 40, 0)
 CASES: dict[str, Callable[[Home], object]] = {
     "lock": lambda home: gpu.lock_one(home.arrays, PLACES, 9, STREAM),
     "unlock": lambda home: gpu.unlock_one(home.arrays, PLACES, 9, STREAM),
-    "slots": lambda home: gpu.gather(home.arrays, MANY, home.arrays.state.tokens, 3 << 40, 4 << 40, 9),
+    "slots": lambda home: gpu.gather(home.arrays, MANY, home.arrays.state.tokens, 3 << 40, 4 << 40, 9000, 9),
 }
 for kind in (False, True):
     CASES[f"write_slots {kind}"] = lambda home, pages=kind: gpu.write_slots(home.arrays, MANY, 3, TABLE, 9, pages)
@@ -128,21 +128,25 @@ for kind in (False, True):
             )
 
 
-def insert(home: Home, keys: Values, slots: Values, may_compact: bool = False) -> bool:
-    starts, each = (MANY, EACH) if keys.batch == 3 else (PLACES, ONE)
-    return gpu.insert(home.arrays, home.desk, keys, slots, each, starts, each, each, OUT, 9, may_compact)
+def insert(home: Home, keys: Values, slots: Values, may_compact: bool) -> None:
+    gpu.insert(home.arrays, keys, slots, EACH, MANY, EACH, EACH, OUT, 9, may_compact)
 
 
+def insert_one(home: Home, keys: Values, slots: Values) -> bool:
+    return gpu.insert_one(home.arrays, home.desk, keys, slots, -8, PLACES, -(2**40), 2**40, OUT, 9)
+
+
+for compacts in (False, True):
+    CASES[f"insert {compacts}"] = partial(insert, keys=there(False, 3), slots=there(True, 3), may_compact=compacts)
 for name, keys, slots in (
     ("on the device", there(True), there(False)),
-    ("batch", there(False, 3), there(True, 3)),
     ("key on the host", on_host(KEY64), there(True, total=9)),
     ("narrow key on the host", on_host(KEY32), there(True, total=9)),
     ("slots on the host", there(True, total=9), on_host(KEY64)),
     ("both on the host", on_host(KEY32), on_host(KEY64)),
 ):
-    for compacts in (False, True):
-        CASES[f"insert {name} {compacts}"] = partial(insert, keys=keys, slots=slots, may_compact=compacts)
+    CASES[f"insert one {name}"] = partial(insert_one, keys=keys, slots=slots)
+LAUNCHES = {"insert False": 3, "insert True": 4}
 
 
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)
@@ -154,7 +158,7 @@ def test_one_call_of_machine_code(case: str, slot_dtype: torch.dtype, monkeypatc
     home.stages.buffers.zero_()
     assert start(home) in (None, True)
     from_python, words, staged = driver.launches[:], home.stages.words.copy(), home.stages.buffers.clone()
-    assert len(from_python) == (1 if not case.startswith("insert") else 4 if case.endswith("True") else 3)
+    assert len(from_python) == LAUNCHES.get(case, 1)
     driver.launches.clear()
     home.stages.words[desk.NEXT :] = 0
     home.stages.buffers.zero_()
@@ -277,16 +281,20 @@ def test_a_refused_launch_has_no_effect(cuda: str, direct: FakeDriver) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("good", range(3))
 def test_an_insert_of_which_a_launch_was_refused(cuda: str, direct: FakeDriver, good: int) -> None:
-    """The driver runs none, one or two of its three launches."""
+    """The driver runs none, one or two of the three launches of a batch, and not the only one of a single key."""
     pair = Pair(cuda, 64)
     for tree in (pair.host, pair.tree):
         for key in range(4):
             assert tree.insert([key, 2, 3, 4], [5, 6, 7, 8]).prefix_length == 0
-    direct.code, direct.good = 2, good
-    with pytest.raises(RuntimeError, match="refused to launch a kernel: error 2"):
-        pair.tree.insert([1, 2, 9, 9], [5, 6, 7, 8])
-    direct.code = 0
-    pair.compare()
+            assert tree.insert([[key, 2, 3]], [[5, 6, 7]]).prefix_lengths.tolist() == [3]
+    for key, slots in (([[1, 2, 9, 9]], [[5, 6, 7, 8]]), *[([1, 2, 9, 9], [5, 6, 7, 8])] * (good == 0)):
+        direct.code, direct.good = 2, good
+        direct.launches.clear()
+        with pytest.raises(RuntimeError, match="refused to launch a kernel: error 2"):
+            pair.tree.insert(key, slots)
+        assert len(direct.launches) == good + 1
+        direct.code = 0
+        pair.compare()
     for tree in (pair.host, pair.tree):
         assert tree.insert([1, 2, 9], [5, 6, 7]).prefix_length == 2
     pair.compare()

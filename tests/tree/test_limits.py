@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flatradix import CapacityError, PrefixCache, QueryError, RadixTree, Ragged
+from flatradix.device.index import DeviceIndex
 from flatradix.inspect.content import saved_of
 from flatradix.inspect.nodes import nodes_of
 from flatradix.layout import numbers
@@ -28,7 +29,8 @@ def changed(tree: RadixTree, change: Callable[[dict[str, Any]], None], **setting
     tree.compact()
     saved = saved_of(tree.content())
     change(saved)
-    copy = RadixTree(tree.max_tokens, tree.page_size, tree.device, tree.policy, evict_by=tree.evict_by, **settings)
+    device = "cuda" if isinstance(index_of(tree), DeviceIndex) else "cpu"  # interpreted kernels run on the CPU
+    copy = RadixTree(tree.max_tokens, tree.page_size, device, tree.policy, evict_by=tree.evict_by, **settings)
     index_of(copy).restore(saved)
     return copy
 
@@ -108,6 +110,64 @@ def test_a_refused_lock_cuts_no_edge() -> None:
     settled(tree, lambda: tree.lock(piece))
     assert (lock_of(tree, [1, 2]), lock_of(tree, [1, 2, 3, 4])) == (MAX_LOCKS, MAX_LOCKS - 1)
     refuses_locks(tree, lambda: tree.lock(place), 0)
+
+
+@pytest.mark.parametrize(
+    "locks",
+    [
+        lambda tree, place: tree.lock(place),
+        lambda tree, place: tree.lock(SimpleNamespace(handles=place.handles, lengths=place.lengths)),
+        lambda tree, place: tree.split(place),
+        lambda tree, place: tree.match([1, 2], touch=False, lock=True),
+        lambda tree, place: tree.match([[1, 2], [7, 7]], touch=False, lock=True),
+    ],
+)
+def test_locks_on_a_gpu_stop_at_their_limit(locks: Callable[[RadixTree, Any], Any], cuda: str) -> None:
+    """The host counts locks, and looks up the largest count where its own is too high."""
+    tree = RadixTree(64, PAGE, cuda)
+    tree.insert([[1, 2, 3, 4], [7, 7]], [[0, 1, 2, 3], [4, 5]])
+    place = tree.match([1, 2, 3, 4], lock=True)
+    tree.raise_pending()
+    copy = changed(tree, lambda saved: raise_locks(saved, MAX_LOCKS))
+    before = copy.digest()
+    with pytest.raises(QueryError, match=f"a node has {MAX_LOCKS} locks, and . more may exceed {MAX_LOCKS}.*unlock"):
+        locks(copy, place)
+    assert (copy.digest(), copy.num_nodes) == (before, 2)
+    index_of(tree)._locks.most = MAX_LOCKS
+    locks(tree, place)
+    assert index_of(tree)._locks.most <= 3
+    tree.check()
+
+
+def test_wants_on_a_gpu_stop_at_their_limit(cuda: str) -> None:
+    tree = RadixTree(64, PAGE, cuda)
+    place = tree.insert([1, 2, 3, 4], range(4))
+    tree.want(place)
+    tree.raise_pending()
+    state = index_of(tree)._state
+    state.wanted[1] = state.own_wants[1] = MAX_LOCKS
+    index_of(tree)._wants.most = MAX_LOCKS
+    with pytest.raises(QueryError, match=r"want: a node has .* wants, and 1 more may exceed .* unwant once for each"):
+        tree.want(tree.match([1, 2], touch=False))
+    assert tree.num_nodes == 1
+    state.wanted[1] = state.own_wants[1] = 1
+    tree.want(place)
+    assert index_of(tree)._wants.most == 2
+    tree.unwant(place)
+    tree.check()
+
+
+def test_replays_of_locks_count(gpu: str) -> None:
+    tree = RadixTree(64, PAGE, gpu)
+    keys = Ragged(torch.tensor([1, 2, 3, 4], device=gpu), torch.tensor([0, 4], device=gpu))
+    tree.insert(keys, Ragged(torch.arange(4, dtype=torch.int32, device=gpu), keys.offsets))
+    step = tree.capture(lambda: tree.match(keys, lock=True))
+    for _ in range(4):
+        tree.unlock(step())
+    assert index_of(tree)._locks.most == 5  # three runs of the function, one of them the capture, and two replays
+    index_of(tree)._locks.most = MAX_LOCKS
+    tree.unlock(step())
+    assert index_of(tree)._locks.most == 1
 
 
 def test_a_cache_begins_nothing_above_the_limit() -> None:

@@ -6,6 +6,7 @@ A tree on a GPU runs each program beside a tree on the CPU, and both must have e
 from __future__ import annotations
 
 import io
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from random import Random
@@ -170,6 +171,9 @@ class Machine(RuleBasedStateMachine):
                 on_evict=recorder(told) if listens else None,
             )
             self.sides.append(Side(len(self.sides), tree, told))
+        evictions = sys.modules.get("flatradix.kernels.gpu.evict")
+        if evictions is not None and random.random() < 0.5:
+            self.patches.setattr(evictions, "FEW_STEPS", 0)  # as if the trees were too large to list all their nodes
         roots = [side.tree.match([[]], touch=False).handle for side in self.sides]
         self.root = Held(tuple(roots), 0, ROOT)
         self.held.append(self.root)
