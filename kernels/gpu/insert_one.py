@@ -41,32 +41,32 @@ def insert_one_kernel(
     total = total.to(tl.int64)
     clock = tl.load(s.numbers + numbers.CLOCK)
     query = tl.program_id(0)
-    programs = tl.num_programs(0)
+    batch = tl.num_programs(0)  # one key, one program; Triton 3.6 cannot compile the kernel with a constant here
     if STAGED:
         bring(values, stage, total)
         values = stage
     code, named = name_of(lengths, name, query, False)
     _row, _length, _start, opens, cuts = plan_key(
-        s, w, values, slots, total, slot_total.to(tl.int64), total >= 0, query, 1, code, named, start_handles,
+        s, w, values, slots, total, slot_total.to(tl.int64), total >= 0, query, batch, code, named, start_handles,
         start_lengths, limit, PAGE, WIDTH, BIGRAM, BLOCK, START, False,
     )  # fmt: skip
-    put(w, 1, query, tl.where(opens, 0, -1), scratch.Q_LEAF)
+    put(w, batch, query, tl.where(opens, 0, -1), scratch.Q_LEAF)
     tl.debug_barrier()  # all threads read what one of them has stored
     count = query * 0
     if first_refusal(w) == scratch.NO_ERROR:
         if cuts:
-            count = list_cuts(w, 1)
-            compare_cuts(w, 1, count, query, programs)
+            count = list_cuts(w, batch)
+            compare_cuts(w, batch, count, query, batch)
             tl.debug_barrier()
-        number_nodes(s, w, 1, count, 0)
+        number_nodes(s, w, batch, count, 0)
         tl.debug_barrier()
     error = first_refusal(w)
     build_nodes(
         s, w, values, lengths, lengths, slots, lengths, lengths, lengths, pool, prefix_lengths, lengths, handles, name,
-        priority, inserted, 1, rows, clock, error, count, query, programs, PAGE, BIGRAM, True, False, False, False,
+        priority, inserted, batch, rows, clock, error, count, query, batch, PAGE, BIGRAM, True, False, False, False,
     )  # fmt: skip
     tl.debug_barrier()
-    finish_insert(s, w, 1, clock, call, error)
+    finish_insert(s, w, batch, clock, call, error)
     length = tl.load(lengths).to(tl.int64)
     answer(w, call, length, tl.load(handles), tl.load(prefix_lengths))
 
