@@ -252,6 +252,8 @@ def outcome(home: str, names: Sequence[str], cuts: Sequence[int | None]) -> Hold
                 scene.tree.raise_pending()
             else:
                 interrupt_at(at, partial(ACTS[name], scene))
+    with suppress(ValueError):  # a GPU refuses such an act only when it runs, perhaps after the interruption
+        scene.tree.raise_pending()
     scene.tree.check()
     return holdings(scene.tree)
 
