@@ -17,7 +17,7 @@ from flatradix.kernels.gpu.walk import name_of
 from flatradix.layout import numbers, reasons, scratch
 from flatradix.layout.queries import PerQuery, Values
 
-QUERIES = tl.constexpr(1024)
+NUMBERED = tl.constexpr(1024)
 COMPARED = tl.constexpr(1024)
 
 
@@ -60,7 +60,7 @@ def _number_leaves(s, w, batch, made):
     units = tl.zeros([], tl.int64)
     first = tl.zeros([], tl.int32)
     while first < batch:
-        query = first + tl.arange(0, QUERIES)
+        query = first + tl.arange(0, NUMBERED)
         active = query < batch
         leads = active & (tl.load(column(w, batch, scratch.Q_LEAF) + query, mask=active, other=-1) >= 0)
         end = tl.load(column(w, batch, scratch.Q_END) + query, mask=active, other=0)
@@ -71,7 +71,7 @@ def _number_leaves(s, w, batch, made):
         tl.store(column(w, batch, scratch.Q_OFFSET) + query, (units + tl.cumsum(own) - own).to(tl.int32), mask=active)
         made += tl.sum(leads.to(tl.int64))
         units += tl.sum(own)
-        first += QUERIES
+        first += NUMBERED
     return made, units
 
 
