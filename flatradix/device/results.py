@@ -155,6 +155,9 @@ class Batch(OnDevice):
         return super().host_lengths() if found is None else found
 
     def _tensors(self) -> Tensors:
+        """Return the numbers, for the integers of a batch of one. Raises the error of a refused call."""
+        if self.places.batch == 1 and int(self.lengths()) < 0:
+            self._home.raise_pending()
         return Tensors(self.lengths(), self.handles(), self.prefix_lengths())
 
     def length(self) -> int:

@@ -93,6 +93,22 @@ def refused_again(tree: RadixTree, call: Callable[[], Any]) -> None:
         settled(tree, call)
 
 
+@pytest.mark.parametrize("what", ["length", "handle", "prefix_length"])
+@pytest.mark.parametrize("form", [list, lambda key: [list(key)]])
+def test_a_refused_key_that_might_need_a_compaction(form: Callable[[Any], Any], what: str, cuda: str) -> None:
+    """Such a key takes the launches of a batch. Its integers still raise the error of the call."""
+    tree = RadixTree(64, device=cuda)
+    for first in range(12):
+        tree.insert(range(10 * first, 10 * first + 5), range(5 * first, 5 * first + 5))
+    assert index_of(tree)._may_compact(30)
+    result = tree.insert(form(range(500, 530)), form(range(100, 130)))
+    with pytest.raises(CapacityError, match="30 new tokens, but 4 of 64 are free"):
+        _ = getattr(result, what)
+    tree.raise_pending()
+    tree.check()
+
+
+
 def test_a_single_result_tells_why_its_own_call_was_refused(cuda: str) -> None:
     tree = RadixTree(64, device=cuda)
     for name in ("length", "handle"):

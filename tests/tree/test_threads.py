@@ -251,12 +251,12 @@ def test_a_replay_is_a_call(cuda: str) -> None:
     graph = SimpleNamespace(replay=lambda: tree.match([1, 2]))
     before = tree.changes()
     with pytest.raises(RuntimeError, match="within another call"):
-        index.replay(graph)
+        index.replay(graph, 0)
     assert tree.changes() == before + 1, "what ran of the graph is not known"
     graph.replay = lambda: None
     with pytest.raises(RuntimeError, match="within another call"):
-        index.look_at(lambda content: index.replay(graph))
-    index.replay(graph)
+        index.look_at(lambda content: index.replay(graph, 0))
+    index.replay(graph, 0)
     assert tree.changes() == before + 2
     assert tree.match([1, 2]).length == 2
     tree.check()
