@@ -108,7 +108,6 @@ def test_a_refused_key_that_might_need_a_compaction(form: Callable[[Any], Any], 
     tree.check()
 
 
-
 def test_a_single_result_tells_why_its_own_call_was_refused(cuda: str) -> None:
     tree = RadixTree(64, device=cuda)
     for name in ("length", "handle"):
