@@ -6,127 +6,31 @@ finds a call that has begun and not ended, it undoes that call. An eviction cann
 its slots. A reset is not undone. Any other call that raises leaves at most new times of use, hit counts, priorities and
 splits of edges.
 
-Each call is also a gate. It begins with `busy, self.busy = self.busy, True`, and sets `busy` to False as it returns. If
-`busy` was set, then a call has raised, or another call is under way, of this thread or another: `take_gate` looks at
-the stacks, and raises RuntimeError in the second case. The first line is atomic: between its two halves CPython neither
-switches threads nor runs a signal handler, as the line jumps nowhere and calls nothing (tests/tree/test_threads.py).
+Each call also takes the gate of its index: see `flatradix.gate`.
 """
 
 from __future__ import annotations
 
-import inspect
-import random
-import sys
-import threading
-import time
 import weakref
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Collection
-from types import CodeType, FrameType
+from threading import get_ident
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from flatradix.dropping import NOT_GIVEN
+from flatradix.gate import FREE, cut_short, public_call, take_gate
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, Paths, Saved
 from flatradix.pins import NO_PINS, Pins, check_budget, pins_left, read_ends, read_now, rows_at
 from flatradix.results import EvictIntoResult, EvictResult, InsertResult, MatchResult
 
-F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 T = TypeVar("T")
-_YIELDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-_WALKS = 1000  # far more than it takes to look at a thread while none of its generators yields
-_ATTEMPTS = 12
-_FIRST_WAIT = 50e-6  # seconds; each wait may be twice as long as the one before
-_NONE, _INSPECTS, _UNDER_WAY = range(3)
-_OF_ANOTHER_THREAD = (
-    "another thread is in a call of the same object: hold a lock of your own around each call, or make all calls in "
-    "one thread"
-)
-_calls: set[CodeType] = set()
-
-
-def public_call(method: F) -> F:
-    """Mark a method as a call that may be under way. The mark adds no cost to the call."""
-    _calls.add(method.__code__)
-    return method
-
-
-def take_gate(home: Any) -> None:
-    """Let a call pass whose gate was busy: the last call has raised, or a call is under way.
-
-    Inspects the stacks of all threads: nothing else can tell whether that call was interrupted for good, is paused
-    while a signal handler runs, or is of another thread. Raises RuntimeError if a call of `home` is under way. A call
-    that ends meanwhile opens the gate, and one more may pass. So `busy` gets a value of its own before the inspection.
-    If it still has this value afterwards, nobody has passed.
-
-    Of threads that inspect at once, each waits for a random time and inspects again. There is no lock: an interruption
-    could leave a lock locked for ever.
-    """
-    rivals = False
-    for attempt in range(_ATTEMPTS):
-        if rivals:
-            time.sleep(random.random() * _FIRST_WAIT * 2**attempt)
-        competes = True
-        token = home.busy = object()
-        rivals = _other_threads_at_the_gate(home)
-        if not rivals and home.busy is token:
-            return
-        competes = False  # noqa: F841 - other threads read it in this frame
-    raise RuntimeError(_OF_ANOTHER_THREAD)
-
-
-def _use_of(home: Any, frame: FrameType | None) -> int | None:
-    """Return what the calls of `home` are doing on a stack, from `frame` outwards: nothing, inspecting, or more.
-
-    Returns None if the walk was cut short: a generator that has yielded meanwhile does not lead outwards any more.
-    """
-    use = _NONE
-    at_gate = competes = False
-    code = None
-    while frame is not None:
-        code = frame.f_code
-        if code is take_gate.__code__:
-            if frame.f_locals.get("home") is home:
-                at_gate, competes = True, frame.f_locals.get("competes", True)
-        elif code in _calls:
-            of = frame.f_locals.get("self")
-            if of is home or getattr(of, "gate", None) is home:
-                if not at_gate:
-                    return _UNDER_WAY
-                at_gate = False
-                if competes:
-                    use = _INSPECTS
-        frame = frame.f_back
-    return None if code is not None and code.co_flags & _YIELDS else use
-
-
-def _use_by(home: Any, thread: int) -> int:
-    """Return what the calls of `home` in a thread are doing, or may be doing."""
-    for _ in range(_WALKS):
-        use = _use_of(home, sys._current_frames().get(thread))
-        if use is not None:
-            return use
-    return _UNDER_WAY
-
-
-def _other_threads_at_the_gate(home: Any) -> bool:
-    """Return whether a call of another thread inspects, too. Raises RuntimeError if a call of `home` is under way."""
-    if _use_of(home, sys._getframe(1)) == _UNDER_WAY:
-        raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
-    found = False
-    own = threading.get_ident()
-    for thread in list(sys._current_frames()):  # no frames: one that holds itself keeps alive what its callers hold
-        use = _NONE if thread == own else _use_by(home, thread)
-        if use == _UNDER_WAY:
-            raise RuntimeError(_OF_ANOTHER_THREAD)
-        found |= use == _INSPECTS
-    return found
 
 
 class Index(ABC):
@@ -136,7 +40,7 @@ class Index(ABC):
     device: torch.device
     _keeper: weakref.ref[Any] | None = None
     _pins: Pins = NO_PINS  # soft pins with an end
-    busy: object = False  # whether a call has begun and not returned: it runs, or has raised
+    busy: int = FREE  # see `flatradix.gate`
     last_result: MatchResult | InsertResult | EvictResult | EvictIntoResult | None = None
 
     @abstractmethod
@@ -231,14 +135,26 @@ class Index(ABC):
         """Replace the pins with an end, as a part of a call that `recover` undoes if it is interrupted."""
         self._pins = pins.made_by(during, self._pins)
 
+    def recover(self, me: int) -> None:
+        """Take the gate for a call of this thread, `me`, and undo an interrupted call, if there is one.
+
+        Raises RuntimeError if a call is under way.
+        """
+        take_gate(self, me)
+        try:
+            self._repair()
+        except BaseException:
+            cut_short(self, me)
+            raise
+
     @abstractmethod
-    def recover(self) -> None:
-        """Undo an interrupted call, if there is one. Raises RuntimeError if a call is under way."""
+    def _repair(self) -> None:
+        """Undo or finish an interrupted call. Depends only on the tree, so this method may itself be interrupted."""
 
     def _settle(self) -> None:
         """Do what `recover` does, for a call that only reads."""
-        self.recover()
-        self.busy = False
+        self.recover(get_ident())
+        self.busy = FREE
 
     @public_call
     def settle(self) -> None:
@@ -249,12 +165,17 @@ class Index(ABC):
     @public_call
     def paths(self) -> Paths:
         """Return the columns of the tree that lead from a row to the root. Do not write to them."""
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        found = self.read_paths()
-        self.busy = False
-        return found
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            found = self.read_paths()
+            self.busy = FREE
+            return found
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @abstractmethod
     def read_paths(self) -> Paths:
@@ -321,11 +242,16 @@ class Index(ABC):
     @public_call
     def compact(self) -> None:
         """Move all edges to the front of the pools, without gaps. O(cached tokens)."""
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self.pack()
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self.pack()
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @abstractmethod
     def pack(self) -> None:
@@ -357,14 +283,19 @@ class Index(ABC):
         compacted: compact the pools first. only: the fields of `TreeState` that `work` reads, so that no others are
         copied from a GPU; None is all.
         """
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        if compacted:
-            self.pack()
-        result = work(self.read_content(slots, only))
-        self.busy = False
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            if compacted:
+                self.pack()
+            result = work(self.read_content(slots, only))
+            self.busy = FREE
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @abstractmethod
     def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
 from flatradix.errors import QueryError
-from flatradix.index import public_call, take_gate
+from flatradix.gate import FREE, cut_short, public_call, take_gate
 from flatradix.inputs import devices, namespaces
 from flatradix.inputs.arguments import positive
 from flatradix.inputs.options import OnEvict, read_options
@@ -66,20 +67,22 @@ def _repaired(method: F) -> F:
 
     @wraps(method)
     def call(self: PrefixCache, *arguments: Any, **keywords: Any) -> Any:
-        busy, self.busy = self.busy, True
-        if busy:
-            self._recover()
-        self._open = recover.READING
+        me = get_ident()
+        if self.busy:
+            self._recover(me)
+        self.busy = me
         try:
+            self._open = recover.READING
             result = method(self, *arguments, **keywords)
             self._open = None
-            self.busy = False
+            self.busy = FREE
             return result
         except BaseException:
-            if self._open is not None:
+            if self.busy == me:
                 with suppress(Exception):  # then the next call tries again
-                    self._recover()
-                    self.busy = False
+                    self._repair()
+                    self.busy = FREE
+            cut_short(self, me)
             raise
 
     return public_call(call)  # type: ignore[return-value]
@@ -154,7 +157,7 @@ class PrefixCache:
             pages = home.make_pages(self.tree, slots, columns, kv)
         self._state = State(self.tree, pages, columns)
         self._open: UnderWay | None = None  # the call that has begun and not ended
-        self.busy: object = False  # whether a call has begun and not returned
+        self.busy: int = FREE  # see `flatradix.gate`
 
     @property
     def kv_device(self) -> torch.device:
@@ -181,9 +184,16 @@ class PrefixCache:
 
     # Interrupted calls
 
-    def _recover(self) -> None:
-        """Repair the cache after an interrupted call. Raises RuntimeError if that call is still under way."""
-        take_gate(self)
+    def _recover(self, me: int) -> None:
+        """Take the gate for a call of this thread, `me`, and repair the cache. Raises RuntimeError as `take_gate`."""
+        take_gate(self, me)
+        try:
+            self._repair()
+        except BaseException:
+            cut_short(self, me)
+            raise
+
+    def _repair(self) -> None:
         cut = self._open
         if cut is not None and cut is not recover.READING:
             recover.repair(self._state, cut)

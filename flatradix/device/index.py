@@ -6,6 +6,7 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,8 @@ from flatradix.device.results import Awaited, Batch, OnDevice, Results
 from flatradix.device.stages import Stages
 from flatradix.dropping import NOT_GIVEN, times_of
 from flatradix.errors import TooLargeForDeviceError
-from flatradix.index import Index, T, public_call, take_gate
+from flatradix.gate import FREE, cut_short, public_call
+from flatradix.index import Index, T
 from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import check_out, check_write_table, token_count
 from flatradix.inputs.devices import interpreted
@@ -163,12 +165,7 @@ class DeviceIndex(Index):
 
     # Interrupted calls, and waiting
 
-    def recover(self) -> None:
-        """Undo what an interrupted call did. Raises RuntimeError if that call is still under way.
-
-        Depends only on what the device has done, so this method may itself be interrupted.
-        """
-        take_gate(self)
+    def _repair(self) -> None:
         opened = self._open
         if opened is None:
             return
@@ -237,11 +234,16 @@ class DeviceIndex(Index):
 
     @public_call
     def raise_pending(self) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._finish_all()
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._finish_all()
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     # CUDA graphs
 
@@ -272,15 +274,20 @@ class DeviceIndex(Index):
     @public_call
     def replay(self, graph: torch.cuda.CUDAGraph, locks: int) -> None:
         """Run a graph that holds calls of this tree, which lock that many places. What runs is not undone."""
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._note_locks(locks, "replay")
-        self._open = NOTHING, 0, self._changes + 1
-        graph.replay()
-        self._changes += 1
-        self._open = None
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._note_locks(locks, "replay")
+            self._open = NOTHING, 0, self._changes + 1
+            graph.replay()
+            self._changes += 1
+            self._open = None
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     # Growth
 
@@ -333,54 +340,69 @@ class DeviceIndex(Index):
         start: Any = None,
         split: bool = False,
     ) -> MatchResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        hold = 1 if lock else 2 * bool(split)
-        key = read_host_key(q, "tokens") if start is None else None
-        if key is None:
-            keys = read_values(q, self.device, "tokens")
-            self._open = _NOTHING_YET
-            result = self._match_values(keys, namespace, bool(touch), hold, start)
-        else:
-            self._open = _NOTHING_YET
-            result = self._match_key(key, namespace, bool(touch), hold)
-        if lock:
-            self.last_result = result
-            self._changes += 1
-        self._open = None
-        self.busy = False
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            hold = 1 if lock else 2 * bool(split)
+            key = read_host_key(q, "tokens") if start is None else None
+            if key is None:
+                keys = read_values(q, self.device, "tokens")
+                self._open = _NOTHING_YET
+                result = self._match_values(keys, namespace, bool(touch), hold, start)
+            else:
+                self._open = _NOTHING_YET
+                result = self._match_key(key, namespace, bool(touch), hold)
+            if lock:
+                self.last_result = result
+                self._changes += 1
+            self._open = None
+            self.busy = FREE
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def lock_prompts(self, prompts: Ragged, namespace: Any) -> MatchResult:
         """Match prompts on the device without their last tokens and without a touch, and lock them. One launch."""
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        keys = read_values(prompts, self.device, "tokens")._replace(left_out=1)
-        self._open = _NOTHING_YET
-        self.last_result = result = self._match_values(keys, namespace, False, 1, None)
-        self._changes += 1
-        self._open = None
-        self.busy = False
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            keys = read_values(prompts, self.device, "tokens")._replace(left_out=1)
+            self._open = _NOTHING_YET
+            self.last_result = result = self._match_values(keys, namespace, False, 1, None)
+            self._changes += 1
+            self._open = None
+            self.busy = FREE
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def match_array(
         self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
     ) -> MatchResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        if tokens.typecode != "q":
-            raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
-        key = read_one(tokens if limit is None else memoryview(tokens)[: max(limit, 0)], "tokens")
-        self._open = _NOTHING_YET
-        result = self._match_key(key, namespace, True, 2 * bool(split))
-        self._open = None
-        self.busy = False
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            if tokens.typecode != "q":
+                raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
+            key = read_one(tokens if limit is None else memoryview(tokens)[: max(limit, 0)], "tokens")
+            self._open = _NOTHING_YET
+            result = self._match_key(key, namespace, True, 2 * bool(split))
+            self._open = None
+            self.busy = FREE
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _match_key(self, key: Buffer, namespace: Any, touch: bool, hold: int) -> MatchResult:
         """Match one key in host memory. Its kernel reads a short key from pinned memory. hold: `lock` of gpu.match."""
@@ -471,30 +493,40 @@ class DeviceIndex(Index):
 
     @public_call
     def lock(self, places: Any) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        late = getattr(places, "late", None)
-        if type(late) is Awaited and late.device is self.device:  # the quick way, for the result of one key
-            calls, place = self._calls, late.places
-            self._note_locks(1, "lock")
-            call, stream, captured = calls.begin()
-            self._open = interrupted.LOCK, call, self._changes, place
-            gpu.lock_one(self._arrays, place, call, stream)
-            calls.enqueued(call, True, captured)
-            late.forget_handle()
-            self._changes += 1
-            self._open = None
-            self.busy = False
-        else:
-            self._renew(places, self._lock)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            late = getattr(places, "late", None)
+            if type(late) is Awaited and late.device is self.device:  # the quick way, for the result of one key
+                calls, place = self._calls, late.places
+                self._note_locks(1, "lock")
+                call, stream, captured = calls.begin()
+                self._open = interrupted.LOCK, call, self._changes, place
+                gpu.lock_one(self._arrays, place, call, stream)
+                calls.enqueued(call, True, captured)
+                late.forget_handle()
+                self._changes += 1
+                self._open = None
+                self.busy = FREE
+            else:
+                self._renew(places, self._lock)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def split(self, places: Any) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._renew(places, self._split)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._renew(places, self._split)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _renew(self, places: Any, operation: Callable[[PlaceAddresses], None]) -> None:
         """Run an operation that may renew the handles of places, and write the new handles back."""
@@ -512,7 +544,7 @@ class DeviceIndex(Index):
                     handles.copy_(renewed)
         self._changes += 1
         self._open = None
-        self.busy = False
+        self.busy = FREE
 
     def _lock(self, places: PlaceAddresses) -> None:
         batch = places.batch
@@ -539,59 +571,74 @@ class DeviceIndex(Index):
 
     @public_call
     def unlock(self, places: Any) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        late = getattr(places, "late", None)
-        found = late.places if isinstance(late, OnDevice) and late.device is self.device else self._places(places)
-        batch = found.batch
-        if batch == 0:
-            self.busy = False
-            return
-        if batch > self._arrays.batch:
-            self._ensure_scratch(batch)
-        calls = self._calls
-        call, stream, captured = calls.begin()
-        self._open = interrupted.UNLOCK, call, self._changes, found
-        if batch == 1:
-            gpu.unlock_one(self._arrays, found, call, stream)
-        else:
-            gpu.unlock(self._arrays, found, call)
-        calls.enqueued(call, True, captured)
-        self._changes += 1
-        self._open = None
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            late = getattr(places, "late", None)
+            found = late.places if isinstance(late, OnDevice) and late.device is self.device else self._places(places)
+            batch = found.batch
+            if batch == 0:
+                self.busy = FREE
+                return
+            if batch > self._arrays.batch:
+                self._ensure_scratch(batch)
+            calls = self._calls
+            call, stream, captured = calls.begin()
+            self._open = interrupted.UNLOCK, call, self._changes, found
+            if batch == 1:
+                gpu.unlock_one(self._arrays, found, call, stream)
+            else:
+                gpu.unlock(self._arrays, found, call)
+            calls.enqueued(call, True, captured)
+            self._changes += 1
+            self._open = None
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     # Waiting queues and soft pins
 
     @public_call
     def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        keys = read_values(q, self.device, "tokens")
-        names = self._names.find(namespace, keys.batch)
-        old = self._starts(places, keys.batch)
-        self._open = _NOTHING_YET
-        call = self._calls.next()
-        captured = self._calls.is_capturing()
-        late = self._results.many(self, call, keys.batch, captured=captured)
-        if keys.batch:
-            self._ensure_scratch(keys.batch)
-            gpu.rematch(self._arrays, keys, names, old, late.output(), call)
-            self._calls.enqueued(call, False, captured)
-        self._open = None
-        self.busy = False
-        return late_match(late)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            keys = read_values(q, self.device, "tokens")
+            names = self._names.find(namespace, keys.batch)
+            old = self._starts(places, keys.batch)
+            self._open = _NOTHING_YET
+            call = self._calls.next()
+            captured = self._calls.is_capturing()
+            late = self._results.many(self, call, keys.batch, captured=captured)
+            if keys.batch:
+                self._ensure_scratch(keys.batch)
+                gpu.rematch(self._arrays, keys, names, old, late.output(), call)
+                self._calls.enqueued(call, False, captured)
+            self._open = None
+            self.busy = FREE
+            return late_match(late)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def alive(self, places: Any) -> torch.Tensor:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        found = self._alive(self._places(places))
-        self.busy = False
-        return found
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            found = self._alive(self._places(places))
+            self.busy = FREE
+            return found
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _alive(self, places: PlaceAddresses) -> torch.Tensor:
         out = torch.zeros(places.batch, dtype=torch.int32, device=self.device)
@@ -621,22 +668,28 @@ class DeviceIndex(Index):
 
     @public_call
     def want(self, places: Any, until: Any = None) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        if self._graph_evicts and not self._pinned:
-            raise RuntimeError(
-                "a CUDA graph holds an eviction of this tree that knows no soft pins: call want once before the capture"
-            )
-        if until is None and self.options.pin_budget is None:
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            if self._graph_evicts and not self._pinned:
+                raise RuntimeError(
+                    "a CUDA graph holds an eviction of this tree that knows no soft pins: call want once before the "
+                    "capture"
+                )
+            if until is None and self.options.pin_budget is None:
+                self._pinned = True
+                self._renew(places, self._want)
+                return
+            handles, lengths = self._read(places)
+            ends = None if until is None else read_ends(until, len(handles))
+            self._check_budget(handles, lengths)
             self._pinned = True
-            self._renew(places, self._want)
-            return
-        handles, lengths = self._read(places)
-        ends = None if until is None else read_ends(until, len(handles))
-        self._check_budget(handles, lengths)
-        self._pinned = True
-        self._renew(places, lambda found: self._want_until(places, found, ends))
+            self._renew(places, lambda found: self._want_until(places, found, ends))
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _want_until(self, places: Any, found: PlaceAddresses, ends: np.ndarray | None) -> None:
         self._want(found)
@@ -661,14 +714,19 @@ class DeviceIndex(Index):
 
     @public_call
     def unwant(self, places: Any, until: Any = None) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        left = None
-        if until is not None or self._pins.size:
-            left = self._pins_left(*self._read(places), until)
-        self._unwant(self._places(places), left)
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            left = None
+            if until is not None or self._pins.size:
+                left = self._pins_left(*self._read(places), until)
+            self._unwant(self._places(places), left)
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _unwant(self, found: PlaceAddresses, left: Pins | None) -> None:
         """Remove one want from each path. left: the pins with an end afterwards, None if they stay."""
@@ -686,18 +744,23 @@ class DeviceIndex(Index):
 
     @public_call
     def expire(self, now: Any) -> int:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        if self._pins.size:
-            self._finish_all()
-        over, left = self._pins_at(now)
-        if over.size:
-            self._unwant(self._brought(over.handles, over.lengths), left)
-        else:
-            self._pins = left
-        self.busy = False
-        return over.size
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            if self._pins.size:
+                self._finish_all()
+            over, left = self._pins_at(now)
+            if over.size:
+                self._unwant(self._brought(over.handles, over.lengths), left)
+            else:
+                self._pins = left
+            self.busy = FREE
+            return over.size
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def names(self) -> Namespaces:
         """Return the codes of the namespaces, for a waiting queue to read."""
@@ -732,10 +795,15 @@ class DeviceIndex(Index):
 
     @public_call
     def slots(self, places: Any) -> Ragged:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        return self._slots_of(places)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            return self._slots_of(places)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _slots_of(self, places: Any) -> Ragged:
         ragged = self._gather(places, self._pool)
@@ -743,10 +811,15 @@ class DeviceIndex(Index):
 
     @public_call
     def tokens(self, places: Any) -> Ragged:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        return self._gather(places, self._state.tokens)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            return self._gather(places, self._state.tokens)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _gather(self, places: Any, pool: torch.Tensor) -> Ragged:
         """Return what a pool has for each unit of each place. Waits for the device."""
@@ -763,7 +836,7 @@ class DeviceIndex(Index):
         torch.cumsum(lengths.clamp(0, self.options.max_tokens), 0, out=offsets[1:])
         values = self._gathered(found, pool, offsets, int(offsets[-1]) if late is None else late.total())
         self._open = None
-        self.busy = False
+        self.busy = FREE
         return Ragged.trusted(values, offsets)
 
     def _gathered(self, found: PlaceAddresses, pool: torch.Tensor, offsets: torch.Tensor, total: int) -> torch.Tensor:
@@ -780,33 +853,45 @@ class DeviceIndex(Index):
 
     @public_call
     def path_slots(self, place: Any) -> torch.Tensor:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._refuse_capture()
-        late = self._late(place)
-        if type(late) is not Awaited:
-            return self._slots_of(place).values
-        values = self._gathered(late.places, self._pool, self._zero, late.length())
-        self._open = None
-        self.busy = False
-        where = self.options.slot_device
-        return values if where is None else values.to(where)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._refuse_capture()
+            late = self._late(place)
+            if type(late) is not Awaited:
+                return self._slots_of(place).values
+            values = self._gathered(late.places, self._pool, self._zero, late.length())
+            self._open = None
+            self.busy = FREE
+            where = self.options.slot_device
+            return values if where is None else values.to(where)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        found = self._places(places)
-        where = self.options.slot_device
-        if where is not None and torch.empty(0, device=where).device != self.device:
-            raise ValueError(f"write_slots: the slots are returned on {where}, and the tree is not there")
-        numbered = check_write_table(table, rows, found.batch, self.device, self.options.slot_dtype)
-        if numbered.device != self.device:
-            numbered = upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
-        into = SlotTable(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
-        self._write(found, numbered, into, False)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            found = self._places(places)
+            where = self.options.slot_device
+            if where is not None and torch.empty(0, device=where).device != self.device:
+                raise ValueError(f"write_slots: the slots are returned on {where}, and the tree is not there")
+            numbered = check_write_table(table, rows, found.batch, self.device, self.options.slot_dtype)
+            if numbered.device != self.device:
+                numbered = (
+                    upload_numbers(numbered.numpy(), self.device) if numbered.is_cpu else numbered.to(self.device)
+                )
+            into = SlotTable(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
+            self._write(found, numbered, into, False)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def write_pages(self, places: Any, table: torch.Tensor, rows: torch.Tensor) -> None:
@@ -814,12 +899,17 @@ class DeviceIndex(Index):
 
         All are on the device.
         """
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        height, width = table.shape
-        into = SlotTable(table.data_ptr(), False, width, height, width * self.options.page_size)
-        self._write(self._places(places), rows, into, True)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            height, width = table.shape
+            into = SlotTable(table.data_ptr(), False, width, height, width * self.options.page_size)
+            self._write(self._places(places), rows, into, True)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _write(self, places: PlaceAddresses, rows: torch.Tensor, table: SlotTable, pages: bool) -> None:
         if places.batch:
@@ -830,7 +920,7 @@ class DeviceIndex(Index):
             gpu.write_slots(self._arrays, places, rows.data_ptr(), table, call, pages)
             self._calls.enqueued(call, False, captured)
             self._open = None
-        self.busy = False
+        self.busy = FREE
 
     # Insert
 
@@ -844,52 +934,57 @@ class DeviceIndex(Index):
         start: Any = None,
         inserted_lengths: Any = 0,
     ) -> InsertResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        device = self.device
-        keys = read_keys(q, device)
-        source = read_slots(slots, keys, device, self._arrays.pool_wide)
-        priorities = read_numbers(priority, keys.batch, device, "priority")
-        inserted = read_numbers(inserted_lengths, keys.batch, device, "inserted_lengths")
-        starts = self._starts(start, keys.batch)
-        if keys.batch == 0:
-            namespaces.spread(namespace, 0)  # raises for a bad namespace
-            self.busy = False
-            return late_insert(self._results.many(self, 0, 0))
-        captured = self._calls.is_capturing()
-        if captured:
-            self._check_graph_holds_insert(keys, source, namespace)
-        self._ensure_scratch(keys.batch)
-        self._open = _NOTHING_YET
-        if self.options.grows:
-            self._make_room(keys.total)
-        names = self._names.give(namespace, keys, self._wait)
-        may_compact = captured or self._may_compact(keys.total)
-        one = not may_compact and gpu.is_one(keys, names, priorities, inserted)
-        if not one and keys.offsets == 0:
-            keys, source = as_batch(keys, device), source if source.offsets else as_batch(source, device)
-        call = self._calls.next()
-        late = self._late_result(keys, call, captured=captured)
-        self._open = interrupted.INSERT, call, self._changes, None, keys.batch
-        arrays, out = self._arrays, late.output()
-        if one:
-            numbers_of_key = names.number, starts, priorities.number, inserted.number
-            while not gpu.insert_one(arrays, self._stages.desk, keys, source, *numbers_of_key, out, call):
-                self._stages.wait()
-        else:
-            gpu.insert(arrays, keys, source, names, starts, priorities, inserted, out, call, may_compact)
-        self._calls.enqueued(call, True, captured)
-        if captured:
-            self._graph_inserts = True
-            self._unseen_inserts.clear()
-        elif not self._graph_inserts:
-            self._unseen_inserts.append((call, keys.total))
-        self.last_result = result = late_insert(late)
-        self._changes += 1
-        self._open = None
-        self.busy = False
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            device = self.device
+            keys = read_keys(q, device)
+            source = read_slots(slots, keys, device, self._arrays.pool_wide)
+            priorities = read_numbers(priority, keys.batch, device, "priority")
+            inserted = read_numbers(inserted_lengths, keys.batch, device, "inserted_lengths")
+            starts = self._starts(start, keys.batch)
+            if keys.batch == 0:
+                namespaces.spread(namespace, 0)  # raises for a bad namespace
+                self.busy = FREE
+                return late_insert(self._results.many(self, 0, 0))
+            captured = self._calls.is_capturing()
+            if captured:
+                self._check_graph_holds_insert(keys, source, namespace)
+            self._ensure_scratch(keys.batch)
+            self._open = _NOTHING_YET
+            if self.options.grows:
+                self._make_room(keys.total)
+            names = self._names.give(namespace, keys, self._wait)
+            may_compact = captured or self._may_compact(keys.total)
+            one = not may_compact and gpu.is_one(keys, names, priorities, inserted)
+            if not one and keys.offsets == 0:
+                keys, source = as_batch(keys, device), source if source.offsets else as_batch(source, device)
+            call = self._calls.next()
+            late = self._late_result(keys, call, captured=captured)
+            self._open = interrupted.INSERT, call, self._changes, None, keys.batch
+            arrays, out = self._arrays, late.output()
+            if one:
+                numbers_of_key = names.number, starts, priorities.number, inserted.number
+                while not gpu.insert_one(arrays, self._stages.desk, keys, source, *numbers_of_key, out, call):
+                    self._stages.wait()
+            else:
+                gpu.insert(arrays, keys, source, names, starts, priorities, inserted, out, call, may_compact)
+            self._calls.enqueued(call, True, captured)
+            if captured:
+                self._graph_inserts = True
+                self._unseen_inserts.clear()
+            elif not self._graph_inserts:
+                self._unseen_inserts.append((call, keys.total))
+            self.last_result = result = late_insert(late)
+            self._changes += 1
+            self._open = None
+            self.busy = FREE
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _check_graph_holds_insert(self, keys: Values, slots: Values, namespace: Any) -> None:
         """Raise RuntimeError for an insert that needs the host."""
@@ -915,19 +1010,24 @@ class DeviceIndex(Index):
 
     @public_call
     def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        if out is not None:
-            return self._evict_into(num_tokens, out)
-        wanted = token_count(num_tokens)
-        if self._calls.is_capturing():
-            raise RuntimeError(_EVICT_IN_GRAPH)
-        self._finish_all()
-        room, tokens, nodes, freed = self._evict(wanted, None)
-        result = EvictResult(room.filled(tokens), room.known + tokens, nodes)
-        self._end_eviction(result, freed)
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            if out is not None:
+                return self._evict_into(num_tokens, out)
+            wanted = token_count(num_tokens)
+            if self._calls.is_capturing():
+                raise RuntimeError(_EVICT_IN_GRAPH)
+            self._finish_all()
+            room, tokens, nodes, freed = self._evict(wanted, None)
+            result = EvictResult(room.filled(tokens), room.known + tokens, nodes)
+            self._end_eviction(result, freed)
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _evict(self, wanted: int, room: Room | None) -> tuple[Room, int, int, Freed | None]:
         """Evict, and wait for that. Return the memory, the tokens and nodes that went, and what the callback is told.
@@ -1004,7 +1104,7 @@ class DeviceIndex(Index):
         self._unreturned = None
         self._changes += 1
         self._open = None
-        self.busy = False
+        self.busy = FREE
 
     def _room(self, space: int) -> Room:
         device, where = self.device, self.options.slot_device
@@ -1045,31 +1145,36 @@ class DeviceIndex(Index):
 
     @public_call
     def drop(self, places: Any = None, namespace: Any = NOT_GIVEN) -> EvictResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        if self._calls.is_capturing():
-            raise RuntimeError("a CUDA graph cannot hold a drop, which the host plans: call drop outside of it")
-        dropping.check_arguments(places, namespace)
-        self._finish_all()
-        if self._graph_evicts and not self._holds_dropped:
-            raise RuntimeError(
-                "a CUDA graph holds an eviction of this tree, which would not free dropped nodes first: evict outside "
-                "of graphs where drop is used"
-            )
-        self._open = _NOTHING_YET
-        if self._listener is not None:
-            self._listener.begin()
-        rows = rows_of(self._state, self.options.page_size)
-        if places is None:
-            plan = rows.plan(rows.tops_of(self._names.known.find(namespace)))
-        else:
-            lengths, handles = (column.cpu().numpy() for column in read_places(places, self.device))
-            plan = rows.plan(rows.of_places(handles, lengths))
-        room, freed = self._drop(rows, plan)
-        result = EvictResult(room.filled(plan.tokens), room.known + plan.tokens, len(plan.victims))
-        self._end_eviction(result, freed)
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            if self._calls.is_capturing():
+                raise RuntimeError("a CUDA graph cannot hold a drop, which the host plans: call drop outside of it")
+            dropping.check_arguments(places, namespace)
+            self._finish_all()
+            if self._graph_evicts and not self._holds_dropped:
+                raise RuntimeError(
+                    "a CUDA graph holds an eviction of this tree, which would not free dropped nodes first: evict "
+                    "outside of graphs where drop is used"
+                )
+            self._open = _NOTHING_YET
+            if self._listener is not None:
+                self._listener.begin()
+            rows = rows_of(self._state, self.options.page_size)
+            if places is None:
+                plan = rows.plan(rows.tops_of(self._names.known.find(namespace)))
+            else:
+                lengths, handles = (column.cpu().numpy() for column in read_places(places, self.device))
+                plan = rows.plan(rows.of_places(handles, lengths))
+            room, freed = self._drop(rows, plan)
+            result = EvictResult(room.filled(plan.tokens), room.known + plan.tokens, len(plan.victims))
+            self._end_eviction(result, freed)
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _drop(self, rows: dropping.Rows, plan: dropping.Plan) -> tuple[Room, Freed | None]:
         """Mark what stays, and free the rest. Return the memory of the slots, and what the callback is told."""
@@ -1115,7 +1220,7 @@ class DeviceIndex(Index):
         self._may_be_empty = True
         if known and self.mailbox.refusals() and self.mailbox.was_refused(call):
             self._open = None
-            self.busy = False
+            self.busy = FREE
             return result  # the next eviction returns the known slots
         self._end_eviction(result, None)
         return result
@@ -1228,42 +1333,52 @@ class DeviceIndex(Index):
 
     @public_call
     def digest(self) -> str:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._finish_all()
-        self._open = _NOTHING_YET
-        items = self._names.known.items()
-        hashes = np.array([name_hash(name) for _, name in items], np.int64)
-        codes = torch.tensor([code for code, _ in items], device="cpu").to(self.device)
-        self._state.namespace_hash[codes] = torch.from_numpy(hashes).to(self.device)
-        lanes = gpu.digest(self._arrays)
-        self._open = None
-        self.busy = False
-        return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._finish_all()
+            self._open = _NOTHING_YET
+            items = self._names.known.items()
+            hashes = np.array([name_hash(name) for _, name in items], np.int64)
+            codes = torch.tensor([code for code, _ in items], device="cpu").to(self.device)
+            self._state.namespace_hash[codes] = torch.from_numpy(hashes).to(self.device)
+            lanes = gpu.digest(self._arrays)
+            self._open = None
+            self.busy = FREE
+            return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def reset(self) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        if self._calls.is_capturing():
-            raise RuntimeError("a CUDA graph cannot hold a reset: the host forgets the namespaces")
-        call = self._calls.next()
-        self._open = OpenCall(interrupted.RESET, call, self._changes, before=self._unreturned)
-        gpu.reset(self._arrays, call)
-        self._calls.enqueued(call)
-        self._names.known.clear()
-        self._names.nothing_given()
-        self._unseen_inserts.clear()
-        self._most_stored = 0
-        self._holds_dropped &= self._graph_evicts  # a captured eviction frees dropped nodes first, also from now on
-        self._unreturned = None
-        if self._listener is not None:
-            self._listener.forget()
-        self._changes += 1
-        self._open = None
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            if self._calls.is_capturing():
+                raise RuntimeError("a CUDA graph cannot hold a reset: the host forgets the namespaces")
+            call = self._calls.next()
+            self._open = OpenCall(interrupted.RESET, call, self._changes, before=self._unreturned)
+            gpu.reset(self._arrays, call)
+            self._calls.enqueued(call)
+            self._names.known.clear()
+            self._names.nothing_given()
+            self._unseen_inserts.clear()
+            self._most_stored = 0
+            self._holds_dropped &= self._graph_evicts  # a captured eviction frees dropped nodes first, also from now on
+            self._unreturned = None
+            if self._listener is not None:
+                self._listener.forget()
+            self._changes += 1
+            self._open = None
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:
         self._finish_all()

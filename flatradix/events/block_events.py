@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from flatradix.events.blocks import Block, Hash, HashFunction, RootFunction, chain_hash, root_hash
 from flatradix.events.edges import FIELDS, NO_ROWS, Edges, Rows, difference
-from flatradix.index import public_call, take_gate
+from flatradix.gate import FREE, cut_short, public_call, take_gate
 from flatradix.inputs.arguments import positive
 from flatradix.inspect.content import Content
 from flatradix.tree import RadixTree
@@ -84,7 +85,7 @@ class BlockEvents:
         self._counts: dict[Hash, int] = {}
         self._pending: tuple[Event, ...] = ()
         self._change: _Change | None = None  # a change that is being applied
-        self.busy: object = False  # whether a call has begun and not returned
+        self.busy: int = FREE  # see `flatradix.gate`
 
     def __len__(self) -> int:
         """Return how many hashes were cached at the last `update` or `dump`."""
@@ -105,14 +106,19 @@ class BlockEvents:
         a GPU, waits for the device and copies the nodes and tokens, and raises errors of earlier calls. Raises
         RuntimeError within another call of the tree, such as its `on_evict`.
         """
-        busy, self.busy = self.busy, True
-        if busy:
-            take_gate(self)
-        self._apply()
-        self._tree.index.look_at(self._look, slots=False, only=FIELDS)
-        self._apply()
-        self._tell()
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            take_gate(self, me)
+        self.busy = me
+        try:
+            self._apply()
+            self._tree.index.look_at(self._look, slots=False, only=FIELDS)
+            self._apply()
+            self._tell()
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def dump(self) -> list[Block]:
@@ -120,15 +126,20 @@ class BlockEvents:
 
         Does an `update` first, so all routers that follow know the same blocks. O(cached tokens).
         """
-        busy, self.busy = self.busy, True
-        if busy:
-            take_gate(self)
-        self._apply()
-        blocks = self._tree.index.look_at(self._look_at_all, slots=False, only=FIELDS)
-        self._apply()
-        self._tell()
-        self.busy = False
-        return blocks
+        me = get_ident()
+        if self.busy:
+            take_gate(self, me)
+        self.busy = me
+        try:
+            self._apply()
+            blocks = self._tree.index.look_at(self._look_at_all, slots=False, only=FIELDS)
+            self._apply()
+            self._tell()
+            self.busy = FREE
+            return blocks
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _look(self, content: Content) -> tuple[Edges, Mapping[int, list[Hash]]]:
         """Find what has changed, and note it as `_change`. Return the edges and the hashes on them as they are now."""

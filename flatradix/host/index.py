@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection
+from threading import get_ident
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 
 from flatradix import dropping
 from flatradix.dropping import NOT_GIVEN, times_of
+from flatradix.gate import FREE, cut_short, public_call
 from flatradix.host.freed import freed_last
 from flatradix.host.growth import Larger, has_moved, larger_than, move
 from flatradix.host.rehearsal import tokens_freed
 from flatradix.host.slots import EvictionMemory, HostSlots, SlotBatch, SlotPool
 from flatradix.host.slots_apart import SlotsApart
-from flatradix.index import Index, public_call, take_gate
+from flatradix.index import Index
 from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import check_counts, check_out, check_write_table, per_query, to_int64, token_count
 from flatradix.inputs.namespaces import Namespaces
@@ -115,12 +117,7 @@ class HostIndex(Index):
         self._results = call, handles, lengths, prefix_lengths
         return call
 
-    def recover(self) -> None:
-        """Undo what an interrupted call did, or finish it. Raise RuntimeError if that call is still running.
-
-        Only the state of the tree decides, so this can start again if it is interrupted itself.
-        """
-        take_gate(self)
+    def _repair(self) -> None:
         if self._open == 0:
             return
         self._move_in()
@@ -173,7 +170,7 @@ class HostIndex(Index):
         evictable, protected = self._numbers[_EVICTABLE], self._numbers[_PROTECTED]
         max_tokens = most_tokens(self.options.page_size) if self.options.grows else self.options.max_tokens
         self._open = 0
-        self.busy = False
+        self.busy = FREE
         if reason == reasons.NO_CAPACITY:
             refuse_capacity(value, max_tokens - evictable - protected, evictable, max_tokens)
         refuse(operation, reason, query, value)
@@ -225,29 +222,39 @@ class HostIndex(Index):
         start: Any = None,
         split: bool = False,
     ) -> MatchResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        key = read_host_key(q, "tokens") if start is None else None
-        if key is None:
-            return self._match_batch(read_batch(q, "tokens"), namespace, touch, lock, start, split)
-        code = 0 if namespace is None else self._code(namespace)
-        return self._match_one(key[0], key[2], key[1], code, touch, lock, split)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            key = read_host_key(q, "tokens") if start is None else None
+            if key is None:
+                return self._match_batch(read_batch(q, "tokens"), namespace, touch, lock, start, split)
+            code = 0 if namespace is None else self._code(namespace)
+            return self._match_one(key[0], key[2], key[1], code, touch, lock, split)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def match_array(
         self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
     ) -> MatchResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        address, count = tokens.buffer_info()
-        if tokens.typecode != "q":
-            raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
-        if limit is not None and limit < count:
-            count = max(limit, 0)
-        code = 0 if namespace is None else self._code(namespace)
-        return self._match_one(address, True, count, code, True, False, split)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            address, count = tokens.buffer_info()
+            if tokens.typecode != "q":
+                raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
+            if limit is not None and limit < count:
+                count = max(limit, 0)
+            code = 0 if namespace is None else self._code(namespace)
+            return self._match_one(address, True, count, code, True, False, split)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _code(self, namespace: Any) -> int:
         """Return the namespace code of a single query. It is valid until another call begins."""
@@ -275,7 +282,7 @@ class HostIndex(Index):
         if lock:
             self.last_result = result
         self._open = 0
-        self.busy = False
+        self.busy = FREE
         return result
 
     def _match_batch(
@@ -298,52 +305,67 @@ class HostIndex(Index):
         if lock:
             self.last_result = result
         self._open = 0
-        self.busy = False
+        self.busy = FREE
         return result
 
     # Slots
 
     @public_call
     def slots(self, places: Any) -> Ragged:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        if isinstance(places, Places) and places.late is None:
-            values = self._slots_of(places.handle, places.length)
-            return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
-        lengths, handles = read_places(places)
-        self._open = NOTHING_TO_UNDO
-        found = self._slots.of_places(contiguous(handles).numpy(), lengths.numpy())
-        if isinstance(found, int):
-            self._refuse("slots", found)
-        self._open = 0
-        self.busy = False
-        return found
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            if isinstance(places, Places) and places.late is None:
+                values = self._slots_of(places.handle, places.length)
+                return Ragged.trusted(values, upload_numbers(np.array([0, len(values)]), values.device))
+            lengths, handles = read_places(places)
+            self._open = NOTHING_TO_UNDO
+            found = self._slots.of_places(contiguous(handles).numpy(), lengths.numpy())
+            if isinstance(found, int):
+                self._refuse("slots", found)
+            self._open = 0
+            self.busy = FREE
+            return found
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def tokens(self, places: Any) -> Ragged:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
-        self._open = NOTHING_TO_UNDO
-        total, _nodes = cpu.count_paths(self._addresses, handles, lengths)
-        if total < 0:
-            self._refuse("tokens", total)
-        out, offsets = np.empty(total, np.int32), np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        tokens = self._state.tokens.data_ptr()
-        cpu.path_slots(self._addresses, handles, lengths, tokens, False, address_of(out))
-        self._open = 0
-        self.busy = False
-        return Ragged.trusted(torch.from_numpy(out), torch.from_numpy(offsets))
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
+            self._open = NOTHING_TO_UNDO
+            total, _nodes = cpu.count_paths(self._addresses, handles, lengths)
+            if total < 0:
+                self._refuse("tokens", total)
+            out, offsets = np.empty(total, np.int32), np.zeros(len(lengths) + 1, np.int64)
+            np.cumsum(lengths, out=offsets[1:])
+            tokens = self._state.tokens.data_ptr()
+            cpu.path_slots(self._addresses, handles, lengths, tokens, False, address_of(out))
+            self._open = 0
+            self.busy = FREE
+            return Ragged.trusted(torch.from_numpy(out), torch.from_numpy(offsets))
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def path_slots(self, place: Any) -> torch.Tensor:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        return self._slots_of(place.handle, place.length)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            return self._slots_of(place.handle, place.length)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _slots_of(self, handle: int, length: int) -> torch.Tensor:
         self._open = NOTHING_TO_UNDO
@@ -351,131 +373,161 @@ class HostIndex(Index):
         if isinstance(found, int):
             self._refuse("slots", found)
         self._open = 0
-        self.busy = False
+        self.busy = FREE
         return found
 
     @public_call
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
-        pool = self._slots
-        pool.refuse_capture()  # before rows on a GPU are copied
-        numbered = check_write_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
-        self._open = NOTHING_TO_UNDO
-        reason = cpu.write_slots(
-            self._addresses, handles, lengths, numbered, pool.pool, pool.wide, table.data_ptr(),
-            table.dtype == torch.int64, table.stride(0), *table.shape,
-        )  # fmt: skip
-        reason = reason or pool.write_rows(handles, lengths, table, numbered)
-        if reason < 0:
-            self._refuse("write_slots", reason)
-        self._open = 0
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
+            pool = self._slots
+            pool.refuse_capture()  # before rows on a GPU are copied
+            numbered = check_write_table(table, rows, len(handles), pool.device, self.options.slot_dtype).cpu().numpy()
+            self._open = NOTHING_TO_UNDO
+            reason = cpu.write_slots(
+                self._addresses, handles, lengths, numbered, pool.pool, pool.wide, table.data_ptr(),
+                table.dtype == torch.int64, table.stride(0), *table.shape,
+            )  # fmt: skip
+            reason = reason or pool.write_rows(handles, lengths, table, numbered)
+            if reason < 0:
+                self._refuse("write_slots", reason)
+            self._open = 0
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     # Lock
 
     @public_call
     def lock(self, places: Any) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
         try:
-            late = places.late
-        except AttributeError:  # not a result of this library; isinstance would take longer
-            late = True
-        if late is None:
-            self._open = call = self._calls = self._calls + 1
-            handle = lock_one.call(self._addresses, call, places.handle, places.length)
-            if handle < 0:
-                self._refuse("lock", handle)
-            places.handle = handle
+            try:
+                late = places.late
+            except AttributeError:  # not a result of this library; isinstance would take longer
+                late = True
+            if late is None:
+                self._open = call = self._calls = self._calls + 1
+                handle = lock_one.call(self._addresses, call, places.handle, places.length)
+                if handle < 0:
+                    self._refuse("lock", handle)
+                places.handle = handle
+                self._open = 0
+                self.busy = FREE
+                return
+            lengths, handles = read_places(places)
+            refuse_shared_handles(handles)
+            renewed = contiguous(handles)
+            call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
+            reason = cpu.lock(self._addresses, call, renewed.numpy(), lengths.numpy())
+            if reason < 0:
+                self._refuse("lock", reason)
+            if renewed is not handles:
+                handles.numpy()[:] = renewed.numpy()
             self._open = 0
-            self.busy = False
-            return
-        lengths, handles = read_places(places)
-        refuse_shared_handles(handles)
-        renewed = contiguous(handles)
-        call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
-        reason = cpu.lock(self._addresses, call, renewed.numpy(), lengths.numpy())
-        if reason < 0:
-            self._refuse("lock", reason)
-        if renewed is not handles:
-            handles.numpy()[:] = renewed.numpy()
-        self._open = 0
-        self.busy = False
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def unlock(self, places: Any) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
         try:
-            late = places.late
-        except AttributeError:  # not a result of this library; isinstance would take longer
-            late = True
-        if late is None:
-            self._open = call = self._calls = self._calls + 1
-            reason = unlock_one.call(self._addresses, call, places.handle, places.length)
-        else:
-            lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
-            call = self._begin(handles.copy(), kept := lengths.copy(), kept)
-            reason = cpu.unlock(self._addresses, call, handles, lengths)
-        if reason < 0:
-            self._refuse("unlock", reason)
-        self._open = 0
-        self.busy = False
+            try:
+                late = places.late
+            except AttributeError:  # not a result of this library; isinstance would take longer
+                late = True
+            if late is None:
+                self._open = call = self._calls = self._calls + 1
+                reason = unlock_one.call(self._addresses, call, places.handle, places.length)
+            else:
+                lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
+                call = self._begin(handles.copy(), kept := lengths.copy(), kept)
+                reason = cpu.unlock(self._addresses, call, handles, lengths)
+            if reason < 0:
+                self._refuse("unlock", reason)
+            self._open = 0
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def split(self, places: Any) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        lengths, handles = read_places(places)
-        refuse_shared_handles(handles)
-        renewed = contiguous(handles)
-        self._open = NOTHING_TO_UNDO  # a split is not undone
-        reason = cpu.split(self._addresses, renewed.numpy(), lengths.numpy())
-        if reason < 0:
-            self._refuse("split", reason)
-        if renewed is not handles:
-            handles.numpy()[:] = renewed.numpy()
-        self._open = 0
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            lengths, handles = read_places(places)
+            refuse_shared_handles(handles)
+            renewed = contiguous(handles)
+            self._open = NOTHING_TO_UNDO  # a split is not undone
+            reason = cpu.split(self._addresses, renewed.numpy(), lengths.numpy())
+            if reason < 0:
+                self._refuse("split", reason)
+            if renewed is not handles:
+                handles.numpy()[:] = renewed.numpy()
+            self._open = 0
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     # Waiting queues and soft pins
 
     @public_call
     def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        keys = read_batch(q, "tokens")
-        old_handles, old_lengths = read_starts(places, len(keys))
-        self._open = NOTHING_TO_UNDO
-        codes, named = self._codes(namespace, len(keys))
-        lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
-        handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
-        reason = cpu.rematch(
-            self._addresses, keys.addresses, keys.wide, keys.counts, codes, named, old_handles, old_lengths,
-            lengths.numpy(), handles.numpy(),
-        )  # fmt: skip
-        if reason < 0:
-            self._refuse("rematch", reason)
-        self._open = 0
-        self.busy = False
-        return MatchResult(lengths, handles)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            keys = read_batch(q, "tokens")
+            old_handles, old_lengths = read_starts(places, len(keys))
+            self._open = NOTHING_TO_UNDO
+            codes, named = self._codes(namespace, len(keys))
+            lengths = torch.empty(len(keys), dtype=torch.int32, device="cpu")
+            handles = torch.empty(len(keys), dtype=torch.int64, device="cpu")
+            reason = cpu.rematch(
+                self._addresses, keys.addresses, keys.wide, keys.counts, codes, named, old_handles, old_lengths,
+                lengths.numpy(), handles.numpy(),
+            )  # fmt: skip
+            if reason < 0:
+                self._refuse("rematch", reason)
+            self._open = 0
+            self.busy = FREE
+            return MatchResult(lengths, handles)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def alive(self, places: Any) -> torch.Tensor:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        lengths, handles = read_places(places)
-        found = self.are_alive(contiguous(handles).numpy(), lengths.numpy())
-        self.busy = False
-        return torch.from_numpy(found)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            lengths, handles = read_places(places)
+            found = self.are_alive(contiguous(handles).numpy(), lengths.numpy())
+            self.busy = FREE
+            return torch.from_numpy(found)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def are_alive(self, handles: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         found = np.empty(len(handles), np.bool_)
@@ -488,57 +540,72 @@ class HostIndex(Index):
 
     @public_call
     def want(self, places: Any, until: Any = None) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        lengths, handles = read_places(places)
-        refuse_shared_handles(handles)
-        ends = None if until is None else read_ends(until, len(handles))
-        renewed = contiguous(handles)
-        self._check_budget(renewed.numpy(), lengths.numpy())
-        call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
-        reason = cpu.want(self._addresses, call, renewed.numpy(), lengths.numpy())
-        if reason < 0:
-            self._refuse("want", reason)
-        if renewed is not handles:
-            handles.numpy()[:] = renewed.numpy()
-        if ends is not None:
-            self._replace_pins(self._pins.with_more(renewed.numpy(), kept, ends), call)
-        self._open = 0
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            lengths, handles = read_places(places)
+            refuse_shared_handles(handles)
+            ends = None if until is None else read_ends(until, len(handles))
+            renewed = contiguous(handles)
+            self._check_budget(renewed.numpy(), lengths.numpy())
+            call = self._begin(renewed.numpy().copy(), kept := lengths.numpy().copy(), kept)
+            reason = cpu.want(self._addresses, call, renewed.numpy(), lengths.numpy())
+            if reason < 0:
+                self._refuse("want", reason)
+            if renewed is not handles:
+                handles.numpy()[:] = renewed.numpy()
+            if ends is not None:
+                self._replace_pins(self._pins.with_more(renewed.numpy(), kept, ends), call)
+            self._open = 0
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def unwant(self, places: Any, until: Any = None) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
-        left = None if until is None and self._pins.size == 0 else self._pins_left(handles, lengths, until)
-        call = self._begin(handles.copy(), kept := lengths.copy(), kept)
-        reason = cpu.unwant(self._addresses, call, handles, lengths)
-        if reason < 0:
-            self._refuse("unwant", reason)
-        if left is not None:
-            self._replace_pins(left, call)
-        self._open = 0
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
+            left = None if until is None and self._pins.size == 0 else self._pins_left(handles, lengths, until)
+            call = self._begin(handles.copy(), kept := lengths.copy(), kept)
+            reason = cpu.unwant(self._addresses, call, handles, lengths)
+            if reason < 0:
+                self._refuse("unwant", reason)
+            if left is not None:
+                self._replace_pins(left, call)
+            self._open = 0
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def expire(self, now: Any) -> int:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        over, left = self._pins_at(now)
-        if over.size:
-            call = self._begin(over.handles, over.lengths, over.lengths)
-            reason = cpu.unwant(self._addresses, call, over.handles, over.lengths)
-            assert reason == 0, "a pin with an end is not counted at its node"
-            self._replace_pins(left, call)
-            self._open = 0
-        else:
-            self._pins = left
-        self.busy = False
-        return over.size
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            over, left = self._pins_at(now)
+            if over.size:
+                call = self._begin(over.handles, over.lengths, over.lengths)
+                reason = cpu.unwant(self._addresses, call, over.handles, over.lengths)
+                assert reason == 0, "a pin with an end is not counted at its node"
+                self._replace_pins(left, call)
+                self._open = 0
+            else:
+                self._pins = left
+            self.busy = FREE
+            return over.size
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def read_paths(self) -> Paths:
         s, rows = self._arrays, self._numbers[_ROWS]
@@ -562,17 +629,22 @@ class HostIndex(Index):
         start: Any = None,
         inserted_lengths: Any = 0,
     ) -> InsertResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        priority = 0 if priority is None else priority
-        single = start is None or (isinstance(start, Places) and start.late is None)
-        if single and isinstance(priority, int) and isinstance(inserted_lengths, int) and not is_batch(q):
-            return self._insert_one(q, slots, namespace, priority, start, inserted_lengths)
-        keys = read_batch(q, "tokens")
-        priorities = per_query(priority, len(keys), "priority")
-        inserted = per_query(inserted_lengths, len(keys), "inserted_lengths")
-        return self._insert_batch(keys, slots, namespace, priorities, start, inserted)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            priority = 0 if priority is None else priority
+            single = start is None or (isinstance(start, Places) and start.late is None)
+            if single and isinstance(priority, int) and isinstance(inserted_lengths, int) and not is_batch(q):
+                return self._insert_one(q, slots, namespace, priority, start, inserted_lengths)
+            keys = read_batch(q, "tokens")
+            priorities = per_query(priority, len(keys), "priority")
+            inserted = per_query(inserted_lengths, len(keys), "inserted_lengths")
+            return self._insert_batch(keys, slots, namespace, priorities, start, inserted)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _insert_one(
         self, q: Any, slots: Any, namespace: Any, priority: int, place: Places | None, inserted: int
@@ -610,7 +682,7 @@ class HostIndex(Index):
             pool.store_one(source, prefix - start, length - start, pool_start)
         self.last_result = result = one_insert(prefix, length, end)
         self._open = 0
-        self.busy = False
+        self.busy = FREE
         return result
 
     def _insert_batch(
@@ -633,7 +705,7 @@ class HostIndex(Index):
         self._insert_arrays(keys, source, namespace, (priorities, inserted), starts, out, slots)
         self.last_result = result
         self._open = 0
-        self.busy = False
+        self.busy = FREE
         return result
 
     def _insert_arrays(
@@ -687,7 +759,7 @@ class HostIndex(Index):
         if reason == reasons.BAD_SLOT:
             query, position = self._numbers[numbers.ERROR_QUERY], self._numbers[numbers.ERROR_VALUE]
             self._open = 0
-            self.busy = False
+            self.busy = FREE
             refuse_slot(int(slots[query][position]), query, position, self.options.slot_dtype)
         self._refuse("insert", reason)
 
@@ -695,34 +767,40 @@ class HostIndex(Index):
 
     @public_call
     def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        wanted = token_count(num_tokens)
-        if out is not None:
-            check_out(out, self._slots.device, self.options.slot_dtype)
-        self._open = call = self._calls = self._calls + 1
-        before = self._unreturned
-        known = 0 if before is None else len(before)
-        wanted = wanted - known if wanted > known else 0
-        if self._listener is not None:
-            self._listener.begin()
-        score = self.options.order.score
-        scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
-        keeper = None if self._keeper is None else self._keeper()
-        kept = 0 if keeper is None else keeper.wanted_table()
-        most, most_ranges = self._most_freed(wanted)
-        if out is not None and len(out) < known + most:
-            self._refuse_overflow(out, known, wanted, scores, most_ranges)
-        pool, room = self._slots, self._slots.allocate_eviction(before, most, most_ranges)
-        self._eviction = room
-        tokens, nodes, ranges = cpu.evict.call(
-            self._addresses, call, wanted, scores, kept, pool.pool, pool.wide, room.starts, room.lengths, room.target
-        )
-        slots = self._freed(room, tokens, ranges)
-        result = EvictResult(slots, known + tokens, nodes) if out is None else written(out, slots, nodes)
-        self._end_eviction(result)
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            wanted = token_count(num_tokens)
+            if out is not None:
+                check_out(out, self._slots.device, self.options.slot_dtype)
+            self._open = call = self._calls = self._calls + 1
+            before = self._unreturned
+            known = 0 if before is None else len(before)
+            wanted = wanted - known if wanted > known else 0
+            if self._listener is not None:
+                self._listener.begin()
+            score = self.options.order.score
+            scores = _NO_SCORES if score is None or wanted == 0 else self._scores(score)
+            keeper = None if self._keeper is None else self._keeper()
+            kept = 0 if keeper is None else keeper.wanted_table()
+            most, most_ranges = self._most_freed(wanted)
+            if out is not None and len(out) < known + most:
+                self._refuse_overflow(out, known, wanted, scores, most_ranges)
+            pool, room = self._slots, self._slots.allocate_eviction(before, most, most_ranges)
+            self._eviction = room
+            tokens, nodes, ranges = cpu.evict.call(
+                self._addresses, call, wanted, scores, kept, pool.pool, pool.wide, room.starts, room.lengths,
+                room.target,
+            )  # fmt: skip
+            slots = self._freed(room, tokens, ranges)
+            result = EvictResult(slots, known + tokens, nodes) if out is None else written(out, slots, nodes)
+            self._end_eviction(result)
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _freed(self, room: EvictionMemory, tokens: int, ranges: int) -> torch.Tensor:
         """Return the slots that a kernel has freed, and note what else has gone."""
@@ -739,29 +817,34 @@ class HostIndex(Index):
         self._unreturned = None
         self._open = 0
         self._eviction = None  # now: until then, it may have to be returned by the next eviction
-        self.busy = False
+        self.busy = FREE
 
     @public_call
     def drop(self, places: Any = None, namespace: Any = NOT_GIVEN) -> EvictResult:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        plan = self._plan_drop(places, namespace)
-        self._open = call = self._calls = self._calls + 1
-        before = self._unreturned
-        known = 0 if before is None else len(before)
-        if self._listener is not None:
-            self._listener.begin()
-        pool, room = self._slots, self._slots.allocate_eviction(before, plan.tokens, len(plan.victims))
-        self._eviction = room
-        tokens, ranges = cpu.drop(
-            self._addresses, call, plan.kept, plan.less, plan.victims, pool.pool, pool.wide, room.starts, room.lengths,
-            room.target,
-        )  # fmt: skip
-        slots = self._freed(room, tokens, ranges)
-        result = EvictResult(slots, known + tokens, len(plan.victims))
-        self._end_eviction(result)
-        return result
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            plan = self._plan_drop(places, namespace)
+            self._open = call = self._calls = self._calls + 1
+            before = self._unreturned
+            known = 0 if before is None else len(before)
+            if self._listener is not None:
+                self._listener.begin()
+            pool, room = self._slots, self._slots.allocate_eviction(before, plan.tokens, len(plan.victims))
+            self._eviction = room
+            tokens, ranges = cpu.drop(
+                self._addresses, call, plan.kept, plan.less, plan.victims, pool.pool, pool.wide, room.starts,
+                room.lengths, room.target,
+            )  # fmt: skip
+            slots = self._freed(room, tokens, ranges)
+            result = EvictResult(slots, known + tokens, len(plan.victims))
+            self._end_eviction(result)
+            return result
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     def _plan_drop(self, places: Any, namespace: Any) -> dropping.Plan:
         dropping.check_arguments(places, namespace)
@@ -795,7 +878,7 @@ class HostIndex(Index):
         tokens = tokens_freed(self._state, queue, wanted, scores, ranges)
         if known + tokens > len(out):
             self._open = 0
-            self.busy = False
+            self.busy = FREE
             refuse_out(known + tokens, len(out))
 
     def _note_victims(self, slots: torch.Tensor) -> None:
@@ -870,28 +953,38 @@ class HostIndex(Index):
 
     @public_call
     def digest(self) -> str:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._open = NOTHING_TO_UNDO
-        slots = self._slots.values.cpu()
-        lanes = [cpu.digest(self._addresses, slots.data_ptr(), slots.dtype == torch.int64, lane) for lane in (0, 1)]
-        self._open = 0
-        self.busy = False
-        return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._open = NOTHING_TO_UNDO
+            slots = self._slots.values.cpu()
+            lanes = [cpu.digest(self._addresses, slots.data_ptr(), slots.dtype == torch.int64, lane) for lane in (0, 1)]
+            self._open = 0
+            self.busy = FREE
+            return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def reset(self) -> None:
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._open = call = self._calls = self._calls + 1
-        cpu.reset(self._addresses, call)
-        self._namespaces.clear()
-        self._unreturned = None
-        self._forget_victims()
-        self._open = 0
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._open = call = self._calls = self._calls + 1
+            cpu.reset(self._addresses, call)
+            self._namespaces.clear()
+            self._unreturned = None
+            self._forget_victims()
+            self._open = 0
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def raise_pending(self) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 
 import numpy as np
 import torch
 
 from flatradix.errors import QueryError
+from flatradix.gate import FREE, cut_short, public_call
 from flatradix.host.index import NOTHING_TO_UNDO, HostIndex
 from flatradix.host.slots import EvictionMemory, SlotBatch, SlotPool
-from flatradix.index import public_call
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged, read_batch
@@ -187,20 +188,24 @@ class PagedIndex(HostIndex):
 
         found: int64 [3, B], gets the cached lengths, the lengths with slots and the handles.
         """
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._open = NOTHING_TO_UNDO  # PrefixCache undoes locks
-        codes = _NO_CODES if names is None else self._codes(names, len(prompts))[0]
-        self._calls += 1
-        needed: int = cpu.find_prompts.call(
-            self._addresses, cache, self._calls, prompts.addresses, prompts.wide, prompts.counts, codes, chunk, *found
-        )
-        if needed < 0:
-            self._refuse("begin", needed)
-        self._open = 0
-        self.busy = False
-        return needed
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._open = NOTHING_TO_UNDO  # PrefixCache undoes locks
+            codes = _NO_CODES if names is None else self._codes(names, len(prompts))[0]
+            self._calls += 1
+            keys = prompts.addresses, prompts.wide, prompts.counts
+            needed: int = cpu.find_prompts.call(self._addresses, cache, self._calls, *keys, codes, chunk, *found)
+            if needed < 0:
+                self._refuse("begin", needed)
+            self._open = 0
+            self.busy = FREE
+            return needed
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def commit_requests(
@@ -211,60 +216,80 @@ class PagedIndex(HostIndex):
         names: of each request that has committed nothing; None if none has a name. Returns int64 [3, K]: the rows that
         got other pages, and from where to where.
         """
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._open = NOTHING_TO_UNDO
-        codes = _NO_CODES
-        if names is not None:
-            self._fresh = []
-            nothing = np.zeros(len(rows), np.int64)
-            codes, _named = self._codes_to_insert(names, ends, nothing)
-        replaced = np.empty((3, len(rows)), np.int64)
-        self._calls += 1
-        arguments = self._addresses, cache, self._calls, rows, known, ends, codes, replaced
-        inserted, others = cpu.commit.call(*arguments)
-        if inserted == reasons.NO_POOL_SPACE:
-            self._slots.compact(self._calls, self._numbers[numbers.NODES])
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._open = NOTHING_TO_UNDO
+            codes = _NO_CODES
+            if names is not None:
+                self._fresh = []
+                nothing = np.zeros(len(rows), np.int64)
+                codes, _named = self._codes_to_insert(names, ends, nothing)
+            replaced = np.empty((3, len(rows)), np.int64)
+            self._calls += 1
+            arguments = self._addresses, cache, self._calls, rows, known, ends, codes, replaced
             inserted, others = cpu.commit.call(*arguments)
-        if inserted < 0:
-            self._refuse_insert(inserted, ())
-        if names is not None:  # those that inserted no page
-            self._namespaces.forget(self._fresh, self._arrays.namespace_children)
-        self._open = 0
-        self.busy = False
-        return replaced[:, :others]
+            if inserted == reasons.NO_POOL_SPACE:
+                self._slots.compact(self._calls, self._numbers[numbers.NODES])
+                inserted, others = cpu.commit.call(*arguments)
+            if inserted < 0:
+                self._refuse_insert(inserted, ())
+            if names is not None:  # those that inserted no page
+                self._namespaces.forget(self._fresh, self._arrays.namespace_children)
+            self._open = 0
+            self.busy = FREE
+            return replaced[:, :others]
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def release_requests(self, cache: int, rows: np.ndarray, begins: np.ndarray) -> None:
         """End requests; see `kernels.cpu.release`."""
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        self._open = NOTHING_TO_UNDO
-        self._calls += 1
-        cpu.release.call(self._addresses, cache, self._calls, rows, begins)
-        self._open = 0
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            self._open = NOTHING_TO_UNDO
+            self._calls += 1
+            cpu.release.call(self._addresses, cache, self._calls, rows, begins)
+            self._open = 0
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def admit_prompts(self, cache: int, prompts: Batch, arrays: tuple[np.ndarray, ...]) -> tuple[int, int]:
         """Let prompts run; see `kernels.cpu.admit`. arrays: rows, cached, begins, lengths, handles, priorities."""
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        rows, *others = arrays
-        found: tuple[int, int] = cpu.admit.call(
-            self._addresses, cache, rows, prompts.addresses, prompts.wide, prompts.counts, *others
-        )
-        self.busy = False
-        return found
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            rows, *others = arrays
+            found: tuple[int, int] = cpu.admit.call(
+                self._addresses, cache, rows, prompts.addresses, prompts.wide, prompts.counts, *others
+            )
+            self.busy = FREE
+            return found
+        except BaseException:
+            cut_short(self, me)
+            raise
 
     @public_call
     def write_pages(self, cache: int, handles: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> None:
         """Write the pages of good places to rows; see `kernels.cpu.write_pages`."""
-        busy, self.busy = self.busy, True
-        if busy:
-            self.recover()
-        cpu.write_pages(self._addresses, cache, handles, lengths, rows)
-        self.busy = False
+        me = get_ident()
+        if self.busy:
+            self.recover(me)
+        self.busy = me
+        try:
+            cpu.write_pages(self._addresses, cache, handles, lengths, rows)
+            self.busy = FREE
+        except BaseException:
+            cut_short(self, me)
+            raise

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from math import isfinite
+from threading import get_ident
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from flatradix.errors import QueryError
+from flatradix.gate import FREE, cut_short, public_call
 from flatradix.host.index import HostIndex
-from flatradix.index import public_call
 from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import per_query, to_int64
 from flatradix.inputs.ragged import read_batch
@@ -68,12 +69,17 @@ class WaitingQueue:
     def close(self) -> None:
         """Keep nothing from now on, as if the queue were deleted: another queue can then keep in this tree."""
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        self._watch.close()
-        self._keep = False
-        index.busy = False
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            self._watch.close()
+            self._keep = False
+            index.busy = FREE
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     @property
     def keep(self) -> bool:
@@ -98,26 +104,32 @@ class WaitingQueue:
         O(tokens). Raises QueryError (a token out of range), ValueError. Then nothing was added.
         """
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        priority = 0 if priority is None else priority
-        key = read_host_key(prompts, "tokens") if isinstance(priority, int) else None
-        if key is not None and not isinstance(namespace, list | tuple) and (arrival is None or type(arrival) is float):
-            one = self._add_one(key, namespace, priority, arrival)
-            index.busy = False
-            return one
-        keys = read_batch(prompts, "tokens")
-        names = namespaces.spread(namespace, len(keys))
-        priorities = per_query(priority, len(keys), "priority")
-        arrivals = _arrivals(arrival, len(keys))
-        spaces = self._prompts.spaces_of(names)
-        self._known = None
-        found = self._prompts.add(keys, spaces, priorities, arrivals)
-        if isinstance(found, int):
-            _refuse_token((int(keys.addresses[found]), int(keys.counts[found]), keys.wide, keys.owner), found)
-        index.busy = False
-        return torch.from_numpy(found)
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            priority = 0 if priority is None else priority
+            key = read_host_key(prompts, "tokens") if isinstance(priority, int) else None
+            alone = not isinstance(namespace, list | tuple) and (arrival is None or type(arrival) is float)
+            if key is not None and alone:
+                one = self._add_one(key, namespace, priority, arrival)
+                index.busy = FREE
+                return one
+            keys = read_batch(prompts, "tokens")
+            names = namespaces.spread(namespace, len(keys))
+            priorities = per_query(priority, len(keys), "priority")
+            arrivals = _arrivals(arrival, len(keys))
+            spaces = self._prompts.spaces_of(names)
+            self._known = None
+            found = self._prompts.add(keys, spaces, priorities, arrivals)
+            if isinstance(found, int):
+                _refuse_token((int(keys.addresses[found]), int(keys.counts[found]), keys.wide, keys.owner), found)
+            index.busy = FREE
+            return torch.from_numpy(found)
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     def _add_one(self, key: Buffer, namespace: Any, priority: int, arrival: float | None) -> torch.Tensor:
         namespaces.check(namespace)
@@ -141,16 +153,21 @@ class WaitingQueue:
         O(nodes on their paths). Raises QueryError (an id that does not wait, or is given twice). Then all stay.
         """
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        self._known = None
-        if not (type(ids) is int and 0 <= ids < _NO_LIMIT and self._watch.remove_one(ids)):
-            numbers = _read_ids(ids)
-            self._find(numbers, "remove")
-            _refuse_twice(numbers, "remove")
-            self._watch.remove(numbers)
-        index.busy = False
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            self._known = None
+            if not (type(ids) is int and 0 <= ids < _NO_LIMIT and self._watch.remove_one(ids)):
+                numbers = _read_ids(ids)
+                self._find(numbers, "remove")
+                _refuse_twice(numbers, "remove")
+                self._watch.remove(numbers)
+            index.busy = FREE
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     def _find(self, numbers: np.ndarray, operation: str) -> np.ndarray:
         entries, missing = self._prompts.find(numbers)
@@ -167,16 +184,21 @@ class WaitingQueue:
     def prompt(self, id: int) -> torch.Tensor:
         """Return a copy of the tokens of a waiting prompt: int32 [length]. Raises QueryError."""
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        entries = self._find(_read_ids(id), "prompt")
-        if len(entries) != 1:
-            raise ValueError(f"prompt takes one id, not {len(entries)}")
-        entry = int(entries[0])
-        tokens = torch.from_numpy(self._prompts.tokens(entry))
-        index.busy = False
-        return tokens
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            entries = self._find(_read_ids(id), "prompt")
+            if len(entries) != 1:
+                raise ValueError(f"prompt takes one id, not {len(entries)}")
+            entry = int(entries[0])
+            tokens = torch.from_numpy(self._prompts.tokens(entry))
+            index.busy = FREE
+            return tokens
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -186,12 +208,17 @@ class WaitingQueue:
         if not isinstance(id, int | np.integer) or not 0 <= id < _NO_LIMIT:
             return False
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        missing = self._prompts.find(np.array([id], np.int64))[1]
-        index.busy = False
-        return bool(missing < 0)
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            missing = self._prompts.find(np.array([id], np.int64))[1]
+            index.busy = FREE
+            return bool(missing < 0)
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     @property
     def nbytes(self) -> int:
@@ -214,23 +241,33 @@ class WaitingQueue:
     def ids(self) -> torch.Tensor:
         """Return the ids of all waiting prompts, the oldest first: int64 [N]."""
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        found = self._column("id")
-        index.busy = False
-        return found
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            found = self._column("id")
+            index.busy = FREE
+            return found
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     @public_call
     def lengths(self) -> torch.Tensor:
         """Return the tokens of each waiting prompt: int32 [N]."""
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        found = self._column("tokens")
-        index.busy = False
-        return found
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            found = self._column("tokens")
+            index.busy = FREE
+            return found
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     @public_call
     def cached_lengths(self) -> torch.Tensor:
@@ -239,13 +276,18 @@ class WaitingQueue:
         On the CPU: O(what the tree's changes since the last look concern + N).
         """
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        self._watch.look()
-        found = self._column("length")
-        index.busy = False
-        return found
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            self._watch.look()
+            found = self._column("length")
+            index.busy = FREE
+            return found
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     @public_call
     def shared_lengths(self) -> torch.Tensor:
@@ -254,13 +296,18 @@ class WaitingQueue:
         Counted from the cached length on, in whole pages, within a namespace, by tokens. O(N + nodes of the prompts).
         """
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        self._watch.look()
-        found = self._shared()
-        index.busy = False
-        return found
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            self._watch.look()
+            found = self._shared()
+            index.busy = FREE
+            return found
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     def _shared(self) -> torch.Tensor:
         self._prompts.tidy()
@@ -300,23 +347,28 @@ class WaitingQueue:
         """
         _check_order(policy, now, patience, every)
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        if policy == "lpm" and not defer_shared:
-            self._watch.look()
-            ids = np.empty(len(self), np.int64)
-            if cpu.order_by_longest.call(self._prompts.address, self.tree.page_size, ids):
-                self._watch.order_changed()
-                index.busy = False
-                return torch.from_numpy(ids)
-        positions = self._order(policy, now, patience, every, defer_shared)
-        entries = self._entries()[positions]
-        cpu.set_order(self._prompts.address, entries)
-        self._watch.order_changed()
-        found = torch.from_numpy(self._prompts.arrays.id[entries])
-        index.busy = False
-        return found
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            if policy == "lpm" and not defer_shared:
+                self._watch.look()
+                ids = np.empty(len(self), np.int64)
+                if cpu.order_by_longest.call(self._prompts.address, self.tree.page_size, ids):
+                    self._watch.order_changed()
+                    index.busy = FREE
+                    return torch.from_numpy(ids)
+            positions = self._order(policy, now, patience, every, defer_shared)
+            entries = self._entries()[positions]
+            cpu.set_order(self._prompts.address, entries)
+            self._watch.order_changed()
+            found = torch.from_numpy(self._prompts.arrays.id[entries])
+            index.busy = FREE
+            return found
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     def _order(
         self, policy: str | OrderFunction, now: float | None, patience: float, every: int, defer_shared: bool
@@ -352,12 +404,17 @@ class WaitingQueue:
         With `keep`, an eviction gives up prompts from the end of this order on.
         """
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        found = torch.from_numpy(self._prompts.arrays.id[self._prompts.in_order()])
-        index.busy = False
-        return found
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            found = torch.from_numpy(self._prompts.arrays.id[self._prompts.in_order()])
+            index.busy = FREE
+            return found
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     # Plan
 
@@ -395,34 +452,39 @@ class WaitingQueue:
         budget, most = read_limit(token_budget, "token_budget"), read_limit(max_requests, "max_requests")
         reserve = read_limit(reserve, "reserve")
         index = self.gate
-        busy, index.busy = index.busy, True
-        if busy:
-            index.recover()
-        self._watch.look()
-        if isinstance(order, str) or callable(order):
-            _check_order(order, None, _PATIENCE, _EVERY)
-            entries = self._entries()[self._order(order, None, _PATIENCE, _EVERY, False)]
-        else:
-            numbers = _read_ids(order)
-            entries = self._find(numbers, "plan")
-            _refuse_twice(numbers, "plan")
-        ids, rows, cached, leaves = self._prompts.columns(entries, "id", "row", "length", "leaf")
-        tokens = self._prompts.arrays.tokens[entries].astype(np.int64)
-        paths = self.gate.read_paths()
-        free = (self.tree.max_tokens or MAX_UNITS) - paths.evictable - paths.protected
-        if free_tokens is not None:
-            free = read_limit(free_tokens, "free_tokens", -_NO_LIMIT)
-        if whole_pages:
-            page = self.tree.page_size
-            tokens, reserve = -(-(tokens + reserve) // page) * page, 0
-        chosen = np.empty(len(entries), np.int64)
-        count, total = cpu.plan(
-            *paths[:4], rows, cached, tokens, free + paths.evictable, budget, most, reserve, skip,
-            np.zeros(len(paths.parents), np.int32), chosen, bool(share), leaves, *self._prompts.paths(),
-        )  # fmt: skip
-        index.busy = False
-        chosen = chosen[:count]
-        return Plan(torch.from_numpy(ids[chosen]), torch.from_numpy(cached[chosen]), int(total))
+        me = get_ident()
+        if index.busy:
+            index.recover(me)
+        index.busy = me
+        try:
+            self._watch.look()
+            if isinstance(order, str) or callable(order):
+                _check_order(order, None, _PATIENCE, _EVERY)
+                entries = self._entries()[self._order(order, None, _PATIENCE, _EVERY, False)]
+            else:
+                numbers = _read_ids(order)
+                entries = self._find(numbers, "plan")
+                _refuse_twice(numbers, "plan")
+            ids, rows, cached, leaves = self._prompts.columns(entries, "id", "row", "length", "leaf")
+            tokens = self._prompts.arrays.tokens[entries].astype(np.int64)
+            paths = self.gate.read_paths()
+            free = (self.tree.max_tokens or MAX_UNITS) - paths.evictable - paths.protected
+            if free_tokens is not None:
+                free = read_limit(free_tokens, "free_tokens", -_NO_LIMIT)
+            if whole_pages:
+                page = self.tree.page_size
+                tokens, reserve = -(-(tokens + reserve) // page) * page, 0
+            chosen = np.empty(len(entries), np.int64)
+            count, total = cpu.plan(
+                *paths[:4], rows, cached, tokens, free + paths.evictable, budget, most, reserve, skip,
+                np.zeros(len(paths.parents), np.int32), chosen, bool(share), leaves, *self._prompts.paths(),
+            )  # fmt: skip
+            index.busy = FREE
+            chosen = chosen[:count]
+            return Plan(torch.from_numpy(ids[chosen]), torch.from_numpy(cached[chosen]), int(total))
+        except BaseException:
+            cut_short(index, me)
+            raise
 
     def __repr__(self) -> str:
         tokens = int(self._prompts.arrays.counts[waiting.LIVE_TOKENS])
