@@ -48,6 +48,9 @@ class OpenCall(NamedTuple):
     owner: Any = None
 
 
+NOTHING_YET = OpenCall(NOTHING, 0, 0)  # the one of a call that has changed nothing yet
+
+
 def undo(done: OpenCall, arrays: Arrays, calls: Calls) -> bool:
     """Undo what the device did for a call, except an eviction, a drop or a reset. Return whether the call took effect.
 

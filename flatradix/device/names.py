@@ -13,6 +13,8 @@ from flatradix.inputs import namespaces
 from flatradix.inputs.namespaces import Namespaces
 from flatradix.layout.queries import PerQuery, Values
 
+NAME_IN_GRAPH = "a CUDA graph cannot hold a namespace: what it is called inside changes as others go"
+
 
 class Names:
     """Namespace codes as kernels take them: code * 2 + (1 if the caller gave a name).

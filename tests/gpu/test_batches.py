@@ -229,11 +229,11 @@ def test_long_keys(cuda: str) -> None:
 
 
 def test_batches_that_outgrow_the_scratch(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatradix.device import index
+    from flatradix.device import core
 
     sizes = (1024, 3000, 1025, 5)
     if interpreted(cuda):
-        monkeypatch.setattr(index, "_SMALLEST_BATCH", 4)
+        monkeypatch.setattr(core, "_SMALLEST_BATCH", 4)
         sizes = (4, 11, 5, 2)
     pair = Pair(cuda, 20_000)
     for seed, size in enumerate(sizes):

@@ -10,6 +10,10 @@ from flatradix.device.mailbox import Mailbox
 from flatradix.layout import mail
 from flatradix.layout.queries import Freeing
 
+# An eviction allocates memory for so many slots more than it was asked for before it knows what goes: first for some,
+# later for twice as many as were needed, up to a limit. If that does not suffice, it waits twice.
+FIRST_BEYOND, MOST_BEYOND = 1 << 12, 1 << 16
+
 
 class Room(NamedTuple):
     """Memory for the slots that an eviction returns: first those of an earlier, interrupted one, then others.
