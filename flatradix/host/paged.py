@@ -10,7 +10,8 @@ import torch
 
 from flatradix.errors import QueryError
 from flatradix.gate import FREE, cut_short, public_call
-from flatradix.host.index import NOTHING_TO_UNDO, HostIndex
+from flatradix.host.core import NOTHING_TO_UNDO
+from flatradix.host.index import HostIndex
 from flatradix.host.slots import EvictionMemory, SlotBatch, SlotPool
 from flatradix.inputs.namespaces import Namespace
 from flatradix.inputs.options import Options
