@@ -8,11 +8,16 @@ entries: over the calls alone, and over the numbers too. The last entries are ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from flatradix.index import Index
-from flatradix.layout.numbers import CLOCK, EVICTABLE, LAST_CALL, NODES, PROTECTED
+from flatradix.inputs.sequences import address_of
+from flatradix.kernels import cpu
+from flatradix.layout import journal as layout
+from flatradix.layout.journal import KEPT, UNKNOWN
 from flatradix.results import Places
 
 CALLS = (
@@ -23,10 +28,8 @@ CALLS_OF_CACHES = (
     "match_prefix", "touch_prefix", "lock", "unlock", "inc_lock_ref", "dec_lock_ref", "insert", "checkpoint", "evict",
 )  # fmt: skip
 NAMES = tuple(dict.fromkeys(CALLS + CALLS_OF_CACHES))
+_OF_PLACES = ("lock", "unlock", "split")  # they take places alone
 _WITH_PLACES = ("match", "match_array", "insert")
-KEPT = 1 << 12
-UNKNOWN = -1
-_MASK = KEPT - 1
 _NOTHING = (UNKNOWN,) * 5
 
 
@@ -41,69 +44,70 @@ class Entry(NamedTuple):
     by_calls: int
     by_numbers: int
 
+    @classmethod
+    def of(cls, numbers: list[int]) -> Entry:
+        """Return the entry that a journal holds in these numbers."""
+        return cls(
+            numbers[layout.NAME],
+            numbers[layout.QUERIES],
+            tuple(numbers[layout.CLOCK : layout.CALLS_HASH]),
+            numbers[layout.CALLS_HASH],
+            numbers[layout.NUMBERS_HASH],
+        )
+
 
 class Journal:
     """The entries of one tree. deep: whether each entry holds the digest, for which it waits.
 
-    All that an entry changes is one attribute, so an interrupted call has written its entry or has not.
+    note: writes an entry; takes a place in NAMES and the number of queries. A kernel does it, which nothing interrupts,
+    so an interrupted call has written its entry or has not.
     """
 
     def __init__(self, index: Index, deep: bool) -> None:
         watched = getattr(index, "watched", None)  # an index in host memory
         self.deep = deep
         self.knows_numbers = deep or watched is not None
-        self._numbers: memoryview | None = None if watched is None else watched.numbers
         self._index = index  # not the tree: whoever keeps a journal keeps no tree alive
-        self._kept: list[Any] = [None] * KEPT
-        self._state = 0, 0, 0, self._stamp()
+        self._table = np.zeros(layout.STATE + KEPT * layout.ENTRY, np.int64)
+        self._address = address_of(self._table)
+        self._table[layout.STAMP] = self._stamp()
+        if watched is None or deep:
+            self.note: Callable[[int, int], None] = self._note
+            cpu.note_call.prepare()
+        else:
+            numbers = address_of(np.frombuffer(watched.numbers, np.int64))
+            cpu.note_call_and_sizes.prepare()
+            self.note = partial(cpu.note_call_and_sizes.call, self._address, numbers)
 
     @property
     def number(self) -> int:
         """How many entries were ever written."""
-        return self._state[0]
+        return int(self._table[layout.NUMBER])
 
     @property
     def hashes(self) -> tuple[int, int]:
-        return self._state[1], self._state[2]
+        return int(self._table[layout.BY_CALLS]), int(self._table[layout.BY_NUMBERS])
 
     def _stamp(self) -> int:
         """Return `changes` of the tree. Times of use are not undone with a call, so the clock does not tell."""
-        known = self._numbers
-        return self._index.changes() if known is None else known[LAST_CALL]
+        return self._index.changes()
 
-    def note(self, name: int, count: int) -> None:
-        """Write an entry."""
-        known = self._numbers
-        if known is None or self.deep:
-            return self._note_slowly(name, count)
-        clock = known[CLOCK]
-        numbers = clock, known[EVICTABLE], known[PROTECTED], known[NODES], UNKNOWN
-        number, by_calls, by_numbers, _ = self._state
-        by_calls = hash((by_calls, name, count))
-        by_numbers = hash((by_numbers, by_calls, numbers))
-        self._kept[number & _MASK] = name, count, numbers, by_calls, by_numbers
-        self._state = number + 1, by_calls, by_numbers, known[LAST_CALL]
-        return None
-
-    def _note_slowly(self, name: int, count: int) -> None:
+    def _note(self, name: int, queries: int) -> None:
         numbers = _numbers_of(self._index) if self.deep else _NOTHING
-        number, by_calls, by_numbers, _ = self._state
-        by_calls = hash((by_calls, name, count))
-        by_numbers = hash((by_numbers, by_calls, numbers))
-        self._kept[number & _MASK] = name, count, numbers, by_calls, by_numbers
-        self._state = number + 1, by_calls, by_numbers, self._stamp()
+        cpu.note_call.call(self._address, name, queries, *numbers, self._stamp())
 
     def note_if_done(self, name: int, arguments: tuple[Any, ...]) -> None:
         """Write the entry of a call that was interrupted, if it took effect and has no entry yet."""
         self._index.settle()
-        if self._stamp() != self._state[3]:
+        if self._stamp() != self._table[layout.STAMP]:
             result = self._index.last_result if NAMES[name] in _WITH_PLACES else None
             self.note(name, _count(result, arguments))
 
-    def entries(self) -> tuple[int, list[Entry]]:
-        """Return the number of the first entry that is kept, and all that are."""
+    def rows(self) -> tuple[int, np.ndarray]:
+        """Return the number of the first entry that is kept, and all that are: int64 [N, layout.ENTRY]."""
         first = max(0, self.number - KEPT)
-        return first, [Entry(*self._kept[number & _MASK]) for number in range(first, self.number)]
+        places = np.arange(first, self.number) % KEPT
+        return first, self._table[layout.STATE :].reshape(KEPT, layout.ENTRY)[places]
 
 
 def _numbers_of(index: Index) -> tuple[int, ...]:
@@ -124,7 +128,7 @@ def signed(digits: str) -> int:
 def watch_tree(tree: Any, journal: Journal) -> None:
     """Replace calls of a tree, for this object alone, by calls that also write entries."""
     for name in CALLS:
-        make = _watched_match if name == "match" else _watched
+        make = _watched_match if name == "match" else _watched_lock if name in _OF_PLACES else _watched
         _replace(tree, name, make(journal, getattr(tree, name), NAMES.index(name)))
 
 
@@ -165,6 +169,21 @@ def _watched_if_done(journal: Journal, inner: Callable[..., Any], code: int) -> 
     return call
 
 
+def _watched_lock(journal: Journal, inner: Callable[..., Any], code: int) -> Callable[..., Any]:
+    """Do what `_watched` does: these calls are so short that passing on arguments of any kind would double them."""
+    note = journal.note
+
+    def call(places: Any) -> None:
+        try:
+            inner(places)
+            note(code, _queries(places))
+        except BaseException:
+            journal.note_if_done(code, (places,))
+            raise
+
+    return call
+
+
 def _watched_match(journal: Journal, inner: Callable[..., Any], code: int) -> Callable[..., Any]:
     note = journal.note
 
@@ -186,13 +205,17 @@ def _watched_match(journal: Journal, inner: Callable[..., Any], code: int) -> Ca
 def _count(result: Any, arguments: tuple[Any, ...]) -> int:
     """Return the number of queries of a call, or of tokens that it asks for; UNKNOWN where that would have to wait."""
     if isinstance(result, Places):
-        return 1 if result.late is None else len(result)
-    if not arguments:
-        return UNKNOWN
-    first = arguments[0]
-    if type(first) is int:
-        return first
+        return _queries(result)
+    return _queries(arguments[0]) if arguments else UNKNOWN
+
+
+def _queries(of: Any) -> int:
+    """Return the number of queries of places or of other arguments; of a number of tokens, the number."""
+    if isinstance(of, Places):
+        return 1 if of.late is None else len(of)
+    if type(of) is int:
+        return of
     try:
-        return len(first if hasattr(first, "__len__") else first.lengths)
+        return len(of if hasattr(of, "__len__") else of.lengths)
     except (TypeError, AttributeError):
         return UNKNOWN

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flatradix.ranks.journal import KEPT, NAMES, UNKNOWN, Entry
+from flatradix.layout.journal import KEPT, UNKNOWN
+from flatradix.ranks.journal import NAMES, Entry
 
 _NUMBERS = ("the clock at", "evictable tokens:", "protected tokens:", "nodes:", "the digest at")
 

@@ -7,6 +7,7 @@ from flatradix.kernels.cpu.enlarge import enlarge
 from flatradix.kernels.cpu.evict import evict
 from flatradix.kernels.cpu.insert import insert, insert_one, take_back_insert
 from flatradix.kernels.cpu.jit import address_table, running_table, waiting_table
+from flatradix.kernels.cpu.journal import note_call, note_call_and_sizes
 from flatradix.kernels.cpu.lock import lock, lock_one, split, unlock, unlock_one
 from flatradix.kernels.cpu.look import forget_wants, look, recode
 from flatradix.kernels.cpu.match import match, match_one, rematch
@@ -109,6 +110,8 @@ __all__ = [
     "match",
     "match_one",
     "newly_protected",
+    "note_call",
+    "note_call_and_sizes",
     "order_by_longest",
     "pack_changes",
     "pages_of_ranges",
