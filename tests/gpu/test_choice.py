@@ -125,11 +125,11 @@ def test_auto_takes_the_cpu_where_a_gpu_has_no_room(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from flatradix.device import index
+    from flatradix.device import core
 
     monkeypatch.delenv("FLATRADIX_DEVICE", raising=False)
     monkeypatch.setattr(devices, "why_not_auto", lambda: "")
-    monkeypatch.setattr(index, name, value)
+    monkeypatch.setattr(core, name, value)
     with pytest.raises(error, match=message):
         RadixTree(64, device="cuda")
     with caplog.at_level(logging.WARNING, logger="flatradix"):

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flatradix.device import index
+from flatradix.device import core
 from flatradix.device.mailbox import Mailbox
 from flatradix.host import slots_apart
 from flatradix.host.slots_apart import Ranges, SlotsApart
@@ -90,7 +90,7 @@ class Recorder:
             recorder.variants[variant[:-1]] = max(known, variant, key=lambda one: one.programs)
 
         patch.setattr(Kernel, "__call__", launch)
-        for module in (index, slots_apart):
+        for module in (core, slots_apart):
             patch.setattr(module, "interpreted", lambda: True)
         patch.setattr(slots_apart, "why_not_cuda", lambda: "")
         patch.setattr(devices, "named", lambda device, asked: torch.device("cuda", 0))

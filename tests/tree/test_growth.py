@@ -190,7 +190,7 @@ def test_files_and_copies_grow_on(device: str, tmp_path: Path) -> None:
 
 def test_the_largest_index_is_the_end(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for home in ("host", "device"):
-        monkeypatch.setattr(f"flatradix.{home}.index.most_tokens", lambda page_size, halves=1: 12)
+        monkeypatch.setattr(f"flatradix.{home}.core.most_tokens", lambda page_size, halves=1: 12)
     tree = RadixTree(device=device)
     tree.insert(key(1, 10), range(10))
     assert capacity(tree) == 12
