@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 from flatradix.events.blocks import Block, Hash, HashFunction, RootFunction, chain_hash, root_hash
-from flatradix.events.edges import FIELDS, NO_ROWS, Edges, Rows, difference
+from flatradix.events.edges import FIELDS, NO_NODES, Edges, Nodes, changed_rows, difference
 from flatradix.gate import FREE, cut_short, public_call, take_gate
 from flatradix.inputs.arguments import positive
 from flatradix.inspect.content import Content
+from flatradix.layout import numbers
 from flatradix.tree import RadixTree
 
 if TYPE_CHECKING:
@@ -26,14 +27,17 @@ Event = Callable[[], object]
 class _Change(NamedTuple):
     """What one look found. Applied in steps that may be repeated.
 
-    rows: the rows as they are now. hashes: of rows that changed, None where there is no node any more. counts: how many
-    cached blocks have a hash, where the number changed. pending: what is to be told after that.
+    rows, nodes: the rows that changed, int64 [N], and the nodes on them now. hashes: of such rows, None where there is
+    no node any more. counts: how many cached blocks have a hash, where the number changed. pending: what is to be told
+    after that. seen: how many events the tree had written.
     """
 
-    rows: Rows
+    rows: np.ndarray
+    nodes: Nodes
     hashes: dict[int, list[Hash] | None]
     counts: dict[Hash, int]
     pending: tuple[Event, ...]
+    seen: int
 
 
 def _pairs(rows: np.ndarray, starts: np.ndarray, mask: np.ndarray) -> Iterable[tuple[int, int]]:
@@ -80,7 +84,8 @@ class BlockEvents:
             raise ValueError(f"block_size {self.block_size} is no multiple of the page size {page}")
         self._on_stored, self._on_removed = on_stored, on_removed
         self._hash, self._root = hash, root
-        self._rows = NO_ROWS
+        self._nodes = NO_NODES  # on all rows, as they were told
+        self._seen = -1  # events of the tree that are told; -1 before the first update
         self._hashes: dict[int, list[Hash]] = {}  # of the blocks that end on the edge of each row
         self._counts: dict[Hash, int] = {}
         self._pending: tuple[Event, ...] = ()
@@ -102,8 +107,9 @@ class BlockEvents:
         If a function raises, so does `update`: the next `update` first calls this function again with the same list.
         After any other interruption the next call tells what was not told, and again the list that was under way.
 
-        O(rows of the tree) numpy work, and O(blocks) Python work for nodes that are new or gone: see docs/events.md. On
-        a GPU, waits for the device and copies the nodes and tokens, and raises errors of earlier calls. Raises
+        O(changes of the tree's nodes), and O(blocks) Python work for nodes that are new or gone. The first time, after
+        a reset, and after more than 32,768 changes, O(nodes of the tree) numpy work is added, as on a GPU always. There
+        it also waits for the device, copies the nodes and tokens, and raises errors of earlier calls. Raises
         RuntimeError within another call of the tree, such as its `on_evict`.
         """
         me = get_ident()
@@ -144,7 +150,8 @@ class BlockEvents:
     def _look(self, content: Content) -> tuple[Edges, Mapping[int, list[Hash]]]:
         """Find what has changed, and note it as `_change`. Return the edges and the hashes on them as they are now."""
         edges = Edges(content, self.block_size, self._hash, self._root)
-        rows, old, new = difference(self._rows, edges.rows)
+        among = None if self._seen < 0 else changed_rows(content, self._seen)
+        rows, old, new = difference(self._nodes, edges.rows, among)
         same = old.generations == new.generations
         found: dict[int, Any] = {}
         gone: list[tuple[int, Hash]] = []  # with the number of the block on its key
@@ -162,8 +169,8 @@ class BlockEvents:
             blocks = edges.blocks(row, hashes)
             found[row] = [block.hash for block in blocks]
             came += blocks
-        kept = edges.rows.copy() if len(rows) else self._rows
-        self._change = self._counted(kept, found, [own for _, own in gone], came)
+        counts, pending = self._counted([own for _, own in gone], came)
+        self._change = _Change(rows, new, found, counts, pending, content.number(numbers.EVENTS))
         return edges, hashes
 
     def _divide(self, row: int, old_start: int, edges: Edges, found: dict[int, Any]) -> list[Hash]:
@@ -179,10 +186,8 @@ class BlockEvents:
             above = edges.above(above)
         return own[edges.range(row)[1] // self.block_size - old_start // self.block_size :]
 
-    def _counted(
-        self, rows: Rows, hashes: dict[int, list[Hash] | None], gone: list[Hash], came: list[Block]
-    ) -> _Change:
-        """Return the change, given the hashes of nodes that went and the blocks of nodes that came."""
+    def _counted(self, gone: list[Hash], came: list[Block]) -> tuple[dict[Hash, int], tuple[Event, ...]]:
+        """Return `counts` and `pending` of a change: the hashes of what went, and the blocks that came."""
         difference = Counter(block.hash for block in came)
         difference.subtract(gone)
         known = self._counts
@@ -197,7 +202,7 @@ class BlockEvents:
             pending.append(partial(self._on_removed, removed))
         if stored:
             pending.append(partial(self._on_stored, list(stored.values())))
-        return _Change(rows, hashes, counts, tuple(pending))
+        return counts, tuple(pending)
 
     def _look_at_all(self, content: Content) -> list[Block]:
         edges, hashes = self._look(content)
@@ -212,7 +217,8 @@ class BlockEvents:
         change = self._change
         if change is None:
             return
-        self._rows = change.rows
+        self._nodes = self._nodes.replaced(change.rows, change.nodes)
+        self._seen = change.seen
         for row, own in change.hashes.items():
             if own is None:
                 self._hashes.pop(row, None)

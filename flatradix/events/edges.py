@@ -17,21 +17,26 @@ from flatradix.layout.state import FREE_ROW
 
 
 class Rows(NamedTuple):
-    """The columns of a tree's rows that tell which node is there, [R] each, and the first generation."""
+    """The columns of a tree's rows that tell which node is there, [R] each, and the first generation.
+
+    Views, valid during the call that reads the tree. What was dropped counts as gone: no look-up finds it.
+    """
 
     parents: np.ndarray
     generations: np.ndarray
     ends: np.ndarray
     lengths: np.ndarray
+    created: np.ndarray
     first: int
 
-    def copy(self) -> Rows:
-        return Rows(self.parents.copy(), self.generations.copy(), self.ends.copy(), self.lengths.copy(), self.first)
+    def live(self) -> np.ndarray:
+        """Return int64 [N]: the rows that hold a node."""
+        return 1 + np.flatnonzero((self.parents[1:] != FREE_ROW) & (self.created[1:] >= 0))
 
     def nodes(self, rows: np.ndarray) -> Nodes:
         """Return the nodes on some rows, of which some may be beyond the last row here."""
         inside = np.minimum(rows, len(self.parents) - 1)
-        there = (self.parents[inside] != FREE_ROW) & (rows == inside) & (rows > 0)
+        there = (self.parents[inside] != FREE_ROW) & (self.created[inside] >= 0) & (rows == inside) & (rows > 0)
         ends = np.where(there, self.ends[inside], 0)
         starts = ends - np.where(there, self.lengths[inside], 0)
         generations = (self.generations[inside] + self.first) & GENERATION_MASK
@@ -39,55 +44,89 @@ class Rows(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """The nodes on some rows, [N] each: the generation, -1 without a node, and where the edge begins and ends."""
+    """The nodes on some rows, int64 [N] each: the generation, -1 without a node, and where the edge begins and ends."""
 
     generations: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
 
+    def of(self, rows: np.ndarray) -> Nodes:
+        """Return the nodes on some rows, of nodes on all rows. Beyond the last row there are none."""
+        inside = np.minimum(rows, len(self.starts) - 1)
+        there = rows == inside
+        return Nodes(
+            np.where(there, self.generations[inside], -1),
+            np.where(there, self.starts[inside], 0),
+            np.where(there, self.ends[inside], 0),
+        )
+
+    def replaced(self, rows: np.ndarray, nodes: Nodes) -> Nodes:
+        """Replace the nodes on some rows, of nodes on all rows, in place where there is room. May be done again."""
+        found = self
+        if len(rows) and rows[-1] >= len(self.starts):
+            more = max(int(rows[-1]) + 1, 2 * len(self.starts)) - len(self.starts)
+            found = Nodes(*(np.append(column, np.full(more, -1)) for column in self))
+        for column, values in zip(found, nodes, strict=True):
+            column[rows] = values
+        return found
+
 
 class Changed(NamedTuple):
-    """The rows that differ, int64 [N], and their nodes then and now."""
+    """The rows that differ, int64 [N], rising, and their nodes then and now."""
 
     rows: np.ndarray
     old: Nodes
     new: Nodes
 
 
-def rows_of(content: Content) -> Rows:
-    """Return the rows of a tree: views, valid during the call. What was dropped counts as free: no look-up finds it."""
-    parents, generations, ends, lengths = map(content.column, ("parent", "generation", "end", "length"))
-    dropped = content.column("created") < 0
-    if dropped.any():
-        parents = np.where(dropped, FREE_ROW, parents)
-    return Rows(parents, generations, ends, lengths, content.number(numbers.GENERATION))
-
-
-FIELDS = frozenset(
+FIELDS = frozenset(  # that are read here
     ("parent", "generation", "end", "length", "created", "start", "tokens", "seconds")
-)  # that Edges reads
-_ROOT = np.full(1, FREE_ROW), np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros(1, np.int32)
-NO_ROWS = Rows(*_ROOT, 0)
+)
+NO_NODES = Nodes(*[np.full(1, -1)] * 3)
 
 
-def difference(old: Rows, new: Rows) -> Changed:
-    """Return the rows that differ. There may be fewer rows than before, after a reset. O(rows)."""
-    both, most = sorted((len(old.parents), len(new.parents)))
-    rows = np.arange(most)
-    if old.first == new.first:
-        differs = np.ones(most, np.bool_)
-        np.not_equal(old.parents[:both], new.parents[:both], out=differs[:both])
-        for before, after in zip(old[1:4], new[1:4], strict=True):
-            differs[:both] |= before[:both] != after[:both]
-        rows = np.flatnonzero(differs)
-    return Changed(rows, old.nodes(rows), new.nodes(rows))
+def changed_rows(content: Content, seen: int) -> np.ndarray | None:
+    """Return the rows on which a node came, went or changed since event number `seen`, rising; None if that is unknown.
+
+    O(events). Unknown on a GPU, which writes no events, after more events than are kept, and after a reset.
+    """
+    count = content.number(numbers.EVENTS)
+    if not content.is_on_host or not 0 <= count - seen <= numbers.EVENT_RING:
+        return None
+    places = 2 * (np.arange(seen, count) % numbers.EVENT_RING)
+    first, second = content.state.events[places], content.state.events[places + 1]
+    kinds = first >> 32
+    if (kinds == numbers.ALL_FREED).any():
+        return None
+    told = np.where(kinds == numbers.LEAF, second >> 32, first.astype(np.int32))
+    return np.unique(np.append(told, second[kinds == numbers.CUT] >> 32))
+
+
+def difference(old: Nodes, rows: Rows, among: np.ndarray | None) -> Changed:
+    """Return the rows that differ from `old`, the nodes on all rows before. among: the rows that may; None is all."""
+    if among is None:  # there may be fewer rows than before
+        among = np.arange(max(len(old.starts), len(rows.parents)))
+    before, now = old.of(among), rows.nodes(among)
+    differs = np.zeros(len(among), np.bool_)
+    for left, right in zip(before, now, strict=True):
+        differs |= left != right
+    gone = (before.generations < 0) & (now.generations < 0)
+    at = np.flatnonzero(differs & ~gone)
+    return Changed(among[at], Nodes(*(column[at] for column in before)), Nodes(*(column[at] for column in now)))
 
 
 class Edges:
     """The keys of a tree's nodes, read in one call of the tree. size: units in a block."""
 
     def __init__(self, content: Content, size: int, hash_of: HashFunction, root_of: RootFunction) -> None:
-        self.rows = rows_of(content)
+        self.rows = Rows(
+            content.column("parent"),
+            content.column("generation"),
+            content.column("end"),
+            content.column("length"),
+            content.column("created"),
+            content.number(numbers.GENERATION),
+        )
         self.size = size
         self._pool_starts = content.column("start")
         self._tokens = content.state.tokens
@@ -104,7 +143,7 @@ class Edges:
 
     def live(self) -> list[int]:
         """Return the rows that hold a node."""
-        return (1 + np.flatnonzero(self.rows.parents[1:] != FREE_ROW)).tolist()
+        return self.rows.live().tolist()
 
     def above(self, row: int) -> int:
         """Return the row above, at most 0 at the top."""

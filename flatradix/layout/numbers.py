@@ -58,8 +58,9 @@ TOMBSTONES = 35  # only on a GPU: nodes that were freed since the child table wa
 
 SIZE = 36
 
-# Kinds of events, which waiting queues read. An event is two words: (kind << 32 | row), and what is said here.
-LEAF = 1  # a new leaf below `row`, a row or ~namespace: the tag of its first page
+# Kinds of events, which waiting queues and `BlockEvents` read. An event is two words: (kind << 32 | row), and what is
+# said here.
+LEAF = 1  # a new leaf below `row`, a row or ~namespace: (its row << 32 | the tag of its first page)
 CUT = 2  # an edge was cut at a path length: (row of the upper part << 32 | that length); `row` is the lower part
 FREED = 3  # a node went: (its parent, a row or ~namespace << 32 | path length at which its edge began)
 ALL_FREED = 4  # a reset, or a drop that hides locked nodes: all prompts are looked up afresh

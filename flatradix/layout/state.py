@@ -188,7 +188,7 @@ class TreeState(NamedTuple):
     namespace_hash: Rows64  # [R], by namespace code
     released: Rows32  # [R]: namespaces that lost their last node, for the host to forget
     multipliers: Multipliers  # [page], [2 * page] with bigrams: of the multilinear page hash
-    events: EventRing  # [2 EVENT_RING], on a GPU [0]: the last changes of the shape of the tree, for waiting queues
+    events: EventRing  # [2 EVENT_RING], on a GPU [0]: the last changes of the shape of the tree
     numbers: Numbers  # [numbers.SIZE]
 
 

@@ -94,7 +94,7 @@ def _add_leaf(s, parent, end, key, wide, count, target, tick, priority):
     s.priority[row] = priority
     tag = tag_of(s, key, key + step, wide, parent)
     add_child(s, row, tag)
-    note_event(s, numbers.LEAF, parent, tag)
+    note_event(s, numbers.LEAF, parent, (row << 32) | tag)
     if parent >= 0:
         s.children[parent] += 1
     else:

@@ -54,7 +54,7 @@ def resolve(s, handle, length):
 
 @helper
 def note_event(s, kind, row, detail):
-    """Write an event for waiting queues. detail: the second word, as `numbers` defines it."""
+    """Write an event for those who follow the tree. detail: the second word, as `numbers` defines it."""
     count = s.numbers[numbers.EVENTS]
     at = 2 * (count & (numbers.EVENT_RING - 1))
     s.events[at] = (kind << 32) | (row & LOW32)
