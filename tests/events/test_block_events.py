@@ -16,6 +16,7 @@ import torch
 from flatradix import Block, BlockEvents, PrefixCache, RadixTree
 from flatradix.events.blocks import block_hashes
 from flatradix.inspect.nodes import nodes_of
+from flatradix.layout import numbers
 from tests.support.depth import cuts
 from tests.support.devices import interpreted
 from tests.support.interrupts import bytecodes, fails_at, interrupt_at, skip_if_slow
@@ -413,6 +414,29 @@ def test_a_growing_tree_keeps_its_events(device: str) -> None:
         tree.insert(torch.arange(start, start + 3000), range(3000))
         events.update()
         assert router.blocks.keys() == cached(tree, 64)
+
+
+@pytest.mark.parametrize("changes", [numbers.EVENT_RING - 1, numbers.EVENT_RING, numbers.EVENT_RING + 1])
+def test_as_many_changes_as_a_tree_remembers(changes: int) -> None:
+    told: set[object] = set()
+    tree = RadixTree(40_000, device="cpu")
+    events = BlockEvents(
+        tree,
+        on_stored=lambda blocks: told.update(block.hash for block in blocks),
+        on_removed=told.difference_update,
+    )
+    tree.insert([1_000_000], [0])
+    events.update()
+    tree.insert([[key] for key in range(changes - 2)], [[0]] * (changes - 2))
+    tree.insert([1_000_000, 7], [0, 1])
+    tree.insert([0, 7], [0, 1])
+    events.update()
+    assert len(told) == changes + 1
+    assert told == cached(tree, 1)
+    tree.evict(changes)
+    events.update()
+    assert told == cached(tree, 1)
+    assert len(told) == 1
 
 
 def test_parents_come_first_where_namespaces_share_hashes() -> None:
