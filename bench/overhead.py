@@ -16,7 +16,7 @@ from threading import get_ident
 import numpy as np
 
 from flatradix import BlockEvents, RadixTree, watch_ranks
-from flatradix.gate import FREE, cut_short, take_gate
+from flatradix.gate import CUT_SHORT, FREE, take_gate
 
 CALLS, SERIES = 20_000, 100
 
@@ -33,13 +33,12 @@ class Home:
 
     def with_gate(self) -> None:
         me = get_ident()
-        if self.busy:
-            take_gate(self, me)
-        self.busy = me
+        self.busy = me if not self.busy else take_gate(self, me)
         try:
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def with_lock(self) -> None:

@@ -4,27 +4,30 @@ An object with a gate, its `home`, has a field `busy`: FREE, the thread whose ca
 CUT_SHORT. A call takes the gate, and opens it by `home.busy = FREE` as it returns:
 
     me = get_ident()
-    if home.busy:
-        take_gate(home, me)
-    home.busy = me
+    home.busy = me if not home.busy else take_gate(home, me)
     try:
         ...
     except BaseException:
-        cut_short(home, me)
+        if home.busy == me:
+            home.busy = CUT_SHORT
         raise
 
-Between the look at `busy` and the store, CPython neither switches threads nor runs a signal handler: where the gate is
-free, nothing is called in between, and no jump leads backwards (tests/tree/test_threads.py). There is no lock, because
-taking one takes three times as long (bench/RESULTS.md). No call looks at the stack of another thread: CPython 3.11 may
-collect garbage while it does so, which lets the other thread go on and leave the frames that are being read.
+From the look at `busy` to its store, CPython neither switches threads nor runs a signal handler, a tracer or a monitor:
+where the gate is free, the line calls nothing and takes no jump but forwards and without a condition
+(tests/tree/test_threads.py). There is no lock, because taking one takes three times as long (bench/RESULTS.md). No call
+looks at the stack of another thread: CPython 3.11 may collect garbage while it does so, which lets the other thread go
+on and leave the frames that are being read.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 F = TypeVar("F", bound=Callable[..., Any])
 FREE, CUT_SHORT = 0, -1
@@ -33,33 +36,46 @@ _OF_ANOTHER_THREAD = (
     "one thread"
 )
 _calls: set[CodeType] = set()
+_homes: WeakSet[Any] = WeakSet()
 
 
 def public_call(method: F) -> F:
-    """Mark a method as a call that takes a gate. The mark adds no cost to the call."""
+    """Mark a method as a call of its object. All that take the gate are marked, and those that call them."""
     _calls.add(method.__code__)
     return method
 
 
-def take_gate(home: Any, me: int) -> None:
-    """Take a gate that is not free for a call of this thread, `me`.
+def add_gate(home: Any) -> None:
+    """Give an object a gate, which is free."""
+    home.busy = FREE
+    _homes.add(home)
 
-    Raises RuntimeError if another thread is in a call, or this thread: as in a signal handler. If a signal handler cuts
-    a call short and another signal cuts short how it ends, then `busy` stays as it is, and only the thread of that call
-    can take the gate.
+
+def take_gate(home: Any, me: int) -> int:
+    """Take a gate that is not free for a call of this thread, `me`, and return `me`.
+
+    Raises RuntimeError if another thread is in a call, or this thread: as in a signal handler. If a signal cuts the
+    call short between this function and its `try`, `busy` stays as it is: then only this thread can take the gate.
     """
     if home.busy == me and _is_under_way(home, sys._getframe(1)):
         raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
-    if home.busy == FREE or home.busy == CUT_SHORT or home.busy == me:
-        home.busy = me
-        return
-    raise RuntimeError(_OF_ANOTHER_THREAD)
+    allowed = FREE, CUT_SHORT, me
+    home.busy = me if home.busy in allowed else home.busy  # one line, for the reason above
+    if home.busy != me:
+        raise RuntimeError(_OF_ANOTHER_THREAD)
+    return me
 
 
-def cut_short(home: Any, me: int) -> None:
-    """Note that the call of the thread `me` has raised. Does nothing if the call has opened the gate before."""
-    if home.busy == me:
-        home.busy = CUT_SHORT
+def _after_fork() -> None:
+    """In the child of a fork, end the calls of the threads that only its parent has."""
+    me = get_ident()
+    for home in tuple(_homes):
+        if home.busy not in (FREE, me):
+            home.busy = CUT_SHORT
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _is_under_way(home: Any, frame: FrameType | None) -> bool:

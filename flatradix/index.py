@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from flatradix.dropping import NOT_GIVEN
-from flatradix.gate import FREE, cut_short, public_call, take_gate
+from flatradix.gate import CUT_SHORT, FREE, public_call, take_gate
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, Paths, Saved
@@ -40,7 +40,7 @@ class Index(ABC):
     device: torch.device
     _keeper: weakref.ref[Any] | None = None
     _pins: Pins = NO_PINS  # soft pins with an end
-    busy: int = FREE  # see `flatradix.gate`
+    busy: int  # see `flatradix.gate`
     last_result: MatchResult | InsertResult | EvictResult | EvictIntoResult | None = None
 
     @abstractmethod
@@ -135,8 +135,8 @@ class Index(ABC):
         """Replace the pins with an end, as a part of a call that `recover` undoes if it is interrupted."""
         self._pins = pins.made_by(during, self._pins)
 
-    def recover(self, me: int) -> None:
-        """Take the gate for a call of this thread, `me`, and undo an interrupted call, if there is one.
+    def recover(self, me: int) -> int:
+        """Take the gate for a call of this thread, `me`, and undo an interrupted call, if there is one. Return `me`.
 
         Raises RuntimeError if a call is under way.
         """
@@ -144,8 +144,10 @@ class Index(ABC):
         try:
             self._repair()
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
+        return me
 
     @abstractmethod
     def _repair(self) -> None:
@@ -166,15 +168,14 @@ class Index(ABC):
     def paths(self) -> Paths:
         """Return the columns of the tree that lead from a row to the root. Do not write to them."""
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             found = self.read_paths()
             self.busy = FREE
             return found
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @abstractmethod
@@ -243,14 +244,13 @@ class Index(ABC):
     def compact(self) -> None:
         """Move all edges to the front of the pools, without gaps. O(cached tokens)."""
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self.pack()
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @abstractmethod
@@ -284,9 +284,7 @@ class Index(ABC):
         copied from a GPU; None is all.
         """
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             if compacted:
                 self.pack()
@@ -294,7 +292,8 @@ class Index(ABC):
             self.busy = FREE
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @abstractmethod

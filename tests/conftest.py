@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -37,6 +39,18 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if interpreted() else "ci"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gates_are_opened() -> Iterator[None]:
+    """Behind each call of each test, its gate is open."""
+    if find_spec("triton") is None:
+        yield
+        return
+    from tests.support.gates import all_checked
+
+    with all_checked():
+        yield
 
 
 VARIANTS = 2

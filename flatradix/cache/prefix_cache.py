@@ -23,7 +23,7 @@ from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
 from flatradix.errors import QueryError
-from flatradix.gate import FREE, cut_short, public_call, take_gate
+from flatradix.gate import CUT_SHORT, FREE, add_gate, public_call, take_gate
 from flatradix.inputs import devices, namespaces
 from flatradix.inputs.arguments import positive
 from flatradix.inputs.options import OnEvict, read_options
@@ -68,9 +68,7 @@ def _repaired(method: F) -> F:
     @wraps(method)
     def call(self: PrefixCache, *arguments: Any, **keywords: Any) -> Any:
         me = get_ident()
-        if self.busy:
-            self._recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self._recover(me)
         try:
             self._open = recover.READING
             result = method(self, *arguments, **keywords)
@@ -78,11 +76,14 @@ def _repaired(method: F) -> F:
             self.busy = FREE
             return result
         except BaseException:
-            if self.busy == me:
-                with suppress(Exception):  # then the next call tries again
-                    self._repair()
-                    self.busy = FREE
-            cut_short(self, me)
+            try:
+                if self.busy == me:
+                    with suppress(Exception):  # then the next call tries again
+                        self._repair()
+                        self.busy = FREE
+            finally:
+                if self.busy == me:
+                    self.busy = CUT_SHORT
             raise
 
     return public_call(call)  # type: ignore[return-value]
@@ -157,7 +158,8 @@ class PrefixCache:
             pages = home.make_pages(self.tree, slots, columns, kv)
         self._state = State(self.tree, pages, columns)
         self._open: UnderWay | None = None  # the call that has begun and not ended
-        self.busy: int = FREE  # see `flatradix.gate`
+        self.busy: int  # see `flatradix.gate`
+        add_gate(self)
 
     @property
     def kv_device(self) -> torch.device:
@@ -184,14 +186,16 @@ class PrefixCache:
 
     # Interrupted calls
 
-    def _recover(self, me: int) -> None:
-        """Take the gate for a call of this thread, `me`, and repair the cache. Raises RuntimeError as `take_gate`."""
+    def _recover(self, me: int) -> int:
+        """Take the gate for a call of this thread, `me`, as `take_gate` does, and repair the cache. Return `me`."""
         take_gate(self, me)
         try:
             self._repair()
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
+        return me
 
     def _repair(self) -> None:
         cut = self._open

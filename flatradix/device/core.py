@@ -26,7 +26,7 @@ from flatradix.device.results import Awaited, Batch, OnDevice, Results
 from flatradix.device.room import FIRST_BEYOND
 from flatradix.device.stages import Stages
 from flatradix.errors import TooLargeForDeviceError
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, add_gate, public_call
 from flatradix.index import Index
 from flatradix.inputs.devices import interpreted
 from flatradix.inputs.options import Options
@@ -50,6 +50,7 @@ class Core(Index):
     """
 
     def __init__(self, options: Options, device: torch.device, generation: int) -> None:
+        add_gate(self)
         self.options = options
         self.device = device = torch.device("cpu") if interpreted() else device
         units = pool_units(options.max_tokens, options.page_size)
@@ -186,14 +187,13 @@ class Core(Index):
     @public_call
     def raise_pending(self) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._finish_all()
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     # Growth
@@ -279,10 +279,17 @@ class Core(Index):
 
     def _counters(self, *places: int) -> int:
         """Wait for all calls so far, and return the sum of these sizes."""
-        if self.busy:
-            self._settle()
-        self._finish_all()
-        return sum([self.mailbox.counter(place) for place in places])
+        me = get_ident()
+        self.busy = me if not self.busy else self.recover(me)
+        try:
+            self._finish_all()
+            total = sum([self.mailbox.counter(place) for place in places])
+            self.busy = FREE
+            return total
+        except BaseException:
+            if self.busy == me:
+                self.busy = CUT_SHORT
+            raise
 
     @property
     @public_call

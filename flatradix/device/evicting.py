@@ -15,7 +15,7 @@ from flatradix.device.freed import about_to_go
 from flatradix.device.interrupted import NOTHING_YET, OpenCall
 from flatradix.device.room import MOST_BEYOND, Found, Room, allocate, found_by
 from flatradix.dropping import NOT_GIVEN, times_of
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.inputs.arguments import check_out, token_count
 from flatradix.inputs.places import read_places
 from flatradix.inputs.policy import Nodes, built_in_scores, scores_of
@@ -40,9 +40,7 @@ class Evicting(Core):
     @public_call
     def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             if out is not None:
                 return self._evict_into(num_tokens, out)
@@ -55,7 +53,8 @@ class Evicting(Core):
             self._end_eviction(result, freed)
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _evict(self, wanted: int, room: Room | None) -> tuple[Room, int, int, Freed | None]:
@@ -175,9 +174,7 @@ class Evicting(Core):
     @public_call
     def drop(self, places: Any = None, namespace: Any = NOT_GIVEN) -> EvictResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             if self._calls.is_capturing():
                 raise RuntimeError("a CUDA graph cannot hold a drop, which the host plans: call drop outside of it")
@@ -202,7 +199,8 @@ class Evicting(Core):
             self._end_eviction(result, freed)
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _drop(self, rows: dropping.Rows, plan: dropping.Plan) -> tuple[Room, Freed | None]:

@@ -17,7 +17,7 @@ from flatradix.device.matching import Matching
 from flatradix.device.pinning import Pinning
 from flatradix.device.reading import Reading
 from flatradix.errors import TooLargeForDeviceError
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.index import T
 from flatradix.inputs.namespaces import name_hash
 from flatradix.inspect.content import Content, Saved, as_numpy, fields_of, fill, tokens_for
@@ -60,9 +60,7 @@ class DeviceIndex(Matching, Pinning, Reading, Inserting, Evicting):
     def replay(self, graph: torch.cuda.CUDAGraph, locks: int) -> None:
         """Run a graph that holds calls of this tree, which lock that many places. What runs is not undone."""
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._note_locks(locks, "replay")
             self._open = NOTHING, 0, self._changes + 1
@@ -71,7 +69,8 @@ class DeviceIndex(Matching, Pinning, Reading, Inserting, Evicting):
             self._open = None
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     # The whole tree
@@ -83,9 +82,7 @@ class DeviceIndex(Matching, Pinning, Reading, Inserting, Evicting):
     @public_call
     def digest(self) -> str:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._finish_all()
             self._open = NOTHING_YET
@@ -98,15 +95,14 @@ class DeviceIndex(Matching, Pinning, Reading, Inserting, Evicting):
             self.busy = FREE
             return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def reset(self) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             if self._calls.is_capturing():
                 raise RuntimeError("a CUDA graph cannot hold a reset: the host forgets the namespaces")
@@ -126,7 +122,8 @@ class DeviceIndex(Matching, Pinning, Reading, Inserting, Evicting):
             self._open = None
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:

@@ -11,7 +11,7 @@ from flatradix.device.input import as_batch, read_keys, read_numbers, read_slots
 from flatradix.device.interrupted import NOTHING_YET
 from flatradix.device.mailbox import is_later
 from flatradix.device.names import NAME_IN_GRAPH
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.inputs import namespaces
 from flatradix.inputs.upload import HOST_IN_GRAPH
 from flatradix.kernels import gpu
@@ -34,9 +34,7 @@ class Inserting(Core):
         inserted_lengths: Any = 0,
     ) -> InsertResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             device = self.device
             keys = read_keys(q, device)
@@ -46,8 +44,9 @@ class Inserting(Core):
             starts = self._starts(start, keys.batch)
             if keys.batch == 0:
                 namespaces.spread(namespace, 0)  # raises for a bad namespace
+                nothing = late_insert(self._results.many(self, 0, 0))
                 self.busy = FREE
-                return late_insert(self._results.many(self, 0, 0))
+                return nothing
             captured = self._calls.is_capturing()
             if captured:
                 self._check_graph_holds_insert(keys, source, namespace)
@@ -82,7 +81,8 @@ class Inserting(Core):
             self.busy = FREE
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _check_graph_holds_insert(self, keys: Values, slots: Values, namespace: Any) -> None:

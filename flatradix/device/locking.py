@@ -11,7 +11,7 @@ import torch
 from flatradix.device import interrupted
 from flatradix.device.core import Core
 from flatradix.device.results import Awaited, OnDevice
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.inputs.places import read_places, refuse_shared_handles
 from flatradix.kernels import gpu
 from flatradix.layout.queries import (
@@ -25,9 +25,7 @@ class Locking(Core):
     @public_call
     def lock(self, places: Any) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             late = getattr(places, "late", None)
             if type(late) is Awaited and late.device is self.device:  # the quick way, for the result of one key
@@ -44,19 +42,19 @@ class Locking(Core):
             else:
                 self._renew(places, self._lock)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def split(self, places: Any) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._renew(places, self._split)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _renew(self, places: Any, operation: Callable[[PlaceAddresses], None]) -> None:
@@ -103,9 +101,7 @@ class Locking(Core):
     @public_call
     def unlock(self, places: Any) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             late = getattr(places, "late", None)
             found = late.places if isinstance(late, OnDevice) and late.device is self.device else self._places(places)
@@ -127,5 +123,6 @@ class Locking(Core):
             self._open = None
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise

@@ -13,7 +13,7 @@ from flatradix.device.interrupted import NOTHING_YET
 from flatradix.device.names import NAME_IN_GRAPH
 from flatradix.device.results import Awaited
 from flatradix.device.stages import Stages
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.inputs import namespaces
 from flatradix.inputs.ragged import Ragged
 from flatradix.inputs.sequences import Buffer, read_host_key, read_one
@@ -38,9 +38,7 @@ class Matching(Core):
         split: bool = False,
     ) -> MatchResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             hold = 1 if lock else 2 * bool(split)
             key = read_host_key(q, "tokens") if start is None else None
@@ -58,16 +56,15 @@ class Matching(Core):
             self.busy = FREE
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def lock_prompts(self, prompts: Ragged, namespace: Any) -> MatchResult:
         """Match prompts on the device without their last tokens and without a touch, and lock them. One launch."""
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             keys = read_values(prompts, self.device, "tokens")._replace(left_out=1)
             self._open = NOTHING_YET
@@ -77,7 +74,8 @@ class Matching(Core):
             self.busy = FREE
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
@@ -85,9 +83,7 @@ class Matching(Core):
         self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
     ) -> MatchResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             if tokens.typecode != "q":
                 raise ValueError(f"match_array takes an array of int64 ('q'), not of typecode {tokens.typecode!r}")
@@ -98,7 +94,8 @@ class Matching(Core):
             self.busy = FREE
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _match_key(self, key: Buffer, namespace: Any, touch: bool, hold: int) -> MatchResult:
@@ -151,9 +148,7 @@ class Matching(Core):
     @public_call
     def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             keys = read_values(q, self.device, "tokens")
             names = self._names.find(namespace, keys.batch)
@@ -170,5 +165,6 @@ class Matching(Core):
             self.busy = FREE
             return late_match(late)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise

@@ -11,7 +11,7 @@ import torch
 from flatradix.device import interrupted
 from flatradix.device.interrupted import OpenCall
 from flatradix.device.locking import Locking
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.inputs.namespaces import Namespaces
 from flatradix.inputs.places import read_places
 from flatradix.inspect.content import Paths
@@ -37,15 +37,14 @@ class Pinning(Locking):
     @public_call
     def alive(self, places: Any) -> torch.Tensor:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             found = self._alive(self._places(places))
             self.busy = FREE
             return found
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _alive(self, places: PlaceAddresses) -> torch.Tensor:
@@ -77,9 +76,7 @@ class Pinning(Locking):
     @public_call
     def want(self, places: Any, until: Any = None) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             if self._graph_evicts and not self._pinned:
                 raise RuntimeError(
@@ -96,7 +93,8 @@ class Pinning(Locking):
             self._pinned = True
             self._renew(places, lambda found: self._want_until(places, found, ends))
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _want_until(self, places: Any, found: PlaceAddresses, ends: np.ndarray | None) -> None:
@@ -123,9 +121,7 @@ class Pinning(Locking):
     @public_call
     def unwant(self, places: Any, until: Any = None) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             left = None
             if until is not None or self._pins.size:
@@ -133,7 +129,8 @@ class Pinning(Locking):
             self._unwant(self._places(places), left)
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _unwant(self, found: PlaceAddresses, left: Pins | None) -> None:
@@ -153,9 +150,7 @@ class Pinning(Locking):
     @public_call
     def expire(self, now: Any) -> int:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             if self._pins.size:
                 self._finish_all()
@@ -167,7 +162,8 @@ class Pinning(Locking):
             self.busy = FREE
             return over.size
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     # Waiting queues

@@ -10,7 +10,7 @@ import torch
 from flatradix.device.core import Core
 from flatradix.device.interrupted import NOTHING_YET
 from flatradix.device.results import Awaited
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.inputs.arguments import check_write_table
 from flatradix.inputs.places import read_places
 from flatradix.inputs.ragged import Ragged
@@ -25,13 +25,12 @@ class Reading(Core):
     @public_call
     def slots(self, places: Any) -> Ragged:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             return self._slots_of(places)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _slots_of(self, places: Any) -> Ragged:
@@ -41,13 +40,12 @@ class Reading(Core):
     @public_call
     def tokens(self, places: Any) -> Ragged:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             return self._gather(places, self._state.tokens)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _gather(self, places: Any, pool: torch.Tensor) -> Ragged:
@@ -83,9 +81,7 @@ class Reading(Core):
     @public_call
     def path_slots(self, place: Any) -> torch.Tensor:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._refuse_capture()
             late = self._late(place)
@@ -97,15 +93,14 @@ class Reading(Core):
             where = self.options.slot_device
             return values if where is None else values.to(where)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             found = self._places(places)
             where = self.options.slot_device
@@ -119,7 +114,8 @@ class Reading(Core):
             into = SlotTable(table.data_ptr(), table.dtype == torch.int64, table.stride(0), *table.shape)
             self._write(found, numbered, into, False)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
@@ -129,15 +125,14 @@ class Reading(Core):
         All are on the device.
         """
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             height, width = table.shape
             into = SlotTable(table.data_ptr(), False, width, height, width * self.options.page_size)
             self._write(self._places(places), rows, into, True)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _write(self, places: PlaceAddresses, rows: torch.Tensor, table: SlotTable, pages: bool) -> None:

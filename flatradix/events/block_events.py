@@ -12,7 +12,7 @@ import numpy as np
 
 from flatradix.events.blocks import Block, Hash, HashFunction, RootFunction, chain_hash, root_hash
 from flatradix.events.edges import FIELDS, NO_NODES, Edges, Nodes, changed_rows, difference
-from flatradix.gate import FREE, cut_short, public_call, take_gate
+from flatradix.gate import CUT_SHORT, FREE, add_gate, public_call, take_gate
 from flatradix.inputs.arguments import positive
 from flatradix.inspect.content import Content
 from flatradix.layout import numbers
@@ -90,7 +90,8 @@ class BlockEvents:
         self._counts: dict[Hash, int] = {}
         self._pending: tuple[Event, ...] = ()
         self._change: _Change | None = None  # a change that is being applied
-        self.busy: int = FREE  # see `flatradix.gate`
+        self.busy: int  # see `flatradix.gate`
+        add_gate(self)
 
     def __len__(self) -> int:
         """Return how many hashes were cached at the last `update` or `dump`."""
@@ -113,9 +114,7 @@ class BlockEvents:
         RuntimeError within another call of the tree, such as its `on_evict`.
         """
         me = get_ident()
-        if self.busy:
-            take_gate(self, me)
-        self.busy = me
+        self.busy = me if not self.busy else take_gate(self, me)
         try:
             self._apply()
             self._tree.index.look_at(self._look, slots=False, only=FIELDS)
@@ -123,7 +122,8 @@ class BlockEvents:
             self._tell()
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
@@ -133,9 +133,7 @@ class BlockEvents:
         Does an `update` first, so all routers that follow know the same blocks. O(cached tokens).
         """
         me = get_ident()
-        if self.busy:
-            take_gate(self, me)
-        self.busy = me
+        self.busy = me if not self.busy else take_gate(self, me)
         try:
             self._apply()
             blocks = self._tree.index.look_at(self._look_at_all, slots=False, only=FIELDS)
@@ -144,7 +142,8 @@ class BlockEvents:
             self.busy = FREE
             return blocks
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _look(self, content: Content) -> tuple[Edges, Mapping[int, list[Hash]]]:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from flatradix.gate import FREE, public_call
+from flatradix.gate import FREE, add_gate, public_call
 from flatradix.host.freed import freed_last
 from flatradix.host.growth import Larger, has_moved, larger_than, move
 from flatradix.host.slots import EvictionMemory, HostSlots, SlotPool
@@ -42,6 +42,7 @@ class Core(Index):
 
     def __init__(self, options: Options, device: torch.device, generation: int) -> None:
         """generation: added to the generation of each row in its handles."""
+        add_gate(self)
         self.options = options
         self.device = device
         state = allocate_host(options.max_tokens, options.page_size, options.bigram, generation)

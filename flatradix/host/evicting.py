@@ -10,7 +10,7 @@ import torch
 
 from flatradix import dropping
 from flatradix.dropping import NOT_GIVEN, times_of
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.core import Core
 from flatradix.host.rehearsal import tokens_freed
 from flatradix.host.slots import EvictionMemory
@@ -32,9 +32,7 @@ class Evicting(Core):
     @public_call
     def evict(self, num_tokens: Any, out: torch.Tensor | None = None) -> EvictResult | EvictIntoResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             wanted = token_count(num_tokens)
             if out is not None:
@@ -63,7 +61,8 @@ class Evicting(Core):
             self._end_eviction(result)
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _freed(self, room: EvictionMemory, tokens: int, ranges: int) -> torch.Tensor:
@@ -126,9 +125,7 @@ class Evicting(Core):
     @public_call
     def drop(self, places: Any = None, namespace: Any = NOT_GIVEN) -> EvictResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             plan = self._plan_drop(places, namespace)
             self._open = call = self._calls = self._calls + 1
@@ -147,7 +144,8 @@ class Evicting(Core):
             self._end_eviction(result)
             return result
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _plan_drop(self, places: Any, namespace: Any) -> dropping.Plan:

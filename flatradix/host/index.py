@@ -7,7 +7,7 @@ from threading import get_ident
 
 import torch
 
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.core import NOTHING_TO_UNDO
 from flatradix.host.evicting import Evicting
 from flatradix.host.inserting import Inserting
@@ -31,9 +31,7 @@ class HostIndex(Matching, Locking, Pinning, Reading, Inserting, Evicting):
     @public_call
     def digest(self) -> str:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._open = NOTHING_TO_UNDO
             slots = self._slots.values.cpu()
@@ -42,15 +40,14 @@ class HostIndex(Matching, Locking, Pinning, Reading, Inserting, Evicting):
             self.busy = FREE
             return "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def reset(self) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._open = call = self._calls = self._calls + 1
             cpu.reset(self._addresses, call)
@@ -60,7 +57,8 @@ class HostIndex(Matching, Locking, Pinning, Reading, Inserting, Evicting):
             self._open = 0
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.core import Core
 from flatradix.host.slots import SlotBatch
 from flatradix.inputs import namespaces
@@ -38,9 +38,7 @@ class Inserting(Core):
         inserted_lengths: Any = 0,
     ) -> InsertResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             priority = 0 if priority is None else priority
             single = start is None or (isinstance(start, Places) and start.late is None)
@@ -51,7 +49,8 @@ class Inserting(Core):
             inserted = per_query(inserted_lengths, len(keys), "inserted_lengths")
             return self._insert_batch(keys, slots, namespace, priorities, start, inserted)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _insert_one(

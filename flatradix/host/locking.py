@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import get_ident
 from typing import Any
 
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.core import NOTHING_TO_UNDO, Core
 from flatradix.inputs.places import contiguous, read_places, refuse_shared_handles
 from flatradix.kernels import cpu
@@ -18,9 +18,7 @@ class Locking(Core):
     @public_call
     def lock(self, places: Any) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             try:
                 late = places.late
@@ -47,15 +45,14 @@ class Locking(Core):
             self._open = 0
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def unlock(self, places: Any) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             try:
                 late = places.late
@@ -73,15 +70,14 @@ class Locking(Core):
             self._open = 0
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def split(self, places: Any) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             lengths, handles = read_places(places)
             refuse_shared_handles(handles)
@@ -95,5 +91,6 @@ class Locking(Core):
             self._open = 0
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise

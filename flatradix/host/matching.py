@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.core import NOTHING_TO_UNDO, Core
 from flatradix.inputs.places import read_starts
 from flatradix.inputs.ragged import read_batch
@@ -35,9 +35,7 @@ class Matching(Core):
         split: bool = False,
     ) -> MatchResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             key = read_host_key(q, "tokens") if start is None else None
             if key is None:
@@ -45,7 +43,8 @@ class Matching(Core):
             code = 0 if namespace is None else self._code(namespace)
             return self._match_one(key[0], key[2], key[1], code, touch, lock, split)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
@@ -53,9 +52,7 @@ class Matching(Core):
         self, tokens: array[int], limit: int | None = None, namespace: Any = None, split: bool = False
     ) -> MatchResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             address, count = tokens.buffer_info()
             if tokens.typecode != "q":
@@ -65,7 +62,8 @@ class Matching(Core):
             code = 0 if namespace is None else self._code(namespace)
             return self._match_one(address, True, count, code, True, False, split)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _match_one(
@@ -109,9 +107,7 @@ class Matching(Core):
     @public_call
     def rematch(self, q: Any, places: Any, namespace: Any = None) -> MatchResult:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             keys = read_batch(q, "tokens")
             old_handles, old_lengths = read_starts(places, len(keys))
@@ -129,5 +125,6 @@ class Matching(Core):
             self.busy = FREE
             return MatchResult(lengths, handles)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flatradix.errors import QueryError
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.core import NOTHING_TO_UNDO
 from flatradix.host.index import HostIndex
 from flatradix.host.slots import EvictionMemory, SlotBatch, SlotPool
@@ -190,9 +190,7 @@ class PagedIndex(HostIndex):
         found: int64 [3, B], gets the cached lengths, the lengths with slots and the handles.
         """
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._open = NOTHING_TO_UNDO  # PrefixCache undoes locks
             codes = _NO_CODES if names is None else self._codes(names, len(prompts))[0]
@@ -205,7 +203,8 @@ class PagedIndex(HostIndex):
             self.busy = FREE
             return needed
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
@@ -218,9 +217,7 @@ class PagedIndex(HostIndex):
         got other pages, and from where to where.
         """
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._open = NOTHING_TO_UNDO
             codes = _NO_CODES
@@ -243,16 +240,15 @@ class PagedIndex(HostIndex):
             self.busy = FREE
             return replaced[:, :others]
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def release_requests(self, cache: int, rows: np.ndarray, begins: np.ndarray) -> None:
         """End requests; see `kernels.cpu.release`."""
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             self._open = NOTHING_TO_UNDO
             self._calls += 1
@@ -260,16 +256,15 @@ class PagedIndex(HostIndex):
             self._open = 0
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def admit_prompts(self, cache: int, prompts: Batch, arrays: tuple[np.ndarray, ...]) -> tuple[int, int]:
         """Let prompts run; see `kernels.cpu.admit`. arrays: rows, cached, begins, lengths, handles, priorities."""
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             rows, *others = arrays
             found: tuple[int, int] = cpu.admit.call(
@@ -278,19 +273,19 @@ class PagedIndex(HostIndex):
             self.busy = FREE
             return found
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def write_pages(self, cache: int, handles: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> None:
         """Write the pages of good places to rows; see `kernels.cpu.write_pages`."""
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             cpu.write_pages(self._addresses, cache, handles, lengths, rows)
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise

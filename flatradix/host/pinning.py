@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.core import Core
 from flatradix.inputs.namespaces import Namespaces
 from flatradix.inputs.options import Options
@@ -37,16 +37,15 @@ class Pinning(Core):
     @public_call
     def alive(self, places: Any) -> torch.Tensor:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             lengths, handles = read_places(places)
             found = self.are_alive(contiguous(handles).numpy(), lengths.numpy())
             self.busy = FREE
             return torch.from_numpy(found)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def are_alive(self, handles: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -61,9 +60,7 @@ class Pinning(Core):
     @public_call
     def want(self, places: Any, until: Any = None) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             lengths, handles = read_places(places)
             refuse_shared_handles(handles)
@@ -81,15 +78,14 @@ class Pinning(Core):
             self._open = 0
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def unwant(self, places: Any, until: Any = None) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
             left = None if until is None and self._pins.size == 0 else self._pins_left(handles, lengths, until)
@@ -102,15 +98,14 @@ class Pinning(Core):
             self._open = 0
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def expire(self, now: Any) -> int:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             over, left = self._pins_at(now)
             if over.size:
@@ -124,7 +119,8 @@ class Pinning(Core):
             self.busy = FREE
             return over.size
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     # Waiting queues

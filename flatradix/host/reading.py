@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.core import NOTHING_TO_UNDO, Core
 from flatradix.inputs.arguments import check_write_table
 from flatradix.inputs.places import contiguous, read_places
@@ -27,9 +27,7 @@ class Reading(Core):
     @public_call
     def slots(self, places: Any) -> Ragged:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             if isinstance(places, Places) and places.late is None:
                 values = self._slots_of(places.handle, places.length)
@@ -43,15 +41,14 @@ class Reading(Core):
             self.busy = FREE
             return found
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def tokens(self, places: Any) -> Ragged:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
             self._open = NOTHING_TO_UNDO
@@ -66,19 +63,19 @@ class Reading(Core):
             self.busy = FREE
             return Ragged.trusted(torch.from_numpy(out), torch.from_numpy(offsets))
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     @public_call
     def path_slots(self, place: Any) -> torch.Tensor:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             return self._slots_of(place.handle, place.length)
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise
 
     def _slots_of(self, handle: int, length: int) -> torch.Tensor:
@@ -93,9 +90,7 @@ class Reading(Core):
     @public_call
     def write_slots(self, places: Any, table: torch.Tensor, rows: Any) -> None:
         me = get_ident()
-        if self.busy:
-            self.recover(me)
-        self.busy = me
+        self.busy = me if not self.busy else self.recover(me)
         try:
             lengths, handles = (contiguous(tensor).numpy() for tensor in read_places(places))
             pool = self._slots
@@ -112,5 +107,6 @@ class Reading(Core):
             self._open = 0
             self.busy = FREE
         except BaseException:
-            cut_short(self, me)
+            if self.busy == me:
+                self.busy = CUT_SHORT
             raise

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flatradix.errors import QueryError
-from flatradix.gate import FREE, cut_short, public_call
+from flatradix.gate import CUT_SHORT, FREE, public_call
 from flatradix.host.index import HostIndex
 from flatradix.inputs import namespaces
 from flatradix.inputs.arguments import per_query, to_int64
@@ -70,15 +70,14 @@ class WaitingQueue:
         """Keep nothing from now on, as if the queue were deleted: another queue can then keep in this tree."""
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             self._watch.close()
             self._keep = False
             index.busy = FREE
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     @property
@@ -105,9 +104,7 @@ class WaitingQueue:
         """
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             priority = 0 if priority is None else priority
             key = read_host_key(prompts, "tokens") if isinstance(priority, int) else None
@@ -128,7 +125,8 @@ class WaitingQueue:
             index.busy = FREE
             return torch.from_numpy(found)
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     def _add_one(self, key: Buffer, namespace: Any, priority: int, arrival: float | None) -> torch.Tensor:
@@ -154,9 +152,7 @@ class WaitingQueue:
         """
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             self._known = None
             if not (type(ids) is int and 0 <= ids < _NO_LIMIT and self._watch.remove_one(ids)):
@@ -166,7 +162,8 @@ class WaitingQueue:
                 self._watch.remove(numbers)
             index.busy = FREE
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     def _find(self, numbers: np.ndarray, operation: str) -> np.ndarray:
@@ -185,9 +182,7 @@ class WaitingQueue:
         """Return a copy of the tokens of a waiting prompt: int32 [length]. Raises QueryError."""
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             entries = self._find(_read_ids(id), "prompt")
             if len(entries) != 1:
@@ -197,7 +192,8 @@ class WaitingQueue:
             index.busy = FREE
             return tokens
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     def __len__(self) -> int:
@@ -209,15 +205,14 @@ class WaitingQueue:
             return False
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             missing = self._prompts.find(np.array([id], np.int64))[1]
             index.busy = FREE
             return bool(missing < 0)
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     @property
@@ -242,15 +237,14 @@ class WaitingQueue:
         """Return the ids of all waiting prompts, the oldest first: int64 [N]."""
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             found = self._column("id")
             index.busy = FREE
             return found
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     @public_call
@@ -258,15 +252,14 @@ class WaitingQueue:
         """Return the tokens of each waiting prompt: int32 [N]."""
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             found = self._column("tokens")
             index.busy = FREE
             return found
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     @public_call
@@ -277,16 +270,15 @@ class WaitingQueue:
         """
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             self._watch.look()
             found = self._column("length")
             index.busy = FREE
             return found
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     @public_call
@@ -297,16 +289,15 @@ class WaitingQueue:
         """
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             self._watch.look()
             found = self._shared()
             index.busy = FREE
             return found
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     def _shared(self) -> torch.Tensor:
@@ -348,9 +339,7 @@ class WaitingQueue:
         _check_order(policy, now, patience, every)
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             if policy == "lpm" and not defer_shared:
                 self._watch.look()
@@ -367,7 +356,8 @@ class WaitingQueue:
             index.busy = FREE
             return found
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     def _order(
@@ -405,15 +395,14 @@ class WaitingQueue:
         """
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             found = torch.from_numpy(self._prompts.arrays.id[self._prompts.in_order()])
             index.busy = FREE
             return found
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     # Plan
@@ -453,9 +442,7 @@ class WaitingQueue:
         reserve = read_limit(reserve, "reserve")
         index = self.gate
         me = get_ident()
-        if index.busy:
-            index.recover(me)
-        index.busy = me
+        index.busy = me if not index.busy else index.recover(me)
         try:
             self._watch.look()
             if isinstance(order, str) or callable(order):
@@ -483,7 +470,8 @@ class WaitingQueue:
             chosen = chosen[:count]
             return Plan(torch.from_numpy(ids[chosen]), torch.from_numpy(cached[chosen]), int(total))
         except BaseException:
-            cut_short(index, me)
+            if index.busy == me:
+                index.busy = CUT_SHORT
             raise
 
     def __repr__(self) -> str:

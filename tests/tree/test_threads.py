@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import itertools
+import os
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from flatradix.host.index import HostIndex
 from flatradix.host.paged import PagedIndex
 from tests.support.depth import skip_unless_thorough
 from tests.support.devices import interpreted
+from tests.support.gates import with_gates
 from tests.support.interrupts import Interrupt, interrupt_at
 
 THREADS = 8
@@ -369,19 +371,13 @@ def test_a_thread_within_a_call() -> None:
     assert tree.match([1, 2]).length == 0
 
 
-def with_gates(kind: type) -> dict[str, Any]:
-    """Return the methods of a class that take a gate, by their names."""
-    methods = inspect.getmembers(kind, inspect.isfunction)
-    return {name: method for name, method in methods if ".busy = me" in inspect.getsource(method)}
-
-
-HOMES = (HostIndex, PagedIndex, DeviceIndex, BlockEvents, WaitingQueue)
-GATED = {method.__qualname__: method for kind in HOMES for method in with_gates(kind).values()}
+HOMES = (HostIndex, PagedIndex, DeviceIndex, BlockEvents, WaitingQueue, PrefixCache)
+GATED = {f"{kind.__name__}.{name}": method.__code__ for kind in HOMES for name, method in with_gates(kind).items()}
 
 
 def test_which_calls_have_the_gate() -> None:
     """Of the methods that a tree calls, all that change something or take several steps."""
-    assert set(with_gates(DeviceIndex)) >= {
+    assert {name.partition(".")[2] for name in GATED if name.startswith("DeviceIndex")} >= {
         "match",
         "match_array",
         "lock",
@@ -395,39 +391,76 @@ def test_which_calls_have_the_gate() -> None:
         "reset",
         "replay",
     }
-    assert all("cut_short(" in inspect.getsource(method) for method in GATED.values())
+    calls = {"begin", "extend", "commit", "step", "finish", "abort", "counts"}
+    assert {f"PrefixCache.{name}" for name in calls} <= set(GATED)
+    assert all(".busy = CUT_SHORT" in inspect.getsource(code) for code in GATED.values())
 
 
 HARMLESS = (
-    "CACHE",
-    "NOP",
-    "NOT_TAKEN",
-    "TO_BOOL",
-    "COMPARE_OP",
-    "LOAD_GLOBAL",
-    "LOAD_DEREF",
-    "LOAD_FAST",
-    "LOAD_CONST",
-)
+    "CACHE", "NOP", "NOT_TAKEN", "TO_BOOL", "CONTAINS_OP", "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_FAST", "LOAD_CONST",
+    "LOAD_ATTR", "JUMP_FORWARD", "POP_JUMP_",
+)  # fmt: skip
 
 
-def way_to_the_store(method: Any) -> list[dis.Instruction]:
-    """Return the instructions between the last look at `busy` and the store, where the look finds that it may pass."""
-    found = list(dis.get_instructions(method))
-    store = next(k for k, at in enumerate(found) if at.opname == "STORE_ATTR" and at.argval == "busy")
-    looks = [k for k in range(store) if found[k].opname == "LOAD_ATTR" and found[k].argval == "busy"]
-    jump = next(k for k in range(looks[-1], store) if "JUMP" in found[k].opname)
-    target = next(k for k, at in enumerate(found) if at.offset == found[jump].argval)
-    assert target > jump
-    start = target if target <= store else jump + 1
-    return found[looks[-1] : jump] + found[start:store]
+def way_to_the_store(code: Any) -> list[dis.Instruction]:
+    """Return the instructions from the look at `busy` to its store, where the conditional jump is not taken."""
+    found = list(dis.get_instructions(code))
+    place = {at.offset: k for k, at in enumerate(found)}
+    of_busy = [k for k, at in enumerate(found) if at.argval == "busy"]
+    store = next(k for k in of_busy if found[k].opname == "STORE_ATTR")
+    jump = max(k for k in range(store) if found[k].opname.startswith("POP_JUMP"))
+    way, k = [], max(k for k in of_busy if k < jump)
+    while not (found[k].opname == "STORE_ATTR" and found[k].argval == "busy"):
+        way.append(found[k])
+        k = place[found[k].argval] if found[k].opname == "JUMP_FORWARD" else k + 1
+    return [*way, found[k]]
 
 
-@pytest.mark.parametrize("method", [*GATED.values(), take_gate], ids=[*GATED, "take_gate"])
-def test_the_gate_is_atomic(method: Any) -> None:
-    """From the look at `busy` to its store, a call jumps forwards only, and calls nothing.
+@pytest.mark.parametrize("code", [*GATED.values(), take_gate.__code__], ids=[*GATED, "take_gate"])
+def test_the_gate_is_atomic(code: Any) -> None:
+    """From the look at `busy` to its store, a call takes no conditional jump, calls nothing and stays on one line.
 
-    CPython switches threads and runs signal handlers at calls and at jumps backwards only, so nobody comes in between.
+    CPython switches threads and runs signal handlers at calls, at jumps backwards, and before 3.11 at all conditional
+    jumps that are taken; tracers run at new lines. So nobody comes in between.
     """
-    for at in way_to_the_store(method):
-        assert at.opname.startswith((*HARMLESS, "LOAD_ATTR", "LOAD_CONST")), at
+    way = way_to_the_store(code)
+    assert all(at.opname.startswith(HARMLESS) for at in way[:-1]), way
+    assert all(at.starts_line is None for at in way[1:] if not isinstance(at.starts_line, bool)), way
+    assert len([at for at in way if at.opname.startswith("POP_JUMP")]) == 1
+
+
+def test_the_child_of_a_fork_within_a_call_of_another_thread() -> None:
+    """The child has no other thread: what was under way there is undone."""
+    tree = RadixTree(16, page_size=2, device="cpu")
+    tree.insert([1, 2], [3, 4])
+    inside, leave = threading.Event(), threading.Event()
+    thread = parked(tree, inside, leave)
+    child = os.fork()
+    if child == 0:
+        os._exit(7 if tree.match([1, 2]).length == 2 else 8)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert tree.match([1, 2]).length == 2
+
+
+def test_an_error_at_the_limit_of_recursion_ends_the_call() -> None:
+    """Another thread goes on, wherever within the call the stack was full."""
+    tree = RadixTree(16, page_size=2, device="cpu")
+    tree.insert([1, 2], [3, 4])
+    place = tree.match([1, 2])
+    kinds = Counter[str]()
+
+    def deep(left: int) -> None:
+        if left:
+            deep(left - 1)
+        else:
+            tree.match([[1, 2], [1, "x"]]) if at % 2 else tree.lock(place)
+
+    for at in range(120):
+        left = sys.getrecursionlimit() - at
+        error = of_another_thread(lambda left=left: deep(left))
+        kinds[type(error).__name__] += 1
+        assert tree.match([1, 2]).length == 2, (at, error)
+    assert {"RecursionError", "NoneType"} <= set(kinds)
+    tree.check()
