@@ -12,11 +12,11 @@ CUT_SHORT. A call takes the gate, and opens it by `home.busy = FREE` as it retur
             home.busy = CUT_SHORT
         raise
 
-From the look at `busy` to its store, CPython neither switches threads nor runs a signal handler, a tracer or a monitor:
+From the look at `busy` to its store, CPython neither switches threads nor runs a signal handler or a tracer of lines:
 where the gate is free, the line calls nothing and takes no jump but forwards and without a condition
-(tests/tree/test_threads.py). There is no lock, because taking one takes three times as long (bench/RESULTS.md). No call
-looks at the stack of another thread: CPython 3.11 may collect garbage while it does so, which lets the other thread go
-on and leave the frames that are being read.
+(tests/tree/test_threads.py). A tracer of bytecodes or branches could switch there. There is no lock, because taking one
+takes three times as long (bench/RESULTS.md). No call looks at the stack of another thread: CPython 3.11 may collect
+garbage while it does so, which lets the other thread go on and leave the frames that are being read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _homes: WeakSet[Any] = WeakSet()
 
 
 def public_call(method: F) -> F:
-    """Mark a method as a call of its object. All that take the gate are marked, and those that call them."""
+    """Mark a method as a call of its object: of the frames of each call, exactly one has such a method."""
     _calls.add(method.__code__)
     return method
 

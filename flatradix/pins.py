@@ -78,8 +78,11 @@ def read_ends(until: Any, queries: int) -> np.ndarray:
 
 
 def read_now(now: Any) -> float:
-    """Return the caller's time, checked."""
-    return float(read_ends(now, 1)[0])
+    """Return the caller's time, checked. Raises ValueError."""
+    try:
+        return float(read_ends(now, 1)[0])
+    except ValueError:
+        raise ValueError(f"now must be a number, and not NaN; not {now!r}") from None
 
 
 def rows_at(paths: Paths, handles: np.ndarray, lengths: np.ndarray) -> np.ndarray:

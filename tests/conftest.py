@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from flatradix.cache import home
 from flatradix.inputs.devices import interpreted, why_not_cuda
 from tests.support.depth import THOROUGH, examples
+from tests.support.gates import all_checked
 from tests.support.interpreter import patch_once_a_launch
 
 # The workers of a run share the cores: torch's threads would wait for one another in tensors of a few hundred bytes.
@@ -44,11 +44,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if inte
 @pytest.fixture(scope="session", autouse=True)
 def gates_are_opened() -> Iterator[None]:
     """Behind each call of each test, its gate is open."""
-    if find_spec("triton") is None:
-        yield
-        return
-    from tests.support.gates import all_checked
-
     with all_checked():
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,11 +15,11 @@ from bench.support.harness import Measured, Row, Setup
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _run(arguments: list[str], **environment: str) -> float:
-    """Run `bench.cpu.process ARGUMENTS` in a fresh process; return the number that it prints last."""
+def _run(arguments: list[str], root: Path = ROOT, **environment: str) -> float:
+    """Run `bench.cpu.process ARGUMENTS` of a checkout in a fresh process; return the number that it prints last."""
     command = [sys.executable, "-m", "bench.cpu.process", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -31,8 +32,12 @@ def _memory(what: str, setup: Setup) -> Measured:
 
 
 def _cold(setup: Setup) -> Measured:
+    """Compile in a copy of this checkout without the machine code that lies beside the kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        return Measured(_run(["compile"], NUMBA_CACHE_DIR=folder), None)
+        root = Path(folder)
+        for name in ("flatradix", "bench"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        return Measured(_run(["compile"], root, NUMBA_CACHE_DIR=folder, XDG_CACHE_HOME=folder), None)
 
 
 def _second(setup: Setup) -> Measured:

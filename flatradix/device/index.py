@@ -132,7 +132,9 @@ class DeviceIndex(Matching, Pinning, Reading, Inserting, Evicting):
         sizes = (self.mailbox.counter(place) for place in (mail.EVICTABLE, mail.PROTECTED, mail.NODES))
         pool = (self._pool if slots else self._pool[:0]).numpy(force=True)
         state = as_numpy(self._state) if only is None else fields_of(self._state, only)
-        return Content(self.options, state, pool, first, self._names.known.items(), *sizes)
+        names = self._names.known
+        items = names.items() if only is None else []
+        return Content(self.options, state, pool, first, items, names.name, *sizes)
 
     def restore(self, saved: Saved) -> None:
         if self.options.grows:

@@ -109,9 +109,9 @@ class BlockEvents:
         After any other interruption the next call tells what was not told, and again the list that was under way.
 
         O(changes of the tree's nodes), and O(blocks) Python work for nodes that are new or gone. The first time, after
-        a reset, and after more than 32,768 changes, O(nodes of the tree) numpy work is added, as on a GPU always. There
-        it also waits for the device, copies the nodes and tokens, and raises errors of earlier calls. Raises
-        RuntimeError within another call of the tree, such as its `on_evict`.
+        a reset, after a drop that leaves locked nodes, and after more than 32,768 changes, O(nodes of the tree) numpy
+        work is added, as on a GPU always. There it also waits for the device, copies the nodes and tokens, and raises
+        errors of earlier calls. Raises RuntimeError within another call of the tree, such as its `on_evict`.
         """
         me = get_ident()
         self.busy = me if not self.busy else take_gate(self, me)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flatradix.events.blocks import Block, Hash, HashFunction, RootFunction
-from flatradix.inputs.namespaces import Namespace
 from flatradix.inspect.content import Content
 from flatradix.layout import numbers
 from flatradix.layout.handles import GENERATION_MASK
@@ -82,13 +80,14 @@ class Changed(NamedTuple):
 FIELDS = frozenset(  # that are read here
     ("parent", "generation", "end", "length", "created", "start", "tokens", "seconds")
 )
-NO_NODES = Nodes(*[np.full(1, -1)] * 3)
+NO_NODES = Nodes(np.full(1, -1), np.full(1, -1), np.full(1, -1))
 
 
 def changed_rows(content: Content, seen: int) -> np.ndarray | None:
-    """Return the rows on which a node came, went or changed since event number `seen`, rising; None if that is unknown.
+    """Return the rows on which a node came, went or changed since event number `seen`, rising; None if unknown.
 
-    O(events). Unknown on a GPU, which writes no events, after more events than are kept, and after a reset.
+    O(events). Unknown on a GPU, which writes no events, after more events than are kept, after a reset, and after
+    a drop that hides locked nodes.
     """
     count = content.number(numbers.EVENTS)
     if not content.is_on_host or not 0 <= count - seen <= numbers.EVENT_RING:
@@ -131,7 +130,7 @@ class Edges:
         self._pool_starts = content.column("start")
         self._tokens = content.state.tokens
         self._seconds = content.state.seconds if content.options.bigram else None
-        self._names = content.names
+        self._name_of = content.name_of
         self._hash_of, self._root_of = hash_of, root_of
         self._roots: dict[int, Any] = {}
         self._codes: dict[int, int] = {}
@@ -154,10 +153,6 @@ class Edges:
         end = int(self.rows.ends[row])
         return end - int(self.rows.lengths[row]), end
 
-    @cached_property
-    def _name_of(self) -> dict[int, Namespace]:
-        return dict(self._names)
-
     def _code(self, row: int) -> int:
         """Return the namespace code of a row, noted for the rows below."""
         above = row
@@ -168,7 +163,7 @@ class Edges:
 
     def _root(self, code: int) -> Any:
         if code not in self._roots:
-            self._roots[code] = self._root_of(self._name_of[code])
+            self._roots[code] = self._root_of(self._name_of(code))
         return self._roots[code]
 
     def tokens(self, row: int) -> list[np.ndarray]:
@@ -199,7 +194,7 @@ class Edges:
         if not tokens:
             return []
         code, parent = self._code(row), self._last_above(row, hashes)
-        name = self._name_of[code]
+        name = self._name_of(code)
         chain = self._root(code) if parent is None else parent
         found: list[Block] = []
         for at, own in enumerate(tokens):

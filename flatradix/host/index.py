@@ -69,7 +69,9 @@ class HostIndex(Matching, Locking, Pinning, Reading, Inserting, Evicting):
     def read_content(self, slots: bool, only: Collection[str] | None = None) -> Content:
         sizes = self._numbers[numbers.EVICTABLE], self._numbers[numbers.PROTECTED], self._numbers[numbers.NODES]
         pool = self._slots.values if slots else self._slots.values[:0]
-        return Content(self.options, self._arrays, pool.numpy(force=True), 0, self._namespaces.items(), *sizes)
+        names = self._namespaces
+        items = names.items() if only is None else []
+        return Content(self.options, self._arrays, pool.numpy(force=True), 0, items, names.name, *sizes)
 
     def restore(self, saved: Saved) -> None:
         if self.options.grows:

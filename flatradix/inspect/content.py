@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,9 @@ Saved = dict[str, Any]
 class Content(NamedTuple):
     """A tree as arrays in host memory. slots: the slot pool, as long as the token pool, or empty if not asked for.
 
-    first: the pool index where the part in use begins; on a GPU it may be the second half. evictable, protected, nodes:
-    the sizes that the tree reports.
+    first: the pool index where the part in use begins; on a GPU it may be the second half. names: (code, name) of each
+    namespace in use; empty if only some fields were asked for. name_of: returns the name of a code, during the call
+    that reads the tree. evictable, protected, nodes: the sizes that the tree reports.
     """
 
     options: Options
@@ -30,6 +31,7 @@ class Content(NamedTuple):
     slots: np.ndarray
     first: int
     names: list[tuple[int, Namespace]]
+    name_of: Callable[[int], Namespace]
     evictable: int
     protected: int
     nodes: int

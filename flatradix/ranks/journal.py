@@ -31,6 +31,7 @@ NAMES = tuple(dict.fromkeys(CALLS + CALLS_OF_CACHES))
 _OF_PLACES = ("lock", "unlock", "split")  # they take places alone
 _WITH_PLACES = ("match", "match_array", "insert")
 _NOTHING = (UNKNOWN,) * 5
+_MOST = 2**63 - 1
 
 
 class Entry(NamedTuple):
@@ -60,7 +61,7 @@ class Journal:
     """The entries of one tree. deep: whether each entry holds the digest, for which it waits.
 
     note: writes an entry; takes a place in NAMES and the number of queries. A kernel does it, which nothing interrupts,
-    so an interrupted call has written its entry or has not.
+    so an interrupted call has written its entry or has not. Valid as long as the journal exists.
     """
 
     def __init__(self, index: Index, deep: bool) -> None:
@@ -159,11 +160,9 @@ def _watched(journal: Journal, inner: Callable[..., Any], code: int) -> Callable
 
 
 def _watched_if_done(journal: Journal, inner: Callable[..., Any], code: int) -> Callable[..., Any]:
-    note = journal.note
-
     def call(*arguments: Any, **keywords: Any) -> Any:
         result = inner(*arguments, **keywords)
-        note(code, _count(result, arguments))
+        journal.note(code, _count(result, arguments))
         return result
 
     return call
@@ -193,7 +192,7 @@ def _watched_match(journal: Journal, inner: Callable[..., Any], code: int) -> Ca
         try:
             result = inner(q, namespace, touch, lock, start, split)
             if touch or lock or split:  # others leave no trace, and ranks may differ in them
-                note(code, 1 if result.late is None else len(result))
+                note(code, _queries(result))
             return result
         except BaseException:
             journal.note_if_done(code, ())
@@ -214,7 +213,7 @@ def _queries(of: Any) -> int:
     if isinstance(of, Places):
         return 1 if of.late is None else len(of)
     if type(of) is int:
-        return of
+        return max(UNKNOWN, min(of, _MOST))
     try:
         return len(of if hasattr(of, "__len__") else of.lengths)
     except (TypeError, AttributeError):

@@ -159,7 +159,7 @@ def test_what_is_refused(device: str) -> None:
     place = tree.match([key(7)], touch=False)
     for until in ("soon", float("nan"), [1, 2], True, [[1]]):
         refused(tree, partial(tree.want, place, until=until), ValueError, "until must be a number")
-        refused(tree, partial(tree.expire, until), ValueError, "until must be a number")
+        refused(tree, partial(tree.expire, until), ValueError, "now must be a number")
     tree.evict(100)
     refused(tree, partial(tree.want, place, until=1), StaleHandleError, "query 0: its handle names a node that was")
     assert tree.expire(100) == 0

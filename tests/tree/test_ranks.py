@@ -215,5 +215,14 @@ def test_an_interrupted_call_is_recorded_if_it_took_effect(name: str) -> None:
             assert one.journal.hashes == whole.journal.hashes, cut
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_numbers_beyond_64_bits(deep: bool) -> None:
+    tree = RadixTree(64, device="cpu")
+    watch_ranks(tree, deep)
+    tree.want(tree.insert([1, 2, 3], [4, 5, 6]), until=1)
+    assert tree.expire(2**63) == 1
+    assert tree.evict(2**70).slots.tolist() == [4, 5, 6]
+
+
 def test_names() -> None:
     assert flatradix.assert_ranks_agree.__module__ == "flatradix.ranks.agree"
