@@ -22,7 +22,9 @@ from flatradix.layout.running import Running
 from flatradix.layout.state import FIELDS, TreeState
 from flatradix.layout.waiting import DTYPES, Waiting
 
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
+# C calls no kernel, and neither C nor Python calls a helper. Wrappers for them would take a fifth of the compile time.
+_KERNELS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False, "no_cfunc_wrapper": True}
+_HELPERS: dict[str, Any] = {**_KERNELS, "no_cpython_wrapper": True}
 
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -38,7 +40,7 @@ def kernel(function: Callable[..., Any], nogil: bool = False) -> Any:
     Each version of the sources has its own files, so two versions can run side by side with one cache folder. nogil:
     whether each call releases the GIL.
     """
-    dispatcher = numba.njit(nogil=nogil, **_OPTIONS)(function)
+    dispatcher = numba.njit(nogil=nogil, **_KERNELS)(function)
     keep(dispatcher)
     return dispatcher
 
@@ -72,7 +74,7 @@ def fixed_types(signature: str, nogil: bool = False) -> Callable[[Callable[..., 
 
 def helper(function: Callable[..., Any]) -> Any:
     """Compile a function that kernels call. Its machine code becomes a part of each of them."""
-    return numba.njit(**_OPTIONS)(function)
+    return numba.njit(**_HELPERS)(function)
 
 
 def _pointer_to(element: Any) -> Any:
