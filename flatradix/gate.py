@@ -1,7 +1,8 @@
-"""Gate: one call of an object at a time, and a call that was cut short is found by the next one.
+"""Gate: one call of an object at a time, and after a call that raised, the next call repairs what it left.
 
-An object with a gate, its `home`, has a field `busy`: FREE, the thread whose call has begun and not returned, or
-CUT_SHORT. A call takes the gate, and opens it by `home.busy = FREE` as it returns:
+The object, `home` below, has a field `busy`: FREE; or the number of a thread (`get_ident`) whose call has begun and not
+returned; or CUT_SHORT, if that call has raised. Objects can share a gate: the field `gate` of a waiting queue is the
+index of its tree. A call takes the gate, and opens it by `home.busy = FREE` as it returns:
 
     me = get_ident()
     home.busy = me if not home.busy else take_gate(home, me)
@@ -12,11 +13,13 @@ CUT_SHORT. A call takes the gate, and opens it by `home.busy = FREE` as it retur
             home.busy = CUT_SHORT
         raise
 
-From the look at `busy` to its store, CPython neither switches threads nor runs a signal handler or a tracer of lines:
-where the gate is free, the line calls nothing and takes no jump but forwards and without a condition
-(tests/tree/test_threads.py). A tracer of bytecodes or branches could switch there. There is no lock, because taking one
-takes three times as long (bench/RESULTS.md). No call looks at the stack of another thread: CPython 3.11 may collect
-garbage while it does so, which lets the other thread go on and leave the frames that are being read.
+What a call has left, the records of its object tell, which `recover` reads after `take_gate` (flatradix/index.py).
+
+From the look at `busy` to its store, CPython 3.10 to 3.13 neither switches threads nor runs a signal handler or a
+tracer of lines: where the gate is free, the line calls nothing and takes no jump but forwards and without a condition
+(tests/tree/test_threads.py). A tracer of bytecodes, branches or jumps could switch there. There is no lock, because
+taking one takes three times as long (bench/RESULTS.md). No call looks at the stack of another thread: CPython 3.11 may
+collect garbage while it does so, which lets the other thread go on and leave the frames that are being read.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ _homes: WeakSet[Any] = WeakSet()
 
 
 def public_call(method: F) -> F:
-    """Mark a method as a call of its object: of the frames of each call, exactly one has such a method."""
+    """Mark a method as a call of its `self`: of the frames of each call, exactly one runs such a method."""
     _calls.add(method.__code__)
     return method
 
@@ -55,7 +58,8 @@ def take_gate(home: Any, me: int) -> int:
     """Take a gate that is not free for a call of this thread, `me`, and return `me`.
 
     Raises RuntimeError if another thread is in a call, or this thread: as in a signal handler. If a signal cuts the
-    call short between this function and its `try`, `busy` stays as it is: then only this thread can take the gate.
+    caller short between this call and the `try` behind it, `busy` stays `me`, and other threads are refused until this
+    thread makes a call again.
     """
     if home.busy == me and _is_under_way(home, sys._getframe(1)):
         raise RuntimeError("called from within another call of the same object, as by a signal handler: call it later")
