@@ -15,9 +15,9 @@ def warm_up(
 ) -> None:
     """Run every operation once on a small tree. On a CPU, no later call of this process then compiles anything.
 
-    The first warm-up on a machine takes 100 s on one core of a 2-core EPYC, with queues and PrefixCache. numba keeps
-    the machine code on disk, so later processes take two seconds. Without a warm-up, the first call of each operation
-    compiles that operation. On the CPU, page size and bigrams make no difference.
+    The first warm-up on a machine takes 36 s on a 2-core EPYC, with queues and PrefixCache. numba keeps the machine
+    code on disk, so later processes take 1.5 s. Without a warm-up, the first call of each operation compiles that
+    operation. On the CPU, page size and bigrams make no difference.
 
     On a GPU, kernels are compiled for each page size, for bigrams, and for each form of the arguments (dtypes of tokens
     and slots, one name or priority for each query). The warm-up compiles the common kernels for `page_size` and
