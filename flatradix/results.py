@@ -14,6 +14,8 @@ import torch
 class Late(Protocol):
     """The source of a result's numbers. The methods that return an integer need a batch of one."""
 
+    def count(self) -> int: ...
+
     def lengths(self) -> torch.Tensor: ...
 
     def handles(self) -> torch.Tensor: ...
@@ -47,6 +49,9 @@ class Tensors:
         self._lengths = lengths
         self._handles = handles
         self._prefix_lengths = prefix_lengths
+
+    def count(self) -> int:
+        return len(self._lengths)
 
     def lengths(self) -> torch.Tensor:
         return self._lengths
@@ -127,7 +132,7 @@ class Places:
         return self._as_tensors().host_lengths()
 
     def __len__(self) -> int:
-        return 1 if self.late is None else len(self.late.lengths())
+        return 1 if self.late is None else self.late.count()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(lengths={self.lengths.tolist()})"

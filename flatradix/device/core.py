@@ -184,6 +184,13 @@ class Core(Index):
         if self._wait():
             self._calls.raise_refusal()
 
+    def raise_refusals(self) -> None:
+        """Do what `raise_pending` does, outside of a call or within one of this thread."""
+        if self.busy == get_ident():
+            self._finish_all()
+        else:
+            self.raise_pending()
+
     @public_call
     def raise_pending(self) -> None:
         me = get_ident()

@@ -53,7 +53,7 @@ class DeviceIndex(Matching, Pinning, Reading, Inserting, Evicting):
 
     @property
     def noted_locks(self) -> int:
-        """How many locks were noted since they were last looked up."""
+        """The most locks that any node may have, as far as the host knows."""
         return self._locks.most
 
     @public_call

@@ -70,7 +70,7 @@ class Pinning(Locking):
         """Wait for the device. Return the handles and lengths of places, copied to the host."""
         self._finish_all()
         late = self._late(places)
-        lengths, handles = read_places(places, self.device) if late is None else (late.lengths(), late.handles())
+        lengths, handles = read_places(places, self.device) if late is None else (late.own_lengths(), late.handles())
         return handles.cpu().numpy().copy(), lengths.cpu().numpy().copy()
 
     @public_call

@@ -52,16 +52,20 @@ class Reading(Core):
         """Return what a pool has for each unit of each place. Waits for the device."""
         self._refuse_capture()
         late = self._late(places)
+        self._finish_all()
         if late is None:
-            self._finish_all()
             lengths, handles = read_places(places, self.device)
             handles = handles.contiguous()
             found = PlaceAddresses(handles.data_ptr(), lengths.data_ptr(), len(handles), (handles, lengths))
         else:
-            lengths, found = late.lengths(), late.places
+            lengths, found = late.own_lengths(), late.places
         offsets = torch.zeros(found.batch + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(lengths.clamp(0, self.options.max_tokens), 0, out=offsets[1:])
-        values = self._gathered(found, pool, offsets, int(offsets[-1]) if late is None else late.total())
+        if late is None or late.shown:  # the caller may have changed the lengths
+            total = int(offsets[-1])
+        else:
+            total = late.total()
+        values = self._gathered(found, pool, offsets, total)
         self._open = None
         self.busy = FREE
         return Ragged.trusted(values, offsets)
@@ -85,8 +89,9 @@ class Reading(Core):
         try:
             self._refuse_capture()
             late = self._late(place)
-            if type(late) is not Awaited:
+            if type(late) is not Awaited or late.shown:
                 return self._slots_of(place).values
+            self._finish_all()
             values = self._gathered(late.places, self._pool, self._zero, late.length())
             self._open = None
             self.busy = FREE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 
@@ -13,6 +13,7 @@ from flatradix.results import Tensors
 
 _CHUNK = 1 << 14
 _MOST = 1 << 11  # larger batches get memory of their own
+_TOLD_BEFORE = "this call was refused, as was told before; it has no result"
 
 
 class Chunk(NamedTuple):
@@ -37,7 +38,7 @@ class Home(Protocol):
 
     mailbox: Mailbox
 
-    def raise_pending(self) -> None: ...
+    def raise_refusals(self) -> None: ...
 
     def told_lengths(self, call: int, place: int, batch: int) -> torch.Tensor | None: ...
 
@@ -45,15 +46,17 @@ class Home(Protocol):
 class OnDevice:
     """The numbers of B keys, in a part of a chunk to which a kernel writes them.
 
-    places: the addresses of the handles and lengths; their owner is the chunk.
+    places: the addresses of the handles and lengths; their owner is the chunk. shown: whether the caller has had
+    `lengths`, and so may have written other lengths there than those that the kernel has told.
     """
 
-    __slots__ = ("_chunk", "device", "places")
+    __slots__ = ("_chunk", "device", "places", "shown")
 
     def __init__(self, chunk: Chunk, at: int, batch: int) -> None:
         self._chunk = chunk
         self.device = chunk.device
         self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, batch, chunk)
+        self.shown = False
 
     def output(self, told: int = -1) -> Output:
         """Return the addresses of the numbers on the device. told: as in `Output`."""
@@ -65,8 +68,16 @@ class OnDevice:
         at = (lengths - self._chunk.length_address) // 4
         return slice(at, at + batch)
 
-    def lengths(self) -> torch.Tensor:
+    def count(self) -> int:
+        return self.places.batch
+
+    def own_lengths(self) -> torch.Tensor:
+        """Return the lengths, not for the caller."""
         return self._chunk.lengths[0, self._range()]
+
+    def lengths(self) -> torch.Tensor:
+        self.shown = True
+        return self.own_lengths()
 
     def handles(self) -> torch.Tensor:
         return self._chunk.handles[self._range()]
@@ -78,10 +89,13 @@ class OnDevice:
         """Note that a lock may have renewed handles on the device."""
 
     def host_lengths(self) -> torch.Tensor:
-        return self.lengths().cpu()
+        return self.own_lengths().cpu()
 
     def total(self) -> int:
-        """Return the sum of the lengths. Waits for the kernel. A refused call has lengths of -1, which do not count."""
+        """Return the sum of the lengths that the kernel has told. Waits for that. Those of a refused call do not count.
+
+        Of a single key: raises the error of a refused call.
+        """
         return int(self.host_lengths().clamp(0).sum())
 
 
@@ -94,6 +108,7 @@ class Awaited(OnDevice):
         self._chunk = chunk
         self.device = chunk.device
         self.places = PlaceAddresses(chunk.handle_address + 8 * at, chunk.length_address + 4 * at, 1, chunk)
+        self.shown = False
         self._home = home
         self._call = call
         self._answer: tuple[int, int, int] | None = None
@@ -104,10 +119,10 @@ class Awaited(OnDevice):
         if self._answer is None:
             answer = self._home.mailbox.answer(self._call)
             if answer is None:
-                answer = (int(self.lengths()), self._read_handle(), int(self.prefix_lengths()))
+                answer = (int(self.own_lengths()), self._read_handle(), int(self.prefix_lengths()))
             if answer[0] in (-1, 0xFFFFFFFF):
-                self._home.raise_pending()
-                raise ValueError("this call was refused, as was told before; it has no result")
+                self._home.raise_refusals()
+                raise ValueError(_TOLD_BEFORE)
             self._answer = answer
         return self._answer
 
@@ -152,13 +167,21 @@ class Batch(OnDevice):
         found = None
         if self._told >= 0:
             found = self._home.told_lengths(self._call, self._told, self.places.batch)
-        return super().host_lengths() if found is None else found
+        if found is None:
+            found = super().host_lengths()
+        if len(found) == 1 and int(found) < 0:
+            self._raise()
+        return found
+
+    def _raise(self) -> NoReturn:
+        self._home.raise_refusals()
+        raise ValueError(_TOLD_BEFORE)
 
     def _tensors(self) -> Tensors:
         """Return the numbers, for the integers of a batch of one. Raises the error of a refused call."""
-        if self.places.batch == 1 and int(self.lengths()) < 0:
-            self._home.raise_pending()
-        return Tensors(self.lengths(), self.handles(), self.prefix_lengths())
+        if self.places.batch == 1 and int(self.own_lengths()) < 0:
+            self._raise()
+        return Tensors(self.own_lengths(), self.handles(), self.prefix_lengths())
 
     def length(self) -> int:
         return self._tensors().length()

@@ -128,19 +128,19 @@ def _collect(s, w, content, rows, capacity, programs, bound, BY_TICK: tl.constex
 
 @triton.jit
 def _hint(w, rows, programs, most_steps):
-    """Return (a key, the tokens to be expected of the nodes up to that key): of all nodes, if these are few."""
+    """Return (a key, the tokens to be expected of the nodes up to it, whether these are all nodes, as they are few)."""
     hint = tl.load(w.counters + EVICTION_HINT)
     promise = tl.load(w.counters + PROMISE) - tl.load(w.counters + SPENT)
     steps = tl.cdiv(rows, programs * FEW_RANKED) * tl.cdiv(rows, MANY_OTHERS)
     few = (rows <= LIST) & (steps <= most_steps)
-    return tl.where(few, HIGHEST, hint), tl.where(few, HIGHEST, promise)
+    return tl.where(few, HIGHEST, hint), tl.where(few, HIGHEST, promise), few
 
 
 @triton.jit
 def _select_from_list(s, w, work, rows, capacity, programs, wanted, most_steps, call, BY_TICK: tl.constexpr):
     """Select the victims from one list of nodes. Return 1, or 0 if the hint does not suffice."""
     good = tl.zeros([], tl.int32)
-    hint, promise = _hint(w, rows, programs, most_steps)
+    hint, promise, few = _hint(w, rows, programs, most_steps)
     if wanted <= promise:
         _collect(s, w, work + CONTENT, rows, capacity, programs, hint, BY_TICK)
         wait_for_all(w, programs)
@@ -148,7 +148,8 @@ def _select_from_list(s, w, work, rows, capacity, programs, wanted, most_steps, 
         if ((content >> 32) <= LIST) & ((content & LOW32) >= wanted):
             rank_list(s, w, capacity, programs, content >> 32, wanted, call, BY_TICK)
             tl.store(w.counters + EVICTION_HINT, hint)
-            tl.store(w.counters + PROMISE, content & LOW32)
+            # All nodes are no hint for a larger tree, in which to compare them would take longer than to count them.
+            tl.store(w.counters + PROMISE, tl.where(few, 0, content & LOW32))
             good += 1
     return good
 

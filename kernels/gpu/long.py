@@ -357,7 +357,8 @@ def long_kernel(
     walks_on = lane == share - 1
     if STAGED:
         if walks_on & (code >= 0):
-            bring(key + chunks * CHUNK, stage + chunks * CHUNK, count - chunks * CHUNK)
+            left = chunks * CHUNK // 4 * 4  # `bring` takes multiples of 16 bytes; a CHUNK of pages of 3 is none
+            bring(key + left, stage + left, count - left)
         tl.debug_barrier()
     first = lane * GROUP
     while first < chunks:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import flatradix
 from tests.fuzz.targets import TARGETS
 
 FAULTS = (Exception, pytest.fail.Exception)  # the latter is a BaseException
@@ -45,10 +46,11 @@ class Result(NamedTuple):
 
 
 def prepare() -> None:
-    """Prepare a process. Ctrl-C is for the parent."""
+    """Prepare a process. Ctrl-C is for the parent. numba does not survive an interruption while it compiles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     torch.set_num_threads(1)
+    flatradix.warm_up("cpu")
 
 
 def make(unit: Unit, keep: Path) -> Result:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from flatradix import CapacityError, RadixTree, Ragged, StaleHandleError
-from flatradix.layout import mail
+from flatradix import CapacityError, QueryError, RadixTree, Ragged, StaleHandleError
+from flatradix.layout import mail, scratch
 from tests.support.depth import skip_unless_thorough
 from tests.support.devices import interpreted, settled
-from tests.support.inside import index_of, names_of
+from tests.support.inside import arrays_of, index_of, names_of
 from tests.support.pairs import Pair, numbered, ragged
 
 
@@ -344,3 +344,51 @@ def test_values_of_another_device(gpu: str) -> None:
         tree.lock(there)
     with pytest.raises(ValueError, match="the table is on cpu, but the slots are on cuda:0"):
         tree.write_slots(m, torch.zeros((1, 4), dtype=torch.int64), [0])
+
+
+READS: dict[str, Callable[[RadixTree, Any], Any]] = {
+    "slots": lambda tree, places: tree.slots(places),
+    "tokens": lambda tree, places: tree.tokens(places),
+    "path_slots": lambda tree, places: index_of(tree).path_slots(places),
+    "length": lambda tree, places: places.length,
+    "host_lengths": lambda tree, places: places.host_lengths,
+}
+
+
+@pytest.mark.parametrize("compacts", [False, True], ids=["at once", "as a batch"])
+@pytest.mark.parametrize("read", READS)
+def test_a_refused_key_raises_its_own_error_wherever_it_is_read(read: str, compacts: bool, cuda: str) -> None:
+    tree = RadixTree(64, device=cuda)
+    refused = tree.insert([[1, -5]], [[1, 2]]) if compacts else tree.insert([1, -5], [1, 2])
+    with pytest.raises(QueryError, match=r"the token at position 1 is outside \[0, 2\*\*31 - 1\]$"):
+        READS[read](tree, refused)
+    if read in ("length", "host_lengths"):
+        with pytest.raises(ValueError, match="refused, as was told before"):
+            READS[read](tree, refused)
+    assert tree.match([1]).length == 0
+    tree.raise_pending()
+
+
+@pytest.mark.parametrize("length", [0, 2, 3, 4])
+def test_slots_are_those_of_the_lengths_that_the_caller_has_written(length: int, cuda: str) -> None:
+    tree = RadixTree(64, device=cuda)
+    tree.insert([1, 2, 3, 4], [5, 6, 7, 8])
+    for keys in ([1, 2, 3, 4], [1, 2, 3]):
+        one, several = tree.match(keys), tree.match([keys, [1, 2]])
+        one.lengths.fill_(length)
+        several.lengths[0] = length
+        assert tree.slots(one).values.tolist() == [5, 6, 7, 8][:length]
+        assert index_of(tree).path_slots(one).tolist() == [5, 6, 7, 8][:length]
+        assert tree.slots(several).values.tolist() == [*[5, 6, 7, 8][:length], 5, 6]
+        assert tree.tokens(several).values.tolist() == [*[1, 2, 3, 4][:length], 1, 2]
+    tree.check()
+
+
+def test_all_nodes_of_a_small_tree_are_no_hint_for_a_larger_one(cuda: str) -> None:
+    tree = RadixTree(64, device=cuda)
+    tree.insert([[1], [2], [3]], [[1], [2], [3]])
+    assert tree.evict(1).num_tokens == 1
+    counters = arrays_of(tree).scratch.counters
+    assert int(counters[scratch.EVICTION_HINT + 1]) == 0
+    assert tree.evict(1).num_tokens == 1
+    tree.check()

@@ -192,6 +192,16 @@ def test_offsets_that_fall_make_no_key_share_words(cuda: str, short: None) -> No
     tree.check()
 
 
+@pytest.mark.parametrize("page_size", [3, 5, 7, 11, 16])
+def test_the_end_of_a_long_key_on_the_host_is_brought_from_any_chunk(cuda: str, page_size: int) -> None:
+    """Chunks of 510, 511 or 506 tokens begin where no load of 16 bytes may."""
+    tree = RadixTree(20_000, page_size, device=cuda)
+    key = np.random.default_rng(page_size).integers(0, 100, 9_800, dtype=np.int32)
+    tree.insert(key, key.copy())
+    for count in range(8192, 9_800, 512 if interpreted(cuda) else 37):
+        assert tree.match(key[:count]).length == count // page_size * page_size
+
+
 @pytest.mark.parametrize("page_size", [257, 400, 600])
 def test_words_suffice_for_pages_that_do_not_divide_a_chunk(
     cuda: str, page_size: int, monkeypatch: pytest.MonkeyPatch
