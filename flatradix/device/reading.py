@@ -52,7 +52,10 @@ class Reading(Core):
         """Return what a pool has for each unit of each place. Waits for the device."""
         self._refuse_capture()
         late = self._late(places)
-        self._finish_all()
+        if isinstance(late, Awaited):
+            late.length()  # raises the error of a refused key, and waits for that call alone
+        else:
+            self._finish_all()
         if late is None:
             lengths, handles = read_places(places, self.device)
             handles = handles.contiguous()
@@ -91,7 +94,6 @@ class Reading(Core):
             late = self._late(place)
             if type(late) is not Awaited or late.shown:
                 return self._slots_of(place).values
-            self._finish_all()
             values = self._gathered(late.places, self._pool, self._zero, late.length())
             self._open = None
             self.busy = FREE
