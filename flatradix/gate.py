@@ -13,7 +13,7 @@ index of its tree. A call takes the gate, and opens it by `home.busy = FREE` as 
             home.busy = CUT_SHORT
         raise
 
-What a call has left, the records of its object tell, which `recover` reads after `take_gate` (flatradix/index.py).
+The records of an object tell what a call has left. A call of such an object uses `take_over` in place of `take_gate`.
 
 From the look at `busy` to its store, CPython 3.10 to 3.13 neither switches threads nor runs a signal handler or a
 tracer of lines: where the gate is free, the line calls nothing and takes no jump but forwards and without a condition
@@ -67,6 +67,18 @@ def take_gate(home: Any, me: int) -> int:
     home.busy = me if home.busy in allowed else home.busy  # one line, for the reason above
     if home.busy != me:
         raise RuntimeError(_OF_ANOTHER_THREAD)
+    return me
+
+
+def take_over(home: Any, me: int, repair: Callable[[], None]) -> int:
+    """Take a gate as `take_gate` does, and repair what the last call has left. Return `me`."""
+    take_gate(home, me)
+    try:
+        repair()
+    except BaseException:
+        if home.busy == me:
+            home.busy = CUT_SHORT
+        raise
     return me
 
 

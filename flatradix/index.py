@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from flatradix.dropping import NOT_GIVEN
-from flatradix.gate import CUT_SHORT, FREE, public_call, take_gate
+from flatradix.gate import CUT_SHORT, FREE, public_call, take_over
 from flatradix.inputs.options import Options
 from flatradix.inputs.ragged import Ragged
 from flatradix.inspect.content import Content, Paths, Saved
@@ -140,14 +140,7 @@ class Index(ABC):
 
         Raises RuntimeError if a call is under way.
         """
-        take_gate(self, me)
-        try:
-            self._repair()
-        except BaseException:
-            if self.busy == me:
-                self.busy = CUT_SHORT
-            raise
-        return me
+        return take_over(self, me, self._repair)
 
     @abstractmethod
     def _repair(self) -> None:

@@ -23,7 +23,7 @@ from flatradix.cache.recover import UnderWay
 from flatradix.cache.requests import Request, Requests
 from flatradix.cache.state import State
 from flatradix.errors import QueryError
-from flatradix.gate import CUT_SHORT, FREE, add_gate, public_call, take_gate
+from flatradix.gate import CUT_SHORT, FREE, add_gate, public_call, take_over
 from flatradix.inputs import devices, namespaces
 from flatradix.inputs.arguments import positive
 from flatradix.inputs.options import OnEvict, read_options
@@ -68,7 +68,7 @@ def _repaired(method: F) -> F:
     @wraps(method)
     def call(self: PrefixCache, *arguments: Any, **keywords: Any) -> Any:
         me = get_ident()
-        self.busy = me if not self.busy else self._recover(me)
+        self.busy = me if not self.busy else take_over(self, me, self._repair)
         try:
             self._open = recover.READING
             result = method(self, *arguments, **keywords)
@@ -126,6 +126,8 @@ class PrefixCache:
     of range, DeviceUnavailableError.
     """
 
+    busy: int  # see `flatradix.gate`
+
     def __init__(
         self,
         num_slots: int,
@@ -158,7 +160,6 @@ class PrefixCache:
             pages = home.make_pages(self.tree, slots, columns, kv)
         self._state = State(self.tree, pages, columns)
         self._open: UnderWay | None = None  # the call that has begun and not ended
-        self.busy: int  # see `flatradix.gate`
         add_gate(self)
 
     @property
@@ -186,18 +187,8 @@ class PrefixCache:
 
     # Interrupted calls
 
-    def _recover(self, me: int) -> int:
-        """Take the gate for a call of this thread, `me`, as `take_gate` does, and repair the cache. Return `me`."""
-        take_gate(self, me)
-        try:
-            self._repair()
-        except BaseException:
-            if self.busy == me:
-                self.busy = CUT_SHORT
-            raise
-        return me
-
     def _repair(self) -> None:
+        """Repair the cache after an interrupted call. May itself be interrupted."""
         cut = self._open
         if cut is not None and cut is not recover.READING:
             recover.repair(self._state, cut)

@@ -70,9 +70,8 @@ class Core(Index):
         self._results = Results(device)
         self._zero = torch.zeros(1, dtype=torch.int64, device=device)
         self._by_tick = options.order.score is None and options.order.code == numbers.LRU
-        self._unseen_inserts: deque[tuple[int, int]] = (
-            deque()
-        )  # (call, units) of inserts after the last known FREE_UNITS word
+        # (call, units) of inserts after the last known FREE_UNITS word
+        self._unseen_inserts: deque[tuple[int, int]] = deque()
         self._retired: list[Scratch] = []
         self._state = state
         scratch = enlarge(

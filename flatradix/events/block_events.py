@@ -67,6 +67,8 @@ class BlockEvents:
     Raises ValueError for arguments out of range.
     """
 
+    busy: int  # see `flatradix.gate`
+
     def __init__(
         self,
         tree: RadixTree | PrefixCache,
@@ -90,7 +92,6 @@ class BlockEvents:
         self._counts: dict[Hash, int] = {}
         self._pending: tuple[Event, ...] = ()
         self._change: _Change | None = None  # a change that is being applied
-        self.busy: int  # see `flatradix.gate`
         add_gate(self)
 
     def __len__(self) -> int:
